@@ -1,0 +1,337 @@
+"""The state of one cluster: record dtypes, enumerations and :class:`ClusterState`.
+
+Everything the scheduler knows lives in these flat arrays, so the same compiled functions serve the live
+engine (one cluster, wall clock) and the surrogate (one or many clusters, simulated clock). Times are int64
+ticks of 1 ps, lengths are tokens, links between records are int32 indices with -1 for "none".
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "BLOCK",
+    "CLUSTER",
+    "INSTANCE",
+    "LANE",
+    "LINK",
+    "POOL",
+    "REQUEST",
+    "SLO_CLASS",
+    "Batching",
+    "ClusterState",
+    "LaneKind",
+    "RequestState",
+    "Role",
+]
+
+
+class Role(IntEnum):
+    """What an instance does (DESIGN.md section 4)."""
+
+    PREFILL = 0
+    DECODE = 1
+    MIXED = 2
+    MULTIPLEXED = 3
+
+
+class Batching(IntEnum):
+    """How a MIXED instance forms steps, and how a MULTIPLEXED one slices its prefill."""
+
+    CHUNKED = 0  # MIXED: prompt chunks ride on decode steps; MULTIPLEXED: prefill lane runs chunks
+    PREFILL_FIRST = 1  # MIXED: whole prompts first, then decode (vLLM before chunked prefill)
+    LAYERED = 2  # MULTIPLEXED: prefill lane runs groups of layers of whole prompts
+
+
+class RequestState(IntEnum):
+    """Where a request is. Every request ends in FINISHED, SHED or FAILED, exactly once."""
+
+    NEW = 0  # not yet arrived
+    PLACING = 1  # waits for a PLACE_PREFILL decision
+    HELD = 2  # a policy answered HOLD
+    WAITING = 3  # in an instance's prefill queue
+    PREFILLING = 4  # part of a step in flight (still linked in the queue)
+    HANDOVER = 5  # prefilled; waits for a PLACE_DECODE decision
+    INBOUND = 6  # its decode instance has no room yet; blocks stay at the source
+    MOVING = 7  # its KV is on a link; blocks held on both sides
+    READY = 8  # KV is here; joins the running set at the next step
+    RUNNING = 9  # in the running set
+    FINISHED = 10
+    SHED = 11  # refused by the policy
+    FAILED = 12  # can never fit
+
+
+class LaneKind(IntEnum):
+    """What a lane is executing."""
+
+    IDLE = 0
+    PREFILL = 1
+    DECODE = 2
+    FUSED = 3
+
+
+CLUSTER = np.dtype(
+    [
+        ("n_instances", np.int32),
+        ("n_requests", np.int32),
+        ("n_pools", np.int32),
+        ("n_links", np.int32),
+        ("block_tokens", np.int32),
+        ("hash_tokens", np.int32),  # tokens covered by one entry of ``hashes`` (a multiple of block_tokens)
+        ("allow_hold", np.int32),
+        ("allow_shed", np.int32),
+        ("ask_decode", np.int32),  # 1: PLACE_DECODE is a policy decision also where staying is possible
+        ("ask_realloc", np.int32),
+        ("ask_tune", np.int32),
+        ("roles_allowed", np.int32),  # bit mask of roles a REALLOCATE may choose
+        ("min_prefill", np.int32),  # instances that must stay able to prefill / decode
+        ("min_decode", np.int32),
+        ("hold_ticks", np.int64),  # a held request is asked for again at the latest after this time
+        ("hold_scan", np.int32),  # held requests asked for again per epoch
+        ("control_ticks", np.int64),
+        ("horizon_ticks", np.int64),
+        # -- decisions waiting for an answer
+        ("placing_head", np.int32),
+        ("placing_tail", np.int32),
+        ("handover_head", np.int32),
+        ("handover_tail", np.int32),
+        ("held_head", np.int32),
+        ("held_tail", np.int32),
+        ("held_n", np.int32),
+        ("realloc_due", np.int32),
+        ("tune_next", np.int32),  # next instance of the running TUNE sweep, -1 when none
+        ("moving_roles", np.int32),  # instances in a role change
+        # -- bookkeeping
+        ("n_sent", np.int64),
+        ("n_done", np.int64),  # finished + shed + failed
+        ("n_finished", np.int64),
+        ("n_shed", np.int64),
+        ("n_failed", np.int64),
+        ("n_preempted", np.int64),
+        ("n_migrated", np.int64),
+        ("migrated_tokens", np.int64),
+        ("n_switches", np.int64),
+        ("cached_tokens", np.int64),  # prompt tokens served from the prefix cache
+        ("tokens_out", np.int64),
+        ("steps", np.int64),
+        ("good_weight", np.float64),  # Σ weight of requests sealed as good
+        ("miss_weight", np.float64),
+        ("sealed", np.int64),
+        # -- running means a policy may read (no true output length of a live request enters them)
+        ("mean_prompt", np.float64),
+        ("mean_output", np.float64),  # of finished requests
+        ("ema_ttft_ok", np.float64),
+        ("ema_tpot_ok", np.float64),
+        ("ema_gap", np.float64),  # smoothed time between arrivals, ticks
+        ("last_arrival", np.int64),
+        # -- the control interval now running
+        ("win_start", np.int64),
+        ("win_arrivals", np.int64),
+        ("win_prompt", np.float64),
+        ("win_finished", np.int64),
+        ("win_output", np.float64),
+        ("win_first", np.int64),  # first tokens in the interval
+        ("win_ttft", np.float64),  # Σ TTFT, seconds
+        ("win_tpot", np.float64),  # Σ TPOT of finished requests, seconds
+        # -- the last complete control interval
+        ("last_span_s", np.float64),
+        ("last_rate", np.float64),
+        ("last_prompt", np.float64),
+        ("last_output", np.float64),
+        ("last_ttft_s", np.float64),
+        ("last_tpot_s", np.float64),
+    ],
+    align=True,
+)
+
+INSTANCE = np.dtype(
+    [
+        ("role", np.int32),
+        ("target_role", np.int32),  # -1 unless a role change is under way
+        ("switching", np.int32),  # 1 while the switch itself (after the drain) is paid for
+        ("gpu", np.int32),
+        ("pool", np.int32),
+        ("link", np.int32),  # ingress link that KV for this instance travels on
+        ("profile", np.int32),
+        ("batching", np.int32),
+        ("chunk_tokens", np.int32),  # token budget of a fused step / a prefill chunk
+        ("prefill_tokens", np.int32),  # token budget of a whole-prompt prefill batch
+        ("max_batch", np.int32),  # running sequences
+        ("max_prefills", np.int32),  # prompts in one prefill batch
+        ("max_ctx", np.int64),  # context tokens in one decode step (a peer's option; huge by default)
+        ("split", np.int32),  # share row for decode while both lanes run; -1: predictor rule
+        ("order", np.int32),  # 0 FCFS, 1 shortest remaining first
+        ("headroom", np.float64),  # the predictor rule aims at headroom × TPOT target
+        # -- prefill queue (WAITING and PREFILLING)
+        ("queue_head", np.int32),
+        ("queue_tail", np.int32),
+        ("queue_n", np.int32),
+        ("queue_tokens", np.int64),  # tokens still to compute
+        ("queue_work", np.int64),  # their predicted prefill time, ticks
+        ("started_n", np.int32),  # queued requests that hold blocks
+        # -- requests assigned here whose KV is elsewhere
+        ("inbound_head", np.int32),
+        ("inbound_tail", np.int32),
+        ("inbound_n", np.int32),
+        ("inbound_tokens", np.int64),
+        ("moving_n", np.int32),
+        # -- KV arrived, not yet running
+        ("ready_head", np.int32),
+        ("ready_tail", np.int32),
+        ("ready_n", np.int32),
+        # -- running set
+        ("run_n", np.int32),
+        ("run_ctx", np.int64),  # Σ context of the running set, as booked
+        ("unbooked", np.int64),  # decode steps done by the clock but not yet booked (surrogate jumps)
+        ("last_decode_end", np.int64),
+        ("decode_turn", np.int32),  # DECODE role: a decode step is due before the next local prefill
+        ("out_n", np.int32),  # prefilled here, still holding blocks until the receiver has pulled
+        ("held_tokens", np.int64),  # tokens with KV here outside the running set
+        ("dirty", np.int32),  # something changed that may let an idle lane start
+        ("steps", np.int64),
+        ("preempted", np.int64),
+    ],
+    align=True,
+)
+
+LANE = np.dtype(
+    [
+        ("kind", np.int32),
+        ("share", np.int32),  # share row in force
+        ("corun", np.int32),  # the other lane was busy when this step started
+        ("n_prefills", np.int32),  # entries of ``prefills[i]`` in this step
+        ("bs", np.int32),
+        ("layer_from", np.int32),
+        ("layer_to", np.int32),
+        ("sum_n", np.int64),
+        ("sum_n2", np.float64),
+        ("sum_nr", np.float64),
+        ("sum_ctx", np.int64),
+        ("start", np.int64),
+        ("predicted", np.int64),  # predicted duration, ticks (nominal profile)
+        ("max_steps", np.int64),  # decode steps that may run without replanning
+    ],
+    align=True,
+)
+
+REQUEST = np.dtype(
+    [
+        ("arrival", np.int64),
+        ("ttft_slo", np.int64),
+        ("tpot_slo", np.int64),
+        ("placed", np.int64),
+        ("prefill_start", np.int64),
+        ("first_token", np.int64),
+        ("last_token", np.int64),
+        ("finished", np.int64),
+        ("think", np.int64),
+        ("hash_off", np.int64),
+        ("work", np.int64),  # predicted prefill ticks booked in queue_work
+        ("prompt", np.int32),
+        ("output", np.int32),  # tokens it will produce; no policy ever sees it
+        ("generated", np.int32),
+        ("computed", np.int32),  # tokens whose KV exists
+        ("target", np.int32),  # prefill is done when computed reaches it
+        ("cached", np.int32),  # tokens found in the prefix cache at first admission
+        ("sched", np.int32),  # tokens of it in the step in flight
+        ("blocks", np.int32),
+        ("tail", np.int32),  # last block of its chain
+        ("hash_n", np.int32),
+        ("next", np.int32),
+        ("prev", np.int32),
+        ("inst", np.int32),  # instance that holds its queue entry and KV
+        ("dest", np.int32),  # instance that will decode it
+        ("next_turn", np.int32),  # request sent ``think`` after this one finishes, -1 none
+        ("n_preempt", np.int32),
+        ("first_inst", np.int32),  # where its prefill was placed first
+        ("state", np.int16),
+        ("cls", np.int16),
+        ("ttft_ok", np.int8),  # -1 unknown, 0 missed, 1 met
+        ("tpot_ok", np.int8),
+        ("sealed", np.int8),
+    ],
+    align=True,
+)
+
+POOL = np.dtype(
+    [
+        ("base", np.int32),  # first block
+        ("n_blocks", np.int32),
+        ("free", np.int32),  # blocks nobody references (cached ones included)
+        ("lru_head", np.int32),  # next to be evicted
+        ("lru_tail", np.int32),
+        ("bucket_base", np.int64),
+        ("n_buckets", np.int64),  # power of two
+        ("sharers", np.int32),  # instances on this pool
+        ("cached", np.int32),  # blocks with a hash
+        ("evicted", np.int64),
+    ],
+    align=True,
+)
+
+BLOCK = np.dtype(
+    [
+        ("hash", np.uint64),
+        ("ref", np.int32),
+        ("parent", np.int32),  # the block before it in its sequence
+        ("lru_prev", np.int32),
+        ("lru_next", np.int32),
+        ("bucket_next", np.int32),
+        ("hashed", np.int32),
+    ],
+    align=True,
+)
+
+LINK = np.dtype(
+    [
+        ("head", np.int32),  # request in transfer, then the ones behind it
+        ("tail", np.int32),
+        ("n", np.int32),
+        ("tokens", np.int64),
+        ("busy", np.int32),
+        ("end", np.int64),
+        ("bytes_per_s", np.float64),
+        ("latency_s", np.float64),
+    ],
+    align=True,
+)
+
+SLO_CLASS = np.dtype(
+    [
+        ("weight", np.float64),
+        ("ttft_s", np.float64),  # fixed target; used when ttft_factor is 0
+        ("ttft_factor", np.float64),  # target = factor × isolated prefill time (at least ttft_s)
+        ("tpot_s", np.float64),
+        ("sent", np.int64),
+        ("good", np.int64),
+        ("ttft_ok", np.int64),
+        ("tpot_ok", np.int64),
+    ],
+    align=True,
+)
+
+
+class ClusterState(NamedTuple):
+    """One cluster. Batched environments hold the same arrays with one more leading axis.
+
+    Shapes: N instances, R requests, P pools, B blocks over all pools, L links, C classes, M share rows.
+    """
+
+    cluster: np.ndarray  # CLUSTER (1,)
+    inst: np.ndarray  # INSTANCE (N,)
+    lane: np.ndarray  # LANE (N, 2): 0 prefill or fused lane, 1 decode lane
+    req: np.ndarray  # REQUEST (R,)
+    pool: np.ndarray  # POOL (P,)
+    block: np.ndarray  # BLOCK (B,)
+    bucket: np.ndarray  # int32: heads of the prefix cache's hash chains
+    link: np.ndarray  # LINK (L,)
+    cls: np.ndarray  # SLO_CLASS (C,)
+    run: np.ndarray  # int32 (N, max_batch): running requests, oldest admission first
+    prefills: np.ndarray  # int32 (N, max_prefills): requests of the prefill step in flight
+    hashes: np.ndarray  # uint64: chained prefix hashes of all requests
+    profile: np.ndarray  # engine.latency.evaluate.PROFILE (n,)
+    share: np.ndarray  # engine.latency.evaluate.SHARE (n, M)
+    itl: np.ndarray  # int64 (ITL_BINS,): histogram of token gaps, see engine.core.slo
