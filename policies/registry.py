@@ -1,0 +1,94 @@
+"""Finding a policy by name: rules of this folder, rules of other packages, checkpoint folders.
+
+A rule of this folder is a file with a line ``RULE = Rule(...)``, named like the file. Files are looked at as
+text, because importing a rule compiles it. Another package adds one through the entry-point group
+``slalom.policies``; its entry is a :class:`Rule` or a plain class, see ``policies.python``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from engine.core.policy import Policy
+from engine.errors import SlalomError
+from policies.rule import Rule
+from policies.setting import Setting
+
+__all__ = ["GROUP", "get", "load_policy", "names", "parse"]
+
+GROUP = "slalom.policies"
+
+
+@cache
+def _built_in() -> tuple[str, ...]:
+    files = Path(__file__).parent.glob("*.py")
+    return tuple(sorted(f.stem for f in files if "\nRULE = " in f.read_text(encoding="utf-8")))
+
+
+def _entries() -> dict[str, metadata.EntryPoint]:
+    return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
+
+
+def names() -> list[str]:
+    """Every rule that :func:`get` finds, sorted."""
+    return sorted({*_built_in(), *_entries()})
+
+
+def get(name: str) -> Rule:
+    """The rule called ``name``; a rule of this folder wins over another package's of the same name.
+
+    :raises SlalomError: unknown name, or an entry that cannot be imported or is no policy
+    """
+    if name in _built_in():
+        rule: Rule = importlib.import_module(f"policies.{name}").RULE
+        return rule
+    entry = _entries().get(name)
+    if entry is None:
+        raise SlalomError("policy", name, f"choose one of {', '.join(names())} or a checkpoint folder")
+    try:
+        found = entry.load()
+    except Exception as error:  # code of another package may fail in any way
+        raise SlalomError(f"policy {name}", entry.value, f"its package does not load: {error!r}") from error
+    if isinstance(found, Rule):
+        return found
+    from policies.python import python_rule
+
+    return python_rule(found, name)
+
+
+def parse(spec: str) -> tuple[str, dict[str, str]]:
+    """``"name:a=1,b=2"`` as ``("name", {"a": "1", "b": "2"})``.
+
+    :raises SlalomError: a part without ``=``
+    """
+    name, _, rest = spec.partition(":")
+    values = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise SlalomError("policy", spec, "write NAME:parameter=value,parameter=value")
+        values[key.strip()] = value.strip()
+    return name.strip(), values
+
+
+def load_policy(spec: str | Path, setting: Setting, values: Mapping[str, Any] | None = None) -> Policy:
+    """The policy that ``spec`` names, bound to ``setting``.
+
+    :param spec: a rule's name, ``NAME:parameter=value,...``, or a checkpoint folder
+    :param values: parameters that override those in ``spec`` (rules only)
+    :raises SlalomError: unknown name or parameter, or a checkpoint that does not pass its checks
+    """
+    text = str(spec)
+    if Path(spec).is_dir():
+        from policies.checkpoint import load
+
+        return load(Path(spec)).bind(setting)
+    if "/" in text or "\\" in text:
+        raise SlalomError("policy", text, "no such folder; give a checkpoint folder or a rule's name")
+    name, given = parse(text)
+    return get(name).bind({**given, **(values or {})}, setting)

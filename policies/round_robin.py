@@ -1,0 +1,39 @@
+"""Round robin: instances take prompts in turn; the next allowed instance after the last one used."""
+
+from __future__ import annotations
+
+from engine.core.columns import Col, Kind, Need
+from engine.core.jit import kernel
+from engine.core.policy import POLICY_SIGNATURE
+from policies.common import default_answer, is_instance, kind_of, or_hold
+from policies.rule import Rule
+
+
+@kernel(POLICY_SIGNATURE)
+def decide(context, candidates, mask, params, memory):
+    """``memory[0]`` holds 1 + the instance used last, so zero means "start at instance 0"."""
+    if kind_of(context) != Kind.PLACE_PREFILL:
+        return default_answer(context, candidates, mask)
+    turn = memory[0]
+    following, first = -1, -1
+    for k in range(candidates.shape[0]):
+        if not is_instance(candidates, mask, k):
+            continue
+        instance = candidates[k, Col.INSTANCE]
+        if first < 0 or instance < candidates[first, Col.INSTANCE]:
+            first = k
+        if instance >= turn and (following < 0 or instance < candidates[following, Col.INSTANCE]):
+            following = k
+    choice = following if following >= 0 else first
+    if choice >= 0:
+        memory[0] = candidates[choice, Col.INSTANCE] + 1.0
+    return or_hold(choice, candidates, mask)
+
+
+RULE = Rule(
+    name="round_robin",
+    doc="instances take prompts in turn",
+    source="common practice",
+    decide=decide,
+    needs=Need.LOAD,
+)

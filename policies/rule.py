@@ -1,0 +1,179 @@
+"""A rule: a compiled decision with named, bounded parameters that a search may tune.
+
+A published system is one file of this folder that ends in ``RULE = Rule(...)``. ``Rule.bind`` turns it, with
+values and a scenario, into the :class:`engine.core.policy.Policy` that the engine and the surrogate run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.core.columns import Need
+from engine.core.policy import InstancePlan
+from engine.errors import SlalomError
+from policies.setting import Setting, SloTarget
+
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = ["BoundPolicy", "InstancePlan", "Param", "Rule", "Setting", "SloTarget", "Value"]
+
+Value = float | int | str
+
+
+@dataclass(frozen=True)
+class Param:
+    """One tunable value of a rule.
+
+    :param low: least value (ignored for ``choices``)
+    :param high: greatest value
+    :param log: search on a logarithmic scale
+    :param integer: whole numbers only
+    :param choices: the values allowed, instead of a range; the params array holds the *index*
+    """
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+    default: Value = 0.0
+    log: bool = False
+    integer: bool = False
+    choices: tuple[Value, ...] | None = None
+    doc: str = ""
+
+    def check(self, value: Any, rule: str = "") -> Value:
+        """``value`` in its own type. Text is parsed (command line).
+
+        :raises SlalomError: not a number, not finite, out of range, not one of the choices
+        """
+        where = f"{rule}: {self.name}" if rule else self.name
+        if self.choices is not None:
+            for choice in self.choices:
+                if value == choice or str(value) == str(choice):
+                    return choice
+            raise SlalomError(where, value, f"choose one of {list(self.choices)}")
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise SlalomError(where, value, "give a number") from None
+        if not math.isfinite(number) or not self.low <= number <= self.high:
+            raise SlalomError(where, value, f"give a value from {self.low:g} to {self.high:g}")
+        if not self.integer:
+            return number
+        if number != int(number):
+            raise SlalomError(where, value, "give a whole number")
+        return int(number)
+
+    def number(self, value: Value) -> float:
+        """What stands in the params array for a checked ``value``."""
+        return float(self.choices.index(value)) if self.choices is not None else float(value)
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> Value:
+        """A value drawn by an Optuna trial."""
+        if self.choices is not None:
+            choice: Any = trial.suggest_categorical(self.name, list(self.choices))
+            return self.check(choice)
+        if self.integer:
+            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundPolicy:
+    """A rule with its values, for one scenario; satisfies :class:`engine.core.policy.Policy`.
+
+    ``python`` marks the slow path: ``decide`` calls back into the interpreter and takes the GIL.
+    """
+
+    name: str
+    decide: Any
+    needs: int
+    params: np.ndarray
+    memory: np.ndarray
+    arrangement: Sequence[InstancePlan] | None
+    values: Mapping[str, Value]
+    python: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data (JSON) that says which policy this is and with which values."""
+        return {"kind": "rule", "name": self.name, "values": dict(self.values)}
+
+
+Values = Mapping[str, Value]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A decision rule, its source and what may be tuned in it.
+
+    :param decide: compiled with ``kernel(POLICY_SIGNATURE)``; must answer every :class:`Kind`
+    :param source: where the rule comes from (paper, section, equation)
+    :param needs: bit mask of :class:`engine.core.columns.Need`; columns not asked for hold zeros
+    :param memory_size: float64 cells of memory, or a function of the setting
+    :param prepare: (checked values, setting) -> float64 params; by default the values in declared order
+    :param arrange: (checked values, setting) -> one plan per instance, or None for the scenario's own
+    """
+
+    name: str
+    doc: str
+    source: str
+    decide: Any
+    params: tuple[Param, ...] = ()
+    needs: int = int(Need.LOAD)
+    memory_size: int | Callable[[Setting], int] = 1
+    prepare: Callable[[Values, Setting], np.ndarray] | None = None
+    arrange: Callable[[Values, Setting], list[InstancePlan] | None] | None = None
+    python: bool = False
+    _by_name: dict[str, Param] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {p.name: p for p in self.params})
+        for param in self.params:
+            param.check(param.default, self.name)
+
+    def values(self, given: Mapping[str, Any] | None = None) -> dict[str, Value]:
+        """Defaults overlaid with ``given``, checked, in declared order.
+
+        :raises SlalomError: unknown parameter, or a value :meth:`Param.check` refuses
+        """
+        given = given or {}
+        for name in given:
+            if name not in self._by_name:
+                known = ", ".join(self._by_name) or "none"
+                raise SlalomError(f"{self.name}: {name}", given[name], f"parameters are: {known}")
+        return {p.name: p.check(given.get(p.name, p.default), self.name) for p in self.params}
+
+    def bind(self, values: Mapping[str, Any] | None, setting: Setting) -> BoundPolicy:
+        """The rule ready to run in ``setting``.
+
+        :raises SlalomError: see :meth:`values`; or the rule cannot be arranged on these instances
+        """
+        checked = self.values(values)
+        if self.prepare is None:
+            params = np.array([p.number(checked[p.name]) for p in self.params], np.float64)
+        else:
+            params = np.ascontiguousarray(self.prepare(checked, setting), np.float64)
+        plan = self.arrange(checked, setting) if self.arrange else None
+        if plan is not None and len(plan) != setting.n_instances:
+            raise SlalomError(f"{self.name}: arrangement", len(plan), f"plan {setting.n_instances} instances")
+        cells = self.memory_size(setting) if callable(self.memory_size) else self.memory_size
+        return BoundPolicy(
+            name=self.name,
+            decide=self.decide,
+            needs=int(self.needs),
+            # Compiled code may take the address of either array, so neither is ever empty.
+            params=params if params.size else np.zeros(1),
+            memory=np.zeros(max(1, cells)),
+            arrangement=plan,
+            values=checked,
+            python=self.python,
+        )
+
+    def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Value]:
+        """One value per parameter, drawn by an Optuna trial."""
+        return {p.name: p.suggest(trial) for p in self.params}
