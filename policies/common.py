@@ -60,7 +60,7 @@ def _first_instance(candidates, mask):
 
 @kernel
 def hold(candidates, mask):
-    """First allowed row that is no instance (HOLD, which stands before SHED; KEEP); else any allowed; else -1."""
+    """First allowed row that is no instance (HOLD before SHED; KEEP); else any allowed; else -1."""
     fallback = -1
     for k in range(candidates.shape[0]):
         if mask[k] != 0:
@@ -90,7 +90,7 @@ def stay_in_place(context, candidates, mask):
 def least_decode(candidates, mask):
     """Row of the instance whose decode step stays shortest with this request added (``STEP_WITH_S``).
 
-    Ties, and rules that asked for no predictions, go by the fewest running and inbound tokens. -1: none allowed.
+    Ties, and rules that asked for no predictions, go by the fewest running and inbound tokens. -1: none.
     """
     best, best_step, best_tokens = -1, np.inf, np.inf
     for k in range(candidates.shape[0]):
@@ -107,8 +107,8 @@ def least_decode(candidates, mask):
 def default_answer(context, candidates, mask):
     """What a rule answers to kinds it does not care about.
 
-    PLACE_DECODE: stay in place where that instance may decode, else the least loaded. PLACE_PREFILL: the fewest
-    outstanding tokens. HOLD only when no instance is allowed. REALLOCATE and TUNE: KEEP.
+    PLACE_DECODE: stay in place where that instance may decode, else the least loaded. PLACE_PREFILL: the
+    fewest outstanding tokens. HOLD only when no instance is allowed. REALLOCATE and TUNE: KEEP.
     """
     kind = kind_of(context)
     if kind == Kind.PLACE_DECODE:

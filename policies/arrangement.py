@@ -1,0 +1,31 @@
+"""Static arrangements that several rules start from: a prefill/decode split, or every instance mixed."""
+
+from __future__ import annotations
+
+from engine.core.policy import InstancePlan
+from engine.core.state import Batching, Role
+from engine.errors import SlalomError
+from policies.setting import Setting
+
+__all__ = ["all_mixed", "prefill_decode_split"]
+
+
+def prefill_decode_split(
+    setting: Setting, prefill_fraction: float, prefill_tokens: int, rule: str
+) -> list[InstancePlan]:
+    """The first ``round(fraction × n)`` instances prefill, the others decode; each side gets at least one.
+
+    :raises SlalomError: fewer than two instances
+    """
+    n = setting.n_instances
+    if n < 2:
+        raise SlalomError(f"{rule}: instances", n, "a prefill/decode split needs at least two instances")
+    n_prefill = min(max(round(prefill_fraction * n), 1), n - 1)
+    prefill = InstancePlan(role=Role.PREFILL, prefill_tokens=prefill_tokens)
+    return [prefill] * n_prefill + [InstancePlan(role=Role.DECODE)] * (n - n_prefill)
+
+
+def all_mixed(setting: Setting, chunk_tokens: int) -> list[InstancePlan]:
+    """Every instance runs fused steps of at most ``chunk_tokens`` tokens (chunked prefill)."""
+    plan = InstancePlan(role=Role.MIXED, chunk_tokens=chunk_tokens, batching=Batching.CHUNKED)
+    return [plan] * setting.n_instances

@@ -1,0 +1,56 @@
+"""What a scoring policy reads of a candidate: the dimensionless columns and three hinges made of them.
+
+A linear score cannot say "late is bad, early is worth nothing"; the hinges let it.
+"""
+
+from __future__ import annotations
+
+from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
+from engine.core.jit import kernel
+
+__all__ = [
+    "CANDIDATE_NAMES",
+    "CLIP",
+    "CONTEXT_NAMES",
+    "LATE",
+    "N_CONTEXT_FEATURES",
+    "N_FEATURES",
+    "SLACK_MISS",
+    "STEP_MISS",
+    "feature",
+]
+
+#: Extra columns after the dimensionless ones.
+LATE = CANDIDATE_DIMENSIONLESS  # max(0, TTFT − 1)
+SLACK_MISS = CANDIDATE_DIMENSIONLESS + 1  # max(0, −SLACK_AFTER)
+STEP_MISS = CANDIDATE_DIMENSIONLESS + 2  # max(0, STEP_WITH − 1)
+N_FEATURES = CANDIDATE_DIMENSIONLESS + 3
+N_CONTEXT_FEATURES = CONTEXT_DIMENSIONLESS
+#: Features beyond ± this are cut before any score, so that no weight meets infinity.
+CLIP = 1000.0
+
+CONTEXT_NAMES = tuple(c.name for c in Ctx if c < CONTEXT_DIMENSIONLESS)
+CANDIDATE_NAMES = (
+    *(c.name for c in Col if c < CANDIDATE_DIMENSIONLESS),
+    "LATE",
+    "SLACK_MISS",
+    "STEP_MISS",
+)
+
+
+@kernel
+def feature(candidates, k, f):
+    """Feature ``f`` of row ``k``, cut to ±CLIP; NaN reads as +CLIP (the worst of most columns)."""
+    if f == LATE:
+        x = candidates[k, Col.TTFT] - 1.0
+    elif f == SLACK_MISS:
+        x = -candidates[k, Col.SLACK_AFTER]
+    elif f == STEP_MISS:
+        x = candidates[k, Col.STEP_WITH] - 1.0
+    else:
+        x = candidates[k, f]
+    if not x <= CLIP:
+        return CLIP
+    if f >= LATE:
+        return max(x, 0.0)
+    return max(x, -CLIP)
