@@ -1,0 +1,115 @@
+"""Hyper-parameters of one training: documented fields, safe YAML, nothing evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from engine.errors import SlalomError
+
+__all__ = ["TrainConfig", "load_config"]
+
+
+class TrainConfig(BaseModel):
+    """Every dial of ``train-policy``; the defaults suit two cores and about two minutes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # -- budget
+    tune_share: float = Field(0.25, ge=0, le=0.9, description="share of the budget to tune the base rule")
+    final_share: float = Field(0.12, ge=0, le=0.5, description="share of a wall-time budget for selection")
+
+    # -- rollouts
+    n_envs: int = Field(128, ge=1, description="environments stepped together")
+    groups: int = Field(16, ge=1, description="groups of environments that share an arrival trace")
+    n_requests: int = Field(400, ge=10, description="requests of one training episode")
+    n_steps: int = Field(128, ge=2, description="decisions of each environment between two updates")
+    load_low: float = Field(0.8, gt=0, description="least training load, times the base rule's goodput")
+    load_high: float = Field(1.25, gt=0, description="greatest training load, times the base rule's goodput")
+    workers: int = Field(0, ge=0, description="rollout processes; 0 collects in this process")
+
+    # -- network
+    hidden: int = Field(32, ge=4, le=512, description="width of the shared encoder")
+
+    # -- PPO
+    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate_final: float = Field(1e-4, ge=0, description="reached linearly at the end of the budget")
+    batch_size: int = Field(4096, ge=2, description="frames of a minibatch")
+    n_epochs: int = Field(2, ge=1, description="passes over a rollout")
+    clip_range: float = Field(0.2, gt=0, lt=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    ent_coef: float = Field(3e-3, ge=0, description="entropy bonus at the start")
+    ent_coef_final: float = Field(0.0, ge=0, description="reached linearly at the end of the budget")
+    vf_coef: float = Field(0.5, ge=0)
+    max_grad_norm: float = Field(0.5, gt=0)
+    target_kl: float | None = Field(0.03, gt=0, description="an update stops past 1.5 times this")
+    critic_warmup: int = Field(2, ge=0, description="first updates that train the value only")
+    baseline_slice_s: float = Field(
+        5.0, ge=0, description="time slice of the input-driven baseline, in seconds; 0 turns it off"
+    )
+
+    # -- evaluation and safety copies
+    eval_every_s: float = Field(8.0, gt=0, description="wall seconds between evaluations")
+    eval_every_frames: int | None = Field(
+        None, ge=1, description="frames between evaluations instead: reproducible runs need it"
+    )
+    eval_requests: int = Field(600, ge=10, description="requests of an evaluation window")
+    eval_seeds: int = Field(3, ge=1, description="validation windows, the same for every policy")
+    eval_loads: tuple[float, ...] = Field((0.9, 1.0, 1.1), description="times the base rule's goodput")
+    save_every_s: float = Field(15.0, gt=0, description="wall seconds between training checkpoints")
+    torch_threads: int = Field(1, ge=1, description="threads of torch; more lose when the cores are shared")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.load_low > self.load_high:
+            raise ValueError("load_low must not exceed load_high")
+        if self.n_envs % self.groups:
+            raise ValueError("n_envs must be a multiple of groups")
+        if not self.eval_loads or min(self.eval_loads) <= 0:
+            raise ValueError("eval_loads needs at least one positive load")
+        return self
+
+    def to_yaml(self) -> str:
+        """In the layout :func:`load_config` reads."""
+        return yaml.safe_dump({"default": self.model_dump(mode="json")}, sort_keys=False)
+
+
+def load_config(path: Path | None, scenario: str, **overrides: Any) -> TrainConfig:
+    """Defaults, then the file's ``default`` section, then its section named like the scenario, then overrides.
+
+    :param path: YAML file whose top-level keys are ``default`` and scenario names (as in the RL zoo)
+    :raises SlalomError: file unreadable, not YAML, or with an unknown or impossible value
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        sections = _read(path)
+        for section in ("default", scenario):
+            part = sections.get(section) or {}
+            if not isinstance(part, dict):
+                raise SlalomError(f"{path}: {section}", part, "write 'field: value' lines below it")
+            values |= part
+    try:
+        return TrainConfig(**(values | overrides))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "hyper-parameters"
+        known = ", ".join(TrainConfig.model_fields)
+        fix = f"known fields: {known}" if first["type"] == "extra_forbidden" else first["msg"]
+        where = f"{path}: {name}" if path is not None else name
+        raise SlalomError(where, first["input"] if first["loc"] else values, fix) from error
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        sections = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SlalomError("--config", str(path), f"give a readable YAML file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SlalomError("--config", str(path), f"not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(sections, dict):
+        raise SlalomError(str(path), sections, "start with 'default:' or a scenario name")
+    return sections
+

@@ -1,0 +1,100 @@
+"""Judging a policy on validation windows: the same arrivals for everyone, in a process of its own if wanted.
+
+The deployable (compiled) policy is what is judged, through the simulator, so a score is deterministic and
+training goes on beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+from eval.points import Contender, PointSettings, measure
+
+__all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_attainment"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Attainment of one policy on validation windows.
+
+    :param attainment: one row per rate, one column per seed, 0 to 1
+    """
+
+    attainment: tuple[tuple[float, ...], ...]
+
+    @property
+    def score(self) -> float:
+        """Mean over rates and seeds: what selection maximises."""
+        cells = [value for row in self.attainment for value in row]
+        return sum(cells) / len(cells)
+
+
+class Judge(Protocol):
+    """Scores policies, possibly later and elsewhere."""
+
+    def submit(self, policy: str | Path, seeds: Sequence[int]) -> Future[Verdict]:
+        """Start judging a rule (``name:param=value``) or a checkpoint folder."""
+        ...
+
+    def close(self) -> None:
+        """Give up what is not finished."""
+        ...
+
+
+def mean_attainment(
+    scenario: Any, contender: Contender, rates: Sequence[float], seeds: Sequence[int], settings: PointSettings
+) -> Verdict:
+    """Simulate every (rate, seed)."""
+    rows = (
+        tuple(measure(scenario, contender, rate, seed, settings).attainment for seed in seeds) for rate in rates
+    )
+    return Verdict(tuple(rows))
+
+
+def _quiet_worker() -> None:
+    import os
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    os.nice(5)  # judging must not slow the training it runs beside
+
+
+class SimulatorJudge:
+    """Judges on windows of the ``valid`` split.
+
+    :param rates: requests per second
+    :param background: judge in a second process; otherwise ``submit`` blocks until it is done
+    """
+
+    def __init__(
+        self, scenario: Any, rates: Sequence[float], n_requests: int, *, background: bool = True
+    ) -> None:
+        self._scenario, self._rates = scenario, tuple(rates)
+        self._settings = PointSettings(n_requests=n_requests, split="valid")
+        self._pool = (
+            ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet_worker)
+            if background
+            else None
+        )
+
+    def submit(self, policy: str | Path, seeds: Sequence[int]) -> Future[Verdict]:
+        """See :meth:`Judge.submit`."""
+        job = (self._scenario, Contender(str(policy)), self._rates, tuple(seeds), self._settings)
+        if self._pool is not None:
+            return self._pool.submit(mean_attainment, *job)
+        done: Future[Verdict] = Future()
+        try:
+            done.set_result(mean_attainment(*job))
+        except Exception as error:  # belongs to whoever asks for the result, as with a process
+            done.set_exception(error)
+        return done
+
+    def close(self) -> None:
+        """See :meth:`Judge.close`."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,113 @@
+"""The scoring network seen as a stable-baselines3 policy: flat observation in, masked choice out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.maskable.distributions import MaskableDistribution
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
+
+__all__ = ["MASKED_LOGIT", "ScoringPolicy"]
+
+MASKED_LOGIT = -1e8  # what sb3-contrib uses: its probability underflows to exactly 0
+
+
+class ScoringPolicy(MaskableActorCriticPolicy):
+    """Actor and critic around a network that scores candidates.
+
+    The observation is ``[context (C) | candidates (K x F)]`` in float32, the action an index below K.
+
+    :param make_network: builds a module called as ``network(context (B, C), candidates (B, K, F), mask (B, K))``
+        that returns logits (B, K) and values (B,) on a unit scale
+    :param n_context: C
+    :param n_features: F
+    :param seed: of the exploration noise and minibatch order, kept apart from torch's global generator so that
+        nothing outside (an evaluation, a callback) can change a training
+    """
+
+    value_shift: th.Tensor
+    value_scale: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        *,
+        make_network: Callable[[], nn.Module],
+        n_context: int,
+        n_features: int,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        # before the parent's constructor, which calls _build
+        self._make_network = make_network
+        self.n_context, self.n_features = n_context, n_features
+        self.n_candidates = int(action_space.n)
+        self.generator = th.Generator().manual_seed(seed)
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        """Network and optimiser; parameters that do not require gradients (the base rule) stay out of it."""
+        self.network = self._make_network()
+        self.register_buffer("value_shift", th.zeros(()))
+        self.register_buffer("value_scale", th.ones(()))
+        self.trainable = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = th.optim.Adam(self.trainable, lr=lr_schedule(1.0), eps=1e-5, fused=True)
+
+    def set_value_scale(self, shift: float, scale: float) -> None:
+        """Values become ``shift + scale x network output``."""
+        self.value_shift.fill_(shift)
+        self.value_scale.fill_(scale)
+
+    def _scores(self, obs: th.Tensor, mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
+        """Masked logits (B, K) and values (B,). Without a mask, rows of all zeros count as padding."""
+        context = obs[:, : self.n_context]
+        candidates = obs[:, self.n_context :].view(-1, self.n_candidates, self.n_features)
+        live = (candidates != 0).any(-1) if mask is None else th.as_tensor(mask, dtype=th.bool)
+        logits, values = self.network(context, candidates, live)
+        logits = logits.masked_fill(~live, MASKED_LOGIT)
+        return logits, self.value_shift + self.value_scale * values
+
+    def forward(  # type: ignore[override]
+        self, obs: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Action, value and log-probability, each (B,). Samples by the Gumbel-max trick."""
+        logits, values = self._scores(obs, action_masks)
+        if deterministic:
+            actions = logits.argmax(-1)
+        else:
+            noise = th.empty_like(logits).exponential_(generator=self.generator).log_()
+            actions = (logits - noise).argmax(-1)
+        log_prob = logits.log_softmax(-1).gather(1, actions.unsqueeze(1)).squeeze(1)
+        return actions, values, log_prob
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: th.Tensor, actions: th.Tensor, action_masks: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Value, log-probability of ``actions`` and entropy in nats, each (B,)."""
+        logits, values = self._scores(obs, action_masks)
+        log_all = logits.log_softmax(-1)
+        entropy = -(log_all.exp() * log_all).sum(-1)
+        return values, log_all.gather(1, actions.unsqueeze(1)).squeeze(1), entropy
+
+    def get_distribution(
+        self, obs: th.Tensor, action_masks: th.Tensor | None = None
+    ) -> MaskableDistribution:
+        """The masked categorical distribution, for callers that want the object."""
+        logits, _ = self._scores(obs, action_masks)
+        return self.action_dist.proba_distribution(action_logits=logits)
+
+    def predict_values(self, obs: th.Tensor, action_masks: th.Tensor | None = None) -> th.Tensor:  # type: ignore[override]
+        """Value (B,)."""
+        return self._scores(obs, action_masks)[1]
+
+    def _predict(  # type: ignore[override]
+        self, observation: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None
+    ) -> th.Tensor:
+        return self.forward(observation, deterministic, action_masks)[0]

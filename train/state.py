@@ -1,0 +1,109 @@
+"""Training checkpoints: everything a killed run needs to go on exactly where it was.
+
+One safetensors file holds network, optimiser, random generators, environment and counters, so a checkpoint is
+either the whole old one or the whole new one. Nothing in it can execute code when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as dump_tensors
+
+from engine.errors import SlalomError
+from eval.store import write_bytes
+from train.ppo import DispatchPPO
+
+__all__ = ["load_state", "save_state"]
+
+FORMAT = 1
+
+
+def save_state(path: Path, model: DispatchPPO, extra: dict[str, Any]) -> None:
+    """Write the training state. Call it between updates (``on_rollout_start``).
+
+    :param extra: JSON-ready state of the callbacks (best so far, evaluations)
+    :raises SlalomError: the disk is full or the place cannot be written; the old checkpoint is kept
+    """
+    env: Any = model.env
+    optimizer = model.policy.optimizer.state_dict()
+    tensors = {f"policy.{name}": value for name, value in model.policy.state_dict().items()}
+    for index, slots in optimizer["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": th.as_tensor(value) for name, value in slots.items()}
+    tensors |= {
+        "rng.policy": model.policy.generator.get_state(),
+        "rng.torch": th.get_rng_state(),
+        "env.state": th.frombuffer(bytearray(env.env_state()), dtype=th.uint8),
+        "last.obs": th.from_numpy(np.array(model._last_obs)),
+        "last.starts": th.from_numpy(np.array(model._last_episode_starts)),
+        "last.clock_s": th.from_numpy(model.clock_s.copy()),
+    }
+    kind, keys, *position = np.random.get_state()  # noqa: NPY002 - the generator SB3 seeds
+    tensors["rng.numpy"] = th.from_numpy(np.asarray(keys).astype(np.int64))
+    facts = {
+        "format": FORMAT,
+        "counters": model.counters(),
+        "numpy": [kind, *position],
+        "extra": extra,
+    }
+    tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
+    write_bytes(path, dump_tensors(tensors, {"state": json.dumps(facts)}))
+
+
+def load_state(path: Path, model: DispatchPPO) -> dict[str, Any]:
+    """Restore ``model`` (built with the same settings) and its environment; returns what was saved as ``extra``.
+
+    :raises SlalomError: no such file, damaged, of another format, or of another network or environment
+    """
+    try:
+        raw = path.read_bytes()
+        tensors = load_tensors(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        facts = json.loads(header["__metadata__"]["state"])
+    except FileNotFoundError as error:
+        raise SlalomError("--resume", str(path), "no training checkpoint there; start without it") from error
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise SlalomError(str(path), type(error).__name__, "the file is damaged; start a new run") from error
+    if facts.get("format") != FORMAT:
+        raise SlalomError(f"{path}: format", facts.get("format"), f"this version reads {FORMAT}")
+    try:
+        _restore(model, tensors, facts)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise SlalomError(
+            str(path), str(error).splitlines()[0], "resume with the settings the run was started with"
+        ) from error
+    return dict(facts["extra"])
+
+
+def _restore(model: DispatchPPO, tensors: dict[str, th.Tensor], facts: dict[str, Any]) -> None:
+    optimizer = model.policy.optimizer
+    slots: dict[int, dict[str, th.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = value
+    prefix = "policy."
+    model.policy.load_state_dict(
+        {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    )
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    model.set_counters(facts["counters"])
+    env: Any = model.env
+    env.set_env_state(tensors["env.state"].numpy().tobytes())
+    last = tensors["last.obs"].numpy()
+    if last.shape != (model.n_envs, *(model.observation_space.shape or ())):
+        raise ValueError(f"observations of shape {last.shape}")
+    model._last_obs = last
+    model._last_episode_starts = tensors["last.starts"].numpy()
+    model.clock_s = tensors["last.clock_s"].numpy()
+    kind, position, has_gauss, gauss = facts["numpy"]
+    keys = tensors["rng.numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, gauss))  # noqa: NPY002
+    model.policy.generator.set_state(tensors["rng.policy"])
+    th.set_rng_state(tensors["rng.torch"])
