@@ -17,6 +17,7 @@ __all__ = [
     "N_FEATURES",
     "SLACK_MISS",
     "STEP_MISS",
+    "cut",
     "feature",
 ]
 
@@ -39,18 +40,18 @@ CANDIDATE_NAMES = (
 
 
 @kernel
+def cut(x):
+    """``x`` cut to ±CLIP; NaN reads as +CLIP, the worst of most columns."""
+    return max(x, -CLIP) if x <= CLIP else CLIP
+
+
+@kernel
 def feature(candidates, k, f):
-    """Feature ``f`` of row ``k``, cut to ±CLIP; NaN reads as +CLIP (the worst of most columns)."""
+    """Feature ``f`` of row ``k``."""
     if f == LATE:
-        x = candidates[k, Col.TTFT] - 1.0
-    elif f == SLACK_MISS:
-        x = -candidates[k, Col.SLACK_AFTER]
-    elif f == STEP_MISS:
-        x = candidates[k, Col.STEP_WITH] - 1.0
-    else:
-        x = candidates[k, f]
-    if not x <= CLIP:
-        return CLIP
-    if f >= LATE:
-        return max(x, 0.0)
-    return max(x, -CLIP)
+        return max(cut(candidates[k, Col.TTFT]) - 1.0, 0.0)
+    if f == SLACK_MISS:
+        return max(-cut(candidates[k, Col.SLACK_AFTER]), 0.0)
+    if f == STEP_MISS:
+        return max(cut(candidates[k, Col.STEP_WITH]) - 1.0, 0.0)
+    return cut(candidates[k, f])

@@ -1,7 +1,7 @@
 """Least predicted TTFT with a TPOT guard.
 
 Cost of an instance = predicted TTFT ÷ target + ``penalty`` × max(0, ``guard`` − TPOT slack left there after
-the stall that this prefill causes). The first term alone is the strongest simple rule of our own measurements.
+the stall that this prefill causes). The first term alone is a strong rule by itself.
 """
 
 from __future__ import annotations

@@ -1,0 +1,91 @@
+"""The plain-Python way in: a class with ``name`` and ``decide(self, context, candidates, mask) -> int``.
+
+    class FewestRunning:
+        name = "fewest_running"
+
+        def decide(self, context, candidates, mask):
+            load = candidates[:, Col.RUN_N] + 1e9 * (mask == 0)
+            return int(load.argmin())
+
+Its compiled ``decide`` goes back into the interpreter, which takes the GIL and costs tens of microseconds a
+decision: fine for trying an idea and for rules at control intervals, too slow for large searches. Optional
+attributes: ``needs`` (bit mask of :class:`engine.core.columns.Need`, default all), ``reset(self)``, called at the
+first decision after a reset. One object serves one bound policy; arrays it receives are views, valid for the call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from numba import njit, objmode
+
+from engine.core.columns import Need
+from engine.core.policy import POLICY_SIGNATURE
+from engine.errors import SlalomError
+from policies.rule import Rule, Setting, Values
+
+__all__ = ["python_rule"]
+
+_ALL = int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS)
+#: Compiled code knows a Python object by the number in ``params[0]``.
+_objects: dict[int, Any] = {}
+_numbers = itertools.count(1)
+
+
+def _call(number: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray, fresh: bool) -> int:
+    policy = _objects[number]
+    if fresh and hasattr(policy, "reset"):
+        policy.reset()
+    answer = policy.decide(context, candidates, mask)
+    try:
+        row = int(answer)
+    except (TypeError, ValueError):
+        row = -1
+    if not 0 <= row < len(mask) or not mask[row]:
+        allowed = np.flatnonzero(mask).tolist()
+        raise SlalomError(
+            f"{policy.name}.decide", answer, f"return the row of an allowed candidate: {allowed}"
+        )
+    return row
+
+
+# Not cached on disk: the machine code refers to objects of this process. The other kernels release the GIL;
+# this one needs it.
+@njit(POLICY_SIGNATURE)
+def decide(context, candidates, mask, params, memory):
+    """``params``: the object's number; ``memory[0]`` is 0 before the first decision."""
+    number, fresh = int(params[0]), memory[0] == 0.0
+    memory[0] = 1.0
+    with objmode(row="int64"):
+        row = _call(number, context, candidates, mask, fresh)
+    return row
+
+
+def python_rule(cls: Any, name: str) -> Rule:
+    """A :class:`Rule` around a plain class; each ``bind`` makes a new object of it.
+
+    :raises SlalomError: no class, or without ``name`` and ``decide``
+    """
+    if not isinstance(cls, type) or not callable(getattr(cls, "decide", None)) or not hasattr(cls, "name"):
+        raise SlalomError(
+            f"policy {name}",
+            cls,
+            "give a Rule, or a class with `name` and `decide(self, context, candidates, mask)`",
+        )
+
+    def prepare(values: Values, setting: Setting) -> np.ndarray:
+        number = next(_numbers)
+        _objects[number] = cls()
+        return np.array([float(number)])
+
+    return Rule(
+        name=str(cls.name),
+        doc=(cls.__doc__ or "plain Python policy").strip().splitlines()[0],
+        source=f"{cls.__module__}.{cls.__qualname__}",
+        decide=decide,
+        needs=int(getattr(cls, "needs", _ALL)),
+        prepare=prepare,
+        python=True,
+    )
