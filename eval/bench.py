@@ -1,0 +1,54 @@
+"""``python -m eval.bench NAME [--json]``: the figures of BENCHMARKS.md, each with its machine and commit.
+
+Every benchmark prints one JSON object. A new one is a file in ``eval/benchmarks`` and a line in ``NAMES``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from typing import Any
+
+from engine.errors import SlalomError
+from eval.provenance import commit, machine
+
+__all__ = ["NAMES", "main", "run"]
+
+NAMES = {
+    "surrogate": "requests simulated per second, one core",
+    "scale": "cost per request and memory at 10 thousand to 1 million requests",
+    "env": "decisions per second of the batched environment, observations handed to Python",
+    "startup": "seconds of a small eval-policy command, cold and warm",
+}
+
+
+def run(name: str) -> dict[str, Any]:
+    """Run one benchmark.
+
+    :raises SlalomError: unknown name
+    """
+    if name not in NAMES:
+        raise SlalomError("benchmark", name, f"choose one of {', '.join(NAMES)}")
+    figures = import_module(f"eval.benchmarks.{name}").run()
+    return {"benchmark": name, **figures, "commit": commit(), "machine": machine()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; the exit code is 2 on an unknown name."""
+    parser = argparse.ArgumentParser(prog="python -m eval.bench", description=__doc__)
+    parser.add_argument("name", help="; ".join(f"{name}: {what}" for name, what in NAMES.items()))
+    parser.add_argument("--json", action="store_true", help="one line instead of an indented object")
+    options = parser.parse_args(arguments)
+    try:
+        result = run(options.name)
+    except SlalomError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=None if options.json else 1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""``eval-policy``: compare policies on a scenario and say who wins, by how much and how sure that is.
+
+Progress goes to standard error, the result to standard output: a table, or with ``--json`` one JSON object
+and nothing else. Exit codes: 0 done, 2 bad input, 130 interrupted (finished points are kept under ``--out``).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.errors import SlalomError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["app", "main", "parse_rates"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+_MOST_RATES = 1_000
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """``start:stop:step`` (both ends included) or ``rate,rate,...``, requests per second.
+
+    :raises SlalomError: not numbers, not positive, or an empty range
+    """
+    fix = "write START:STOP:STEP or RATE,RATE,... in requests per second, all above 0"
+    try:
+        numbers = [float(part) for part in text.replace(":", ",").split(",")]
+    except ValueError:
+        raise SlalomError("--rates", text, fix) from None
+    if not all(0.0 < n < 1e9 for n in numbers):
+        raise SlalomError("--rates", text, fix)
+    if ":" not in text:
+        return tuple(sorted(set(numbers)))
+    if text.count(":") != 2 or "," in text or numbers[1] < numbers[0]:
+        raise SlalomError("--rates", text, fix)
+    start, stop, step = numbers
+    count = int((stop - start) / step * (1 + 1e-12) + 1e-9) + 1
+    if count > _MOST_RATES:
+        raise SlalomError("--rates", text, f"that is more than {_MOST_RATES} rates; take larger steps")
+    return tuple(start + step * i for i in range(count))
+
+
+@app.command()
+def evaluate(
+    scenario: Annotated[str, typer.Option(help="Name of a shipped scenario, or a YAML file.")],
+    policy: Annotated[
+        list[str],
+        typer.Option(help="Rule, rule:param=value, checkpoint folder, or 'all' rules. Repeat to compare."),
+    ],
+    env: Annotated[str, typer.Option(help="Where policies run: surrogate or gpu.")] = "surrogate",
+    rates: Annotated[
+        str | None, typer.Option(help="START:STOP:STEP or a,b,c in requests per second.")
+    ] = None,
+    goodput: Annotated[
+        bool, typer.Option("--goodput", help="Search each policy's goodput (default).")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds, the same for every policy.")] = 3,
+    requests: Annotated[int, typer.Option(min=20, help="Requests of one run.")] = 10_000,
+    tune: Annotated[
+        int, typer.Option(min=0, help="Also compare every rule tuned with this many trials.")
+    ] = 0,
+    warmup: Annotated[float, typer.Option(help="Share of arrivals left out at the start.")] = 0.05,
+    drain: Annotated[float, typer.Option(help="Share of arrivals left out at the end.")] = 0.0,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that simulate.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for points, result, report and pictures.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the points found in --out.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    ] = False,
+) -> None:
+    """Compare policies on a scenario: paired runs, bootstrap 95 % intervals, HTML report.
+
+    Example: eval-policy --scenario NAME --policy least_tokens --policy runs/my-policy --goodput --out report
+    """
+    if env != "surrogate":
+        fix = "use surrogate; the gpu backend is not in this version yet" if env == "gpu" else "use surrogate"
+        raise SlalomError("--env", env, fix)
+    if rates is not None and goodput:
+        raise SlalomError("--rates", rates, "give either --rates or --goodput")
+    from env.scenario import load_scenario
+    from rich.console import Console
+
+    from eval.points import PointSettings
+    from eval.session import Request, open_folder
+    from eval.session import evaluate as run
+
+    open_folder(out, resume)
+    request = Request(
+        scenario=load_scenario(scenario),
+        policies=tuple(policy),
+        rates=None if rates is None else parse_rates(rates),
+        seeds=seeds,
+        settings=PointSettings(n_requests=requests, warmup=warmup, drain=drain),
+        tune=tune,
+        jobs=jobs,
+        out=out,
+    )
+    console = Console(stderr=True)
+    from eval.progress import Bar
+
+    try:
+        with Bar(console) as bar:
+            result = run(request, bar)
+        written = _write(result, out)
+    except KeyboardInterrupt:
+        kept = f"; finished points are in {out}, go on with --resume" if out is not None else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for path in written.values():
+        console.print(f"wrote {path}", highlight=False)
+    if as_json:
+        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+    else:
+        _print(result, Console())
+
+
+def _write(result: dict[str, Any], out: Path | None) -> dict[str, Path]:
+    if out is None:
+        return {}
+    from eval.report import write_report
+
+    return write_report(result, out)
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from eval.verdict import ranking, verdict
+
+    searched = result["mode"] == "goodput"
+    table = Table(title=escape(result["settings"]["scenario"]))
+    table.add_column("policy")
+    if searched:
+        heads = [f"goodput {100 * t:g} % [1/s]" for t in result["targets"]] + ["95 % interval", "per GPU"]
+    else:
+        heads = [f"{p['rate']:.4g}/s [%]" for p in result["policies"][0]["points"]] + [
+            "IQM [%]",
+            "95 % interval",
+        ]
+    for head in heads:
+        table.add_column(escape(head), justify="right")
+    for policy in ranking(result):
+        if searched:
+            found = [policy["goodput"][f"{t:g}"] for t in result["targets"]]
+            cells = [f"{f['rate']:.4g}" for f in found]
+            cells += [f"{found[0]['low']:.4g} to {found[0]['high']:.4g}", f"{found[0]['per_gpu']:.4g}"]
+        else:
+            over = policy["iqm_attainment"]
+            cells = [f"{100 * p['slo_attainment']:.2f}" for p in policy["points"]]
+            cells += [f"{100 * over['value']:.2f}", f"{100 * over['low']:.2f} to {100 * over['high']:.2f}"]
+        table.add_row(escape(policy["label"]), *cells)
+    console.print(table)
+    for sentence in verdict(result):
+        console.print(f"• {escape(sentence)}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: :class:`SlalomError` becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except SlalomError as error:
+        print(f"eval-policy: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

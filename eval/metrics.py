@@ -1,0 +1,258 @@
+"""From one run to its figures, under the names of ``vllm bench serve`` and a superset of them.
+
+Definitions (DESIGN.md section 4, Metrics):
+
+* TTFT = first token − arrival; a KV hand-over shows in the gap before token 2, not in TTFT.
+* TPOT = (last token − first token) / (output tokens − 1); met by definition when one token is produced.
+* A request is *good* when it finished and met both of its own targets. Whoever was sent and is shed, failed
+  or unfinished when the run ends, counts as missed: attainment is good ÷ **sent**.
+* The first ``warmup`` and last ``drain`` share of arrivals are left out of every figure except the
+  histogram of token gaps (``itl``) and the cluster's counters: those cover the whole run, as ``windows`` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.core.state import RequestState
+from engine.errors import SlalomError
+from engine.latency.evaluate import TICKS_PER_S
+
+__all__ = ["Outcomes", "block_counts", "histogram_stats", "outcomes", "summarize"]
+
+PERCENTILES = (90, 95, 99)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each measured request (M of them, in order of arrival).
+
+    Times are seconds and NaN where the event never happened; ``*_ok`` are booleans.
+    """
+
+    rows: NDArray[np.int64]  # index into RunResult.req
+    sent_total: int  # requests sent in the whole run, windows included
+    ttft_s: NDArray[np.float64]
+    tpot_s: NDArray[np.float64]
+    e2el_s: NDArray[np.float64]
+    finished: NDArray[np.bool_]
+    ttft_ok: NDArray[np.bool_]
+    tpot_ok: NDArray[np.bool_]
+
+    @property
+    def good(self) -> NDArray[np.bool_]:
+        """Finished with both targets met."""
+        return self.finished & self.ttft_ok & self.tpot_ok
+
+
+def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
+    """Seal every request of a run that falls between the warm-up and the drain window.
+
+    :param run: a ``RunResult``
+    :param warmup: share of arrivals left out at the start, 0 to 1
+    :param drain: share of arrivals left out at the end
+    :raises SlalomError: the windows leave nothing to measure
+    """
+    if not (warmup >= 0.0 and drain >= 0.0 and warmup + drain < 1.0):
+        raise SlalomError(
+            "windows", (warmup, drain), "warm-up and drain are shares of arrivals with a sum below 1"
+        )
+    req = run.req
+    sent = np.flatnonzero((req["arrival"] >= 0) & (req["state"] != RequestState.NEW))
+    order = sent[np.argsort(req["arrival"][sent], kind="stable")]
+    rows = order[int(warmup * len(order)) : len(order) - int(drain * len(order))]
+    if len(rows) == 0:
+        raise SlalomError("requests", len(order), "no request falls into the measured window; simulate more")
+    r = req[rows]
+    started = r["first_token"] >= 0
+    finished = r["state"] == RequestState.FINISHED
+    wait = np.where(started, r["first_token"] - r["arrival"], 0)
+    span = np.where(finished, r["last_token"] - r["first_token"], 0)
+    gaps = np.maximum(r["generated"].astype(np.int64) - 1, 0)
+    return Outcomes(
+        rows=rows,
+        sent_total=len(order),
+        ttft_s=np.where(started, wait / TICKS_PER_S, np.nan),
+        tpot_s=np.where(finished, span / np.maximum(gaps, 1) / TICKS_PER_S, np.nan),
+        e2el_s=np.where(finished, (r["last_token"] - r["arrival"]) / TICKS_PER_S, np.nan),
+        finished=finished,
+        ttft_ok=started & (wait <= r["ttft_slo"]),
+        tpot_ok=finished & ((gaps == 0) | (span <= r["tpot_slo"] * gaps)),
+    )
+
+
+def block_counts(found: Outcomes, n_blocks: int) -> tuple[list[int], list[int]]:
+    """Sent and good requests in ``n_blocks`` runs of consecutive arrivals, the unit of the bootstrap."""
+    block = np.arange(len(found.rows)) * n_blocks // len(found.rows)
+    sent = np.bincount(block, minlength=n_blocks)
+    good = np.bincount(block, weights=found.good, minlength=n_blocks)
+    return sent.tolist(), good.astype(int).tolist()
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _spread(name: str, seconds: NDArray[np.float64]) -> dict[str, float | None]:
+    """mean, median, std and percentiles in ms of what happened; None for all when nothing did."""
+    ms = seconds[np.isfinite(seconds)] * 1e3
+    keys = [f"{kind}_{name}_ms" for kind in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
+    if len(ms) == 0:
+        return dict.fromkeys(keys)
+    figures = [ms.mean(), np.median(ms), ms.std(), *np.percentile(ms, PERCENTILES)]
+    return dict(zip(keys, map(float, figures), strict=True))
+
+
+def histogram_stats(counts: Any, edges_s: Any) -> dict[str, float | None]:
+    """Spread of the token gaps from their histogram: exact to the width of a bin.
+
+    :param counts: ``(bins,)`` token gaps per bin
+    :param edges_s: ``(bins + 1,)`` bin edges, seconds; an unbounded last edge is read as its lower one
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    edges = np.asarray(edges_s, dtype=np.float64)
+    if not np.isfinite(edges[-1]):
+        edges = np.append(edges[:-1], edges[-2])
+    total = counts.sum()
+    keys = [f"{kind}_itl_ms" for kind in ("mean", "median", "std", *(f"p{p}" for p in PERCENTILES))]
+    if total == 0:
+        return dict.fromkeys(keys)
+    middle = (edges[1:] + edges[:-1]) / 2
+    mean = (counts * middle).sum() / total
+    std = np.sqrt((counts * (middle - mean) ** 2).sum() / total)
+
+    def quantile(share: float) -> float:
+        cumulative = np.cumsum(counts)
+        i = int(np.searchsorted(cumulative, share * total))
+        below = cumulative[i] - counts[i]
+        return float(edges[i] + (edges[i + 1] - edges[i]) * (share * total - below) / counts[i])
+
+    figures = [mean, quantile(0.5), std, *(quantile(p / 100) for p in PERCENTILES)]
+    return {key: float(figure) * 1e3 for key, figure in zip(keys, figures, strict=True)}
+
+
+def _peaks(r: NDArray[Any], finished: NDArray[np.bool_], end: int) -> tuple[int, float]:
+    """(most requests in the system at once, most output tokens in one second).
+
+    Only first and last token of a request are known, so its tokens are spread evenly between them.
+    """
+    leave = np.where(finished, r["last_token"], end)
+    stamps = np.concatenate([r["arrival"], leave])
+    step = np.concatenate([np.ones(len(r), dtype=np.int64), -np.ones(len(r), dtype=np.int64)])
+    concurrent = int(np.cumsum(step[np.lexsort((step, stamps))]).max())
+    done = r[finished]
+    if len(done) == 0:
+        return concurrent, 0.0
+    first, last = done["first_token"] / TICKS_PER_S, done["last_token"] / TICKS_PER_S
+    span = np.maximum(last - first, 1e-9)
+    speed = done["generated"] / span
+    times = np.concatenate([first, first + span])
+    change = np.concatenate([speed, -speed])
+    order = np.argsort(times, kind="stable")
+    times, rate = times[order], np.cumsum(change[order])
+    produced = np.concatenate([[0.0], np.cumsum(rate[:-1] * np.diff(times))])
+    grid = np.arange(times[0], times[-1] + 1.0)
+    per_second = np.diff(np.interp(np.append(grid, grid[-1] + 1.0), times, produced))
+    return concurrent, float(per_second.max())
+
+
+def _by_class(run: Any, found: Outcomes) -> dict[str, dict[str, float]]:
+    cls = run.req["cls"][found.rows]
+    table = {}
+    for index, name in enumerate(run.class_names):
+        mine = cls == index
+        if not mine.any():
+            continue
+        table[name] = {
+            "sent": int(mine.sum()),
+            "slo_attainment": float(found.good[mine].mean()),
+            "ttft": float(found.ttft_ok[mine].mean()),
+            "tpot": float(found.tpot_ok[mine].mean()),
+        }
+    return table
+
+
+def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str, Any]:
+    """All figures of a run as one JSON-ready dict; times in ms, rates per second, None where undefined.
+
+    ``duration`` runs from the first measured arrival to the last measured finish (to the end of the run if
+    some are unfinished), as in ``vllm bench serve``; rates and throughputs are per that second.
+
+    :param run: a ``RunResult``
+    :param warmup: see :func:`outcomes`
+    :param drain: see :func:`outcomes`
+    :raises SlalomError: the windows leave nothing to measure
+    """
+    from engine.core.slo import itl_edges_s
+
+    found = outcomes(run, warmup=warmup, drain=drain)
+    r, good = run.req[found.rows], found.good
+    cluster = np.atleast_1d(run.cluster)[0]
+    state, n = r["state"], len(r)
+    end = int(run.duration_s * TICKS_PER_S)
+    gone = found.finished | (state == RequestState.SHED) | (state == RequestState.FAILED)
+    last = int(r["last_token"].max()) if gone.all() and found.finished.any() else end
+    duration = max((last - int(r["arrival"][0])) / TICKS_PER_S, 1e-9)
+    tokens_in, tokens_out = int(r["prompt"].sum()), int(r["generated"].sum())
+    waits = np.where(r["first_token"] >= 0, r["first_token"], end) - r["arrival"]
+    waited = ~((state == RequestState.SHED) | (state == RequestState.FAILED))
+    concurrent, peak_tokens = _peaks(r, found.finished, end)
+    return {
+        "num_prompts": n,
+        "request_rate": float(run.rate),
+        "max_concurrency": None,
+        "duration": duration,
+        "completed": int(found.finished.sum()),
+        "shed": int((state == RequestState.SHED).sum()),
+        "failed": int((state == RequestState.FAILED).sum()),
+        "unfinished": int((~gone).sum()),
+        "total_input_tokens": tokens_in,
+        "total_output_tokens": tokens_out,
+        "request_throughput": float(found.finished.sum()) / duration,
+        "request_goodput": float(good.sum()) / duration,
+        "output_throughput": tokens_out / duration,
+        "total_token_throughput": (tokens_in + tokens_out) / duration,
+        "max_output_tokens_per_s": peak_tokens,
+        "max_concurrent_requests": concurrent,
+        **_spread("ttft", found.ttft_s),
+        **_spread("tpot", found.tpot_s),
+        **histogram_stats(run.itl, itl_edges_s()),
+        **_spread("e2el", found.e2el_s),
+        "slo_attainment": float(good.mean()),
+        "slo_attainment_by_metric": {
+            "ttft": float(found.ttft_ok.mean()),
+            "tpot": float(found.tpot_ok.mean()),
+        },
+        "slo_attainment_by_class": _by_class(run, found),
+        "goodput_per_gpu": float(good.sum()) / duration / run.n_gpus,
+        "token_goodput": float(r["generated"][good].sum()) / duration,
+        "worst_wait_s": _number(waits[waited].max() / TICKS_PER_S) if waited.any() else None,
+        "preemptions": int(cluster["n_preempted"]),
+        "migrations": int(cluster["n_migrated"]),
+        "migrated_tokens": int(cluster["migrated_tokens"]),
+        "role_switches": int(cluster["n_switches"]),
+        "prefix_hit_rate": float(r["cached"].sum()) / max(tokens_in, 1),
+        "decisions": int(run.decisions),
+        "n_gpus": int(run.n_gpus),
+        "simulated_s": float(run.duration_s),
+        "wall_s": float(run.wall_s),
+        "seed": int(run.seed),
+        "windows": {
+            "warmup_share": warmup,
+            "drain_share": drain,
+            "sent_total": found.sent_total,
+            "measured": n,
+            "whole_run": [
+                "itl",
+                "preemptions",
+                "migrations",
+                "migrated_tokens",
+                "role_switches",
+                "decisions",
+            ],
+        },
+    }

@@ -1,0 +1,231 @@
+"""Measuring points: (policy, rate, seed) -> figures; cached, resumable, in this process or in a small pool.
+
+A point is the smallest unit of work everything above shares: the goodput search, the comparison and the
+tuner ask for points and never simulate by themselves. With a folder every finished point is kept there as
+one JSON file named by a digest of all that determines it, so an interrupted comparison resumes and a
+changed scenario, checkpoint or simulator is measured anew instead of being served an old number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from engine.errors import SlalomError
+from eval.metrics import block_counts, outcomes, summarize
+from eval.store import read_json, write_json
+from policies.rule import Value
+
+__all__ = [
+    "Contender",
+    "Evaluator",
+    "Point",
+    "PointSettings",
+    "code_sha256",
+    "policy_sha256",
+    "scenario_hash",
+]
+
+_ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = ("engine/core", "engine/latency", "env", "policies", "eval/metrics.py")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One policy in a comparison.
+
+    :param policy: name, ``name:param=value`` or a checkpoint folder
+    :param values: parameter values that replace the rule's defaults
+    :param label: how the report calls it (unique within a comparison)
+    :param tuned: its parameters come from a search
+    """
+
+    policy: str
+    values: Mapping[str, Value] = field(default_factory=dict)
+    label: str = ""
+    tuned: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.label or self.policy
+
+
+@dataclass(frozen=True)
+class PointSettings:
+    """What every point of one comparison has in common."""
+
+    n_requests: int = 10_000
+    split: str = "test"
+    warmup: float = 0.05
+    drain: float = 0.0
+    n_blocks: int = 20
+
+    def __post_init__(self) -> None:
+        if self.n_requests < self.n_blocks:
+            raise SlalomError("requests", self.n_requests, f"at least {self.n_blocks} per run are needed")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured point: the metrics of ``eval.metrics`` and sent/good counts per block of arrivals."""
+
+    rate: float
+    seed: int
+    metrics: dict[str, Any]
+    sent: list[int]
+    good: list[int]
+
+    @property
+    def attainment(self) -> float:
+        return sum(self.good) / max(sum(self.sent), 1)
+
+
+@cache
+def code_sha256() -> str:
+    """Digest of every source file a point depends on: a stored point never outlives the code that made it."""
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        place = _ROOT / source
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            digest.update(path.relative_to(_ROOT).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def policy_sha256(contender: Contender) -> str:
+    """Digest of what decides: every file of a checkpoint folder, or the name and values of a rule."""
+    digest = hashlib.sha256(json.dumps([contender.policy, sorted(contender.values.items())]).encode())
+    folder = Path(contender.policy)
+    if folder.is_dir():
+        digest = hashlib.sha256(json.dumps(sorted(contender.values.items())).encode())
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def scenario_hash(scenario: Any) -> str:
+    """Digest of a scenario's content, independent of its file."""
+    return hashlib.sha256(scenario.model_dump_json().encode()).hexdigest()
+
+
+def measure(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
+    """Simulate one point."""
+    from env.simulate import simulate
+
+    run = simulate(
+        scenario,
+        contender.policy,
+        rate=rate,
+        n_requests=settings.n_requests,
+        seed=seed,
+        split=settings.split,
+        values=dict(contender.values) or None,
+    )
+    sent, good = block_counts(outcomes(run, warmup=settings.warmup, drain=settings.drain), settings.n_blocks)
+    return Point(rate, seed, summarize(run, warmup=settings.warmup, drain=settings.drain), sent, good)
+
+
+def _quiet_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C and keeps what is finished
+
+
+class Evaluator:
+    """Answers for points of one scenario, from memory, from the folder or by simulating.
+
+    :param scenario: ``env.scenario.Scenario``
+    :param settings: common to all points
+    :param jobs: 1 simulates here; more starts that many processes
+    :param folder: finished points are kept here and read back; None keeps them in memory only
+    :param on_point: called after each point that was simulated or read back
+    :param measure: replaces the simulator (tests; a module-level function when ``jobs`` > 1)
+    """
+
+    def __init__(
+        self,
+        scenario: Any,
+        settings: PointSettings,
+        *,
+        jobs: int = 1,
+        folder: Path | None = None,
+        on_point: Callable[[Point], None] | None = None,
+        measure: Callable[..., Point] = measure,
+    ) -> None:
+        self.scenario, self.settings = scenario, settings
+        self.simulated_requests = 0
+        self._jobs, self._folder, self._on_point, self._measure = jobs, folder, on_point, measure
+        self._known: dict[str, Point] = {}
+        self._pool: ProcessPoolExecutor | None = None
+        self._base = [code_sha256(), scenario_hash(scenario), settings.__dict__]
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def points(self, contender: Contender, rate: float, seeds: Sequence[int]) -> list[Point]:
+        """One point per seed, in the order of ``seeds``.
+
+        :raises SlalomError: the scenario or the policy is not usable, or a result cannot be written
+        """
+        keys = {seed: self._key(contender, rate, seed) for seed in seeds}
+        missing = [seed for seed in seeds if not self._recall(keys[seed])]
+        for point in self._simulate(contender, rate, missing):
+            key = keys[point.seed]
+            self._known[key] = point
+            self.simulated_requests += self.settings.n_requests
+            if self._folder is not None:
+                write_json(self._folder / f"{key}.json", point.__dict__)
+            if self._on_point is not None:
+                self._on_point(point)
+        return [self._known[keys[seed]] for seed in seeds]
+
+    def attainment(self, contender: Contender, rate: float, seeds: Sequence[int]) -> float:
+        """Attainment over the requests of all seeds together."""
+        points = self.points(contender, rate, seeds)
+        return sum(sum(p.good) for p in points) / max(sum(sum(p.sent) for p in points), 1)
+
+    def _key(self, contender: Contender, rate: float, seed: int) -> str:
+        parts = [*self._base, policy_sha256(contender), repr(float(rate)), seed]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _recall(self, key: str) -> bool:
+        if key in self._known:
+            return True
+        if self._folder is None or not (path := self._folder / f"{key}.json").exists():
+            return False
+        try:
+            self._known[key] = Point(**read_json(path))
+        except TypeError as error:
+            raise SlalomError("stored point", str(path), "delete this file") from error
+        if self._on_point is not None:
+            self._on_point(self._known[key])
+        return True
+
+    def _simulate(self, contender: Contender, rate: float, seeds: Sequence[int]) -> Iterator[Point]:
+        if self._jobs <= 1 or len(seeds) <= 1:
+            for seed in seeds:
+                yield self._measure(self.scenario, contender, rate, seed, self.settings)
+            return
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self._jobs, mp_context=get_context("spawn"), initializer=_quiet_worker
+            )
+        waiting = {
+            self._pool.submit(self._measure, self.scenario, contender, rate, seed, self.settings)
+            for seed in seeds
+        }
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()

@@ -1,0 +1,55 @@
+"""The progress bar of ``eval-policy``: what runs, points done, simulated requests per second, time left."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from eval.points import Point
+from eval.session import Watcher
+
+__all__ = ["Bar"]
+
+
+class Bar(Watcher):
+    """A bar on the given console; silent bars on consoles that are no terminal are rich's own business."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("start", total=None, speed="")
+        self._requests, self._since = 0, time.perf_counter()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, points: int | None) -> None:
+        self._progress.reset(self._task, description=escape(name), total=points, speed="")
+        self._requests, self._since = 0, time.perf_counter()
+
+    def point(self, point: Point) -> None:
+        self._requests += point.metrics["num_prompts"]
+        speed = self._requests / max(time.perf_counter() - self._since, 1e-9)
+        self._progress.update(self._task, advance=1, speed=f"{speed:,.0f} requests/s")
+
+    def note(self, text: str) -> None:
+        self._console.print(escape(text), highlight=False)

@@ -1,0 +1,204 @@
+"""One evaluation from request to report: contenders, tuning, comparison, settings, files.
+
+The command ``eval-policy`` is a thin door to :func:`evaluate`; scripts and notebooks call it directly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from engine.errors import SlalomError
+from eval.compare import compare
+from eval.goodput import TARGETS
+from eval.points import Contender, Evaluator, Point, PointSettings, code_sha256, scenario_hash
+from eval.provenance import commit, machine, versions
+from eval.store import read_json, write_json
+
+__all__ = ["Request", "Watcher", "contenders_of", "evaluate", "open_folder"]
+
+
+class Watcher:
+    """Hears about progress; the command shows a bar, scripts may ignore it."""
+
+    def phase(self, name: str, points: int | None) -> None:
+        """A policy or a tuning search starts; ``points`` is an estimate of its simulations, if known."""
+
+    def point(self, point: Point) -> None:
+        """A point is finished (or was read back)."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated.
+
+    :param policies: names, ``name:param=value``, checkpoint folders, or ``all`` for every known rule
+    :param rates: requests per second; None searches the goodput
+    :param seeds: number of seeds, 0 upwards
+    :param tune: trials per rule; 0 compares untuned rules only
+    :param out: folder of all files; None keeps nothing
+    """
+
+    scenario: Any
+    policies: tuple[str, ...]
+    rates: tuple[float, ...] | None = None
+    seeds: int = 3
+    settings: PointSettings = field(default_factory=PointSettings)
+    tune: int = 0
+    start: float = 1.0
+    jobs: int = 1
+    out: Path | None = None
+
+
+def open_folder(out: Path | None, resume: bool) -> None:
+    """Refuse to mix results: a folder with points is only used again when asked to.
+
+    :raises SlalomError: the folder holds results and ``resume`` is false, or it is no folder
+    """
+    if out is None:
+        if resume:
+            raise SlalomError("--resume", True, "give the folder of the interrupted run with --out")
+        return
+    if out.exists() and not out.is_dir():
+        raise SlalomError("--out", str(out), "this is a file; name a folder")
+    if not resume and (out / "points").exists() and any((out / "points").iterdir()):
+        raise SlalomError("--out", str(out), "it holds results already; add --resume or name another folder")
+
+
+def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
+    """Turn the policies asked for into contenders; of ``all``, those that fit the scenario.
+
+    :raises SlalomError: an explicitly named policy does not fit
+    """
+    from policies.registry import names
+
+    chosen: dict[str, Contender] = {}
+    probe = replace(request.settings, n_requests=max(64, request.settings.n_blocks))
+    with Evaluator(request.scenario, probe) as evaluator:
+        for policy in dict.fromkeys(request.policies):
+            for name in names() if policy == "all" else [policy]:
+                label = Path(name).name if Path(name).is_dir() else name
+                try:
+                    evaluator.points(Contender(name), request.start, [0])
+                except SlalomError as error:
+                    if policy != "all":
+                        raise
+                    watcher.note(f"{name} left out: {error}")
+                    continue
+                chosen.setdefault(label if label not in chosen else name, Contender(name, label=label))
+    if not chosen:
+        raise SlalomError(
+            "--policy", list(request.policies), "name at least one policy that fits the scenario"
+        )
+    return list(chosen.values())
+
+
+def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Tune (if asked), compare and return the whole result; with ``out`` every finished part is kept there.
+
+    :raises SlalomError: bad policy, rate or scenario; folder not writable; disk full
+    """
+    watcher = watcher or Watcher()
+    contenders = contenders_of(request, watcher)
+    tuning = _tune_all(request, contenders, watcher)
+    for found in tuning:
+        if found["trials"]:
+            label = f"{found['policy']} (tuned)"
+            contenders.append(Contender(found["rule"], found["values"], label, tuned=True))
+    seeds = list(range(request.seeds))
+    folder = None if request.out is None else request.out / "points"
+    per_policy = len(seeds) * (len(request.rates) if request.rates else 25)
+    with Evaluator(
+        request.scenario, request.settings, jobs=request.jobs, folder=folder, on_point=watcher.point
+    ) as evaluator:
+        result = compare(
+            evaluator,
+            contenders,
+            seeds,
+            rates=request.rates,
+            start=request.start,
+            on_policy=lambda name: watcher.phase(name, per_policy),
+        )
+    result["settings"] = _settings(request, seeds, tuning)
+    return result
+
+
+def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any]]) -> dict[str, Any]:
+    import yaml
+
+    scenario = request.scenario
+    return {
+        "scenario": scenario.name,
+        "scenario_sha256": scenario_hash(scenario),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backend": "surrogate",
+        "rates": None if request.rates is None else list(request.rates),
+        "seeds": list(seeds),
+        "requests_per_run": request.settings.n_requests,
+        "split": request.settings.split,
+        "warmup": request.settings.warmup,
+        "drain": request.settings.drain,
+        "bootstrap_blocks": request.settings.n_blocks,
+        "targets": list(TARGETS),
+        "commit": commit(),
+        "code_sha256": code_sha256(),
+        "versions": versions(),
+        "machine": machine(),
+        "tuning": tuning,
+        "scenario_yaml": yaml.safe_dump(scenario.model_dump(mode="json"), sort_keys=False),
+    }
+
+
+def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher) -> list[dict[str, Any]]:
+    """Tune every rule with the same number of trials; finished searches are read back from ``out``."""
+    if request.tune == 0:
+        return []
+    from eval.tune import KNEE, knee_rate, tune
+
+    watcher.phase("knee", None)
+    knee = knee_rate(request.scenario, request.settings, start=request.start)
+    rates = tuple(factor * knee for factor in KNEE)
+    found = []
+    for contender in contenders:
+        if Path(contender.policy).is_dir():
+            continue
+        watcher.phase(f"tune {contender.name}", None)
+        stored = _tuning_file(request, contender, rates)
+        if stored is not None and stored.exists():
+            found.append(read_json(stored))
+            continue
+        best = tune(
+            contender.policy,
+            request.scenario,
+            request.tune,
+            rates=rates,
+            settings=request.settings,
+            jobs=request.jobs,
+            on_trial=_trial_watcher(watcher, contender.name, request.tune),
+        )
+        entry = {"policy": contender.policy, **best.as_dict()}
+        if stored is not None:
+            write_json(stored, entry)
+        found.append(entry)
+    return found
+
+
+def _trial_watcher(watcher: Watcher, name: str, trials: int) -> Callable[[int, float], None]:
+    return lambda done, best: watcher.phase(f"tune {name}: {done}/{trials}, {100 * best:.2f} %", None)
+
+
+def _tuning_file(request: Request, contender: Contender, rates: Sequence[float]) -> Path | None:
+    if request.out is None:
+        return None
+    parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates)]
+    parts.append(request.settings.__dict__)
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return request.out / "tuning" / f"{contender.name.split(':')[0]}-{digest}.json"

@@ -1,0 +1,122 @@
+"""A comparison in plain sentences: who wins, by how much, how sure; losses as plainly as gains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["is_learned", "ranking", "verdict"]
+
+
+def is_learned(policy: Mapping[str, Any]) -> bool:
+    """Whether a policy of a result is a checkpoint folder rather than a published rule."""
+    return Path(policy["policy_id"]).is_dir() or "/" in policy["policy_id"]
+
+
+def ranking(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Policies of a result, best first: by goodput at the first target, or by attainment over the rates."""
+    if result["mode"] == "goodput":
+        key = f"{result['targets'][0]:g}"
+        return sorted(result["policies"], key=lambda p: -p["goodput"][key]["rate"])
+    return sorted(result["policies"], key=lambda p: -p["iqm_attainment"]["value"])
+
+
+def verdict(result: Mapping[str, Any]) -> list[str]:
+    """One sentence for the winner, then one per pair that matters.
+
+    Each learned policy is held against every rule; without one, the best policy against all others.
+    """
+    order = ranking(result)
+    goodput = result["mode"] == "goodput"
+    best = order[0]
+    sentences = [_opening(result, best)]
+    line = _goodput_line if goodput else _attainment_line
+    learned = [p for p in order if is_learned(p)]
+    for place, subject in enumerate(learned or [best]):
+        better_learned = learned[:place]  # that pair was told from the better one's side
+        for rival in order:
+            if rival is subject or rival in better_learned:
+                continue
+            pair, flipped = _find(result["pairs"], subject["label"], rival["label"])
+            sentences.append(line(result, subject, rival, pair, flipped))
+    if len(result["settings"]["seeds"]) == 1:
+        sentences.append("One seed only: the intervals cover noise within that run, not between runs.")
+    return sentences
+
+
+def _opening(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    share = f"{100 * result['targets'][0]:g} %"
+    if result["mode"] == "rates":
+        found = best["iqm_attainment"]
+        return (
+            f"Over the rates asked, {best['label']} meets both targets for {100 * found['value']:.1f} % "
+            f"of requests sent "
+            f"(interquartile mean, 95 % interval {100 * found['low']:.1f} to {100 * found['high']:.1f})."
+        )
+    found = best["goodput"][f"{result['targets'][0]:g}"]
+    if found["rate"] == 0.0:
+        return f"No policy holds {share} at any rate: the targets are out of reach on this cluster."
+    return (
+        f"{best['label']} holds {share} of requests sent up to {found['rate']:.4g} requests/s "
+        f"(95 % interval {found['low']:.4g} to {found['high']:.4g}; {found['per_gpu']:.4g} per GPU)."
+    )
+
+
+def _find(pairs: Sequence[Mapping[str, Any]], a: str, b: str) -> tuple[Mapping[str, Any], bool]:
+    for pair in pairs:
+        if (pair["a"], pair["b"]) == (a, b):
+            return pair, False
+        if (pair["a"], pair["b"]) == (b, a):
+            return pair, True
+    raise KeyError((a, b))
+
+
+def _goodput_line(
+    result: Mapping[str, Any],
+    subject: Mapping[str, Any],
+    rival: Mapping[str, Any],
+    pair: Mapping[str, Any],
+    flipped: bool,
+) -> str:
+    key = f"{result['targets'][0]:g}"
+    ours, theirs = subject["goodput"][key]["rate"], rival["goodput"][key]["rate"]
+    gap = pair["goodput"][key]["difference"]
+    low, high = (-gap["high"], -gap["low"]) if flipped else (gap["low"], gap["high"])
+    if theirs == 0.0:
+        return f"{_verb(subject, rival, low, high)}: {rival['label']} reaches the target at no rate."
+    ratio = pair["goodput"][key]["ratio"]
+    bounds = (_inverse(ratio["high"]), _inverse(ratio["low"])) if flipped else (ratio["low"], ratio["high"])
+    span = " to ".join("unbounded" if b is None else f"{b:.3f}" for b in bounds)
+    verb = _verb(subject, rival, low, high)
+    return f"{verb}: goodput {ours / theirs:.3f} times as high (95 % interval {span})."
+
+
+def _attainment_line(
+    result: Mapping[str, Any],
+    subject: Mapping[str, Any],
+    rival: Mapping[str, Any],
+    pair: Mapping[str, Any],
+    flipped: bool,
+) -> str:
+    gap = pair["mean_attainment"]
+    sign = -1.0 if flipped else 1.0
+    low, high = sorted((sign * gap["low"], sign * gap["high"]))
+    return (
+        f"{_verb(subject, rival, low, high)}: {100 * sign * gap['value']:+.2f} points of attainment "
+        f"(95 % interval {100 * low:+.2f} to {100 * high:+.2f})."
+    )
+
+
+def _verb(subject: Mapping[str, Any], rival: Mapping[str, Any], low: float, high: float) -> str:
+    if low > 0:
+        return f"{subject['label']} beats {rival['label']}"
+    if high < 0:
+        return f"{subject['label']} loses to {rival['label']}"
+    return f"No difference shown between {subject['label']} and {rival['label']}"
+
+
+def _inverse(value: float | None) -> float | None:
+    if value is None:
+        return 0.0
+    return 1.0 / value if value > 0 else None

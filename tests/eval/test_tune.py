@@ -1,0 +1,108 @@
+"""The search on an objective whose optimum is known, and its budget."""
+
+import pytest
+from eval_cases import Scenario, synthetic_measure, true_goodput
+
+import eval.tune as tuning
+from engine.errors import SlalomError
+from eval.points import PointSettings
+from policies.rule import Param, Rule
+
+SETTINGS = PointSettings(n_requests=2_000)
+
+
+def fake_rule(monkeypatch, *params):
+    rule = Rule(name="weighted", doc="", source="", decide=None, params=params)
+    monkeypatch.setattr(tuning, "get", lambda name: rule)
+
+
+def run(measure=synthetic_measure, **options):
+    return tuning.tune(
+        "weighted", Scenario(), 25, rates=(30.0, 40.0), settings=SETTINGS, measure=measure, **options
+    )
+
+
+WEIGHT = Param("weight", 0.0, 1.0, 0.9)
+
+
+def test_finds_the_known_optimum_and_beats_the_defaults(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT)
+    found = run()
+    assert found.values["weight"] == pytest.approx(0.3, abs=0.1)
+    assert found.score > found.default + 0.05
+    assert found.default == next(e["final"] for e in found.ranking if e["values"]["weight"] == 0.9)
+
+
+def test_every_rule_gets_the_same_budget_and_test_data_stay_untouched(monkeypatch):
+    calls = []
+
+    def spy(scenario, contender, rate, seed, settings):
+        calls.append((settings.split, seed, dict(contender.values)))
+        return synthetic_measure(scenario, contender, rate, seed, settings)
+
+    costs = set()
+    for params in ([WEIGHT], [WEIGHT, Param("other", 0.0, 2.0, 1.0)]):
+        fake_rule(monkeypatch, *params)
+        calls.clear()
+        found = run(measure=spy)
+        searched = [c for c in calls if c[0] == "train"]
+        costs.add(len(searched))
+        assert searched[0][2]["weight"] == 0.9  # defaults first
+        assert {split for split, _, _ in calls} == {"train", "valid"}
+        train = {seed for split, seed, _ in calls if split == "train"}
+        assert not train & {seed for split, seed, _ in calls if split == "valid"}
+        assert found.simulated_requests == len(calls) * SETTINGS.n_requests
+    assert costs == {25 * 2 * 2}
+
+
+def test_the_same_seed_gives_the_same_search(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT)
+    assert run(seed=3) == run(seed=3)
+
+
+def test_a_journal_resumes_where_it_stopped(monkeypatch, tmp_path):
+    fake_rule(monkeypatch, WEIGHT)
+    done = []
+    storage = tmp_path / "weighted.journal"
+
+    def stop(number, best):
+        done.append(number)
+        if number == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(storage=storage, on_trial=stop)
+    found = run(storage=storage, on_trial=lambda number, best: done.append(number))
+    assert done == list(range(1, 26))
+    assert found.trials == 25
+
+
+def test_many_continuous_parameters_go_to_cma_es(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT, *(Param(f"p{i}", 0.0, 1.0, 0.5) for i in range(9)))
+    assert run().sampler == "CmaEsSampler"
+
+
+def test_settings_that_do_not_fit_score_zero_but_unfit_defaults_are_an_error(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT)
+
+    def picky(scenario, contender, rate, seed, settings):
+        if contender.values["weight"] < limit:
+            raise SlalomError("weight", contender.values["weight"], "too small for this cluster")
+        return synthetic_measure(scenario, contender, rate, seed, settings)
+
+    limit = 0.5
+    assert run(measure=picky).values["weight"] >= 0.5
+    limit = 0.95
+    with pytest.raises(SlalomError, match="too small"):
+        run(measure=picky)
+
+
+def test_a_rule_without_parameters_costs_nothing(monkeypatch):
+    fake_rule(monkeypatch)
+    found = run()
+    assert (found.trials, found.simulated_requests, found.values) == (0, 0, {})
+
+
+def test_the_knee_is_the_goodput_of_the_reference_rule():
+    knee = tuning.knee_rate(Scenario(), SETTINGS, policy="x1", measure=synthetic_measure)
+    assert knee == pytest.approx(true_goodput(40.0, 0.9), rel=0.05)
