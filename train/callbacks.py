@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from eval.points import Contender
 from eval.store import write_bytes
 from train.judge import Judge, Verdict
 from train.ppo import DispatchPPO
@@ -162,7 +163,7 @@ class EvaluationCallback(BaseCallback):
             self._collect(wait=True)
 
     def _start(self, name: str, frames: int, trained_s: float) -> None:
-        future = self._judge.submit(self.out / "snapshots" / name, self._seeds)
+        future = self._judge.submit(Contender(str(self.out / "snapshots" / name)), self._seeds)
         self._pending = (name, frames, trained_s, future)
 
     def _collect(self, *, wait: bool) -> None:

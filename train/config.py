@@ -20,6 +20,8 @@ class TrainConfig(BaseModel):
 
     # -- budget
     tune_share: float = Field(0.25, ge=0, le=0.9, description="share of the budget to tune the base rule")
+    tune_trials: int = Field(60, ge=0, description="trials instead, when the budget is in frames")
+    tune_requests: int = Field(500, ge=20, description="requests of one simulation of the search")
     final_share: float = Field(0.12, ge=0, le=0.5, description="share of a wall-time budget for selection")
 
     # -- rollouts
@@ -32,7 +34,7 @@ class TrainConfig(BaseModel):
     workers: int = Field(0, ge=0, description="rollout processes; 0 collects in this process")
 
     # -- network
-    hidden: int = Field(32, ge=4, le=512, description="width of the shared encoder")
+    hidden: int = Field(32, ge=4, le=512, multiple_of=4, description="width of the shared encoder")
 
     # -- PPO
     learning_rate: float = Field(1e-3, gt=0)
@@ -57,7 +59,9 @@ class TrainConfig(BaseModel):
         None, ge=1, description="frames between evaluations instead: reproducible runs need it"
     )
     eval_requests: int = Field(600, ge=10, description="requests of an evaluation window")
-    eval_seeds: int = Field(3, ge=1, description="validation windows, the same for every policy")
+    eval_seeds: int = Field(4, ge=1, description="validation windows, the same for every policy")
+    final_seeds: int = Field(12, ge=1, description="fresh validation windows of the final selection")
+    finalists: int = Field(3, ge=1, description="snapshots in the final selection, beside the base rule")
     eval_loads: tuple[float, ...] = Field((0.9, 1.0, 1.1), description="times the base rule's goodput")
     save_every_s: float = Field(15.0, gt=0, description="wall seconds between training checkpoints")
     torch_threads: int = Field(1, ge=1, description="threads of torch; more lose when the cores are shared")

@@ -6,11 +6,12 @@ training goes on beside it.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Protocol
 
 from eval.points import Contender, PointSettings, measure
@@ -37,8 +38,8 @@ class Verdict:
 class Judge(Protocol):
     """Scores policies, possibly later and elsewhere."""
 
-    def submit(self, policy: str | Path, seeds: Sequence[int]) -> Future[Verdict]:
-        """Start judging a rule (``name:param=value``) or a checkpoint folder."""
+    def submit(self, contender: Contender, seeds: Sequence[int]) -> Future[Verdict]:
+        """Start judging a rule with values or a checkpoint folder."""
         ...
 
     def close(self) -> None:
@@ -57,9 +58,6 @@ def mean_attainment(
 
 
 def _quiet_worker() -> None:
-    import os
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     os.nice(5)  # judging must not slow the training it runs beside
 
@@ -82,9 +80,9 @@ class SimulatorJudge:
             else None
         )
 
-    def submit(self, policy: str | Path, seeds: Sequence[int]) -> Future[Verdict]:
+    def submit(self, contender: Contender, seeds: Sequence[int]) -> Future[Verdict]:
         """See :meth:`Judge.submit`."""
-        job = (self._scenario, Contender(str(policy)), self._rates, tuple(seeds), self._settings)
+        job = (self._scenario, contender, self._rates, tuple(seeds), self._settings)
         if self._pool is not None:
             return self._pool.submit(mean_attainment, *job)
         done: Future[Verdict] = Future()

@@ -12,9 +12,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-__all__ = ["MASKED_LOGIT", "ScoringPolicy"]
-
-MASKED_LOGIT = -1e8  # what sb3-contrib uses: its probability underflows to exactly 0
+__all__ = ["ScoringPolicy"]
 
 
 class ScoringPolicy(MaskableActorCriticPolicy):
@@ -22,8 +20,9 @@ class ScoringPolicy(MaskableActorCriticPolicy):
 
     The observation is ``[context (C) | candidates (K x F)]`` in float32, the action an index below K.
 
-    :param make_network: builds a module called as ``network(context (B, C), candidates (B, K, F), mask (B, K))``
-        that returns logits (B, K) and values (B,) on a unit scale
+    :param make_network: builds a module called as ``network(observations, mask (B, K))`` whose answer has
+        ``logits`` (B, K), masked rows far below the others, and ``value`` (B,) on a unit scale;
+        :class:`policies.network.ScoringNetwork` is one
     :param n_context: C
     :param n_features: F
     :param seed: of the exploration noise and minibatch order, kept apart from torch's global generator so that
@@ -32,6 +31,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
 
     value_shift: th.Tensor
     value_scale: th.Tensor
+    seen: th.Tensor  # least and greatest observation column so far: (2, C + F)
 
     def __init__(
         self,
@@ -57,6 +57,8 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self.network = self._make_network()
         self.register_buffer("value_shift", th.zeros(()))
         self.register_buffer("value_scale", th.ones(()))
+        columns = self.n_context + self.n_features
+        self.register_buffer("seen", th.tensor([float("inf"), -float("inf")]).repeat_interleave(columns).view(2, -1))
         self.trainable = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = th.optim.Adam(self.trainable, lr=lr_schedule(1.0), eps=1e-5, fused=True)
 
@@ -65,14 +67,20 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self.value_shift.fill_(shift)
         self.value_scale.fill_(scale)
 
+    def note_seen(self, obs: th.Tensor) -> None:
+        """Widen the bounds of what the policy was trained on by observations (B, C + K·F)."""
+        rows = obs[:, self.n_context :].reshape(-1, self.n_features)
+        for side, extreme in ((0, th.amin), (1, th.amax)):
+            now = th.cat([extreme(obs[:, : self.n_context], 0), extreme(rows, 0)])
+            self.seen[side] = extreme(th.stack([self.seen[side], now]), 0)
+
     def _scores(self, obs: th.Tensor, mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
-        """Masked logits (B, K) and values (B,). Without a mask, rows of all zeros count as padding."""
-        context = obs[:, : self.n_context]
-        candidates = obs[:, self.n_context :].view(-1, self.n_candidates, self.n_features)
-        live = (candidates != 0).any(-1) if mask is None else th.as_tensor(mask, dtype=th.bool)
-        logits, values = self.network(context, candidates, live)
-        logits = logits.masked_fill(~live, MASKED_LOGIT)
-        return logits, self.value_shift + self.value_scale * values
+        """Logits (B, K) and values (B,). Without a mask, rows of all zeros count as padding."""
+        if mask is None:
+            rows = obs[:, self.n_context :].view(-1, self.n_candidates, self.n_features)
+            mask = (rows != 0).any(-1)
+        scores = self.network(obs, th.as_tensor(mask, dtype=th.bool))
+        return scores.logits, self.value_shift + self.value_scale * scores.value
 
     def forward(  # type: ignore[override]
         self, obs: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None

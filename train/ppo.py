@@ -191,6 +191,7 @@ class DispatchPPO(MaskablePPO):
                 )
         with self.split.phase("copy"):
             rollout_buffer.compute_returns_and_advantage(last, self._last_episode_starts)  # type: ignore[arg-type]
+            self.policy.note_seen(th.from_numpy(rollout_buffer.observations).flatten(0, 1))
         callback.on_rollout_end()
         return True
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from policies.network import MASKED, Scores
+
 C, F = 3, 4
 
 
@@ -141,6 +143,7 @@ class StubNetwork(nn.Module):
 
     def __init__(self, hidden: int = 16, c: int = C, f: int = F) -> None:
         super().__init__()
+        self.c, self.f = c, f
         self.base = nn.Parameter(th.zeros(f), requires_grad=False)
         self.base[1] = -4.0
         self.base[2] = -4.0
@@ -150,13 +153,14 @@ class StubNetwork(nn.Module):
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
-    def forward(
-        self, context: th.Tensor, candidates: th.Tensor, mask: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
-        k = candidates.shape[1]
+    def forward(self, observations: th.Tensor, mask: th.Tensor) -> Scores:
+        batch, k = mask.shape
+        context = observations[:, : self.c]
+        candidates = observations[:, self.c :].reshape(batch, k, self.f)
         x = th.cat([context.unsqueeze(1).expand(-1, k, -1), candidates], -1)
         hidden = self.encode(x).relu()
         live = mask.unsqueeze(-1)
         pooled = (hidden * live).sum(1) / live.sum(1).clamp(min=1)
         value = self.value(th.cat([pooled, context], -1)).squeeze(-1)
-        return candidates @ self.base + self.score(hidden).squeeze(-1), value
+        logits = candidates @ self.base + self.score(hidden).squeeze(-1)
+        return Scores(logits.masked_fill(~mask, MASKED), value)

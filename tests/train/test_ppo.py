@@ -11,7 +11,6 @@ from dispatch_stub import StubEnv, StubNetwork
 from stable_baselines3.common.callbacks import CallbackList
 
 from train.config import TrainConfig
-from train.policy import MASKED_LOGIT
 from train.ppo import DispatchPPO
 
 Make = Callable[..., DispatchPPO]
@@ -41,7 +40,7 @@ def test_masked_actions_are_never_drawn_and_have_no_probability(make_model: Make
     assert th.isfinite(log_prob).all()
     _, other, entropy = model.policy.evaluate_actions(obs, (~mask).int().argmax(1), mask)
     forbidden = ~mask.all(1)
-    assert (other[forbidden] < MASKED_LOGIT / 2).all()
+    assert (other[forbidden] < -1e7).all()
     assert (entropy >= -1e-6).all()
     assert th.isfinite(entropy).all()
 

@@ -1,0 +1,49 @@
+"""The command line: mistakes end with exit code 2 and a sentence, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "train.cli", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--env", "gpu"], "not in this version yet"),
+        (["--env", "moon"], "use surrogate"),
+        (["--algo", "dqn"], "choose ppo or search"),
+        (["--budget", "soon"], "write a time"),
+        (["--budget", "0s"], "write a time"),
+        (["--rule", "round_robin"], "belongs to --algo search"),
+        (["--seed", "-1"], "seed"),
+        (["--sped", "3"], "sped"),
+    ],
+)
+def test_bad_flags_exit_2(arguments: list[str], says: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_needs_no_heavy_imports() -> None:
+    code = (
+        "import sys, train.cli\n"
+        "try: train.cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numba', 'optuna', 'stable_baselines3', 'numpy'} & set(sys.modules), 'heavy'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--budget" in done.stdout

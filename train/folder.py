@@ -1,0 +1,85 @@
+"""The folder of one run, laid out as in the RL zoo.
+
+    config.yml command.txt system.json   what was asked, where it ran
+    base.json tune.journal               the tuned base rule and its search
+    tb/ log.jsonl evaluations.npz        what happened
+    train_state/state.safetensors        to resume from
+    snapshots/                           every judged network, deployable
+    best/                                the checkpoint to use
+    result.json                          the summary
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import SlalomError
+from eval import provenance
+from eval.store import read_json, write_json, write_text
+from train.config import TrainConfig
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def state(self) -> Path:
+        return self.root / "train_state" / "state.safetensors"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best"
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base.json"
+
+    @property
+    def request(self) -> Path:
+        return self.root / "run.json"
+
+    def start(self, request: dict[str, Any], config: TrainConfig) -> None:
+        """Claim an empty folder and note what was asked.
+
+        :param request: what decides the result beside ``config`` (scenario digest, algorithm, seed, ...)
+        :raises SlalomError: the folder holds a run already, or cannot be written
+        """
+        if self.request.exists():
+            raise SlalomError("--out", str(self.root), "a run is there already; add --resume or name another")
+        write_text(self.root / "config.yml", config.to_yaml())
+        write_text(self.root / "command.txt", shlex.join(["train-policy", *sys.argv[1:]]) + "\n")
+        write_json(
+            self.root / "system.json",
+            {
+                "commit": provenance.commit(),
+                "versions": provenance.versions(),
+                "machine": provenance.machine(),
+            },
+        )
+        write_json(self.request, request)
+
+    def resume(self, request: dict[str, Any], config: TrainConfig) -> None:
+        """Check that the run in this folder was asked for in the same words.
+
+        :raises SlalomError: no run here, or another scenario, algorithm, seed or hyper-parameter
+        """
+        if not self.request.exists():
+            raise SlalomError("--resume", str(self.root), "no run there; start one without --resume")
+        before = read_json(self.request)
+        for name, value in request.items():
+            if before.get(name) != value:
+                fix = f"the run in {self.root} has {before.get(name)!r}; repeat its command (command.txt)"
+                raise SlalomError(f"--resume: {name}", value, fix)
+        if (self.root / "config.yml").read_text() != config.to_yaml():
+            raise SlalomError(
+                "--resume: hyper-parameters", "others", f"use --config {self.root / 'config.yml'}"
+            )
