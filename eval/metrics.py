@@ -7,7 +7,7 @@ Definitions (DESIGN.md section 4, Metrics):
 * A request is *good* when it finished and met both of its own targets. Whoever was sent and is shed, failed
   or unfinished when the run ends, counts as missed: attainment is good ÷ **sent**.
 * The first ``warmup`` and last ``drain`` share of arrivals are left out of every figure except the
-  histogram of token gaps (``itl``) and the cluster's counters: those cover the whole run, as ``windows`` says.
+  histogram of token gaps (``itl``) and the cluster's counters: those cover the whole run (see ``windows``).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from eval.verdict import ranking
 
@@ -107,6 +108,8 @@ def _latency(result: Result) -> Figure:
             low, high = [p[f"{key}_range"][0] for p in points], [p[f"{key}_range"][1] for p in points]
             axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel="request rate [1/s]", ylabel=f"P90 {metric.upper()} [ms]", yscale="log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
     _legend(figure, axes[0], len(result["policies"]))
     return figure
 
@@ -121,16 +124,12 @@ def _goodput(result: Result) -> Figure:
         colour, hatch = ("#E69F00", "//") if policy["tuned"] else ("#0072B2", "")
         axis.barh(index, found["rate"], color=colour, hatch=hatch, edgecolor="white", height=0.7)
         axis.errorbar(found["rate"], index, xerr=error, color="black", capsize=3, linewidth=1.2)
+        end = max(found["rate"], found["high"])
         axis.annotate(
-            f"{found['rate']:.4g}",
-            (0, index),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color="white" if not policy["tuned"] else "black",
-            fontsize=9,
-            fontweight="bold",
+            f"{found['rate']:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9
         )
+    axis.margins(x=0.12)
+    axis.set_xlim(left=0)
     axis.set_yticks(range(len(order)), [p["label"] for p in order])
     axis.set_xlabel(f"goodput at {100 * result['targets'][0]:g} % [requests/s]; hatched: tuned")
     return figure

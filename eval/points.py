@@ -130,8 +130,15 @@ def measure(scenario: Any, contender: Contender, rate: float, seed: int, setting
         split=settings.split,
         values=dict(contender.values) or None,
     )
-    sent, good = block_counts(outcomes(run, warmup=settings.warmup, drain=settings.drain), settings.n_blocks)
-    return Point(rate, seed, summarize(run, warmup=settings.warmup, drain=settings.drain), sent, good)
+    windows = {"warmup": settings.warmup, "drain": settings.drain}
+    sent, good = block_counts(outcomes(run, **windows), settings.n_blocks)
+    identity = {
+        "label": contender.name,
+        "backend": "surrogate",
+        "policy_id": contender.policy,
+        "policy_sha256": policy_sha256(contender),
+    }
+    return Point(rate, seed, identity | summarize(run, **windows), sent, good)
 
 
 def _quiet_worker() -> None:

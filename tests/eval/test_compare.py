@@ -119,6 +119,14 @@ def test_an_interrupted_comparison_resumes_without_repeating_a_point(tmp_path):
     assert resumed["pairs"] == fresh["pairs"]
 
 
+def test_a_pool_of_two_measures_the_same_points(scenario):
+    with (
+        Evaluator(scenario, SETTINGS, jobs=2, measure=synthetic_measure) as pool,
+        Evaluator(scenario, SETTINGS, measure=synthetic_measure) as here,
+    ):
+        assert pool.points(Contender("x1"), 30.0, SEEDS) == here.points(Contender("x1"), 30.0, SEEDS)
+
+
 def test_stored_points_serve_only_what_they_were_measured_for(tmp_path):
     for changed in (
         (Scenario(41.0), SETTINGS, Contender("x1")),

@@ -1,0 +1,168 @@
+"""The command's promises: exit codes, one-line errors, a pure standard output, kept partial results."""
+
+import json
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+from eval_cases import Scenario, request, true_attainment
+from typer.testing import CliRunner
+
+import eval.cli as cli
+from engine.errors import SlalomError
+from eval.store import read_json
+
+FACTORS = {"least_tokens": 1.0, "round_robin": 0.8}
+
+
+@pytest.fixture
+def world(monkeypatch, make_run):
+    """A simulator with known goodputs in place of the real one; ``world.fail`` is raised after some runs."""
+
+    class World:
+        runs, fail_after, fail = 0, None, KeyboardInterrupt
+
+    def simulate(scenario, policy, *, rate, n_requests, seed, split, values):
+        if policy not in FACTORS:
+            raise SlalomError("policy", policy, "choose another")
+        if World.runs == World.fail_after:
+            raise World.fail
+        World.runs += 1
+        luck = np.random.default_rng(seed).random(n_requests)
+        good = luck < true_attainment(rate, 40.0 * FACTORS[policy])
+        rows = [
+            request(i * 1e3 / rate, i * 1e3 / rate + (50 if ok else 500), i * 1e3 / rate + 500)
+            for i, ok in enumerate(good)
+        ]
+        return make_run(rows)
+
+    scenario, simulator = ModuleType("env.scenario"), ModuleType("env.simulate")
+    scenario.load_scenario = lambda name: Scenario()
+    simulator.simulate = simulate
+    monkeypatch.setitem(sys.modules, "env.scenario", scenario)
+    monkeypatch.setitem(sys.modules, "env.simulate", simulator)
+    return World
+
+
+def call(monkeypatch, capsys, *arguments):
+    """(exit code, standard output, standard error) of the installed command's entry point."""
+    monkeypatch.setattr(sys, "argv", ["eval-policy", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+SMALL = ("--scenario", "any", "--seeds", "2", "--requests", "200")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10:20:5", (10.0, 15.0, 20.0)),
+        ("10:21:5", (10.0, 15.0, 20.0)),
+        ("3", (3.0,)),
+        ("7,5,7", (5.0, 7.0)),
+        ("0.1:0.3:0.1", (0.1, 0.2, 0.3)),
+    ],
+)
+def test_rates_are_read_as_ranges_or_lists(text, expected):
+    assert cli.parse_rates(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1:2", "2:1:1", "1:2:0", "-1", "0", "nan", "inf", "1:2:3:4", "1:1e8:1e-3"]
+)
+def test_rates_that_make_no_sense_are_refused(text):
+    with pytest.raises(SlalomError):
+        cli.parse_rates(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--policy", "least_tokens", "--env", "gpu"), "not in this version yet"),
+        (("--policy", "least_tokens", "--env", "moon"), "--env"),
+        (("--policy", "least_tokens", "--rates", "5", "--goodput"), "either"),
+        (("--policy", "least_tokens", "--rates", "x"), "--rates"),
+        (("--policy", "nobody"), "nobody"),
+        (("--policy", "least_tokens", "--warmup", "1.5"), "warm-up"),
+        (("--policy", "least_tokens", "--resume"), "--out"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(world, monkeypatch, capsys, arguments, said):
+    code, out, err = call(monkeypatch, capsys, *SMALL, *arguments)
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert err.strip().count("\n") == 0
+    assert "Traceback" not in err
+
+
+def test_unknown_options_are_exit_code_2(monkeypatch, capsys):
+    assert call(monkeypatch, capsys, "--nonsense")[0] == 2
+
+
+def test_json_puts_one_object_on_stdout_and_nothing_else(world, monkeypatch, capsys):
+    arguments = ("--policy", "least_tokens", "--policy", "round_robin", "--rates", "20:40:10", "--json")
+    code, out, err = call(monkeypatch, capsys, *SMALL, *arguments)
+    assert code == 0, err
+    result = json.loads(out)
+    assert out.count("\n") == 1
+    assert [p["label"] for p in result["policies"]] == ["least_tokens", "round_robin"]
+    assert result["settings"]["scenario"] == "synthetic"
+
+
+def test_table_names_the_winner_and_files_lie_in_the_folder(world, monkeypatch, capsys, tmp_path):
+    arguments = ("--policy", "least_tokens", "--policy", "round_robin", "--goodput", "--out", tmp_path)
+    code, out, err = call(monkeypatch, capsys, *SMALL, *arguments)
+    assert code == 0, err
+    assert "least_tokens beats round_robin" in " ".join(out.split())
+    assert {"result.json", "report.html", "attainment.png", "goodput.png", "points"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert read_json(tmp_path / "result.json")["mode"] == "goodput"
+
+
+def test_interrupt_keeps_points_and_resume_needs_no_point_twice(world, monkeypatch, capsys, tmp_path):
+    arguments = (*SMALL, "--policy", "least_tokens", "--rates", "10:40:10", "--out", tmp_path)
+    world.fail_after = 6
+    code, out, err = call(monkeypatch, capsys, *arguments)
+    assert (code, out) == (130, "")
+    assert "--resume" in err
+    kept = len(list((tmp_path / "points").glob("*.json")))
+    assert kept == 5  # six runs, one of them the probe that the policy fits
+    world.fail_after = None
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "--resume" in err
+    world.runs = 0
+    code, _, err = call(monkeypatch, capsys, *arguments, "--resume")
+    assert code == 0, err
+    assert world.runs == 1 + 8 - kept
+
+
+def test_help_explains_every_option():
+    shown = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "200"}).output
+    for option in (
+        "--scenario",
+        "--policy",
+        "--rates",
+        "--goodput",
+        "--seeds",
+        "--tune",
+        "--out",
+        "--json",
+        "--resume",
+    ):
+        assert option in shown
+
+
+def test_importing_the_command_loads_no_heavy_library():
+    import subprocess
+
+    heavy = "{'torch', 'pandas', 'plotly', 'optuna', 'matplotlib', 'numba', 'scipy'}"
+    code = f"import sys, eval.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
