@@ -1,0 +1,55 @@
+"""What every workload kind shares: strict models, disjoint random streams per split, the ``build`` method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from engine.errors import SlalomError
+from env.workload.trace import Trace
+
+__all__ = ["SPLIT_NAMES", "Model", "Split", "WorkloadBase", "check_request", "stream"]
+
+Split = Literal["train", "valid", "test"]
+SPLIT_NAMES: tuple[Split, ...] = ("train", "valid", "test")
+
+
+class Model(BaseModel):
+    """Unknown keys are errors; instances never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WorkloadBase(Model, ABC):
+    """One kind of workload; ``build`` is all the rest of Slalom knows about it."""
+
+    @abstractmethod
+    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+        """Draw an episode.
+
+        :param rate: open-loop requests per second
+        :param n: requests, follow-up turns included
+        :param seed: the same seed and split give the same trace
+        :param split: streams and windows of different splits never overlap
+        :raises SlalomError: the source cannot give ``n`` requests, or a file is bad
+        """
+
+
+def stream(seed: int, split: Split) -> np.random.Generator:
+    """Random stream of (seed, split); spawn keys make the splits independent for every seed."""
+    if split not in SPLIT_NAMES:
+        raise SlalomError("split", split, f"give one of {', '.join(SPLIT_NAMES)}")
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(SPLIT_NAMES.index(split),)))
+    )
+
+
+def check_request(rate: float, n: int) -> None:
+    """Refuse a rate or a count no workload can have."""
+    if not (np.isfinite(rate) and rate > 0):
+        raise SlalomError("rate", rate, "give requests per second > 0")
+    if n < 1:
+        raise SlalomError("n", n, "give at least one request")

@@ -1,0 +1,179 @@
+"""Raw trace files: text, gzip, CSV and JSON Lines into columns that remember their line numbers."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import SlalomError
+
+__all__ = ["Table", "read_csv", "read_jsonl"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of raw values under our names, with the line each row came from.
+
+    :param columns: our name -> one raw value per row; absent optional values are None
+    :param lines: int (n,), line in the file, from 1
+    """
+
+    path: Path
+    columns: dict[str, list[Any]]
+    lines: np.ndarray
+
+    @property
+    def n(self) -> int:
+        return len(self.lines)
+
+    def place(self, row: int) -> str:
+        """``file: line 17``."""
+        return f"{self.path.name}: line {int(self.lines[row])}"
+
+    def rows_at(self, rows: np.ndarray) -> Table:
+        """The table of these rows only."""
+        if len(rows) == self.n:
+            return self
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return Table(self.path, columns, self.lines[rows])
+
+    def keep(self, mask: np.ndarray, dropped: dict[str, int], reason: str) -> Table:
+        """The rows where ``mask`` holds; the others are counted under ``reason``."""
+        dropped[reason] = int((~mask).sum())
+        if not mask.any():
+            raise SlalomError(self.path.name, self.n, f"every row was dropped ({reason}); give another file")
+        return self.rows_at(np.flatnonzero(mask))
+
+    def numbers(self, name: str) -> np.ndarray:
+        """f8 (n,); every value must be a finite number."""
+        values = self.optional_numbers(name)
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            row = int(bad[0])
+            raise SlalomError(f"{self.place(row)}, {name}", self.columns[name][row], "give a finite number")
+        return values
+
+    def optional_numbers(self, name: str) -> np.ndarray:
+        """f8 (n,), nan where absent."""
+        raw = self.columns[name]
+        try:
+            return np.array([np.nan if v is None or v == "" else v for v in raw], np.float64)
+        except (TypeError, ValueError):
+            row = next(i for i, v in enumerate(raw) if not _is_number(v))
+            raise SlalomError(f"{self.place(row)}, {name}", raw[row], "give a number") from None
+
+    def tokens(self, name: str) -> np.ndarray:
+        """i8 (n,); whole numbers, at least 1."""
+        values = self.numbers(name)
+        bad = np.flatnonzero((values < 1) | (values != np.floor(values)) | (values >= 2**31))
+        if len(bad):
+            row = int(bad[0])
+            raise SlalomError(
+                f"{self.place(row)}, {name}", self.columns[name][row], "give whole tokens, at least 1"
+            )
+        return values.astype(np.int64)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value if value not in (None, "") else 0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a text file, decompressed; a file that breaks off is an error, not an end."""
+    number = 0
+    try:
+        with path.open("rb") as probe:
+            packed = probe.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as stream:
+            for line in stream:
+                number += 1
+                yield line
+    except FileNotFoundError as error:
+        raise SlalomError("path", str(path), "give a file that exists") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SlalomError(
+            f"{path.name}: after line {number}", str(error), "fetch the file again, it is cut"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SlalomError(
+            f"{path.name}: after line {number}", str(error), "give a readable UTF-8 text file"
+        ) from error
+
+
+def _resolve(path: Path, names: dict[str, str], present: list[str]) -> dict[str, str]:
+    """Our name -> name in the file, for the columns that are there; required ones must be."""
+    found = {}
+    for ours, theirs in names.items():
+        name = theirs.removeprefix("?")
+        if name in present:
+            found[ours] = name
+        elif not theirs.startswith("?"):
+            raise SlalomError(
+                f"{path.name}: column {name}",
+                present,
+                f"name the column that holds {ours} (columns: {{{ours}: ...}})",
+            )
+    return found
+
+
+def read_csv(path: Path, names: dict[str, str]) -> Table:
+    """A CSV file with a header line."""
+    reader = csv.reader(_lines(path))
+    header = [name.strip() for name in next(reader, [])]
+    if not header:
+        raise SlalomError(path.name, "empty file", "give a CSV file with a header and rows")
+    found = _resolve(path, names, header)
+    picks = {ours: header.index(theirs) for ours, theirs in found.items()}
+    columns: dict[str, list[Any]] = {ours: [] for ours in picks}
+    lines = []
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise SlalomError(
+                f"{path.name}: line {reader.line_num}", row, f"give {len(header)} fields as in the header"
+            )
+        lines.append(reader.line_num)
+        for ours, pick in picks.items():
+            columns[ours].append(row[pick])
+    return _finished(path, columns, lines)
+
+
+def read_jsonl(path: Path, names: dict[str, str]) -> Table:
+    """One JSON object a line; keys not named are ignored, as every reader of the format does."""
+    objects, lines = [], []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise SlalomError(
+                f"{path.name}: line {number}", line[:80], f"give whole JSON ({error})"
+            ) from error
+        if not isinstance(value, dict):
+            raise SlalomError(f"{path.name}: line {number}", value, "give one JSON object per line")
+        objects.append(value)
+        lines.append(number)
+    present = sorted(set().union(*objects)) if objects else []
+    found = _resolve(path, names, present) if objects else {}
+    columns = {ours: [item.get(theirs) for item in objects] for ours, theirs in found.items()}
+    return _finished(path, columns, lines)
+
+
+def _finished(path: Path, columns: dict[str, list[Any]], lines: list[int]) -> Table:
+    if not lines:
+        raise SlalomError(path.name, "no rows", "give a file with at least one request")
+    return Table(path, columns, np.array(lines))

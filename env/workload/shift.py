@@ -1,0 +1,134 @@
+"""``kind: shift``: within one episode the rate and the prompt:output mix move, in steps or ramps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from env.workload.arrivals import gamma_gaps, on_clock
+from env.workload.base import Model, Split, WorkloadBase, check_request, stream
+from env.workload.lengths import LengthsSpec, draw_parts
+from env.workload.trace import Trace
+
+__all__ = ["Phase", "RandomPhases", "ShiftSpec"]
+
+_RAMP_STEPS = 32
+
+
+class Phase(Model):
+    """A stretch of the episode.
+
+    :param duration: share of the episode (shares are normalised)
+    :param rate: factor on the episode's rate (normalised, so that the mean stays the asked one)
+    :param weights: of each lengths model of the spec
+    :param ramp: move linearly from the phase before instead of jumping
+    """
+
+    duration: float = Field(gt=0)
+    rate: float = Field(gt=0)
+    weights: tuple[float, ...] = Field(min_length=1)
+    ramp: bool = False
+
+    @model_validator(mode="after")
+    def _has_weight(self) -> Phase:
+        if min(self.weights) < 0 or sum(self.weights) <= 0:
+            raise ValueError("weights must be >= 0 and not all 0")
+        return self
+
+
+class RandomPhases(Model):
+    """Phases drawn per seed, for training.
+
+    :param phases: fewest and most phases
+    :param rate: smallest and largest factor, drawn log-uniformly
+    :param ramp_share: probability that a phase is reached by a ramp
+    :param sharpness: 1 draws any mix of the lengths models, smaller ones come close to a single model
+    """
+
+    phases: tuple[int, int] = (2, 6)
+    rate: tuple[float, float] = (0.5, 2.0)
+    ramp_share: float = Field(default=0.5, ge=0, le=1)
+    sharpness: float = Field(default=0.5, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RandomPhases:
+        if not (1 <= self.phases[0] <= self.phases[1] and 0 < self.rate[0] <= self.rate[1]):
+            raise ValueError("give phases and rate as [low, high], low >= 1 phase and > 0")
+        return self
+
+    def draw(self, models: int, rng: np.random.Generator) -> tuple[Phase, ...]:
+        """Phases for ``models`` lengths models."""
+        count = int(rng.integers(self.phases[0], self.phases[1] + 1))
+        durations = rng.dirichlet(np.full(count, 2.0)) + 0.02
+        rates = np.exp(rng.uniform(*np.log(self.rate), count))
+        weights = rng.dirichlet(np.full(models, self.sharpness), count) + 1e-6
+        ramps = rng.random(count) < self.ramp_share
+        return tuple(
+            Phase(duration=d, rate=r, weights=tuple(w), ramp=bool(k))
+            for d, r, w, k in zip(durations.tolist(), rates.tolist(), weights.tolist(), ramps, strict=True)
+        )
+
+
+class ShiftSpec(WorkloadBase):
+    """Phases over two or more lengths models; the episode lasts ``n / rate`` seconds."""
+
+    kind: Literal["shift"]
+    lengths: tuple[LengthsSpec, ...] = Field(min_length=1)
+    phases: tuple[Phase, ...] | None = Field(default=None, min_length=1)
+    random: RandomPhases | None = None
+    cv: float = Field(default=1.0, ge=0, le=30)
+    max_context: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ShiftSpec:
+        if (self.phases is None) == (self.random is None):
+            raise ValueError("give phases or random, not both")
+        for phase in self.phases or ():
+            if len(phase.weights) != len(self.lengths):
+                raise ValueError(f"give {len(self.lengths)} weights per phase, one per lengths model")
+        return self
+
+    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+        check_request(rate, n)
+        rng = stream(seed, split)
+        phases = self.phases
+        if phases is None:
+            assert self.random is not None
+            phases = self.random.draw(len(self.lengths), rng)
+        edges, speed, weights = _pieces(phases, n / rate)
+        speed *= n / (np.diff(edges) @ speed)
+        arrival_s = on_clock(np.cumsum(gamma_gaps(n, self.cv, rng)), edges, speed)
+        piece = np.minimum(np.searchsorted(edges, arrival_s, side="right") - 1, len(speed) - 1)
+        which = (rng.random(n)[:, None] >= weights.cumsum(axis=1)[piece, :-1]).sum(axis=1)
+        prompt, output = draw_parts(list(self.lengths), which, rng, split)
+        meta = {
+            "source": "shift",
+            "seed": seed,
+            "split": split,
+            "phases": [phase.model_dump() for phase in phases],
+        }
+        trace = Trace.make(arrival_s, prompt, output, name="shift", meta=meta)
+        if self.max_context is None:
+            return trace
+        fits = prompt.astype(np.int64) + output <= self.max_context
+        meta["dropped"] = {"over max_context": int((~fits).sum())}
+        return trace.rows(fits)
+
+
+def _pieces(phases: tuple[Phase, ...], duration_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Piecewise-constant form: edges f8 (k + 1,) seconds, rates f8 (k,), weights f8 (k, models) summing to 1."""
+    lengths, rates, weights = [], [], []
+    before = phases[0]
+    for phase in phases:
+        steps = _RAMP_STEPS if phase.ramp and phase is not before else 1
+        along = ((np.arange(steps) + 0.5) / steps)[:, None] if steps > 1 else np.ones((1, 1))
+        old, new = (np.array(p.weights) / sum(p.weights) for p in (before, phase))
+        lengths.append(np.full(steps, phase.duration / steps))
+        rates.append((before.rate + along * (phase.rate - before.rate)).ravel())
+        weights.append(old + along * (new - old))
+        before = phase
+    durations = np.concatenate(lengths)
+    edges = np.concatenate([[0.0], durations.cumsum()]) * (duration_s / durations.sum())
+    return edges, np.concatenate(rates), np.vstack(weights)

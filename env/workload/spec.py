@@ -1,0 +1,145 @@
+"""``WorkloadSpec``: the ``workload:`` section of a scenario, a union of models told apart by ``kind``.
+
+::
+
+    kind: synthetic                 # arrivals x lengths x prefix structure, nothing to download
+    arrival: {kind: poisson}        # or gamma {cv}, weibull {cv}, on_off {on_s, off_s, off_rate, cv},
+                                    #    bins {bin_s, rates, cv}, sinusoid {amplitude, period_s, cv},
+                                    #    replay {source: {path, format, time_unit, ...}}
+    lengths: {kind: preset, name: azure-conv}
+                                    # or fixed {prompt, output}, joint {prompt, output, spearman},
+                                    #    mixture {parts: [{weight, lengths}]}, empirical {source, run}
+    prefix: null                    # or system {prompts, tokens, zipf, share}, documents {questions, active,
+                                    #    question_tokens}, rag {documents, per_request, chunk_tokens, ...}
+    max_context: 16384              # optional; longer draws are drawn again and counted
+
+    kind: trace                     # rows of a file, in order
+    source: {path: a.jsonl, format: mooncake, time_unit: ms, spread_s: 3}
+    window: null                    # [t0, t1] in seconds of the file, optional
+    split_at: [0.6, 0.8]            # train | valid | test, as shares of the window's time
+    arrival: null                   # given: body swap, bodies of the file on these arrivals (else replay,
+                                    #    stretched to the rate)
+    run: null                       # body swap only: rows per contiguous run, null = one run
+
+    kind: sessions                  # closed loop: a turn is sent `think` seconds after the one before ends
+    preset: agents                  # or chat; the fields below override it
+    turns: 33                       # median turns; first/growth/output: marginals in tokens; think: in seconds
+    arrival: {kind: poisson}        # of sessions
+
+    kind: shift                     # rate and mix move within the episode
+    lengths: [A, B]                 # two or more lengths specs (as above)
+    phases: [{duration: 0.5, rate: 1.0, weights: [1, 0]}, {duration: 0.5, rate: 2.0, weights: [0, 1], ramp: true}]
+                                    # or random: {phases: [2, 6], rate: [0.5, 2.0], ramp_share: 0.5}
+    cv: 1.0                         # of the gaps, on the moving clock
+
+    kind: clients                   # superposition of clients, the ServeGen way
+    preset: m-large                 # or m-small, deepseek-r1; or rates_path and lengths_path
+    lengths: null                   # optional, for presets: a lengths spec instead of the preset's own
+
+    kind: mix                       # several at once
+    parts: [{weight: 0.5, cls: 0, workload: {...}}, {weight: 0.5, cls: 1, workload: {...}}]
+
+A marginal is a number, or ``{kind: uniform, low, high}``, ``{kind: lognormal, median, mean | p90, low, high}``
+or ``{kind: quantiles, q: [...], v: [...]}``. Classes are normally drawn with ``assign_classes`` from the
+scenario's shares; ``cls`` in a mix binds a part to a class index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+
+from engine.errors import SlalomError
+from env.workload.arrivals import ArrivalSpec, PoissonArrivals
+from env.workload.base import Model, Split, WorkloadBase, check_request, stream
+from env.workload.clients import ClientsSpec
+from env.workload.lengths import LengthsSpec, within_context
+from env.workload.prefix import PrefixSpec
+from env.workload.replay import TraceSpec
+from env.workload.sessions import SessionsSpec
+from env.workload.shift import ShiftSpec
+from env.workload.trace import Trace, merge, scale_rate
+
+__all__ = ["MixPart", "MixSpec", "SyntheticSpec", "WorkloadSpec", "parse_workload"]
+
+
+class SyntheticSpec(WorkloadBase):
+    """Independent arrivals, lengths and prefixes."""
+
+    kind: Literal["synthetic"]
+    arrival: ArrivalSpec = PoissonArrivals(kind="poisson")
+    lengths: LengthsSpec
+    prefix: PrefixSpec | None = None
+    max_context: int | None = Field(default=None, ge=2)
+
+    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+        check_request(rate, n)
+        rng = stream(seed, split)
+        arrival_s = self.arrival.times(rate, n, rng, split)
+        prompt, output, redrawn = within_context(self.lengths, n, rng, split, self.max_context)
+        meta: dict[str, Any] = {"source": "synthetic", "seed": seed, "split": split}
+        if redrawn:
+            meta["over_context"] = redrawn
+        trace = Trace.make(arrival_s, prompt, output, name="synthetic", meta=meta)
+        return self.prefix.apply(trace, rng, self.max_context) if self.prefix else trace
+
+
+class MixPart(Model):
+    """A share of the requests, optionally bound to a class."""
+
+    weight: float = Field(gt=0)
+    workload: WorkloadSpec
+    cls: int | None = Field(default=None, ge=0)
+
+
+class MixSpec(WorkloadBase):
+    """Several workloads on one clock, each with its share of the open-loop rate.
+
+    Every part is stretched to the common duration ``n_roots / rate`` (by a few percent), so that the mix
+    does not end with one part alone.
+    """
+
+    kind: Literal["mix"]
+    parts: tuple[MixPart, ...] = Field(min_length=1)
+
+    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+        check_request(rate, n)
+        shares = np.array([part.weight for part in self.parts])
+        shares /= shares.sum()
+        counts = np.diff(np.round(np.concatenate([[0.0], shares.cumsum()]) * n)).astype(int)
+        seeds = stream(seed, split).integers(0, 2**62, len(self.parts))
+        built = []
+        for part, share, count, part_seed in zip(self.parts, shares, counts, seeds, strict=True):
+            if not count:
+                continue
+            trace = part.workload.build(rate * share, int(count), int(part_seed), split)
+            if trace.n_roots > 1 and trace.duration_s > trace.arrival_s[0]:
+                trace = scale_rate(trace, rate * share)
+            if part.cls is not None:
+                trace = replace(trace, cls=np.full(trace.n, part.cls, np.int16))
+            built.append(trace)
+        return merge(built)
+
+
+WorkloadSpec = Annotated[
+    SyntheticSpec | TraceSpec | SessionsSpec | ShiftSpec | ClientsSpec | MixSpec, Field(discriminator="kind")
+]
+MixPart.model_rebuild()
+MixSpec.model_rebuild()
+_ADAPTER: TypeAdapter[WorkloadBase] = TypeAdapter(WorkloadSpec)
+
+
+def parse_workload(section: Any, where: str = "workload") -> WorkloadBase:
+    """Validate a parsed YAML section.
+
+    :raises SlalomError: unknown key, wrong value, unknown kind; the field names its place
+    """
+    try:
+        return _ADAPTER.validate_python(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise SlalomError(f"{where}.{place}", first.get("input"), first["msg"]) from error
