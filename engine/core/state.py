@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.core.jit import kernel
+from engine.core.rows import make_rows
+from engine.latency.evaluate import PROFILE, SHARE
+
 __all__ = [
     "BLOCK",
     "CLUSTER",
@@ -26,6 +30,7 @@ __all__ = [
     "LaneKind",
     "RequestState",
     "Role",
+    "attach",
 ]
 
 
@@ -93,14 +98,7 @@ CLUSTER = np.dtype(
         ("hold_scan", np.int32),  # held requests asked for again per epoch
         ("control_ticks", np.int64),
         ("horizon_ticks", np.int64),
-        # -- decisions waiting for an answer
-        ("placing_head", np.int32),
-        ("placing_tail", np.int32),
-        ("handover_head", np.int32),
-        ("handover_tail", np.int32),
-        ("held_head", np.int32),
-        ("held_tail", np.int32),
-        ("held_n", np.int32),
+        # -- decisions waiting for an answer (requests wait in the lists PLACING, HANDOVER and HELD)
         ("realloc_due", np.int32),
         ("tune_next", np.int32),  # next instance of the running TUNE sweep, -1 when none
         ("moving_roles", np.int32),  # instances in a role change
@@ -165,24 +163,14 @@ INSTANCE = np.dtype(
         ("split", np.int32),  # share row for decode while both lanes run; -1: predictor rule
         ("order", np.int32),  # 0 FCFS, 1 shortest remaining first
         ("headroom", np.float64),  # the predictor rule aims at headroom × TPOT target
-        # -- prefill queue (WAITING and PREFILLING)
-        ("queue_head", np.int32),
-        ("queue_tail", np.int32),
-        ("queue_n", np.int32),
+        # -- prefill queue (WAITING and PREFILLING; list QUEUE)
         ("queue_tokens", np.int64),  # tokens still to compute
         ("queue_work", np.int64),  # their predicted prefill time, ticks
         ("started_n", np.int32),  # queued requests that hold blocks
-        # -- requests assigned here whose KV is elsewhere
-        ("inbound_head", np.int32),
-        ("inbound_tail", np.int32),
-        ("inbound_n", np.int32),
+        # -- requests assigned here whose KV is elsewhere (list INBOUND, then a link)
         ("inbound_tokens", np.int64),
         ("moving_n", np.int32),
-        # -- KV arrived, not yet running
-        ("ready_head", np.int32),
-        ("ready_tail", np.int32),
-        ("ready_n", np.int32),
-        # -- running set
+        # -- running set (requests whose KV is here wait in list READY to join it)
         ("run_n", np.int32),
         ("run_ctx", np.int64),  # Σ context of the running set, as booked
         ("unbooked", np.int64),  # decode steps done by the clock but not yet booked (surrogate jumps)
@@ -212,6 +200,7 @@ LANE = np.dtype(
         ("sum_ctx", np.int64),
         ("start", np.int64),
         ("predicted", np.int64),  # predicted duration, ticks (nominal profile)
+        ("work", np.int64),  # part of queue_work that its prompts stand for
         ("max_steps", np.int64),  # decode steps that may run without replanning
     ],
     align=True,
@@ -239,6 +228,9 @@ REQUEST = np.dtype(
         ("sched", np.int32),  # tokens of it in the step in flight
         ("blocks", np.int32),
         ("tail", np.int32),  # last block of its chain
+        ("dst_blocks", np.int32),  # the same at the receiver while its KV moves
+        ("dst_tail", np.int32),
+        ("dst_cached", np.int32),  # tokens the receiver had cached
         ("hash_n", np.int32),
         ("next", np.int32),
         ("prev", np.int32),
@@ -287,12 +279,8 @@ BLOCK = np.dtype(
 
 LINK = np.dtype(
     [
-        ("head", np.int32),  # request in transfer, then the ones behind it
-        ("tail", np.int32),
-        ("n", np.int32),
-        ("tokens", np.int64),
-        ("busy", np.int32),
-        ("end", np.int64),
+        ("busy", np.int32),  # the head of its list is in transfer
+        ("tokens", np.int64),  # tokens on it or waiting for it
         ("bytes_per_s", np.float64),
         ("latency_s", np.float64),
     ],
@@ -328,6 +316,7 @@ class ClusterState(NamedTuple):
     block: np.ndarray  # BLOCK (B,)
     bucket: np.ndarray  # int32: heads of the prefix cache's hash chains
     link: np.ndarray  # LINK (L,)
+    lists: np.ndarray  # int32 (4 + 3 N + L, 3): head, tail, length of each request list, see lists.py
     cls: np.ndarray  # SLO_CLASS (C,)
     run: np.ndarray  # int32 (N, max_batch): running requests, oldest admission first
     prefills: np.ndarray  # int32 (N, max_prefills): requests of the prefill step in flight
@@ -335,3 +324,33 @@ class ClusterState(NamedTuple):
     profile: np.ndarray  # engine.latency.evaluate.PROFILE (n,)
     share: np.ndarray  # engine.latency.evaluate.SHARE (n, M)
     itl: np.ndarray  # int64 (ITL_BINS,): histogram of token gaps, see engine.core.slo
+
+
+_cluster, _inst, _lane, _req = make_rows(CLUSTER, 1), make_rows(INSTANCE, 1), make_rows(LANE, 2), make_rows(REQUEST, 1)
+_pool, _block, _link, _cls = make_rows(POOL, 1), make_rows(BLOCK, 1), make_rows(LINK, 1), make_rows(SLO_CLASS, 1)
+_profile, _share = make_rows(PROFILE, 1), make_rows(SHARE, 2)
+_i4, _i4_table = make_rows(np.int32, 1), make_rows(np.int32, 2)
+_i8, _u8 = make_rows(np.int64, 1), make_rows(np.uint64, 1)
+
+
+@kernel(forceinline=True)
+def attach(words):
+    """The state behind an address vector (``rows.addresses`` of a ClusterState), for use inside kernels."""
+    return ClusterState(
+        _cluster(words, 0),
+        _inst(words, 1),
+        _lane(words, 2),
+        _req(words, 3),
+        _pool(words, 4),
+        _block(words, 5),
+        _i4(words, 6),
+        _link(words, 7),
+        _i4_table(words, 8),
+        _cls(words, 9),
+        _i4_table(words, 10),
+        _i4_table(words, 11),
+        _u8(words, 12),
+        _profile(words, 13),
+        _share(words, 14),
+        _i8(words, 15),
+    )

@@ -1,0 +1,471 @@
+"""What a lane does next: forming steps from queues and running sets, with blocks, budgets and preemption.
+
+``plan_lane`` is called for an idle lane at a step boundary and writes the step into the lane's record; nothing is
+promised to a request before its blocks are there. The rules are those engines use: running decodes come first,
+prompts first come first served (or shortest remaining first), and when decode runs out of blocks the newest
+request is preempted and recomputed later (vLLM V1).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.core.jit import kernel
+from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, release
+from engine.core.lists import pop_front, push_front, queue_of, ready_of, remove
+from engine.core.slo import end_request
+from engine.core.state import Batching, LaneKind, RequestState, Role
+from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks
+
+__all__ = ["plan_lane", "predict_step", "prefill_share", "touch_pool", "whole_device"]
+
+_PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
+_CHUNKED, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
+_IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
+_WAITING = int(RequestState.WAITING)
+_PREFILLING = int(RequestState.PREFILLING)
+_RUNNING = int(RequestState.RUNNING)
+_FAILED = int(RequestState.FAILED)
+
+
+@kernel(forceinline=True)
+def whole_device(s, i):
+    """Share row of instance ``i`` that stands for all SMs."""
+    return s.profile[s.inst[i].profile].n_shares - 1
+
+
+@kernel
+def prefill_share(s, i, decode_row):
+    """Share row left to prefill beside decode on ``decode_row``: the largest one that fits into the other SMs."""
+    p = s.inst[i].profile
+    rest = s.profile[p].total_sms - s.share[p, decode_row].sms
+    row = 0
+    for k in range(s.profile[p].n_shares):
+        if s.share[p, k].sms <= rest:
+            row = k
+    return row
+
+
+@kernel
+def _split_for(s, i, sum_ctx, bs):
+    """Decode's share row while prefill runs: fixed, or the smallest that keeps the worst case under the target.
+
+    MuxWise section 4: worst = T_decode(row) × guard ≤ headroom × TPOT target; the largest partial row if none does.
+    """
+    split = s.inst[i].split
+    p = s.inst[i].profile
+    last = s.profile[p].n_shares - 1
+    if split >= 0:
+        return min(split, last)
+    target = np.int64(2**62)
+    for slot in range(s.inst[i].run_n):
+        target = min(target, s.req[s.run[i, slot]].tpot_slo)
+    limit = s.inst[i].headroom * target * 1e-12
+    for row in range(last):
+        if decode_s(s.profile[p], s.share[p, row], sum_ctx, bs) * s.share[p, row].guard <= limit:
+            return row
+    return max(last - 1, 0)
+
+
+@kernel
+def predict_step(s, i, l):
+    """Predicted seconds of the step in lane (i, l), by the nominal profile."""
+    lane = s.lane[i, l]
+    p = s.inst[i].profile
+    profile = s.profile[p]
+    share = s.share[p, lane.share]
+    prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
+    decode = decode_s(profile, share, lane.sum_ctx, lane.bs)
+    if lane.kind == _K_PREFILL and lane.layer_to > 0:
+        prefill *= (lane.layer_to - lane.layer_from) / profile.n_layers
+    if lane.corun == 1:
+        prefill *= share.corun_prefill
+        decode *= share.corun_decode
+    overhead = profile.step_overhead_s if lane.bs == 0 else 0.0
+    return prefill + decode - fused_shared_s(share, prefill, decode) + overhead
+
+
+@kernel
+def _preempt(s, i, r):
+    """Take request ``r`` (running, or partly prefilled) off its blocks and put it back to the head of the queue."""
+    req = s.req[r]
+    if req.state == _RUNNING:
+        s.inst[i].run_ctx -= req.computed
+        push_front(s.lists, s.req, queue_of(i), r)
+    else:
+        s.inst[i].started_n -= 1
+        s.inst[i].held_tokens -= req.computed
+        s.inst[i].queue_tokens -= req.target - req.computed
+        s.inst[i].queue_work -= req.work
+    release(s, r)
+    req.computed = 0
+    req.target = req.prompt + req.generated
+    req.state = _WAITING
+    req.n_preempt += 1
+    p = s.inst[i].profile
+    n = float(req.target)
+    req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n))
+    s.inst[i].queue_tokens += req.target
+    s.inst[i].queue_work += req.work
+    s.inst[i].preempted += 1
+    s.cluster[0].n_preempted += 1
+
+
+@kernel
+def _partly_prefilled(s, i):
+    """The newest queued request that holds blocks and is not in a step in flight, -1 if none."""
+    if s.inst[i].started_n == 0:
+        return -1
+    r = s.lists[queue_of(i), 1]
+    while r >= 0:
+        if s.req[r].state == _WAITING and s.req[r].blocks > 0:
+            return r
+        r = s.req[r].prev
+    return -1
+
+
+@kernel
+def _secure_decode(s, i, now):
+    """Give every running request of ``i`` a block for its next token, preempting the newest where there is none."""
+    size = s.cluster[0].block_tokens
+    p = s.inst[i].pool
+    slot = 0
+    while slot < s.inst[i].run_n:
+        r = s.run[i, slot]
+        if s.req[r].computed < s.req[r].blocks * size:
+            slot += 1
+            continue
+        while s.pool[p].free == 0:
+            victim = _partly_prefilled(s, i)
+            if victim < 0:
+                victim = s.run[i, s.inst[i].run_n - 1]
+                s.inst[i].run_n -= 1
+            if victim == r and s.req[r].blocks == s.pool[p].n_blocks:
+                s.inst[i].run_ctx -= s.req[r].computed
+                release(s, r)
+                end_request(s, r, now, _FAILED)
+            else:
+                _preempt(s, i, victim)
+            if victim == r:
+                break
+        if slot >= s.inst[i].run_n:
+            break
+        s.req[r].tail = grow(s, p, s.req[r].tail, s.req[r].blocks, s.req[r].blocks + 1)
+        s.req[r].blocks += 1
+        slot += 1
+
+
+@kernel
+def _join_ready(s, i):
+    """Move requests whose KV is here into the running set, as far as its limits allow."""
+    k = ready_of(i)
+    while s.lists[k, 2] > 0 and s.inst[i].run_n < s.inst[i].max_batch:
+        r = s.lists[k, 0]
+        if s.inst[i].run_n > 0 and s.inst[i].run_ctx + s.req[r].computed > s.inst[i].max_ctx:
+            return
+        pop_front(s.lists, s.req, k)
+        s.req[r].state = _RUNNING
+        s.run[i, s.inst[i].run_n] = r
+        s.inst[i].run_n += 1
+        s.inst[i].run_ctx += s.req[r].computed
+        s.inst[i].held_tokens -= s.req[r].computed
+
+
+@kernel
+def _admit(s, i, r, budget, reserve, now):
+    """Tokens of queued request ``r`` that the next step may compute (0: no blocks, or no budget for a whole prompt).
+
+    :param budget: tokens left; negative means that only the whole rest of the prompt will do
+    :param reserve: blocks a request that holds none yet must leave free
+    """
+    req = s.req[r]
+    p = s.inst[i].pool
+    size = s.cluster[0].block_tokens
+    prefix, n_prefix = np.int32(-1), 0
+    if req.blocks == 0:
+        prefix, n_prefix = find_prefix(s, p, r)
+    have = req.blocks + n_prefix
+    start = max(req.computed, n_prefix * size)
+    n = req.target - start
+    if budget >= 0:
+        n = min(n, budget)
+    need = blocks_for(start + n, size)
+    cost = need - have
+    if req.blocks == 0:
+        cost += reserve + evictable_cost(s, prefix, n_prefix)
+    if n <= 0 or cost > s.pool[p].free:
+        return 0
+    if req.blocks == 0:
+        adopt(s, p, prefix, n_prefix)
+        s.inst[i].started_n += 1
+        s.inst[i].queue_tokens -= start
+        s.inst[i].held_tokens += start
+        req.tail = prefix
+        req.blocks = n_prefix
+        req.computed = start
+        if req.prefill_start < 0:
+            req.prefill_start = now
+            req.cached = start
+            s.cluster[0].cached_tokens += start
+    req.tail = grow(s, p, req.tail, req.blocks, need)
+    req.blocks = max(need, req.blocks)
+    return n
+
+
+@kernel
+def _take(s, i, l, k, r, n):
+    """Add ``n`` tokens of request ``r`` to the step of lane (i, l) as its ``k``-th prompt."""
+    lane = s.lane[i, l]
+    x, done = float(n), float(s.req[r].computed)
+    lane.sum_n += n
+    lane.sum_n2 += x * x
+    lane.sum_nr += x * done
+    rest = s.req[r].target - s.req[r].computed
+    lane.work += s.req[r].work if n == rest else s.req[r].work * n // rest
+    s.prefills[i, k] = r
+    lane.n_prefills = k + 1
+    s.req[r].sched = n
+    s.req[r].state = _PREFILLING
+
+
+@kernel
+def _plan_prompts(s, i, l, budget, chunked, limit, now):
+    """Fill the step of lane (i, l) with prompts from the queue.
+
+    :param budget: tokens; a single longer prompt may exceed it unless ``chunked``
+    :param chunked: prompts may be cut to fit
+    :param limit: prompts at most
+    """
+    lane = s.lane[i, l]
+    reserve = s.pool[s.inst[i].pool].n_blocks // 100
+    idle = s.inst[i].run_n == 0
+    r = s.lists[queue_of(i), 0]
+    k = 0
+    while r >= 0 and k < limit:
+        after = s.req[r].next
+        left = budget - lane.sum_n
+        if s.req[r].blocks == 0:
+            seats = s.inst[i].run_n + s.lists[ready_of(i), 2] + s.inst[i].started_n
+            if seats >= s.inst[i].max_batch and s.inst[i].role != _PREFILL:
+                break
+        if chunked:
+            if left <= 0:
+                break
+        elif k > 0 and s.req[r].target - s.req[r].computed > left:
+            break
+        n = _admit(s, i, r, left if chunked else -1, 0 if idle and k == 0 else reserve, now)
+        if n == 0:
+            break
+        _take(s, i, l, k, r, n)
+        k += 1
+        r = after
+    return k
+
+
+@kernel
+def _unblock(s, i):
+    """Nothing runs and the queue's head has no room: take the newest partly prefilled request off its blocks.
+
+    :return: whether it is worth planning again
+    """
+    if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
+        return False
+    victim = _partly_prefilled(s, i)
+    if victim < 0:
+        return False
+    head = s.lists[queue_of(i), 0]
+    shared = s.pool[s.inst[i].pool].sharers > 1
+    if victim != head or shared:
+        _preempt(s, i, victim)
+        touch_pool(s, i)
+    return victim != head
+
+
+@kernel
+def _plan_queue(s, i, l, budget, chunked, limit, now):
+    """``_plan_prompts``, but never stuck behind blocks that only queued requests hold."""
+    k = _plan_prompts(s, i, l, budget, chunked, limit, now)
+    while k == 0 and budget > 0 and s.lists[queue_of(i), 2] > 0 and _unblock(s, i):
+        k = _plan_prompts(s, i, l, budget, chunked, limit, now)
+    return k
+
+
+@kernel
+def touch_pool(s, i):
+    """Blocks were freed in the pool of instance ``i``: everyone on it may have something new to do."""
+    if s.pool[s.inst[i].pool].sharers == 1:
+        s.inst[i].dirty = 1
+        return
+    for j in range(s.cluster[0].n_instances):
+        if s.inst[j].pool == s.inst[i].pool:
+            s.inst[j].dirty = 1
+
+
+@kernel
+def _clear_lane(lane, now):
+    lane.kind = _IDLE
+    lane.n_prefills = 0
+    lane.work = 0
+    lane.bs = 0
+    lane.layer_from = 0
+    lane.layer_to = 0
+    lane.sum_n = 0
+    lane.sum_n2 = 0.0
+    lane.sum_nr = 0.0
+    lane.sum_ctx = 0
+    lane.corun = 0
+    lane.start = now
+    lane.max_steps = 1
+
+
+@kernel
+def _take_running(s, i, l):
+    lane = s.lane[i, l]
+    lane.bs = s.inst[i].run_n
+    lane.sum_ctx = s.inst[i].run_ctx
+
+
+@kernel
+def _jump_limit(s, i):
+    """Decode steps of the present running set until the first request ends or blocks might run out."""
+    steps = np.int64(2**31)
+    for slot in range(s.inst[i].run_n):
+        r = s.run[i, slot]
+        steps = min(steps, np.int64(s.req[r].output - s.req[r].generated))
+    size = s.cluster[0].block_tokens
+    per_request = s.pool[s.inst[i].pool].free // max(s.inst[i].run_n, 1) - 1
+    return max(min(steps, (per_request - 1) * size), 1)
+
+
+@kernel
+def _plan_layers(s, i, now):
+    """Next slice of the prefill lane of a MULTIPLEXED instance: layers enough to last one decode step."""
+    lane = s.lane[i, 0]
+    p = s.inst[i].profile
+    layers = s.profile[p].n_layers
+    if lane.layer_to == 0 or lane.layer_to >= layers:
+        _clear_lane(lane, now)
+        if _plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) == 0:
+            return
+    lane.kind = _K_PREFILL
+    lane.start = now
+    lane.layer_from = lane.layer_to
+    decoding = s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0
+    if not decoding:
+        lane.share = whole_device(s, i)
+        lane.layer_to = layers
+        return
+    row = _split_for(s, i, s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n, s.inst[i].run_n)
+    lane.share = prefill_share(s, i, row)
+    whole = prefill_s(s.profile[p], s.share[p, lane.share], lane.sum_n2, lane.sum_nr, lane.sum_n)
+    context = s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
+    decode = decode_s(s.profile[p], s.share[p, row], context, s.inst[i].run_n) * s.share[p, row].guard
+    slice_layers = int(np.ceil(max(decode, 1e-3) * layers / max(whole, 1e-9)))
+    lane.layer_to = min(lane.layer_from + max(slice_layers, 1), layers)
+
+
+@kernel
+def _plan_multiplexed(s, i, l, now):
+    lane = s.lane[i, l]
+    if l == 0:
+        if s.inst[i].batching == _LAYERED:
+            _plan_layers(s, i, now)
+        else:
+            _clear_lane(lane, now)
+            if _plan_queue(s, i, 0, s.inst[i].chunk_tokens, True, s.inst[i].max_prefills, now) > 0:
+                lane.kind = _K_PREFILL
+                lane.share = whole_device(s, i)
+                if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
+                    context = s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
+                    lane.share = prefill_share(s, i, _split_for(s, i, context, s.inst[i].run_n))
+        if lane.kind == _K_PREFILL:
+            lane.corun = 1 if s.lane[i, 1].kind != _IDLE else 0
+        return
+    _clear_lane(lane, now)
+    _join_ready(s, i)
+    _secure_decode(s, i, now)
+    if s.inst[i].run_n == 0:
+        return
+    _take_running(s, i, 1)
+    lane.kind = _K_DECODE
+    beside = s.lane[i, 0].kind != _IDLE
+    lane.corun = 1 if beside else 0
+    lane.share = _split_for(s, i, lane.sum_ctx, lane.bs) if beside else whole_device(s, i)
+    # The predictor rule may pick another row as the context grows, so it is asked at every step.
+    lane.max_steps = 1 if beside and s.inst[i].split < 0 else _jump_limit(s, i)
+
+
+@kernel
+def _plan_mixed(s, i, now):
+    lane = s.lane[i, 0]
+    _clear_lane(lane, now)
+    lane.share = whole_device(s, i)
+    _join_ready(s, i)
+    if s.inst[i].batching == _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0:
+        if _plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) > 0:
+            lane.kind = _K_PREFILL
+            return
+    _secure_decode(s, i, now)
+    _take_running(s, i, 0)
+    if s.inst[i].batching == _CHUNKED and s.lists[queue_of(i), 2] > 0:
+        _plan_queue(s, i, 0, s.inst[i].chunk_tokens - lane.bs, True, s.inst[i].max_prefills, now)
+    if lane.bs > 0:
+        if lane.n_prefills > 0:
+            lane.kind = _K_FUSED
+        else:
+            lane.kind = _K_DECODE
+            lane.max_steps = _jump_limit(s, i)
+    elif lane.n_prefills > 0:
+        lane.kind = _K_PREFILL
+
+
+@kernel
+def _plan_decode(s, i, now):
+    """DECODE role: a prompt multiplexed in here runs whole and alone (Tropical), decode steps in between."""
+    lane = s.lane[i, 1]
+    _clear_lane(lane, now)
+    lane.share = whole_device(s, i)
+    _join_ready(s, i)
+    waiting = s.lists[queue_of(i), 2] > 0
+    if waiting and (s.inst[i].decode_turn == 0 or s.inst[i].run_n == 0):
+        if _plan_queue(s, i, 1, 1, False, 1, now) > 0:
+            lane.kind = _K_PREFILL
+            s.inst[i].decode_turn = 1
+            return
+    _secure_decode(s, i, now)
+    s.inst[i].decode_turn = 0
+    if s.inst[i].run_n > 0:
+        _take_running(s, i, 1)
+        lane.kind = _K_DECODE
+        lane.max_steps = 1 if waiting else _jump_limit(s, i)
+
+
+@kernel
+def plan_lane(s, i, l, now):
+    """Form the next step of idle lane ``l`` of instance ``i``; ``s.lane[i, l].kind`` says what came of it.
+
+    Lane 0 is the prefill lane (PREFILL, MULTIPLEXED) or the fused lane (MIXED), lane 1 the decode lane
+    (DECODE, MULTIPLEXED). An instance that is switching roles plans nothing.
+    """
+    role = s.inst[i].role
+    if s.inst[i].switching == 1:
+        return
+    if role == _MIXED:
+        if l == 0:
+            _plan_mixed(s, i, now)
+    elif role == _PREFILL:
+        if l == 0:
+            lane = s.lane[i, 0]
+            _clear_lane(lane, now)
+            lane.share = whole_device(s, i)
+            if _plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) > 0:
+                lane.kind = _K_PREFILL
+    elif role == _DECODE:
+        if l == 1:
+            _plan_decode(s, i, now)
+    else:
+        _plan_multiplexed(s, i, l, now)
+    if s.lane[i, l].kind != _IDLE:
+        s.lane[i, l].predicted = to_ticks(predict_step(s, i, l))
+        s.inst[i].steps += 1
+        s.cluster[0].steps += 1

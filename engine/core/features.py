@@ -1,0 +1,350 @@
+"""The numbers a policy reads: context and candidate rows (``engine.core.columns`` names and explains them).
+
+Predictions use the nominal profile and what the scheduler knows; how long a request will really run enters
+nowhere. Loads of a jump in progress (``unbooked`` decode steps) are accounted for, so a surrogate that jumps and
+one that steps show a policy the same numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.core.batching import prefill_share, whole_device
+from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.jit import kernel
+from engine.core.kv import find_prefix
+from engine.core.lists import HELD, inbound_of, queue_of, ready_of
+from engine.core.state import Batching, LaneKind, Role
+from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
+
+__all__ = ["candidate_row", "context_row"]
+
+_PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
+_PLACE_PREFILL, _PLACE_DECODE = int(Kind.PLACE_PREFILL), int(Kind.PLACE_DECODE)
+_CHUNKED = int(Batching.CHUNKED)
+_IDLE, _K_PREFILL, _K_DECODE = int(LaneKind.IDLE), int(LaneKind.PREFILL), int(LaneKind.DECODE)
+_PREDICT, _DIMENSIONLESS = int(Need.PREDICT), int(Need.DIMENSIONLESS)
+
+#: Slack of an instance that decodes nothing, and the scale of the SLACK columns, in TPOT targets.
+_NO_SLACK_S = 1e3
+_SLACK_SCALE = 10.0
+_CLIP = 50.0
+
+# Column numbers as plain constants: enumeration members are not compile-time integers inside kernels.
+(_IS_INSTANCE, _IS_HOLD, _IS_SHED, _IS_KEEP, _IN_PLACE, _ROLE0, _, _, _, _TTFT, _WAIT, _PREFILL_C, _SLACK,
+ _SLACK_AFTER, _STEP, _STEP_WITH, _KV, _KV_WITH, _CACHED, _BATCH, _QUEUE, _INBOUND, _QUEUE_WORK, _DRAINING,
+ _TO_PREFILL, _, _, _, _DECODE_SHARE, _SPLIT_DELTA, _CHUNK, _CHUNK_DELTA, _INSTANCE, _ROLE, _QUEUE_TOKENS,
+ _QUEUE_N, _RUN_N, _RUN_CTX, _OUTSTANDING, _FREE_BLOCKS, _TOTAL_BLOCKS, _CACHED_TOKENS, _TTFT_S, _WAIT_S,
+ _PREFILL_S, _STEP_S, _STEP_WITH_S, _MIN_SLACK_S, _INBOUND_N, _INBOUND_TOKENS, _TRANSFER_S, _NEW_ROLE, _BUSY,
+ _OUT_N, _CHUNK_TOKENS, _SPLIT, _PREFILLING, _PROFILE) = (int(c) for c in Col)  # fmt: skip
+_C = tuple(int(c) for c in Ctx)
+(_SIZE, _AGE, _TPOT_TIGHTNESS, _LOAD_MEAN, _LOAD_MIN, _BATCH_MEAN, _KV_MEAN, _PREFILL_RHO, _DECODE_RHO,
+ _PREFILL_SHARE, _DECODE_SHARE_C, _TTFT_OK, _TPOT_OK, _HELD, _PROMPT_RATIO, _EXPECTED_OUTPUT, _NOW_S, _KIND,
+ _REQUEST, _PROMPT, _ARRIVAL_S, _TTFT_SLO_S, _TPOT_SLO_S, _CLASS, _GENERATED, _SOURCE, _ISOLATED_S,
+ _MEAN_PROMPT, _MEAN_OUTPUT, _HELD_N, _WIN_SPAN_S, _WIN_RATE, _WIN_PROMPT, _WIN_OUTPUT, _WIN_TTFT_S,
+ _WIN_TPOT_S, _N_INSTANCES) = _C[4:]  # fmt: skip
+
+
+@kernel(forceinline=True)
+def _clip(x):
+    return min(max(x, -_CLIP), _CLIP)
+
+
+@kernel(forceinline=True)
+def _running_ctx(s, i):
+    """Σ context of the running set at this moment."""
+    return s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
+
+
+@kernel
+def _residual_s(s, i, now):
+    """Predicted seconds until the prefill work in flight on instance ``i`` ends (half a step for a decode step)."""
+    l = 1 if s.inst[i].role == _DECODE else 0
+    lane = s.lane[i, l]
+    if lane.kind == _IDLE:
+        return 0.0
+    if lane.kind == _K_DECODE:
+        p = s.inst[i].profile
+        return 0.5 * decode_s(s.profile[p], s.share[p, lane.share], _running_ctx(s, i), lane.bs)
+    rest = max(lane.start + lane.predicted - now, 0) * 1e-12
+    layers = s.profile[s.inst[i].profile].n_layers
+    if lane.layer_to > lane.layer_from and lane.layer_to < layers:
+        rest += 1e-12 * lane.predicted * (layers - lane.layer_to) / (lane.layer_to - lane.layer_from)
+    return rest
+
+
+@kernel
+def _min_slack_s(s, i, now):
+    """Least of first token + TPOT target × tokens − now over the running set: how long decode may stall."""
+    if s.inst[i].run_n == 0:
+        return _NO_SLACK_S
+    least = np.int64(2**62)
+    ahead = s.inst[i].unbooked - 1
+    for slot in range(s.inst[i].run_n):
+        req = s.req[s.run[i, slot]]
+        least = min(least, req.first_token + req.tpot_slo * (req.generated + 1 + ahead))
+    return (least - now) * 1e-12
+
+
+@kernel
+def _tightest_tpot_s(s, i, own):
+    """Tightest TPOT target among the running requests of ``i`` and ``own`` (seconds)."""
+    tight = own
+    for slot in range(s.inst[i].run_n):
+        tight = min(tight, s.req[s.run[i, slot]].tpot_slo * 1e-12)
+    return tight
+
+
+@kernel
+def _load_columns(s, i, row):
+    inst = s.inst[i]
+    pool = s.pool[inst.pool]
+    context = _running_ctx(s, i)
+    queued = s.lists[queue_of(i), 2]
+    inbound = s.lists[inbound_of(i), 2] + inst.moving_n
+    row[_INSTANCE] = i
+    row[_ROLE] = inst.role
+    row[_QUEUE_TOKENS] = inst.queue_tokens
+    row[_QUEUE_N] = queued
+    row[_RUN_N] = inst.run_n + s.lists[ready_of(i), 2]
+    row[_RUN_CTX] = context
+    row[_OUTSTANDING] = inst.queue_tokens + context + inst.inbound_tokens
+    row[_TOTAL_BLOCKS] = pool.n_blocks
+    row[_FREE_BLOCKS] = pool.n_blocks - (context + inst.held_tokens) // s.cluster[0].block_tokens
+    row[_INBOUND_N] = inbound
+    row[_INBOUND_TOKENS] = inst.inbound_tokens
+    row[_NEW_ROLE] = -1.0
+    busy = s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE
+    row[_BUSY] = 1.0 if busy else 0.0
+    row[_OUT_N] = inst.out_n
+    row[_CHUNK_TOKENS] = inst.chunk_tokens
+    row[_SPLIT] = inst.split
+    row[_PREFILLING] = 1.0 if inst.started_n > 0 else 0.0
+    row[_PROFILE] = inst.profile
+
+
+@kernel
+def _prefill_forecast(s, i, n, reused, now):
+    """Predicted (wait, own prefill, stall of the running decodes) in seconds for ``n`` new tokens on instance ``i``."""
+    inst = s.inst[i]
+    p = inst.profile
+    profile, full = s.profile[p], s.share[p, whole_device(s, i)]
+    own = prefill_s(profile, full, n * n, n * reused, n) + profile.step_overhead_s
+    lane = s.lane[i, 1 if inst.role == _DECODE else 0]
+    queued_s = max(inst.queue_work - lane.work, 0) * 1e-12 if lane.kind != _IDLE else inst.queue_work * 1e-12
+    wait = _residual_s(s, i, now) + queued_s
+    if inst.run_n == 0:
+        return wait, own, 0.0
+    step = decode_s(profile, full, _running_ctx(s, i), inst.run_n)
+    stall = own
+    if inst.role == _DECODE:
+        wait += step * s.lists[queue_of(i), 2]
+    elif inst.role == _MULTIPLEXED:
+        row = inst.split if inst.split >= 0 else (profile.n_shares - 1) // 2
+        part = s.share[p, prefill_share(s, i, row)]
+        slower = prefill_s(profile, part, n * n, n * reused, n) * part.corun_prefill / max(own, 1e-9)
+        own *= slower
+        wait += queued_s * (slower - 1.0)
+        beside = decode_s(profile, s.share[p, row], _running_ctx(s, i), inst.run_n) * s.share[p, row].corun_decode
+        stall = own * max(1.0 - step / max(beside, 1e-9), 0.0)
+    elif inst.batching == _CHUNKED:
+        # Every chunk carries the running decodes with it.
+        room = max(float(inst.chunk_tokens - inst.run_n), 16.0)
+        beside = max(step - fused_shared_s(full, full.prefill[3] + full.prefill[2] * room, step), 0.0)
+        wait += beside * (inst.queue_tokens / room)
+        own += beside * np.ceil(n / room)
+    return wait, own, stall
+
+
+@kernel
+def _predict_columns(s, i, r, kind, now, row):
+    inst = s.inst[i]
+    p = inst.profile
+    profile, full = s.profile[p], s.share[p, whole_device(s, i)]
+    context = _running_ctx(s, i)
+    seats = inst.run_n + s.lists[ready_of(i), 2] + s.lists[inbound_of(i), 2] + inst.moving_n
+    row[_STEP_S] = decode_s(profile, full, context, inst.run_n)
+    row[_MIN_SLACK_S] = _min_slack_s(s, i, now)
+    row[_CACHED_TOKENS] = 0.0
+    row[_TRANSFER_S] = 0.0
+    row[_WAIT_S] = 0.0
+    row[_PREFILL_S] = 0.0
+    row[_TTFT_S] = 0.0
+    row[_STEP_WITH_S] = row[_STEP_S]
+    if r < 0:
+        wait, _, _ = _prefill_forecast(s, i, 0.0, 0.0, now)
+        row[_WAIT_S] = wait
+        return 0.0
+    req = s.req[r]
+    tokens = float(req.target)
+    expected = context + inst.inbound_tokens + inst.held_tokens + tokens
+    row[_STEP_WITH_S] = decode_s(profile, full, np.int64(expected), seats + 1)
+    stall = 0.0
+    if kind == _PLACE_PREFILL:
+        _, n_prefix = find_prefix(s, inst.pool, r)
+        reused = float(n_prefix * s.cluster[0].block_tokens)
+        wait, own, stall = _prefill_forecast(s, i, tokens - reused, reused, now)
+        row[_CACHED_TOKENS] = reused
+        row[_WAIT_S] = wait
+        row[_PREFILL_S] = own
+        row[_TTFT_S] = (now - req.arrival) * 1e-12 + wait + own
+    elif s.inst[req.inst].pool != inst.pool:
+        link = s.link[inst.link]
+        moved = req.computed + inst.inbound_tokens
+        row[_TRANSFER_S] = profile.migrate_latency_s + link.latency_s
+        if link.bytes_per_s > 0.0:
+            row[_TRANSFER_S] += moved * profile.kv_bytes_per_token / link.bytes_per_s
+    return stall
+
+
+@kernel
+def _dimensionless_columns(s, i, r, kind, stall, row):
+    inst = s.inst[i]
+    c = s.cls[s.req[r].cls if r >= 0 else 0]
+    ttft = s.req[r].ttft_slo * 1e-12 if r >= 0 else max(c.ttft_s, 1e-3)
+    tpot = s.req[r].tpot_slo * 1e-12 if r >= 0 else c.tpot_s
+    tight = _tightest_tpot_s(s, i, tpot)
+    for k in range(_INSTANCE):
+        row[k] = 0.0
+    row[_IS_INSTANCE] = 1.0
+    row[_ROLE0 + inst.role] = 1.0
+    row[_TTFT] = _clip(row[_TTFT_S] / ttft)
+    row[_WAIT] = _clip(row[_WAIT_S] / ttft)
+    row[_PREFILL_C] = _clip(row[_PREFILL_S] / ttft)
+    scale = _SLACK_SCALE * tight
+    row[_SLACK] = min(max(row[_MIN_SLACK_S] / scale, -2.0), 2.0)
+    row[_SLACK_AFTER] = min(max((row[_MIN_SLACK_S] - stall) / scale, -2.0), 2.0)
+    row[_STEP] = _clip(row[_STEP_S] / tight)
+    row[_STEP_WITH] = _clip(row[_STEP_WITH_S] / tpot)
+    pool_tokens = float(s.pool[inst.pool].n_blocks * s.cluster[0].block_tokens)
+    used = row[_RUN_CTX] + inst.held_tokens
+    own = float(s.req[r].target) - row[_CACHED_TOKENS] if r >= 0 else 0.0
+    row[_KV] = min(used / pool_tokens, 1.0)
+    row[_KV_WITH] = min((used + inst.queue_tokens + inst.inbound_tokens + own) / pool_tokens, 2.0)
+    if r >= 0:
+        row[_CACHED] = row[_CACHED_TOKENS] / s.req[r].target
+    row[_BATCH] = (row[_RUN_N] + row[_INBOUND_N]) / inst.max_batch
+    row[_QUEUE] = np.log1p(row[_QUEUE_N])
+    row[_INBOUND] = _clip(row[_TRANSFER_S] / scale)
+    row[_QUEUE_WORK] = _clip(inst.queue_work * 1e-12 / ttft)
+    row[_DRAINING] = 1.0 if inst.target_role >= 0 else 0.0
+    last = s.profile[inst.profile].n_shares - 1
+    split = inst.split if inst.split >= 0 else last // 2
+    row[_DECODE_SHARE] = s.share[inst.profile, split].sms / s.profile[inst.profile].total_sms
+    row[_CHUNK] = inst.chunk_tokens / 2048.0
+    if kind == _PLACE_DECODE:
+        row[_IN_PLACE] = 1.0 if s.inst[s.req[r].inst].pool == inst.pool else 0.0
+
+
+@kernel
+def candidate_row(s, i, r, kind, now, needs, row):
+    """Fill the row of instance ``i`` for a decision about request ``r`` (-1 for control decisions)."""
+    _load_columns(s, i, row)
+    if needs & (_PREDICT | _DIMENSIONLESS) == 0:
+        return
+    stall = _predict_columns(s, i, r, kind, now, row)
+    if needs & _DIMENSIONLESS != 0:
+        _dimensionless_columns(s, i, r, kind, stall, row)
+
+
+@kernel
+def _request_context(s, kind, r, now, out):
+    """Columns about the request in question; neutral values for control decisions."""
+    p = s.inst[0].profile
+    profile, full = s.profile[p], s.share[p, whole_device(s, 0)]
+    out[_REQUEST] = r if kind <= _PLACE_DECODE else -1
+    out[_SOURCE] = -1.0 if kind != 3 else r
+    if kind > _PLACE_DECODE:
+        mean = max(s.cluster[0].mean_prompt, 1.0)
+        out[_PROMPT] = 0.0
+        out[_ARRIVAL_S] = now * 1e-12
+        out[_TTFT_SLO_S] = max(s.cls[0].ttft_s, 1e-3)
+        out[_TPOT_SLO_S] = s.cls[0].tpot_s
+        out[_CLASS] = 0.0
+        out[_GENERATED] = 0.0
+        out[_ISOLATED_S] = prefill_s(profile, full, mean * mean, 0.0, mean)
+        return
+    req = s.req[r]
+    n = float(req.target)
+    out[_PROMPT] = req.prompt
+    out[_ARRIVAL_S] = req.arrival * 1e-12
+    out[_TTFT_SLO_S] = req.ttft_slo * 1e-12
+    out[_TPOT_SLO_S] = req.tpot_slo * 1e-12
+    out[_CLASS] = req.cls
+    out[_GENERATED] = req.generated
+    out[_ISOLATED_S] = prefill_s(profile, full, n * n, 0.0, n) + profile.step_overhead_s
+    if kind == _PLACE_DECODE:
+        out[_SOURCE] = req.inst
+
+
+@kernel
+def _cluster_context(s, out):
+    """Dimensionless columns about the cluster as a whole."""
+    n = s.cluster[0].n_instances
+    ttft, tpot = out[_TTFT_SLO_S], out[_TPOT_SLO_S]
+    prefill_n, decode_n, load, least, batch, kv, step = 0, 0, 0.0, _CLIP, 0.0, 0.0, 0.0
+    for i in range(n):
+        inst = s.inst[i]
+        kv += min((_running_ctx(s, i) + inst.held_tokens) / (s.pool[inst.pool].n_blocks * s.cluster[0].block_tokens), 1.0)
+        if inst.role != _DECODE:
+            prefill_n += 1
+            work = _clip(inst.queue_work * 1e-12 / ttft)
+            load += work
+            least = min(least, work)
+        if inst.role != _PREFILL:
+            decode_n += 1
+            batch += (inst.run_n + s.lists[ready_of(i), 2]) / inst.max_batch
+            p = inst.profile
+            step += decode_s(s.profile[p], s.share[p, whole_device(s, i)], _running_ctx(s, i), inst.run_n)
+    p = s.inst[0].profile
+    full = s.share[p, whole_device(s, 0)]
+    one = decode_s(s.profile[p], full, np.int64(out[_MEAN_PROMPT]), 1)
+    gap_s = max(s.cluster[0].ema_gap * 1e-12, 1e-6)
+    mean = max(s.cluster[0].mean_prompt, 1.0)
+    alone = prefill_s(s.profile[p], full, mean * mean, 0.0, mean)
+    step = max(step / max(decode_n, 1), one)
+    out[_SIZE] = _clip(out[_ISOLATED_S] / ttft)
+    out[_AGE] = _clip((out[_NOW_S] - out[_ARRIVAL_S]) / ttft)
+    out[_TPOT_TIGHTNESS] = _clip(one / tpot)
+    out[_LOAD_MEAN] = load / max(prefill_n, 1)
+    out[_LOAD_MIN] = least if prefill_n > 0 else 0.0
+    out[_BATCH_MEAN] = batch / max(decode_n, 1)
+    out[_KV_MEAN] = kv / n
+    out[_PREFILL_RHO] = _clip(alone / (gap_s * max(prefill_n, 1)))
+    seats = float(max(decode_n, 1) * s.inst[0].max_batch)
+    out[_DECODE_RHO] = _clip(s.cluster[0].mean_output * step / (gap_s * seats))
+    out[_PREFILL_SHARE] = prefill_n / n
+    out[_DECODE_SHARE_C] = decode_n / n
+    out[_TTFT_OK] = s.cluster[0].ema_ttft_ok
+    out[_TPOT_OK] = s.cluster[0].ema_tpot_ok
+    out[_HELD] = _clip(s.lists[HELD, 2] / n)
+    out[_PROMPT_RATIO] = _clip(out[_PROMPT] / mean)
+    out[_EXPECTED_OUTPUT] = _clip(s.cluster[0].mean_output * step / ttft)
+
+
+@kernel
+def context_row(s, kind, subject, now, needs, out):
+    """Fill the context of a decision about ``subject`` (a request, or for TUNE an instance)."""
+    c = s.cluster[0]
+    out[_NOW_S] = now * 1e-12
+    out[_KIND] = kind
+    out[_N_INSTANCES] = c.n_instances
+    if kind <= _PLACE_DECODE:
+        out[_REQUEST] = subject
+        out[_PROMPT] = s.req[subject].prompt
+    if needs & (_PREDICT | _DIMENSIONLESS) == 0:
+        return
+    _request_context(s, kind, subject, now, out)
+    out[_MEAN_PROMPT] = c.mean_prompt
+    out[_MEAN_OUTPUT] = c.mean_output
+    out[_HELD_N] = s.lists[HELD, 2]
+    out[_WIN_SPAN_S] = c.last_span_s
+    out[_WIN_RATE] = c.last_rate
+    out[_WIN_PROMPT] = c.last_prompt
+    out[_WIN_OUTPUT] = c.last_output
+    out[_WIN_TTFT_S] = c.last_ttft_s
+    out[_WIN_TPOT_S] = c.last_tpot_s
+    if needs & _DIMENSIONLESS != 0:
+        for k in range(4):
+            out[k] = 1.0 if k == kind else 0.0
+        _cluster_context(s, out)

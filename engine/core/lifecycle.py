@@ -1,0 +1,462 @@
+"""What happens to requests and instances: arrive, place, complete a step, hand over, migrate, change role.
+
+Every function takes the time as an argument and leaves the state consistent: a request is in exactly one list or
+running set, its blocks are counted, and instances that may have something new to do are marked ``dirty``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.core.batching import touch_pool, whole_device
+from engine.core.jit import kernel
+from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, publish, release, release_chain
+from engine.core.lists import (
+    HANDOVER,
+    HELD,
+    PLACING,
+    inbound_of,
+    link_list,
+    pop_front,
+    push_back,
+    push_before,
+    queue_of,
+    ready_of,
+    remove,
+)
+from engine.core.slo import end_request, on_first_token, record_gaps
+from engine.core.state import LaneKind, RequestState, Role
+from engine.latency.evaluate import prefill_s, to_ticks
+
+__all__ = [
+    "arrive",
+    "begin_role_change",
+    "book_decode",
+    "close_window",
+    "complete_prefill",
+    "end_role_change",
+    "hand_over",
+    "hold",
+    "place",
+    "pull",
+    "role_change_ready",
+    "set_targets",
+    "shed",
+    "stop",
+    "transfer_done",
+    "wake_held",
+]
+
+_PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
+_PLACING = int(RequestState.PLACING)
+_HELD = int(RequestState.HELD)
+_WAITING = int(RequestState.WAITING)
+_HANDOVER = int(RequestState.HANDOVER)
+_INBOUND = int(RequestState.INBOUND)
+_MOVING = int(RequestState.MOVING)
+_READY = int(RequestState.READY)
+_FINISHED = int(RequestState.FINISHED)
+_SHED = int(RequestState.SHED)
+_FAILED = int(RequestState.FAILED)
+_IDLE = int(LaneKind.IDLE)
+
+
+@kernel
+def set_targets(s, r):
+    """Fill in the targets of request ``r`` from its class, where it brings none of its own (0)."""
+    c = s.cls[s.req[r].cls]
+    if s.req[r].ttft_slo <= 0:
+        seconds = c.ttft_s
+        if c.ttft_factor > 0.0:
+            n = float(s.req[r].prompt)
+            p = s.inst[0].profile
+            alone = prefill_s(s.profile[p], s.share[p, whole_device(s, 0)], n * n, 0.0, n)
+            seconds = max(seconds, c.ttft_factor * (alone + s.profile[p].step_overhead_s))
+        s.req[r].ttft_slo = to_ticks(seconds)
+    if s.req[r].tpot_slo <= 0:
+        s.req[r].tpot_slo = to_ticks(c.tpot_s)
+
+
+@kernel
+def arrive(s, r, now):
+    """Request ``r`` (its prompt, output, class, targets and hashes are set) reaches the cluster."""
+    cluster = s.cluster[0]
+    req = s.req[r]
+    req.arrival = now
+    req.target = req.prompt
+    req.state = _PLACING
+    set_targets(s, r)
+    gap = float(now - cluster.last_arrival)
+    if cluster.n_sent == 1:
+        cluster.ema_gap = gap
+    elif cluster.n_sent > 1:
+        cluster.ema_gap += 0.02 * (gap - cluster.ema_gap)
+    cluster.last_arrival = now
+    cluster.n_sent += 1
+    cluster.win_arrivals += 1
+    cluster.win_prompt += req.prompt
+    cluster.mean_prompt += (req.prompt - cluster.mean_prompt) / min(cluster.n_sent, 200)
+    s.cls[req.cls].sent += 1
+    push_back(s.lists, s.req, PLACING, r)
+
+
+@kernel
+def _enqueue(s, i, r):
+    """Put request ``r`` into the prefill queue of ``i``, in the order that instance keeps."""
+    queue = queue_of(i)
+    if s.inst[i].order == 0:
+        push_back(s.lists, s.req, queue, r)
+        return
+    other = s.lists[queue, 0]
+    rest = s.req[r].target - s.req[r].computed
+    while other >= 0:
+        started = s.req[other].state != _WAITING or s.req[other].blocks > 0
+        if not started and s.req[other].target - s.req[other].computed > rest:
+            break
+        other = s.req[other].next
+    push_before(s.lists, s.req, queue, r, other)
+
+
+@kernel
+def place(s, r, i, now):
+    """Answer PLACE_PREFILL: request ``r`` (PLACING) will be prefilled on instance ``i``; its load is booked at once."""
+    req = s.req[r]
+    remove(s.lists, s.req, PLACING, r)
+    req.state = _WAITING
+    req.inst = i
+    if req.first_inst < 0:
+        req.first_inst = i
+    req.placed = now
+    p = s.inst[i].profile
+    reused = 0.0
+    if req.hash_n > 0:
+        _, n_prefix = find_prefix(s, s.inst[i].pool, r)
+        reused = float(n_prefix * s.cluster[0].block_tokens)
+    n = req.target - reused
+    req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, n * reused, n))
+    s.inst[i].queue_tokens += req.target
+    s.inst[i].queue_work += req.work
+    _enqueue(s, i, r)
+    s.inst[i].dirty = 1
+
+
+@kernel
+def hold(s, r):
+    """Answer PLACE_PREFILL with HOLD: ask again later, oldest first."""
+    remove(s.lists, s.req, PLACING, r)
+    s.req[r].state = _HELD
+    other = s.lists[HELD, 0]
+    while other >= 0 and s.req[other].arrival <= s.req[r].arrival:
+        other = s.req[other].next
+    push_before(s.lists, s.req, HELD, r, other)
+
+
+@kernel
+def wake_held(s):
+    """Ask again for the oldest held requests, as many as ``hold_scan`` says."""
+    for _ in range(s.cluster[0].hold_scan):
+        r = pop_front(s.lists, s.req, HELD)
+        if r < 0:
+            return
+        s.req[r].state = _PLACING
+        push_back(s.lists, s.req, PLACING, r)
+
+
+@kernel
+def shed(s, r, now):
+    """Answer PLACE_PREFILL with SHED: the request ends unserved and counts as missed."""
+    remove(s.lists, s.req, PLACING, r)
+    end_request(s, r, now, _SHED)
+
+
+@kernel
+def _finish(s, r, now):
+    i = s.req[r].inst
+    release(s, r)
+    end_request(s, r, now, _FINISHED)
+    touch_pool(s, i)
+
+
+@kernel
+def stop(s, r):
+    """The model ends request ``r`` (stop token): the token that is booked next is its last."""
+    s.req[r].output = s.req[r].generated + 1
+
+
+@kernel
+def book_decode(s, i, l, k, first, delta, now, more):
+    """Book ``k`` decode steps of lane (i, l) that lasted ``first``, ``first + delta``, ... ticks and ended at ``now``.
+
+    :param more: a further step of the same batch is already in flight, so its blocks are taken here
+    """
+    lane = s.lane[i, l]
+    end_first = now - (k - 1) * first - delta * ((k - 1) * (k - 2) // 2 + (k - 1))
+    size = s.cluster[0].block_tokens
+    p = s.inst[i].pool
+    n = lane.bs
+    last_end = s.inst[i].last_decode_end
+    common = 0
+    kept = 0
+    context = np.int64(0)
+    finished = False
+    for slot in range(n):
+        r = s.run[i, slot]
+        req = s.req[r]
+        if req.last_token == last_end:
+            common += 1
+        else:
+            record_gaps(s.itl, end_first - req.last_token, 0, 1, 1)
+        before = req.computed
+        req.generated += k
+        req.computed = before + k
+        req.last_token = now
+        if req.hash_n > 0:
+            publish(s, p, r, before, req.computed)
+        if req.generated >= req.output:
+            finished = True
+            release(s, r)
+            end_request(s, r, now, _FINISHED)
+            continue
+        if more:
+            need = blocks_for(req.computed + 1, size)
+            if need > req.blocks:
+                req.tail = grow(s, p, req.tail, req.blocks, need)
+                req.blocks = need
+        s.run[i, kept] = r
+        kept += 1
+        context += req.computed
+    if common > 0:
+        record_gaps(s.itl, end_first - last_end, 0, 1, common)
+    if k > 1:
+        record_gaps(s.itl, first + delta, delta, k - 1, n)
+    s.inst[i].run_n = kept
+    s.inst[i].run_ctx = context
+    s.inst[i].last_decode_end = now
+    s.inst[i].unbooked = 0
+    lane.sum_ctx = context
+    s.cluster[0].tokens_out += n * k
+    if finished:
+        touch_pool(s, i)
+
+
+@kernel
+def _emit_from_prefill(s, i, r, now):
+    """The prefill of request ``r`` ended: its next token exists; decide where it goes from here."""
+    req = s.req[r]
+    remove(s.lists, s.req, queue_of(i), r)
+    s.inst[i].started_n -= 1
+    req.generated += 1
+    s.cluster[0].tokens_out += 1
+    if req.first_token < 0:
+        on_first_token(s, r, now)
+    else:
+        record_gaps(s.itl, now - req.last_token, 0, 1, 1)
+    req.last_token = now
+    if req.generated >= req.output:
+        s.inst[i].held_tokens -= req.computed
+        _finish(s, r, now)
+    elif s.inst[i].role == _PREFILL or s.inst[i].target_role == _PREFILL or s.cluster[0].ask_decode == 1:
+        req.state = _HANDOVER
+        s.inst[i].out_n += 1
+        push_back(s.lists, s.req, HANDOVER, r)
+    else:
+        req.state = _READY
+        req.dest = i
+        push_back(s.lists, s.req, ready_of(i), r)
+    s.inst[i].dirty = 1
+
+
+@kernel
+def complete_prefill(s, i, l, now):
+    """Book the prompts of the step (or last slice) that lane (i, l) just ended."""
+    lane = s.lane[i, l]
+    p = s.inst[i].pool
+    for k in range(lane.n_prefills):
+        r = s.prefills[i, k]
+        req = s.req[r]
+        before = req.computed
+        rest = req.target - before
+        done = req.sched
+        work = req.work if done == rest else req.work * done // rest
+        req.work -= work
+        req.computed = before + done
+        req.sched = 0
+        req.state = _WAITING
+        s.inst[i].queue_work -= work
+        s.inst[i].queue_tokens -= done
+        s.inst[i].held_tokens += done
+        publish(s, p, r, before, req.computed)
+        if req.computed >= req.target:
+            _emit_from_prefill(s, i, r, now)
+    lane.n_prefills = 0
+
+
+@kernel
+def hand_over(s, r, dest, now):
+    """Answer PLACE_DECODE: request ``r`` (HANDOVER) will be decoded by ``dest``, which pulls its KV when it has room."""
+    remove(s.lists, s.req, HANDOVER, r)
+    req = s.req[r]
+    src = req.inst
+    req.dest = dest
+    if s.inst[dest].pool == s.inst[src].pool:
+        s.inst[src].out_n -= 1
+        s.inst[src].held_tokens -= req.computed
+        s.inst[dest].held_tokens += req.computed
+        req.inst = dest
+        req.state = _READY
+        push_back(s.lists, s.req, ready_of(dest), r)
+    else:
+        req.state = _INBOUND
+        s.inst[dest].inbound_tokens += req.computed
+        push_back(s.lists, s.req, inbound_of(dest), r)
+    s.inst[dest].dirty = 1
+
+
+@kernel
+def pull(s, i):
+    """Instance ``i`` reserves blocks for inbound requests, first come first served, and puts them on its link.
+
+    The source keeps its blocks until ``transfer_done``: a full receiver therefore stalls the sender's prefill.
+    """
+    inbound = inbound_of(i)
+    p = s.inst[i].pool
+    size = s.cluster[0].block_tokens
+    link = s.inst[i].link
+    while s.lists[inbound, 2] > 0:
+        r = s.lists[inbound, 0]
+        req = s.req[r]
+        seats = s.inst[i].run_n + s.lists[ready_of(i), 2] + s.inst[i].moving_n
+        prefix, n_prefix = find_prefix(s, p, r)
+        need = blocks_for(req.computed + 1, size)
+        cost = need - n_prefix + evictable_cost(s, prefix, n_prefix)
+        if seats >= s.inst[i].max_batch or cost > s.pool[p].free:
+            return
+        remove(s.lists, s.req, inbound, r)
+        adopt(s, p, prefix, n_prefix)
+        req.dst_tail = grow(s, p, prefix, n_prefix, need)
+        req.dst_blocks = need
+        req.dst_cached = n_prefix * size
+        req.state = _MOVING
+        s.inst[i].moving_n += 1
+        s.link[link].tokens += req.computed - req.dst_cached
+        push_back(s.lists, s.req, link_list(s.cluster[0].n_instances, link), r)
+
+
+@kernel
+def transfer_done(s, link, now):
+    """The transfer at the head of ``link`` arrived: the source lets go of its blocks, the receiver may run it."""
+    r = pop_front(s.lists, s.req, link_list(s.cluster[0].n_instances, link))
+    req = s.req[r]
+    src, dest = req.inst, req.dest
+    release_chain(s, s.inst[src].pool, req.tail, req.blocks)
+    s.inst[src].out_n -= 1
+    s.inst[src].held_tokens -= req.computed
+    touch_pool(s, src)
+    req.tail, req.blocks = req.dst_tail, req.dst_blocks
+    req.dst_tail, req.dst_blocks = -1, 0
+    req.inst = dest
+    req.state = _READY
+    s.inst[dest].moving_n -= 1
+    s.inst[dest].inbound_tokens -= req.computed
+    s.inst[dest].held_tokens += req.computed
+    s.inst[dest].dirty = 1
+    moved = req.computed - req.dst_cached
+    s.link[link].tokens -= moved
+    s.link[link].busy = 0
+    s.cluster[0].n_migrated += 1
+    s.cluster[0].migrated_tokens += moved
+    publish(s, s.inst[dest].pool, r, req.dst_cached, req.computed)
+    push_back(s.lists, s.req, ready_of(dest), r)
+    return r
+
+
+@kernel
+def begin_role_change(s, i, role):
+    """Answer REALLOCATE: drain instance ``i`` and then make it ``role``.
+
+    Prompts not yet started are placed anew, and so is inbound KV when the new role cannot decode.
+    """
+    s.inst[i].target_role = role
+    s.cluster[0].moving_roles += 1
+    r = s.lists[queue_of(i), 0]
+    while r >= 0:
+        after = s.req[r].next
+        if s.req[r].state == _WAITING and s.req[r].blocks == 0 and s.req[r].generated == 0:
+            remove(s.lists, s.req, queue_of(i), r)
+            s.inst[i].queue_tokens -= s.req[r].target
+            s.inst[i].queue_work -= s.req[r].work
+            s.req[r].state = _PLACING
+            s.req[r].inst = -1
+            push_back(s.lists, s.req, PLACING, r)
+        r = after
+    if role == _PREFILL:
+        while s.lists[inbound_of(i), 2] > 0:
+            r = pop_front(s.lists, s.req, inbound_of(i))
+            s.inst[i].inbound_tokens -= s.req[r].computed
+            s.req[r].state = _HANDOVER
+            s.req[r].dest = -1
+            push_back(s.lists, s.req, HANDOVER, r)
+    s.inst[i].dirty = 1
+
+
+@kernel
+def role_change_ready(s, i):
+    """Whether instance ``i`` has drained far enough for its pending role change."""
+    role = s.inst[i].target_role
+    if role < 0 or s.inst[i].switching == 1:
+        return False
+    if s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE or s.lists[queue_of(i), 2] > 0:
+        return False
+    full = s.profile[s.inst[i].profile].switch_full == 1
+    if full and s.inst[i].out_n > 0:
+        return False
+    if full or role == _PREFILL:
+        waiting = s.lists[ready_of(i), 2] + s.lists[inbound_of(i), 2] + s.inst[i].moving_n
+        return s.inst[i].run_n == 0 and waiting == 0
+    return True
+
+
+@kernel
+def _flush_cache(s, p):
+    """Forget every cached block of pool ``p`` (nobody references any)."""
+    for k in range(s.pool[p].n_buckets):
+        s.bucket[s.pool[p].bucket_base + k] = -1
+    for b in range(s.pool[p].base, s.pool[p].base + s.pool[p].n_blocks):
+        s.block[b].hashed = 0
+    s.pool[p].cached = 0
+
+
+@kernel
+def end_role_change(s, i):
+    """The switch of instance ``i`` has been paid for: it serves in its new role from now on."""
+    if s.profile[s.inst[i].profile].switch_full == 1 and s.pool[s.inst[i].pool].sharers == 1:
+        _flush_cache(s, s.inst[i].pool)
+    s.inst[i].role = s.inst[i].target_role
+    s.inst[i].target_role = -1
+    s.inst[i].switching = 0
+    s.inst[i].decode_turn = 0
+    s.inst[i].dirty = 1
+    s.lane[i, 0].layer_to = 0
+    s.cluster[0].moving_roles -= 1
+    s.cluster[0].n_switches += 1
+
+
+@kernel
+def close_window(s, now):
+    """End a control interval: its statistics become what REALLOCATE and TUNE decisions read."""
+    c = s.cluster[0]
+    span = max((now - c.win_start) * 1e-12, 1e-9)
+    c.last_span_s = span
+    c.last_rate = c.win_arrivals / span
+    c.last_prompt = c.win_prompt / max(c.win_arrivals, 1)
+    c.last_output = c.win_output / max(c.win_finished, 1)
+    c.last_ttft_s = c.win_ttft / max(c.win_first, 1)
+    c.last_tpot_s = c.win_tpot / max(c.win_finished, 1)
+    c.win_start = now
+    c.win_arrivals = 0
+    c.win_prompt = 0.0
+    c.win_finished = 0
+    c.win_output = 0.0
+    c.win_first = 0
+    c.win_ttft = 0.0
+    c.win_tpot = 0.0

@@ -1,0 +1,128 @@
+"""Request lists: doubly linked through ``req.next`` / ``req.prev``, O(1) at both ends and in the middle.
+
+A request is in at most one list at a time, so waiting in a queue, for a decision or for a link needs no
+memory of its own. ``lists[k]`` is (head, tail, length).
+"""
+
+from __future__ import annotations
+
+from engine.core.jit import kernel
+
+__all__ = [
+    "ENDED",
+    "HANDOVER",
+    "HELD",
+    "PLACING",
+    "inbound_of",
+    "link_list",
+    "n_lists",
+    "pop_front",
+    "push_back",
+    "push_before",
+    "push_front",
+    "queue_of",
+    "ready_of",
+    "remove",
+]
+
+PLACING = 0  # requests that wait for a PLACE_PREFILL decision
+HANDOVER = 1  # ... for a PLACE_DECODE decision
+HELD = 2  # a policy answered HOLD
+ENDED = 3  # ended requests that a further turn of their session follows
+_FIXED = 4
+
+
+@kernel(forceinline=True)
+def queue_of(i):
+    """Prefill queue of instance ``i``."""
+    return _FIXED + 3 * i
+
+
+@kernel(forceinline=True)
+def inbound_of(i):
+    """Requests that instance ``i`` will decode once it has room to pull their KV."""
+    return _FIXED + 1 + 3 * i
+
+
+@kernel(forceinline=True)
+def ready_of(i):
+    """Requests whose KV is on instance ``i`` and that join its running set at the next step."""
+    return _FIXED + 2 + 3 * i
+
+
+@kernel(forceinline=True)
+def link_list(n_instances, link):
+    """Requests whose KV travels over ``link``, the one in transfer first."""
+    return _FIXED + 3 * n_instances + link
+
+
+@kernel(forceinline=True)
+def push_back(lists, req, k, r):
+    tail = lists[k, 1]
+    req[r].prev = tail
+    req[r].next = -1
+    if tail >= 0:
+        req[tail].next = r
+    else:
+        lists[k, 0] = r
+    lists[k, 1] = r
+    lists[k, 2] += 1
+
+
+@kernel(forceinline=True)
+def push_front(lists, req, k, r):
+    head = lists[k, 0]
+    req[r].next = head
+    req[r].prev = -1
+    if head >= 0:
+        req[head].prev = r
+    else:
+        lists[k, 1] = r
+    lists[k, 0] = r
+    lists[k, 2] += 1
+
+
+@kernel
+def push_before(lists, req, k, r, other):
+    """Insert ``r`` before ``other``, which is in list ``k`` (-1: at the end)."""
+    if other < 0:
+        push_back(lists, req, k, r)
+    elif lists[k, 0] == other:
+        push_front(lists, req, k, r)
+    else:
+        before = req[other].prev
+        req[r].prev = before
+        req[r].next = other
+        req[before].next = r
+        req[other].prev = r
+        lists[k, 2] += 1
+
+
+@kernel(forceinline=True)
+def remove(lists, req, k, r):
+    before, after = req[r].prev, req[r].next
+    if before >= 0:
+        req[before].next = after
+    else:
+        lists[k, 0] = after
+    if after >= 0:
+        req[after].prev = before
+    else:
+        lists[k, 1] = before
+    req[r].next = -1
+    req[r].prev = -1
+    lists[k, 2] -= 1
+
+
+@kernel(forceinline=True)
+def pop_front(lists, req, k):
+    """Remove and return the first request, -1 when the list is empty."""
+    r = lists[k, 0]
+    if r >= 0:
+        remove(lists, req, k, r)
+    return r
+
+
+def n_lists(n_instances: int, n_links: int) -> int:
+    """Length of the ``lists`` array of a cluster."""
+    return _FIXED + 3 * n_instances + n_links

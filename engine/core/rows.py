@@ -1,0 +1,177 @@
+"""Plain pointers to the state arrays, for use inside kernels.
+
+Numba passes an array as seven words and counts a reference at every call; with a state of two dozen arrays that
+costs more than the scheduling itself (measured: 30 µs against 1 µs a request). Inside kernels the state is
+therefore a tuple of ``Rows``: an address and a row length, nothing to count. Entry points take the addresses as
+one int64 vector (``addresses``) and ``attach`` them; the Python caller keeps the arrays alive.
+
+With ``SLALOM_BOUNDS=1`` every access is checked (debugging; used by one pass of the tests).
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.extending import intrinsic, lower_builtin, models, register_model
+from numba.core.typing import signature
+from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.np.numpy_support import from_dtype
+
+__all__ = ["CHECKED", "WORDS", "RowsType", "addresses", "make_rows"]
+
+CHECKED = os.environ.get("SLALOM_BOUNDS", "") == "1"
+#: int64 words per array in the address vector: address, rows, columns.
+WORDS = 3
+
+
+class RowsType(types.Type):
+    """Pointer to a C-contiguous array of ``dtype`` (a record or a scalar) with one or two axes."""
+
+    def __init__(self, dtype: types.Type, ndim: int) -> None:
+        self.dtype, self.ndim = dtype, ndim
+        super().__init__(name=f"Rows({dtype}, {ndim}d)")
+
+
+@register_model(RowsType)
+class _RowsModel(models.StructModel):
+    def __init__(self, manager: Any, fe_type: RowsType) -> None:
+        members = [("data", types.voidptr)]
+        if fe_type.ndim == 2 or CHECKED:
+            members.append(("columns", types.intp))
+        if CHECKED:
+            members.append(("rows", types.intp))
+        super().__init__(manager, fe_type, members)
+
+
+def _item_size(context: Any, dtype: types.Type) -> int:
+    if isinstance(dtype, types.Record):
+        return int(dtype.size)
+    return int(context.get_abi_sizeof(context.get_data_type(dtype)))
+
+
+def _check(context: Any, builder: Any, bad: Any) -> None:
+    with builder.if_then(bad, likely=False):
+        context.call_conv.return_user_exc(builder, IndexError, ("index outside a state array",))
+
+
+def _address(context: Any, builder: Any, rows_type: RowsType, rows: Any, indices: Sequence[Any]) -> Any:
+    """LLVM pointer (i8*) to the element at ``indices``."""
+    view = cgutils.create_struct_proxy(rows_type)(context, builder, value=rows)
+    offset = indices[0]
+    if CHECKED:
+        _check(context, builder, builder.icmp_unsigned(">=", offset, view.rows))
+    if len(indices) == 2:
+        if CHECKED:
+            _check(context, builder, builder.icmp_unsigned(">=", indices[1], view.columns))
+        offset = builder.add(builder.mul(offset, view.columns), indices[1])
+    elif rows_type.ndim == 2:
+        offset = builder.mul(offset, view.columns)
+    size = ir.Constant(offset.type, _item_size(context, rows_type.dtype))
+    return builder.gep(view.data, [builder.mul(offset, size)])
+
+
+def _indices(builder: Any, index_type: types.Type, index: Any) -> list[Any]:
+    if isinstance(index_type, types.BaseTuple):
+        return list(cgutils.unpack_tuple(builder, index, index_type.count))
+    return [index]
+
+
+@infer_global(operator.getitem)
+class _GetItem(AbstractTemplate):
+    """``rows[i]``, ``rows[i, j]``: an element (records by reference), or a row of a two-axis Rows."""
+
+    def generic(self, args: Any, kws: Any) -> Any:
+        rows, index = args
+        if not isinstance(rows, RowsType):
+            return None
+        if isinstance(index, types.BaseTuple):
+            return signature(rows.dtype, rows, types.UniTuple(types.intp, 2))
+        return signature(RowsType(rows.dtype, 1) if rows.ndim == 2 else rows.dtype, rows, types.intp)
+
+
+@infer_global(operator.setitem)
+class _SetItem(AbstractTemplate):
+    """``rows[i] = x``, ``rows[i, j] = x`` for Rows of scalars."""
+
+    def generic(self, args: Any, kws: Any) -> Any:
+        rows, index, _ = args
+        if not isinstance(rows, RowsType):
+            return None
+        position = types.UniTuple(types.intp, 2) if isinstance(index, types.BaseTuple) else types.intp
+        return signature(types.none, rows, position, rows.dtype)
+
+
+@lower_builtin(operator.getitem, RowsType, types.Any)
+def _get(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    rows, index = sig.args
+    result = sig.return_type
+    pointer = _address(context, builder, rows, args[0], _indices(builder, index, args[1]))
+    if isinstance(result, RowsType):
+        view = cgutils.create_struct_proxy(rows)(context, builder, value=args[0])
+        row = cgutils.create_struct_proxy(result)(context, builder)
+        row.data = pointer
+        if CHECKED:
+            row.rows = view.columns
+            row.columns = ir.Constant(view.columns.type, 1)
+        return row._getvalue()
+    if isinstance(result, types.Record):
+        return builder.bitcast(pointer, context.get_value_type(result))
+    typed = builder.bitcast(pointer, context.get_data_type(result).as_pointer())
+    return context.data_model_manager[result].from_data(builder, builder.load(typed))
+
+
+@lower_builtin(operator.setitem, RowsType, types.Any, types.Any)
+def _put(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    rows, index, _ = sig.args
+    pointer = _address(context, builder, rows, args[0], _indices(builder, index, args[1]))
+    typed = builder.bitcast(pointer, context.get_data_type(rows.dtype).as_pointer())
+    builder.store(context.data_model_manager[rows.dtype].as_data(builder, args[2]), typed)
+    return context.get_dummy_value()
+
+
+def make_rows(dtype: Any, ndim: int) -> Any:
+    """An intrinsic ``f(vector, k)``: the ``k``-th array of an address vector, as Rows of ``dtype``."""
+    rows = RowsType(from_dtype(np.dtype(dtype)), ndim)
+
+    @intrinsic
+    def at(typingctx: Any, vector: Any, k: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            array = context.make_array(vector)(context, builder, value=args[0])
+            first = builder.mul(context.cast(builder, args[1], k, types.intp), ir.Constant(ir.IntType(64), WORDS))
+
+            def word(j: int) -> Any:
+                place = builder.add(first, ir.Constant(ir.IntType(64), j))
+                return builder.load(builder.gep(array.data, [place]))
+
+            view = cgutils.create_struct_proxy(rows)(context, builder)
+            view.data = builder.inttoptr(word(0), context.get_value_type(types.voidptr))
+            if ndim == 2 or CHECKED:
+                view.columns = word(2)
+            if CHECKED:
+                view.rows = word(1)
+            return view._getvalue()
+
+        return rows(vector, k), codegen
+
+    return at
+
+
+def addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The address vector of ``arrays``, int64 (3 · len,). The caller must keep the arrays alive.
+
+    :raises ValueError: an array is not C-contiguous or has more than two axes
+    """
+    words = np.zeros(WORDS * len(arrays), np.int64)
+    for k, array in enumerate(arrays):
+        if not array.flags.c_contiguous or array.ndim > 2:
+            raise ValueError("state arrays must be C-contiguous with at most two axes")
+        columns = array.shape[1] if array.ndim == 2 else 1
+        words[WORDS * k : WORDS * (k + 1)] = array.ctypes.data, array.shape[0], columns
+    return words

@@ -1,0 +1,221 @@
+"""Build the arrays of a cluster from a plain description; the only part of the core that allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.core.lists import n_lists
+from engine.core.slo import ITL_BINS
+from engine.core.state import (
+    BLOCK,
+    CLUSTER,
+    INSTANCE,
+    LANE,
+    LINK,
+    POOL,
+    REQUEST,
+    SLO_CLASS,
+    Batching,
+    ClusterState,
+    Role,
+)
+from engine.errors import SlalomError
+from engine.latency.evaluate import TICKS_PER_S, to_ticks
+
+__all__ = ["ClusterOptions", "InstanceSpec", "LinkSpec", "SloClass", "blank_requests", "new_cluster"]
+
+NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True)
+class InstanceSpec:
+    """One instance. Instances with the same ``pool`` index share its KV blocks (they sit on one GPU)."""
+
+    role: Role
+    pool: int
+    kv_tokens: int  # capacity of its pool, tokens
+    profile: int = 0
+    gpu: int = 0
+    link: int = 0
+    batching: Batching = Batching.CHUNKED
+    chunk_tokens: int = 512
+    prefill_tokens: int = 8192
+    max_batch: int = 256
+    max_prefills: int = 128
+    max_ctx: int = NO_LIMIT
+    split: int = -1
+    order: int = 0
+    headroom: float = 1.0
+
+
+@dataclass(frozen=True)
+class LinkSpec:
+    """A path that KV travels on, one transfer at a time. ``bytes_per_s`` 0 means free."""
+
+    bytes_per_s: float = 0.0
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class SloClass:
+    """Targets of one class: TTFT = max(ttft_s, ttft_factor × isolated prefill time), TPOT = tpot_s."""
+
+    ttft_s: float
+    tpot_s: float
+    ttft_factor: float = 0.0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Which decisions are asked, and how often."""
+
+    block_tokens: int = 16
+    hash_tokens: int = 0
+    hold: bool = False
+    shed: bool = False
+    place_decode: bool = False
+    reallocate: bool = False
+    tune: bool = False
+    roles: Sequence[Role] = tuple(Role)
+    min_prefill: int = 1
+    min_decode: int = 1
+    hold_s: float = 0.05
+    hold_scan: int = 8
+    control_s: float = 1.0
+    horizon_s: float = 0.0  # 0: run until every request has ended
+
+
+def blank_requests(n: int) -> np.ndarray:
+    """``n`` requests in state NEW with every stamp and link unset; REQUEST (n,)."""
+    req = np.zeros(n, REQUEST)
+    for name in ("placed", "prefill_start", "first_token", "last_token", "finished", "arrival"):
+        req[name] = -1
+    for name in ("tail", "dst_tail", "next", "prev", "inst", "dest", "next_turn", "first_inst"):
+        req[name] = -1
+    req["ttft_ok"] = req["tpot_ok"] = -1
+    return req
+
+
+def _pools(specs: Sequence[InstanceSpec], block_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    pool = np.zeros(max(s.pool for s in specs) + 1, POOL)
+    base, bucket_base = 0, 0
+    for p in range(len(pool)):
+        members = [s for s in specs if s.pool == p]
+        if not members:
+            raise SlalomError(f"cluster: pool {p}", "no instance", "number the pools without gaps")
+        n = members[0].kv_tokens // block_tokens
+        if n < 2:
+            raise SlalomError("kv_tokens", members[0].kv_tokens, f"give at least two blocks of {block_tokens} tokens")
+        buckets = 1 << max(n - 1, 1).bit_length()
+        pool[p]["base"], pool[p]["n_blocks"], pool[p]["free"] = base, n, n
+        pool[p]["lru_head"], pool[p]["lru_tail"] = base, base + n - 1
+        pool[p]["bucket_base"], pool[p]["n_buckets"] = bucket_base, buckets
+        pool[p]["sharers"] = len(members)
+        base, bucket_base = base + n, bucket_base + buckets
+    block = np.zeros(base, BLOCK)
+    for p in pool:
+        ids = np.arange(p["base"], p["base"] + p["n_blocks"])
+        block["lru_prev"][ids], block["lru_next"][ids] = ids - 1, ids + 1
+        block["lru_prev"][ids[0]] = block["lru_next"][ids[-1]] = -1
+    block["parent"] = block["bucket_next"] = -1
+    return pool, block, np.full(bucket_base, -1, np.int32)
+
+
+def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
+    inst = np.zeros(len(specs), INSTANCE)
+    for record, spec in zip(inst, specs, strict=True):
+        for name in (
+            "role", "pool", "profile", "gpu", "link", "batching", "chunk_tokens", "prefill_tokens",
+            "max_batch", "max_prefills", "max_ctx", "split", "order", "headroom",
+        ):  # fmt: skip
+            record[name] = getattr(spec, name)
+        record["target_role"] = -1
+        record["last_decode_end"] = -1
+    return inst
+
+
+def _cluster(specs: Sequence[InstanceSpec], options: ClusterOptions, n_requests: int, links: int) -> np.ndarray:
+    c = np.zeros(1, CLUSTER)
+    c["n_instances"], c["n_requests"], c["n_links"] = len(specs), n_requests, links
+    c["n_pools"] = max(s.pool for s in specs) + 1
+    c["block_tokens"], c["hash_tokens"] = options.block_tokens, options.hash_tokens
+    c["allow_hold"], c["allow_shed"] = options.hold, options.shed
+    c["ask_decode"], c["ask_realloc"], c["ask_tune"] = options.place_decode, options.reallocate, options.tune
+    c["roles_allowed"] = sum(1 << int(r) for r in options.roles)
+    c["min_prefill"], c["min_decode"] = options.min_prefill, options.min_decode
+    c["hold_ticks"], c["hold_scan"] = to_ticks(options.hold_s), options.hold_scan
+    c["control_ticks"] = to_ticks(options.control_s)
+    c["horizon_ticks"] = to_ticks(options.horizon_s) if options.horizon_s > 0 else np.iinfo(np.int64).max
+    c["tune_next"] = -1
+    c["ema_ttft_ok"] = c["ema_tpot_ok"] = 1.0
+    return c
+
+
+def new_cluster(
+    specs: Sequence[InstanceSpec],
+    profile: np.ndarray,
+    share: np.ndarray,
+    *,
+    classes: Sequence[SloClass],
+    options: ClusterOptions | None = None,
+    links: Sequence[LinkSpec] = (LinkSpec(),),
+    n_requests: int = 0,
+    hashes: np.ndarray | None = None,
+) -> ClusterState:
+    """An idle cluster at time zero.
+
+    :param specs: the instances, N of them
+    :param profile: PROFILE (n,) and ``share`` SHARE (n, M), as ``engine.latency.pack`` gives them
+    :param classes: SLO classes
+    :param links: KV paths; ``InstanceSpec.link`` indexes them
+    :param n_requests: request slots to allocate
+    :param hashes: chained prefix hashes of all requests, uint64
+    :raises SlalomError: on an empty cluster, a pool without blocks, or an index that points nowhere
+    """
+    options = options or ClusterOptions()
+    if not specs:
+        raise SlalomError("cluster.instances", 0, "name at least one instance")
+    for k, spec in enumerate(specs):
+        if not 0 <= spec.profile < len(profile):
+            raise SlalomError(f"instances[{k}].profile", spec.profile, f"only {len(profile)} profiles were given")
+        if not 0 <= spec.link < len(links):
+            raise SlalomError(f"instances[{k}].link", spec.link, f"only {len(links)} links were given")
+        if spec.split >= profile[spec.profile]["n_shares"]:
+            raise SlalomError(f"instances[{k}].split", spec.split, "the profile has fewer share rows")
+    if options.hash_tokens % options.block_tokens:
+        raise SlalomError("hash_tokens", options.hash_tokens, f"use a multiple of {options.block_tokens}")
+    pool, block, bucket = _pools(specs, options.block_tokens)
+    link = np.zeros(len(links), LINK)
+    link["bytes_per_s"] = [x.bytes_per_s for x in links]
+    link["latency_s"] = [x.latency_s for x in links]
+    cls = np.zeros(len(classes), SLO_CLASS)
+    for record, c in zip(cls, classes, strict=True):
+        for name in ("weight", "ttft_s", "ttft_factor", "tpot_s"):
+            record[name] = getattr(c, name)
+    lists = np.full((n_lists(len(specs), len(links)), 3), -1, np.int32)
+    lists[:, 2] = 0
+    return ClusterState(
+        cluster=_cluster(specs, options, n_requests, len(links)),
+        inst=_instances(specs),
+        lane=np.zeros((len(specs), 2), LANE),
+        req=blank_requests(n_requests),
+        pool=pool,
+        block=block,
+        bucket=bucket,
+        link=link,
+        lists=lists,
+        cls=cls,
+        run=np.full((len(specs), max(s.max_batch for s in specs)), -1, np.int32),
+        prefills=np.full((len(specs), max(s.max_prefills for s in specs)), -1, np.int32),
+        hashes=np.zeros(1, np.uint64) if hashes is None else np.ascontiguousarray(hashes, np.uint64),
+        profile=profile,
+        share=share,
+        itl=np.zeros(ITL_BINS, np.int64),
+    )
+
+
+assert TICKS_PER_S == 10**12

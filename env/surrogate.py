@@ -1,0 +1,552 @@
+"""The surrogate: an event loop that drives the scheduling core with a simulated clock and a latency profile.
+
+It calls the same core functions as the live engine; all it adds is *when* things end. Runs of decode steps in
+which nothing can change are jumped over in closed form (exact, see ``engine.latency.evaluate``) and cut short
+when something does change; with ``fast_forward`` off every step is an event, and the timelines are identical.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.core.columns import N_CANDIDATE, N_CONTEXT, Need, max_candidates
+from engine.core.batching import plan_lane
+from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.jit import kernel
+from engine.core.lifecycle import (
+    arrive,
+    begin_role_change,
+    book_decode,
+    close_window,
+    complete_prefill,
+    end_role_change,
+    pull,
+    role_change_ready,
+    transfer_done,
+    wake_held,
+)
+from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front
+from engine.core.rows import addresses, make_rows
+from engine.core.state import ClusterState, LaneKind, RequestState, Role, attach
+from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
+
+__all__ = ["CLOCK", "SIM", "Sim", "advance", "answer", "new_sim", "run"]
+
+_IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
+_MULTIPLEXED, _DECODE = int(Role.MULTIPLEXED), int(Role.DECODE)
+_FINISHED = int(RequestState.FINISHED)
+_NEVER = np.iinfo(np.int64).max
+
+CLOCK = np.dtype(
+    [
+        ("t0", np.int64),  # start of the first step not yet booked
+        ("first", np.int64),  # its duration
+        ("delta", np.int64),  # each further step takes this much longer
+        ("left", np.int64),  # steps until the lane's next event
+    ],
+    align=True,
+)
+
+SIM = np.dtype(
+    [
+        ("now", np.int64),
+        ("slot", np.int64),  # event slot being processed
+        ("n_roots", np.int64),
+        ("next_root", np.int64),
+        ("heap_n", np.int64),
+        ("fast_forward", np.int32),
+        ("hashing", np.int32),
+        ("kind", np.int32),  # the decision being asked, -1 none
+        ("subject", np.int32),
+        ("candidates", np.int32),
+        ("slots", np.int32),
+        ("size", np.int32),  # leaves of the tournament
+        ("decisions", np.int64),
+        ("events", np.int64),
+        # -- reward of the current decision interval, discounted to the time of the decision
+        ("beta", np.float64),
+        ("asked_at", np.int64),
+        ("good", np.float64),
+        ("missed", np.float64),
+        ("seen_good", np.float64),
+        ("seen_missed", np.float64),
+    ],
+    align=True,
+)
+
+
+class Sim(NamedTuple):
+    """Clock and event queue of one simulated cluster. Slots: lanes (2 N), links (L), switches (N), then three."""
+
+    sim: np.ndarray  # SIM (1,)
+    clock: np.ndarray  # CLOCK (N, 2)
+    when: np.ndarray  # int64 (slots,): time of the next event of each slot
+    tree: np.ndarray  # int32 (2 · size,): tournament over ``when``; tree[1] is the earliest slot
+    heap_t: np.ndarray  # int64 (R,): follow-up turns by arrival
+    heap_r: np.ndarray  # int32 (R,)
+    true_profile: np.ndarray  # PROFILE (N,): what steps really take, per instance
+    true_share: np.ndarray  # SHARE (N, M)
+    context: np.ndarray  # float64 (N_CONTEXT,)
+    candidates: np.ndarray  # float64 (K, N_CANDIDATE)
+    mask: np.ndarray  # uint8 (K,)
+
+
+def new_sim(
+    state: ClusterState,
+    *,
+    n_roots: int,
+    fast_forward: bool = True,
+    beta: float = 0.0,
+    true_profile: np.ndarray | None = None,
+    true_share: np.ndarray | None = None,
+) -> Sim:
+    """A clock at time zero for ``state``, whose first ``n_roots`` requests arrive at their ``arrival`` stamps.
+
+    :param beta: discount rate of rewards, 1/s
+    :param true_profile: PROFILE (N,) and SHARE (N, M) the world runs on; the nominal ones if not given
+    """
+    n, links = len(state.inst), len(state.link)
+    slots = 3 * n + links + 3
+    size = 1 << (slots - 1).bit_length()
+    sim = np.zeros(1, SIM)
+    sim["n_roots"], sim["fast_forward"], sim["beta"] = n_roots, fast_forward, beta
+    sim["hashing"] = int(state.cluster[0]["hash_tokens"] > 0)
+    sim["kind"], sim["slots"], sim["size"] = -1, slots, size
+    rows = state.inst["profile"]
+    k = max_candidates(n)
+    result = Sim(
+        sim=sim,
+        clock=np.zeros((n, 2), CLOCK),
+        when=np.full(slots, _NEVER, np.int64),
+        tree=np.zeros(2 * size, np.int32),
+        heap_t=np.zeros(max(len(state.req) - n_roots, 1), np.int64),
+        heap_r=np.zeros(max(len(state.req) - n_roots, 1), np.int32),
+        true_profile=state.profile[rows] if true_profile is None else true_profile,
+        true_share=state.share[rows] if true_share is None else true_share,
+        context=np.zeros(N_CONTEXT),
+        candidates=np.zeros((k, N_CANDIDATE)),
+        mask=np.zeros(k, np.uint8),
+    )
+    start(addresses(state), addresses(result))
+    return result
+
+
+_sim_rows, _clock_rows = make_rows(SIM, 1), make_rows(CLOCK, 2)
+_i8, _i4, _u1 = make_rows(np.int64, 1), make_rows(np.int32, 1), make_rows(np.uint8, 1)
+_f8, _f8_table = make_rows(np.float64, 1), make_rows(np.float64, 2)
+_profile_rows, _share_rows = make_rows(PROFILE, 1), make_rows(SHARE, 2)
+
+
+@kernel(forceinline=True)
+def attach_sim(words):
+    """The simulated clock behind an address vector, for use inside kernels."""
+    return Sim(
+        _sim_rows(words, 0),
+        _clock_rows(words, 1),
+        _i8(words, 2),
+        _i4(words, 3),
+        _i8(words, 4),
+        _i4(words, 5),
+        _profile_rows(words, 6),
+        _share_rows(words, 7),
+        _f8(words, 8),
+        _f8_table(words, 9),
+        _u1(words, 10),
+    )
+
+
+@kernel(forceinline=True)
+def _earlier(when, a, b):
+    """The slot with the earlier event; the lower slot on a tie. -1 stands for a slot that does not exist."""
+    if a < 0:
+        return b
+    if b < 0:
+        return a
+    if when[b] < when[a] or (when[b] == when[a] and b < a):
+        return b
+    return a
+
+
+@kernel
+def _set(q, slot, t):
+    """Move the event of ``slot`` to time ``t``."""
+    if q.when[slot] == t:
+        return
+    q.when[slot] = t
+    k = (q.sim[0].size + slot) // 2
+    while k >= 1:
+        q.tree[k] = _earlier(q.when, q.tree[2 * k], q.tree[2 * k + 1])
+        k //= 2
+
+
+@kernel
+def start(state_words, sim_words):
+    """Lay out the event queue of a new clock."""
+    s, q = attach(state_words), attach_sim(sim_words)
+    size = q.sim[0].size
+    n = s.cluster[0].n_instances
+    slots = q.sim[0].slots
+    for k in range(slots):
+        q.when[k] = _NEVER
+    q.when[slots - 3] = s.cluster[0].control_ticks
+    if q.sim[0].n_roots > 0:
+        q.when[slots - 1] = s.req[0].arrival
+    for k in range(size):
+        q.tree[size + k] = k if k < slots else -1
+    for k in range(size - 1, 0, -1):
+        q.tree[k] = _earlier(q.when, q.tree[2 * k], q.tree[2 * k + 1])
+    for i in range(n):
+        s.inst[i].dirty = 1
+
+
+@kernel(forceinline=True)
+def _span(clock, k):
+    """Ticks that the next ``k`` steps of a lane take."""
+    return clock.first * k + clock.delta * (k * (k - 1) // 2)
+
+
+@kernel
+def _steps_done(clock, now, strict):
+    """Steps of a lane that ended by ``now`` (``strict``: before it)."""
+    if clock.left <= 1:
+        return np.int64(0)
+    room = now - clock.t0 - (1 if strict else 0)
+    if room < clock.first:
+        return np.int64(0)
+    if clock.delta == 0:
+        return min(room // clock.first, clock.left - 1)
+    a = 0.5 * clock.delta
+    b = clock.first - a
+    k = np.int64((np.sqrt(b * b + 4.0 * a * room) - b) / (2.0 * a))
+    k = min(max(k, 0), clock.left - 1)
+    while k > 0 and _span(clock, k) > room:
+        k -= 1
+    while k < clock.left - 1 and _span(clock, k + 1) <= room:
+        k += 1
+    return k
+
+
+@kernel
+def _settle_lane(s, q, i, l, stop_next):
+    """Book the decode steps of lane (i, l) that are over; ``stop_next``: let it end with the step in flight."""
+    clock = q.clock[i, l]
+    if s.lane[i, l].kind != _K_DECODE or clock.left <= 1:
+        return
+    slot = 2 * i + l
+    k = _steps_done(clock, q.sim[0].now, q.sim[0].slot < slot)
+    if k > 0:
+        end = clock.t0 + _span(clock, k)
+        book_decode(s, i, l, k, clock.first, clock.delta, end, True)
+        clock.first += clock.delta * k
+        clock.t0 = end
+        clock.left -= k
+    if stop_next:
+        clock.left = 1
+        _set(q, slot, clock.t0 + clock.first)
+
+
+@kernel
+def _settle_pool(s, q, i, stop_next):
+    """``_settle_lane`` for every lane that draws on the pool of instance ``i``."""
+    if s.pool[s.inst[i].pool].sharers == 1:
+        _settle_lane(s, q, i, 0, stop_next)
+        _settle_lane(s, q, i, 1, stop_next)
+        return
+    for j in range(s.cluster[0].n_instances):
+        if s.inst[j].pool == s.inst[i].pool:
+            _settle_lane(s, q, j, 0, stop_next)
+            _settle_lane(s, q, j, 1, stop_next)
+
+
+@kernel
+def _refresh(s, q):
+    """Bring the loads that policies read up to the present."""
+    for i in range(s.cluster[0].n_instances):
+        for l in range(2):
+            if s.lane[i, l].kind == _K_DECODE and q.clock[i, l].left > 1:
+                if q.sim[0].hashing == 1:
+                    _settle_lane(s, q, i, l, False)
+                else:
+                    strict = q.sim[0].slot < 2 * i + l
+                    s.inst[i].unbooked = _steps_done(q.clock[i, l], q.sim[0].now, strict)
+
+
+@kernel
+def _prefill_ticks(profile, share, lane):
+    seconds = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
+    if lane.layer_to > 0:
+        seconds *= (lane.layer_to - lane.layer_from) / profile.n_layers
+    if lane.corun == 1:
+        seconds *= share.corun_prefill
+    return max(to_ticks(seconds + profile.step_overhead_s), 1)
+
+
+@kernel
+def _start_lane(s, q, i, l):
+    """Put the step that ``plan_lane`` formed on the clock."""
+    lane, clock, now = s.lane[i, l], q.clock[i, l], q.sim[0].now
+    profile, share = q.true_profile[i], q.true_share[i, lane.share]
+    clock.t0 = now
+    clock.delta = 0
+    clock.left = 1
+    if lane.kind == _K_DECODE:
+        factor = share.corun_decode if lane.corun == 1 else 1.0
+        per_ctx, base = decode_line(profile, share, lane.bs, factor)
+        clock.first = max(per_ctx * lane.sum_ctx + base, 1)
+        clock.delta = per_ctx * lane.bs
+        if q.sim[0].fast_forward == 1:
+            clock.left = lane.max_steps
+    elif lane.kind == _K_PREFILL:
+        clock.first = _prefill_ticks(profile, share, lane)
+    else:
+        prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
+        decode = decode_s(profile, share, lane.sum_ctx, lane.bs)
+        clock.first = max(to_ticks(prefill + decode - fused_shared_s(share, prefill, decode)), 1)
+    _set(q, 2 * i + l, now + _span(clock, clock.left))
+
+
+@kernel
+def _start_link(s, q, link):
+    """Start the transfer at the head of ``link`` if it is idle."""
+    n = s.cluster[0].n_instances
+    r = s.lists[link_list(n, link), 0]
+    if s.link[link].busy == 1 or r < 0:
+        return
+    s.link[link].busy = 1
+    profile = q.true_profile[s.req[r].dest]
+    seconds = profile.migrate_latency_s + s.link[link].latency_s
+    if s.link[link].bytes_per_s > 0.0:
+        moved = s.req[r].computed - s.req[r].dst_cached
+        seconds += moved * profile.kv_bytes_per_token / s.link[link].bytes_per_s
+    _set(q, 2 * n + link, q.sim[0].now + to_ticks(seconds))
+
+
+@kernel
+def _kick(s, q, i):
+    """Instance ``i`` may have something new to do: end its jumps, pull KV, change role, start idle lanes."""
+    n = s.cluster[0].n_instances
+    links = s.cluster[0].n_links
+    _settle_pool(s, q, i, True)
+    if s.lists[inbound_of(i), 2] > 0:
+        pull(s, i)
+        _start_link(s, q, s.inst[i].link)
+    if role_change_ready(s, i):
+        s.inst[i].switching = 1
+        _set(q, 2 * n + links + i, q.sim[0].now + to_ticks(q.true_profile[i].switch_s))
+    for l in range(2):
+        if s.lane[i, l].kind == _IDLE:
+            plan_lane(s, i, l, q.sim[0].now)
+            if s.lane[i, l].kind != _IDLE:
+                if l == 0:
+                    _settle_lane(s, q, i, 1, True)
+                _start_lane(s, q, i, l)
+
+
+@kernel
+def _kick_all(s, q):
+    again = True
+    while again:
+        again = False
+        for i in range(s.cluster[0].n_instances):
+            if s.inst[i].dirty == 1:
+                s.inst[i].dirty = 0
+                _kick(s, q, i)
+                again = True
+
+
+@kernel
+def _lane_event(s, q, i, l):
+    lane, clock, now = s.lane[i, l], q.clock[i, l], q.sim[0].now
+    if s.inst[i].role == _MULTIPLEXED or s.pool[s.inst[i].pool].sharers > 1:
+        kind = lane.kind
+        lane.kind = _IDLE
+        _settle_pool(s, q, i, False)
+        lane.kind = kind
+    if lane.kind == _K_DECODE or lane.kind == _K_FUSED:
+        book_decode(s, i, l, clock.left, clock.first, clock.delta, now, False)
+    if lane.kind == _K_PREFILL or lane.kind == _K_FUSED:
+        layers = q.true_profile[i].n_layers
+        if lane.layer_to == 0 or lane.layer_to >= layers:
+            complete_prefill(s, i, l, now)
+            if s.lists[HELD, 2] > 0:
+                wake_held(s)
+    lane.kind = _IDLE
+    s.inst[i].dirty = 1
+    _set(q, 2 * i + l, _NEVER)
+
+
+@kernel
+def _heap_push(q, t, r):
+    k = q.sim[0].heap_n
+    q.sim[0].heap_n = k + 1
+    while k > 0:
+        up = (k - 1) // 2
+        if q.heap_t[up] < t or (q.heap_t[up] == t and q.heap_r[up] < r):
+            break
+        q.heap_t[k], q.heap_r[k] = q.heap_t[up], q.heap_r[up]
+        k = up
+    q.heap_t[k], q.heap_r[k] = t, r
+
+
+@kernel
+def _heap_pop(q):
+    result = q.heap_r[0]
+    n = q.sim[0].heap_n - 1
+    q.sim[0].heap_n = n
+    t, r = q.heap_t[n], q.heap_r[n]
+    k = 0
+    while 2 * k + 1 < n:
+        c = 2 * k + 1
+        if c + 1 < n and (
+            q.heap_t[c + 1] < q.heap_t[c] or (q.heap_t[c + 1] == q.heap_t[c] and q.heap_r[c + 1] < q.heap_r[c])
+        ):
+            c += 1
+        if t < q.heap_t[c] or (t == q.heap_t[c] and r < q.heap_r[c]):
+            break
+        q.heap_t[k], q.heap_r[k] = q.heap_t[c], q.heap_r[c]
+        k = c
+    q.heap_t[k], q.heap_r[k] = t, r
+    return result
+
+
+@kernel
+def _next_arrival(s, q):
+    """Time of the next arrival, open-loop or follow-up turn."""
+    t = np.int64(_NEVER)
+    if q.sim[0].next_root < q.sim[0].n_roots:
+        t = s.req[q.sim[0].next_root].arrival
+    if q.sim[0].heap_n > 0:
+        t = min(t, q.heap_t[0])
+    return t
+
+
+@kernel
+def _arrival_event(s, q):
+    now = q.sim[0].now
+    if q.sim[0].heap_n > 0 and q.heap_t[0] <= now:
+        r = _heap_pop(q)
+    else:
+        r = np.int32(q.sim[0].next_root)
+        q.sim[0].next_root += 1
+    arrive(s, r, now)
+    _set(q, q.sim[0].slots - 1, _next_arrival(s, q))
+
+
+@kernel
+def _queue_follow_ups(s, q):
+    """Send the next turn of each session whose last turn was answered; a refused turn ends its session."""
+    while s.lists[ENDED, 2] > 0:
+        r = pop_front(s.lists, s.req, ENDED)
+        if s.req[r].state == _FINISHED:
+            _heap_push(q, s.req[r].finished + s.req[r].think, s.req[r].next_turn)
+    _set(q, q.sim[0].slots - 1, _next_arrival(s, q))
+
+
+@kernel
+def _credit(s, q):
+    """Add what was sealed since the last look to the reward, discounted from the time of the decision."""
+    good = s.cluster[0].good_weight - q.sim[0].seen_good
+    missed = s.cluster[0].miss_weight - q.sim[0].seen_missed
+    if good == 0.0 and missed == 0.0:
+        return
+    factor = np.exp(-q.sim[0].beta * 1e-12 * (q.sim[0].now - q.sim[0].asked_at))
+    q.sim[0].good += factor * good
+    q.sim[0].missed += factor * missed
+    q.sim[0].seen_good = s.cluster[0].good_weight
+    q.sim[0].seen_missed = s.cluster[0].miss_weight
+
+
+@kernel
+def _process(s, q, slot):
+    """Carry out the event of ``slot`` at the present time."""
+    n = s.cluster[0].n_instances
+    links = s.cluster[0].n_links
+    slots = q.sim[0].slots
+    if slot < 2 * n:
+        _lane_event(s, q, slot // 2, slot % 2)
+    elif slot == slots - 1:
+        _arrival_event(s, q)
+    elif slot < 2 * n + links:
+        link = slot - 2 * n
+        _set(q, slot, _NEVER)
+        source = s.req[s.lists[link_list(n, link), 0]].inst
+        _settle_pool(s, q, source, False)
+        transfer_done(s, link, q.sim[0].now)
+        _start_link(s, q, link)
+    elif slot < 3 * n + links:
+        _set(q, slot, _NEVER)
+        end_role_change(s, slot - 2 * n - links)
+    elif slot == slots - 3:
+        close_window(s, q.sim[0].now)
+        open_control(s)
+        _set(q, slot, q.sim[0].now + s.cluster[0].control_ticks)
+    else:
+        _set(q, slot, _NEVER)
+        wake_held(s)
+
+
+@kernel
+def advance(s, q):
+    """Run until a decision is due.
+
+    :return: its kind (subject in ``q.sim[0].subject``), or -1 when every request has ended or the horizon is reached
+    """
+    slots = q.sim[0].slots
+    while True:
+        kind, subject = next_decision(s, q.sim[0].now)
+        if kind >= 0:
+            q.sim[0].kind = kind
+            q.sim[0].subject = subject
+            return kind
+        _kick_all(s, q)
+        if s.lists[ENDED, 2] > 0:
+            _queue_follow_ups(s, q)
+        _credit(s, q)
+        if s.lists[HELD, 2] > 0 and q.when[slots - 2] == _NEVER:
+            _set(q, slots - 2, q.sim[0].now + s.cluster[0].hold_ticks)
+        done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots - 1] == _NEVER
+        slot = q.tree[1]
+        if done or q.when[slot] > s.cluster[0].horizon_ticks:
+            q.sim[0].kind = -1
+            return np.int32(-1)
+        q.sim[0].now = q.when[slot]
+        q.sim[0].slot = slot
+        q.sim[0].events += 1
+        _process(s, q, slot)
+
+
+@kernel
+def describe(s, q, needs):
+    """Fill the context, candidates and mask of the decision that ``advance`` stopped at; returns their number."""
+    _refresh(s, q)
+    k = build(s, q.sim[0].kind, q.sim[0].subject, q.sim[0].now, needs, q.context, q.candidates, q.mask)
+    q.sim[0].candidates = k
+    return k
+
+
+@kernel
+def answer(s, q, action):
+    """Carry out ``action`` for the decision that ``advance`` stopped at."""
+    apply(s, q.sim[0].kind, q.sim[0].subject, action, q.sim[0].now)
+    q.sim[0].decisions += 1
+
+
+@kernel
+def run(state_words, sim_words, context, candidates, mask, decide, params, memory, needs, limit):
+    """Let a compiled policy answer every decision, until the end or ``limit`` decisions (0: no limit).
+
+    :param context: the buffers of the Sim once more, as arrays for the policy
+    :return: decisions taken
+    """
+    s, q = attach(state_words), attach_sim(sim_words)
+    taken = np.int64(0)
+    while advance(s, q) >= 0:
+        k = describe(s, q, needs)
+        action = decide(context, candidates[:k], mask[:k], params, memory)
+        answer(s, q, action)
+        taken += 1
+        if taken == limit:
+            break
+    return taken
