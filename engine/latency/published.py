@@ -315,7 +315,7 @@ def _operators(name: str, device: Device, scaling: Scaling) -> Profile:
         }
     tables_used = {
         A100.name: "vidur Meta-Llama-3-8B mlp.csv, AISimulate A100 attention",
-        H100.name: "LLMServingSim Llama-3.1-8B layers, vidur Llama-2-7b norms, AISimulate H100 attention",
+        H100.name: "LLMServingSim Llama-3.1-8B layers, vidur 7B norms, AISimulate H100 attention",
     }[device.name]
     shares_from = "A100" if device is A100 else "H800"
     notes = (
@@ -324,7 +324,8 @@ def _operators(name: str, device: Device, scaling: Scaling) -> Profile:
         "layer). Cached-prefix coefficient b = 2a by operation count. SM shares: slow-downs of "
         f"MuxWise's {shares_from} tables, prefill held to 82 % of the SMs' peak (the 8B table alone "
         "would beat the roofline of one device: it is of eight), decode split into weight and KV "
-        f"reading, each slowed by its own column, and a constant rest (our inference). {INFERRED}, {KV_INFERRED}."
+        "reading, each slowed by its own column, and a constant rest (our inference). "
+        f"{INFERRED}, {KV_INFERRED}."
     )
     return _profile(
         name, model, device, 1, rows,
