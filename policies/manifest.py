@@ -10,16 +10,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from engine.core.columns import Col, Ctx, Kind
+from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Ctx, Kind
 from engine.core.policy import InstancePlan
 from policies.features import CANDIDATE_NAMES, CONTEXT_NAMES
 from policies.normalise import Normalisation
 
 __all__ = ["FORMAT", "VERSION", "Bounds", "Manifest", "NormalisationRecord", "column_hash"]
 
-FORMAT = "slalom-policy"
+FORMAT: Literal["slalom-policy"] = "slalom-policy"
 VERSION = 1
 
+_CONTEXT = CONTEXT_NAMES
+_CANDIDATE = CANDIDATE_NAMES[:CANDIDATE_DIMENSIONLESS]
 _ACTIONS = {
     Kind.PLACE_PREFILL: ["instance", "HOLD", "SHED"],
     Kind.PLACE_DECODE: ["instance"],
@@ -135,6 +137,24 @@ class Bounds(_Strict):
 
     context: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
     candidate: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
+
+    @model_validator(mode="after")
+    def _known(self) -> Bounds:
+        for names, given in ((_CONTEXT, self.context), (_CANDIDATE, self.candidate)):
+            for name, (low, high) in given.items():
+                if name not in names:
+                    raise ValueError(f"{name} is no dimensionless column")
+                if low > high:
+                    raise ValueError(f"{name}: the lower bound is above the upper one")
+        return self
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Float64 (2, context) and (2, candidate): least and greatest value, ±inf where none is given."""
+        both = []
+        for names, given in ((_CONTEXT, self.context), (_CANDIDATE, self.candidate)):
+            pairs = [given.get(name, (-np.inf, np.inf)) for name in names]
+            both.append(np.array(pairs, np.float64).T.copy())
+        return both[0], both[1]
 
 
 class Manifest(_Strict):

@@ -6,9 +6,8 @@
     logit_k = −scale · (W_base[kind] · x_k) + w · z_k,      w = 0 at the start
     value   = V_2 relu(V_1 p + b_1) + b_2
 
-Nothing depends on a row's index or on the number of rows: the policy is permutation-equivariant and runs on any
-cluster size. ReLU is the cheapest activation in both runtimes; ``policies.compiled`` runs the same weights
-without torch.
+Nothing depends on a row's index or on the number of rows: permutation-equivariant, for clusters of any size.
+ReLU is the cheapest activation in both runtimes; ``policies.compiled`` runs the same weights without torch.
 """
 
 from __future__ import annotations
@@ -79,10 +78,11 @@ class ScoringNetwork(nn.Module):
         self.pool = nn.Linear(2 * hidden, hidden)
         self.head = nn.Linear(hidden, hidden, bias=False)
         self.out = nn.Linear(hidden, 1, bias=False)
-        self.value = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
-        for layer in (self.context, self.candidate, self.pool, self.head, self.value[0]):
+        first, last = nn.Linear(2 * hidden, hidden), nn.Linear(hidden, 1)
+        self.value = nn.Sequential(first, nn.ReLU(), last)
+        for layer in (self.context, self.candidate, self.pool, self.head, first):
             nn.init.orthogonal_(layer.weight, gain=2**0.5)
-        for layer in (self.context, self.pool, self.value[0], self.value[2]):
+        for layer in (self.context, self.pool, first, last):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.out.weight)
 

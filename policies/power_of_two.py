@@ -21,7 +21,7 @@ def _random(memory, seed):
     """
     state = np.int64(memory[0])
     if state == 0:
-        state = (np.int64(seed) * 2654435761 + 88675123) & _MASK32 or 1
+        state = np.int64(max((int(seed) * 2654435761 + 88675123) & _MASK32, 1))
     state ^= (state << 13) & _MASK32
     state ^= state >> 17
     state ^= (state << 5) & _MASK32

@@ -7,10 +7,11 @@
             load = candidates[:, Col.RUN_N] + 1e9 * (mask == 0)
             return int(load.argmin())
 
-Its compiled ``decide`` goes back into the interpreter, which takes the GIL and costs tens of microseconds a
-decision: fine for trying an idea and for rules at control intervals, too slow for large searches. Optional
-attributes: ``needs`` (bit mask of :class:`engine.core.columns.Need`, default all), ``reset(self)``, called at the
-first decision after a reset. One object serves one bound policy; arrays it receives are views, valid for the call.
+Its compiled ``decide`` goes back into the interpreter, which takes the GIL and costs some microseconds and
+whatever the class does: fine for trying an idea and for rules at control intervals, too slow for large
+searches. Optional attributes: ``needs`` (bit mask of :class:`engine.core.columns.Need`, default all) and
+``reset(self)``, called at the first decision after a reset. One object serves one bound policy; the arrays it
+receives are views that are valid during the call. What it raises comes out of the driver.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def decide(context, candidates, mask, params, memory):
     memory[0] = 1.0
     with objmode(row="int64"):
         row = _call(number, context, candidates, mask, fresh)
-    return row
+    return row  # noqa: RET504 (no return out of objmode)
 
 
 def python_rule(cls: Any, name: str) -> Rule:

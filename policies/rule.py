@@ -87,7 +87,8 @@ class Param:
 class BoundPolicy:
     """A rule with its values, for one scenario; satisfies :class:`engine.core.policy.Policy`.
 
-    ``python`` marks the slow path: ``decide`` calls back into the interpreter and takes the GIL.
+    ``python`` marks the slow path: ``decide`` calls back into the interpreter and takes the GIL. ``kind`` is
+    ``rule`` or ``network``; a network's ``values`` name its base rule and the digest of its weights.
     """
 
     name: str
@@ -98,10 +99,11 @@ class BoundPolicy:
     arrangement: Sequence[InstancePlan] | None
     values: Mapping[str, Value]
     python: bool = False
+    kind: str = "rule"
 
     def describe(self) -> dict[str, Any]:
         """Plain data (JSON) that says which policy this is and with which values."""
-        return {"kind": "rule", "name": self.name, "values": dict(self.values)}
+        return {"kind": self.kind, "name": self.name, "values": dict(self.values)}
 
 
 Values = Mapping[str, Value]
