@@ -63,7 +63,7 @@ def evaluate(
         bool, typer.Option("--goodput", help="Search each policy's goodput (default).")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds, the same for every policy.")] = 3,
-    requests: Annotated[int, typer.Option(min=20, help="Requests of one run.")] = 10_000,
+    requests: Annotated[int | None, typer.Option(min=20, help="Requests of one run.")] = None,
     tune: Annotated[
         int, typer.Option(min=0, help="Also compare every rule tuned with this many trials.")
     ] = 0,
@@ -85,25 +85,29 @@ def evaluate(
         raise SlalomError("--env", env, fix)
     if rates is not None and goodput:
         raise SlalomError("--rates", rates, "give either --rates or --goodput")
-    from env.scenario import load_scenario
     from rich.console import Console
 
+    from engine.core.jit import is_warm
+    from env.scenario import Scenario
     from eval.points import PointSettings
     from eval.session import Request, open_folder
     from eval.session import evaluate as run
 
     open_folder(out, resume)
+    chosen = Scenario.load(scenario)
     request = Request(
-        scenario=load_scenario(scenario),
+        scenario=chosen,
         policies=tuple(policy),
         rates=None if rates is None else parse_rates(rates),
         seeds=seeds,
-        settings=PointSettings(n_requests=requests, warmup=warmup, drain=drain),
+        settings=PointSettings(n_requests=requests or chosen.n_requests, warmup=warmup, drain=drain),
         tune=tune,
         jobs=jobs,
         out=out,
     )
     console = Console(stderr=True)
+    if not is_warm():
+        console.print("first use of this version: compiling, about a minute, once")
     from eval.progress import Bar
 
     try:

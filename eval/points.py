@@ -113,8 +113,11 @@ def policy_sha256(contender: Contender) -> str:
 
 
 def scenario_hash(scenario: Any) -> str:
-    """Digest of a scenario's content, independent of its file."""
-    return hashlib.sha256(scenario.model_dump_json().encode()).hexdigest()
+    """Digest of a scenario's content and of the latency profiles it names."""
+    digest = hashlib.sha256(scenario.hash().encode())
+    for profile in scenario.load_profiles():
+        digest.update(profile.model_dump_json().encode())
+    return digest.hexdigest()
 
 
 def measure(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:

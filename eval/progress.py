@@ -17,7 +17,7 @@ __all__ = ["Bar"]
 
 
 class Bar(Watcher):
-    """A bar on the given console; silent bars on consoles that are no terminal are rich's own business."""
+    """A bar on a terminal; elsewhere one line per policy."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -45,6 +45,8 @@ class Bar(Watcher):
     def phase(self, name: str, points: int | None) -> None:
         self._progress.reset(self._task, description=escape(name), total=points, speed="")
         self._requests, self._since = 0, time.perf_counter()
+        if points is not None and not self._console.is_terminal:
+            self._console.print(escape(name), highlight=False)
 
     def point(self, point: Point) -> None:
         self._requests += point.metrics["num_prompts"]

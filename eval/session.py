@@ -53,7 +53,6 @@ class Request:
     seeds: int = 3
     settings: PointSettings = field(default_factory=PointSettings)
     tune: int = 0
-    start: float = 1.0
     jobs: int = 1
     out: Path | None = None
 
@@ -85,9 +84,9 @@ def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
     with Evaluator(request.scenario, probe) as evaluator:
         for policy in dict.fromkeys(request.policies):
             for name in names() if policy == "all" else [policy]:
-                label = Path(name).name if Path(name).is_dir() else name
+                label = _label(name)
                 try:
-                    evaluator.points(Contender(name), request.start, [0])
+                    evaluator.points(Contender(name), request.scenario.reference_rate, [0])
                 except SlalomError as error:
                     if policy != "all":
                         raise
@@ -99,6 +98,15 @@ def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
             "--policy", list(request.policies), "name at least one policy that fits the scenario"
         )
     return list(chosen.values())
+
+
+def _label(policy: str) -> str:
+    """A folder's own name; of a run's ``best`` folder the run's name, since every run has one."""
+    folder = Path(policy)
+    if not folder.is_dir():
+        return policy
+    folder = folder.resolve()
+    return folder.parent.name if folder.name in ("best", "last") else folder.name
 
 
 def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             contenders,
             seeds,
             rates=request.rates,
-            start=request.start,
+            start=request.scenario.reference_rate,
             on_policy=lambda name: watcher.phase(name, per_policy),
         )
     result["settings"] = _settings(request, seeds, tuning)
@@ -132,8 +140,6 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
 
 
 def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any]]) -> dict[str, Any]:
-    import yaml
-
     scenario = request.scenario
     return {
         "scenario": scenario.name,
@@ -153,7 +159,7 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
         "versions": versions(),
         "machine": machine(),
         "tuning": tuning,
-        "scenario_yaml": yaml.safe_dump(scenario.model_dump(mode="json"), sort_keys=False),
+        "scenario_yaml": scenario.to_yaml(),
     }
 
 
@@ -164,7 +170,7 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
     from eval.tune import KNEE, knee_rate, tune
 
     watcher.phase("knee", None)
-    knee = knee_rate(request.scenario, request.settings, start=request.start)
+    knee = knee_rate(request.scenario, request.settings, start=request.scenario.reference_rate)
     rates = tuple(factor * knee for factor in KNEE)
     found = []
     for contender in contenders:

@@ -21,11 +21,9 @@ WARM_REPEATS = 3
 
 def run() -> dict[str, Any]:
     """Seconds of one command with an empty kernel cache, and with a filled one (median)."""
-    import yaml
-
     with tempfile.TemporaryDirectory() as folder:
         scenario = Path(folder) / "reference.yaml"
-        scenario.write_text(yaml.safe_dump(reference_scenario().model_dump(mode="json", exclude_unset=True)))
+        scenario.write_text(reference_scenario().to_yaml())
         environment = os.environ | {"SLALOM_CACHE_DIR": str(Path(folder) / "cache")}
         seconds = [_command(scenario, environment) for _ in range(1 + WARM_REPEATS)]
     return {"cold_s": seconds[0], "warm_s": float(np.median(seconds[1:])), "warm_repeats": WARM_REPEATS}

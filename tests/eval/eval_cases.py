@@ -20,18 +20,21 @@ def request(arrival_ms, first_ms=None, last_ms=None, out=1, state=RequestState.F
 
 
 class Scenario:
-    """The two things an evaluator asks of a scenario."""
+    """What an evaluation asks of a scenario."""
 
-    name = "synthetic"
+    name, reference_rate, n_requests = "synthetic", 8.0, 500
 
     def __init__(self, capacity: float = 40.0) -> None:
         self.capacity = capacity
 
-    def model_dump_json(self) -> str:
-        return f'{{"capacity": {self.capacity}}}'
+    def hash(self) -> str:
+        return str(self.capacity)
 
-    def model_dump(self, mode: str) -> dict:
-        return {"capacity": self.capacity}
+    def load_profiles(self) -> tuple:
+        return ()
+
+    def to_yaml(self) -> str:
+        return f"capacity: {self.capacity}"
 
 
 def true_attainment(rate: float, capacity: float) -> float:
