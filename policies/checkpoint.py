@@ -167,9 +167,9 @@ def _manifest(facts: Facts, **parts: Any) -> Manifest:
             arrangement=None if plans is None else [PlanRecord(**asdict(p)) for p in plans],
             scenario=facts.scenario,
             scenario_sha256=facts.scenario_sha256,
-            training=dict(facts.training),
-            evaluation=[dict(row) for row in facts.evaluation],
-            fidelity=dict(facts.fidelity),
+            training=_plain(dict(facts.training), "training"),
+            evaluation=_plain([dict(row) for row in facts.evaluation], "evaluation"),
+            fidelity=_plain(dict(facts.fidelity), "fidelity"),
             bounds=Bounds.model_validate(facts.bounds),
             fallback=facts.fallback,
             **parts,
@@ -185,6 +185,11 @@ def _json(data: Any, where: str) -> bytes:
         raise SlalomError(
             where, str(error), "only finite numbers, text, lists and mappings can be saved"
         ) from error
+
+
+def _plain(data: Any, where: str) -> Any:
+    """``data`` as JSON gives it back, so that pydantic cannot turn NaN into null unseen."""
+    return json.loads(_json(data, where))
 
 
 def _write(folder: Path, manifest: Manifest, profile: Any, blob: bytes | None) -> LoadedPolicy:
