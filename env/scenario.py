@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from engine.errors import SlalomError
 from engine.latency import Profile
@@ -85,15 +93,22 @@ class InstanceGroup(_Strict):
     order: Literal["fcfs", "srf"] = "fcfs"
     kv_tokens: Count | None = None
 
-    @model_validator(mode="after")
-    def _check(self) -> InstanceGroup:
-        if self.batching == "layered" and self.role != "multiplexed":
-            raise ValueError("batching layered needs role multiplexed; use chunked or prefill_first")
-        if self.batching == "prefill_first" and self.role == "multiplexed":
+    @field_validator("batching")
+    @classmethod
+    def _batching_fits(cls, value: str | None, info: ValidationInfo) -> str | None:
+        role = info.data.get("role")
+        if value == "layered" and role != "multiplexed":
+            raise ValueError("layered needs role multiplexed; use chunked or prefill_first")
+        if value == "prefill_first" and role == "multiplexed":
             raise ValueError("a multiplexed instance slices its prefill: use layered or chunked")
-        if self.split != "auto" and self.role != "multiplexed":
-            raise ValueError("split needs role multiplexed; leave it at auto")
-        return self
+        return value
+
+    @field_validator("split")
+    @classmethod
+    def _split_fits(cls, value: str | int, info: ValidationInfo) -> str | int:
+        if value != "auto" and info.data.get("role") != "multiplexed":
+            raise ValueError("a split needs role multiplexed; leave it at auto")
+        return value
 
     @property
     def batching_used(self) -> Literal["chunked", "prefill_first", "layered"]:
@@ -177,11 +192,12 @@ class Rates(_Strict):
     low: Positive
     high: Positive
 
-    @model_validator(mode="after")
-    def _check(self) -> Rates:
-        if self.low >= self.high:
-            raise ValueError("low must be below high")
-        return self
+    @field_validator("high")
+    @classmethod
+    def _above_low(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("low", 0.0):
+            raise ValueError("high must be above low")
+        return value
 
 
 @dataclass(frozen=True)
@@ -230,22 +246,32 @@ class Scenario(_Strict):
     latency_jitter: Literal["profile"] | Annotated[float, Field(ge=0, le=1)] = "profile"
     n_requests: Count = 2000
 
+    @field_validator("classes")
+    @classmethod
+    def _classes_fit(cls, value: tuple[SloClass, ...]) -> tuple[SloClass, ...]:
+        if abs(sum(c.share for c in value) - 1.0) > 1e-6:
+            raise ValueError("the shares of classes must add up to 1")
+        if len({c.name for c in value}) != len(value):
+            raise ValueError("class names must differ")
+        return value
+
+    @field_validator("reference_rate")
+    @classmethod
+    def _within_rates(cls, value: float, info: ValidationInfo) -> float:
+        rates = info.data.get("rates")
+        if rates and not rates.low <= value <= rates.high:
+            raise ValueError(f"must lie within rates ({rates.low} to {rates.high})")
+        return value
+
     @model_validator(mode="after")
-    def _check(self) -> Scenario:
+    def _roles_suffice(self) -> Scenario:
         for roles, least, field in (
             (_CAN_PREFILL, self.min_prefill, "min_prefill"),
             (_CAN_DECODE, self.min_decode, "min_decode"),
         ):
             able = sum(group.count for group in self.cluster if group.role in roles)
             if able < least:
-                raise ValueError(f"cluster has {able} instances that can serve {field} ({least})")
-        if abs(sum(c.share for c in self.classes) - 1.0) > 1e-6:
-            raise ValueError("the shares of classes must add up to 1")
-        names = [c.name for c in self.classes]
-        if len(set(names)) != len(names):
-            raise ValueError("class names must differ")
-        if not self.rates.low <= self.reference_rate <= self.rates.high:
-            raise ValueError("reference_rate must lie within rates")
+                raise ValueError(f"{able} instances of the cluster count towards {field}: {least}; add some")
         return self
 
     # -- files -----------------------------------------------------------------------------------------

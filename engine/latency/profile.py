@@ -362,5 +362,6 @@ def bad_input(source: str, error: ValidationError) -> SlalomError:
     if first["type"] == "extra_forbidden":
         message = "no such key here; correct its spelling or remove it"
     value = first.get("input")
-    shown = f"({type(value).__name__})" if isinstance(value, dict | BaseModel) else value
-    return SlalomError(f"{source}: {where}" if where else source, shown, message)
+    if not where and isinstance(value, dict):
+        value = value.get("name", sorted(value))  # the whole content would say nothing
+    return SlalomError(f"{source}: {where}" if where else source, value, message)
