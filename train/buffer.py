@@ -1,7 +1,8 @@
 """The rollout buffer of a semi-Markov decision process, preallocated and time-major.
 
-Decisions come at irregular times, so the discount between two of them is exp(-beta x elapsed seconds) and not a
-constant per step (Bradtke & Duff 1995, semi-MDP; GAE as in Schulman et al. 2016, eq. 16, with that discount).
+Decisions come at irregular times, so the discount between two of them is exp(-beta x elapsed seconds) and
+not a constant per step (Bradtke & Duff 1995, semi-MDP; GAE as in Schulman et al. 2016, eq. 16, with that
+discount).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
     """
 
     actions: NDArray[np.int64]
-    action_masks: NDArray[np.bool_]  # type: ignore[assignment]
+    action_masks: NDArray[np.bool_]
     elapsed_s: NDArray[np.float64]
     clock_s: NDArray[np.float64]
     trace: NDArray[np.int64]
@@ -75,7 +76,7 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: NDArray[np.bool_]) -> None:
         """Fill ``advantages`` (GAE) and ``returns``.
 
-        delta_t = r_t + g_t V_{t+1} - V_t and A_t = delta_t + g_t lambda A_{t+1} with g_t = exp(-beta elapsed_t);
+        delta_t = r_t + g_t V_{t+1} - V_t and A_t = delta_t + g_t lambda A_{t+1}, g_t = exp(-beta elapsed_t);
         nothing flows back over the start of an episode.
 
         :param last_values: (N,) value of the observation after the last step

@@ -1,6 +1,7 @@
 """What happens beside learning: evaluation, best checkpoint, training checkpoints, progress, Ctrl-C.
 
-All act in ``on_rollout_start``, the one moment at which a model is between updates (see ``DispatchPPO.learn``).
+All act in ``on_rollout_start``, the one moment at which a model is between updates, see
+``DispatchPPO.learn``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from train.judge import Judge, Verdict
 from train.ppo import DispatchPPO
 from train.state import save_state
 
-__all__ = ["EvaluationCallback", "Evaluation", "InterruptCallback", "JsonLog", "StateCallback", "replace_folder"]
+__all__ = [
+    "Evaluation",
+    "EvaluationCallback",
+    "InterruptCallback",
+    "JsonLog",
+    "StateCallback",
+    "replace_folder",
+]
 
 
 class JsonLog:
@@ -44,7 +52,7 @@ class JsonLog:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Make ``target`` a copy of ``source``; a crash leaves the old or the new folder under that name or beside it."""
+    """Make ``target`` a copy of ``source``; a crash leaves the old or the new folder, here or beside it."""
     fresh, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)

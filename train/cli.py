@@ -1,4 +1,7 @@
-"""``train-policy``: learn a policy for a scenario. Heavy imports wait until the options are known to be good."""
+"""``train-policy``: learn a policy for a scenario.
+
+Heavy imports wait until the options are known to be good.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def train_policy(
-    scenario: Annotated[str, typer.Option(help="name of a shipped scenario, or a YAML file")] = "azure-conv-4xa100",
+    scenario: Annotated[
+        str, typer.Option(help="name of a shipped scenario, or a YAML file")
+    ] = "azure-conv-4xa100",
     env: Annotated[str, typer.Option(help="where to practise: surrogate")] = "surrogate",
     algo: Annotated[
         str, typer.Option(help="ppo: a network on top of the tuned base rule; search: a rule's parameters")
     ] = "ppo",
-    rule: Annotated[str, typer.Option(help="rule whose parameters are searched (--algo search)")] = "linear_score",
+    rule: Annotated[
+        str, typer.Option(help="rule whose parameters are searched (--algo search)")
+    ] = "linear_score",
     budget: Annotated[str, typer.Option(help="wall time (90s, 2m, 1h) or frames (500k, 2M)")] = "2m",
     seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/SCENARIO-ALGO-SEED")] = None,
@@ -41,31 +48,31 @@ def train_policy(
     if algo not in ("ppo", "search"):
         raise SlalomError("--algo", algo, "choose ppo or search")
     if algo == "ppo" and rule != "linear_score":
-        raise SlalomError("--rule", rule, "ppo learns on top of linear_score; --rule belongs to --algo search")
+        raise SlalomError(
+            "--rule", rule, "ppo learns on top of linear_score; --rule belongs to --algo search"
+        )
     spent = parse_budget(budget)
 
-    from train.run import Request, run
+    from train.run import Interrupted, Request, run
 
-    result = run(Request(scenario, algo, rule, spent, seed, out, resume, config))
+    try:
+        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config))
+    except Interrupted as stopped:
+        print(f"train-policy: {stopped}", file=sys.stderr)
+        raise typer.Exit(128 + stopped.number) from None
+    except KeyboardInterrupt:  # outside learning, where each finished step is saved as it comes
+        print("train-policy: stopped; go on with --resume", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(result, indent=1))
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends with exit code 2 and one line, Ctrl-C with 130."""
+    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
     try:
-        app(standalone_mode=False)
+        app()
     except SlalomError as error:
         print(f"train-policy: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (typer.Exit, typer.Abort) as error:
-        sys.exit(getattr(error, "exit_code", 130))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        print(f"train-policy: {error.format_message()}; see train-policy --help", file=sys.stderr)
         sys.exit(2)
 
 

@@ -82,7 +82,7 @@ class TrainConfig(BaseModel):
 
 
 def load_config(path: Path | None, scenario: str, **overrides: Any) -> TrainConfig:
-    """Defaults, then the file's ``default`` section, then its section named like the scenario, then overrides.
+    """Defaults, overridden by the file's ``default`` section, that of the scenario, and ``overrides``.
 
     :param path: YAML file whose top-level keys are ``default`` and scenario names (as in the RL zoo)
     :raises SlalomError: file unreadable, not YAML, or with an unknown or impossible value
@@ -116,4 +116,3 @@ def _read(path: Path) -> dict[Any, Any]:
     if not isinstance(sections, dict):
         raise SlalomError(str(path), sections, "start with 'default:' or a scenario name")
     return sections
-

@@ -52,7 +52,8 @@ def mean_attainment(
 ) -> Verdict:
     """Simulate every (rate, seed)."""
     rows = (
-        tuple(measure(scenario, contender, rate, seed, settings).attainment for seed in seeds) for rate in rates
+        tuple(measure(scenario, contender, rate, seed, settings).attainment for seed in seeds)
+        for rate in rates
     )
     return Verdict(tuple(rows))
 

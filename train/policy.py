@@ -25,8 +25,8 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         :class:`policies.network.ScoringNetwork` is one
     :param n_context: C
     :param n_features: F
-    :param seed: of the exploration noise and minibatch order, kept apart from torch's global generator so that
-        nothing outside (an evaluation, a callback) can change a training
+    :param seed: of the exploration noise and minibatch order, kept apart from torch's global generator so
+        that nothing outside (an evaluation, a callback) can change a training
     """
 
     value_shift: th.Tensor
@@ -58,7 +58,9 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self.register_buffer("value_shift", th.zeros(()))
         self.register_buffer("value_scale", th.ones(()))
         columns = self.n_context + self.n_features
-        self.register_buffer("seen", th.tensor([float("inf"), -float("inf")]).repeat_interleave(columns).view(2, -1))
+        self.register_buffer(
+            "seen", th.tensor([float("inf"), -float("inf")]).repeat_interleave(columns).view(2, -1)
+        )
         self.trainable = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = th.optim.Adam(self.trainable, lr=lr_schedule(1.0), eps=1e-5, fused=True)
 
@@ -95,7 +97,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         log_prob = logits.log_softmax(-1).gather(1, actions.unsqueeze(1)).squeeze(1)
         return actions, values, log_prob
 
-    def evaluate_actions(  # type: ignore[override]
+    def evaluate_actions(
         self, obs: th.Tensor, actions: th.Tensor, action_masks: th.Tensor | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Value, log-probability of ``actions`` and entropy in nats, each (B,)."""
@@ -104,7 +106,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         entropy = -(log_all.exp() * log_all).sum(-1)
         return values, log_all.gather(1, actions.unsqueeze(1)).squeeze(1), entropy
 
-    def get_distribution(
+    def get_distribution(  # type: ignore[override]
         self, obs: th.Tensor, action_masks: th.Tensor | None = None
     ) -> MaskableDistribution:
         """The masked categorical distribution, for callers that want the object."""

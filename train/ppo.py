@@ -1,9 +1,9 @@
 """PPO on dispatch decisions: a masked, semi-Markov, residual variant of sb3-contrib's MaskablePPO.
 
-It differs from the parent in four ways: the network scores candidates instead of a flat observation; time between
-decisions discounts (``train.buffer``), also where a time limit cuts an episode; value targets are put on a unit
-scale once, measured on the first rollout and then frozen, so the objective does not move with the load; and
-rollouts and updates work in place on preallocated arrays.
+It differs from the parent in four ways: the network scores candidates instead of a flat observation; time
+between decisions discounts (``train.buffer``), also where a time limit cuts an episode; value targets are put
+on a unit scale once, measured on the first rollout and then frozen, so the objective does not move with the
+load; and rollouts and updates work in place on preallocated arrays.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class TimeSplit:
 class DispatchPPO(MaskablePPO):
     """MaskablePPO for :class:`env.vector_env.SlalomVecEnv`.
 
-    The environment is a ``VecEnv`` with flat observations ``[context | candidates]``, ``action_masks()`` of shape
-    (N, K), and after each step ``elapsed_s`` (N,) seconds to the next decision; ``beta`` (1/s) is its discount
-    rate and ``trace`` (N,) names the arrival sequence each environment is on.
+    The environment is a ``VecEnv`` with flat observations ``[context | candidates]``, ``action_masks()`` of
+    shape (N, K), and after each step ``elapsed_s`` (N,) seconds to the next decision; ``beta`` (1/s) is its
+    discount rate and ``trace`` (N,) names the arrival sequence each environment is on.
 
     :param make_network: builds the scoring network (see :class:`train.policy.ScoringPolicy`)
     """
 
-    policy: ScoringPolicy  # type: ignore[assignment]
-    rollout_buffer: SMDPRolloutBuffer  # type: ignore[assignment]
+    policy: ScoringPolicy
+    rollout_buffer: SMDPRolloutBuffer
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class DispatchPPO(MaskablePPO):
         self.config = config
         first, last = config.learning_rate, config.learning_rate_final
         super().__init__(
-            ScoringPolicy,  # type: ignore[arg-type]
+            ScoringPolicy,
             env,
             learning_rate=lambda remaining: last + (first - last) * remaining,
             n_steps=config.n_steps,
@@ -127,8 +127,8 @@ class DispatchPPO(MaskablePPO):
     ) -> DispatchPPO:
         """As in the parent, ending also when ``trained_s`` reaches ``time_limit_s``.
 
-        Schedules follow whichever limit is nearer. ``on_rollout_start`` is the one moment at which the model is
-        between updates; callbacks that save or stop act there, by ``self.stop = True``.
+        Schedules follow whichever limit is nearer. ``on_rollout_start`` is the one moment at which the model
+        is between updates; callbacks that save act there, and end the run by setting ``stop``.
         """
         total, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
@@ -187,7 +187,8 @@ class DispatchPPO(MaskablePPO):
                 self._fit_value_scale(rollout_buffer)
             with self.split.phase("forward"):
                 last = self.policy.predict_values(
-                    th.from_numpy(self._last_obs), self._masks(env, use_masking)  # type: ignore[arg-type]
+                    th.from_numpy(self._last_obs),
+                    self._masks(env, use_masking),  # type: ignore[arg-type]
                 )
         with self.split.phase("copy"):
             rollout_buffer.compute_returns_and_advantage(last, self._last_episode_starts)  # type: ignore[arg-type]
@@ -197,7 +198,7 @@ class DispatchPPO(MaskablePPO):
 
     @staticmethod
     def _masks(env: VecEnv, use_masking: bool = True) -> NDArray[np.bool_] | None:
-        return env.action_masks() if use_masking else None  # type: ignore[attr-defined,no-any-return]
+        return env.action_masks() if use_masking else None  # type: ignore[attr-defined]
 
     def _step(self, env: VecEnv, buffer: SMDPRolloutBuffer, step: int) -> None:
         """One decision in every environment, written to row ``step``."""
@@ -210,7 +211,7 @@ class DispatchPPO(MaskablePPO):
         with self.split.phase("forward"):
             actions, values, log_probs = self.policy.forward(
                 th.from_numpy(buffer.observations[step]),
-                action_masks=th.from_numpy(buffer.action_masks[step]),  # type: ignore[arg-type]
+                action_masks=th.from_numpy(buffer.action_masks[step]),
             )
         with self.split.phase("copy"):
             buffer.actions[step] = actions.numpy()
@@ -243,8 +244,8 @@ class DispatchPPO(MaskablePPO):
     def _fit_value_scale(self, buffer: SMDPRolloutBuffer) -> None:
         """Freeze shift and scale of the value from the first rollout.
 
-        In a steady state the value is (reward rate) / beta. That is the shift, and the value at the rollout's end;
-        the scale is the spread of the Monte-Carlo returns built on it. Values already stored are moved along.
+        In a steady state the value is (reward rate) / beta. That is the shift, and the value at the rollout's
+        end; the scale is the spread of the Monte-Carlo returns built on it. Stored values are moved along.
         """
         shift = float(buffer.rewards.sum() / (buffer.beta * max(buffer.elapsed_s.sum(), 1e-9)))
         discount = buffer.discount()

@@ -7,7 +7,7 @@ number of trials, and the outcome something a later stage, or a resumed run, can
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class SearchResult:
     :param default_score: score of the untuned rule in the final ranking, 0 to 1
     :param score: score of ``values`` there
     :param requests: requests simulated for all of it
+    :param seconds: wall time of all of it
     """
 
     rule: str
@@ -40,7 +41,8 @@ class SearchResult:
     score: float
     trials: int
     requests: int
-    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float
+    sampler: str
 
     @property
     def spec(self) -> str:
@@ -64,7 +66,7 @@ def search_rule(
     seed: int = 0,
     storage: Path | None = None,
 ) -> SearchResult:
-    """Tune ``rule`` until the first of the limits; the knee of the goodput curve is measured before and after.
+    """Tune ``rule`` until the first of the limits; the knee of its goodput is measured before and after.
 
     :param rule: its name
     :param seconds: wall time, kept to within about a trial
@@ -113,10 +115,11 @@ def search_rule(
         score=found.score,
         trials=found.trials,
         requests=found.simulated_requests,
-        facts={"sampler": found.sampler, "rates": list(rates), "seconds": time.monotonic() - start},
+        seconds=0.0,
+        sampler=found.sampler,
     )
     knee = knee_rate(scenario, settings, policy=result.spec, start=rates[1])
-    return SearchResult(**{**result.__dict__, "knee": knee})
+    return replace(result, knee=knee, seconds=round(time.monotonic() - start, 2))
 
 
 def _trials_in(

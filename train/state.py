@@ -57,7 +57,7 @@ def save_state(path: Path, model: DispatchPPO, extra: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, model: DispatchPPO) -> dict[str, Any]:
-    """Restore ``model`` (built with the same settings) and its environment; returns what was saved as ``extra``.
+    """Restore ``model`` (built with the same settings) and its environment; returns the saved ``extra``.
 
     :raises SlalomError: no such file, damaged, of another format, or of another network or environment
     """

@@ -1,7 +1,7 @@
 """A small vectorised dispatch problem with the interface of the real one, and a network for it.
 
-K servers with queues; each step one job arrives, the action is the server. The reward is +1 when the job's wait
-stays below a limit. Arrivals come from a stream shared by the environments of a group.
+K servers with queues; each step one job arrives, the action is the server. The reward is +1 when the
+job's wait stays below a limit. Arrivals come from a stream shared by the environments of a group.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ C, F = 3, 4
 
 class StubEnv(VecEnv):
     """Complete state in :meth:`env_state`, so that a resumed run can be compared bit for bit."""
+
+    render_mode = None
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Evaluation picks the best snapshot; interrupts end between updates; an interrupted evaluation is made up."""
+"""Evaluation picks the best snapshot; interrupts end between updates; a lost evaluation is made up."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_critic_warmup_leaves_decisions_alone(make_model: Make) -> None:
 
 
 def test_time_limit_is_bootstrapped_with_the_elapsed_discount(make_model: Make) -> None:
-    """With a critic that says V everywhere, a cut episode's last reward grows by exp(-beta dt) V, others by 0."""
+    """A critic that says V everywhere adds exp(-beta dt) V to a cut episode's last reward only."""
     model = make_model()
     model.learn(512)
     with th.no_grad():
@@ -136,7 +136,9 @@ def test_time_split_is_reported(make_model: Make) -> None:
 
 def test_value_scale_is_set_once_and_near_the_steady_state() -> None:
     env = StubEnv(16, seed=0)
-    model = DispatchPPO(env, StubNetwork, TrainConfig(n_envs=16, groups=4, n_steps=64, batch_size=256), seed=0)
+    model = DispatchPPO(
+        env, StubNetwork, TrainConfig(n_envs=16, groups=4, n_steps=64, batch_size=256), seed=0
+    )
     model.learn(1024)
     shift, scale = float(model.policy.value_shift), float(model.policy.value_scale)
     buffer = model.rollout_buffer

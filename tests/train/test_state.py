@@ -92,7 +92,7 @@ def test_killed_run_resumes_from_its_last_state(make_model: Make, tmp_path: Path
     assert frames == extra["frames"] > 0
     resumed.learn(512 * 2, reset_num_timesteps=False)
     reference = make_model(seed=4)
-    # schedules follow the budget, so the reference must have the killed run's until the kill, then the new one
+    # schedules follow the budget, so the reference has the killed run's first, then the new one
     reference.learn(10**8, StopAt(frames))
     reference.learn(512 * 2, reset_num_timesteps=False)
     np.testing.assert_array_equal(weights(resumed), weights(reference))

@@ -1,0 +1,116 @@
+"""From a training to deployable checkpoints, with what they should tell about themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
+from eval import provenance
+from policies import linear_score, registry
+from policies.checkpoint import Facts, load, save_network, save_rule
+from policies.network import ScoringNetwork
+from train.config import TrainConfig
+from train.ppo import DispatchPPO
+from train.search import SearchResult
+
+__all__ = ["Publisher"]
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """Writes checkpoints of one training.
+
+    :param base: the tuned base rule; its weights are frozen inside every network
+    """
+
+    scenario: Any
+    base: SearchResult
+    config: TrainConfig
+    seed: int
+
+    def new_network(self) -> ScoringNetwork:
+        """An untrained network: its decisions are the base rule's."""
+        values = registry.get(self.base.rule).values(self.base.values)
+        return ScoringNetwork(linear_score.weights(values), hidden=self.config.hidden)
+
+    def rule(self, folder: Path, evaluation: Sequence[dict[str, Any]] = ()) -> None:
+        """The base rule as a checkpoint."""
+        save_rule(
+            folder,
+            rule=self.base.rule,
+            values=self.base.values,
+            profile=self.scenario.profiles_json(),
+            facts=self._facts({}, evaluation, {}),
+        )
+
+    def network(self, folder: Path, model: DispatchPPO) -> None:
+        """The network as it is now, with the bounds of what it has seen."""
+        network: Any = model.policy.network
+        seen = model.policy.seen.tolist()
+        pairs = list(zip(seen[0], seen[1], strict=True))
+        bounds = {
+            "context": {c.name: pairs[c] for c in Ctx if c < CONTEXT_DIMENSIONLESS},
+            "candidate": {
+                c.name: pairs[CONTEXT_DIMENSIONLESS + c] for c in Col if c < CANDIDATE_DIMENSIONLESS
+            },
+        }
+        learned = {
+            "frames": model.num_timesteps,
+            "updates": model._n_updates,
+            "episodes_requests": self.config.n_requests,
+            "wall_s": round(model.trained_s, 1),
+        }
+        self._save(folder, network, learned, (), bounds)
+
+    def finished(self, snapshot: Path, folder: Path, evaluation: Sequence[dict[str, Any]]) -> None:
+        """A snapshot again, now with its evaluation table."""
+        loaded = load(snapshot)
+        network = self.new_network()
+        network.load_state_dict(
+            {name: th.from_numpy(array) for name, array in loaded.arrays.items()}, strict=False
+        )
+        bounds = loaded.manifest.bounds.model_dump()
+        self._save(folder, network, loaded.manifest.training, evaluation, bounds)
+
+    def _save(
+        self,
+        folder: Path,
+        network: ScoringNetwork,
+        learned: dict[str, Any],
+        evaluation: Sequence[dict[str, Any]],
+        bounds: dict[str, Any],
+    ) -> None:
+        save_network(
+            folder,
+            network,
+            base=self.base.rule,
+            base_values=self.base.values,
+            profile=self.scenario.profiles_json(),
+            facts=self._facts(learned, evaluation, bounds),
+        )
+
+    def _facts(
+        self, learned: dict[str, Any], evaluation: Sequence[dict[str, Any]], bounds: dict[str, Any]
+    ) -> Facts:
+        training = {
+            "seed": self.seed,
+            "search_trials": self.base.trials,
+            "search_requests": self.base.requests,
+            "search_s": self.base.seconds,
+            "commit": provenance.commit() or "unknown",
+            "versions": provenance.versions(),
+            "hyper_parameters": self.config.model_dump(mode="json"),
+        }
+        return Facts(
+            name=f"{self.scenario.name}-{'ppo' if learned else 'search'}-{self.seed}",
+            scenario=self.scenario.name,
+            scenario_sha256=self.scenario.hash(),
+            training=training | learned,
+            evaluation=evaluation,
+            bounds=bounds,
+        )

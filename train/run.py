@@ -1,0 +1,210 @@
+"""One training from request to checkpoint.
+
+    base     tune the base rule with Optuna on split ``train``              -> base.json, best/ (the rule)
+    learn    PPO on top of it, snapshots judged on split ``valid``          -> snapshots/, best/
+    select   base rule and the best snapshots again, on fresh ``valid`` windows -> best/, result.json
+
+``--algo search`` stops after the first stage. Every stage resumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from env.vector_env import SlalomVecEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from env.scenario import Scenario
+from eval.points import Contender, PointSettings, measure
+from eval.store import read_json, write_json
+from train.budget import Budget
+from train.callbacks import Evaluation, JsonLog
+from train.config import TrainConfig, load_config
+from train.export import Publisher
+from train.folder import RunFolder
+from train.judge import SimulatorJudge
+from train.learn import learn, monitor_seeds
+from train.progress import Display
+from train.search import SearchResult, search_rule
+from train.selection import select
+
+__all__ = ["Interrupted", "Request", "run"]
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything is saved.
+
+    :param number: of the signal
+    """
+
+    def __init__(self, number: int, folder: Path) -> None:
+        super().__init__(f"stopped; saved in {folder}, go on with --resume")
+        self.number = number
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``train-policy`` was asked for.
+
+    :param scenario: shipped name or YAML file
+    :param algorithm: ``ppo`` or ``search``
+    :param rule: the searched rule, or the one PPO starts from (``linear_score``)
+    :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
+    """
+
+    scenario: str
+    algorithm: str
+    rule: str
+    budget: Budget
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+    config: Path | None = None
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Train, select, save; returns the summary that is also in ``result.json``.
+
+    :raises SlalomError: bad scenario, hyper-parameters or folder; disk full
+    :raises Interrupted: after Ctrl-C or SIGTERM, with everything saved
+    """
+    scenario = Scenario.load(request.scenario)
+    config = load_config(request.config, scenario.name)
+    torch.set_num_threads(config.torch_threads)
+    root = request.out or Path("runs") / f"{scenario.name}-{request.algorithm}-{request.seed}"
+    folder = RunFolder(root)
+    asked = {
+        "scenario": scenario.name,
+        "scenario_sha256": scenario.hash(),
+        "algorithm": request.algorithm,
+        "rule": request.rule,
+        "budget": str(request.budget),
+        "seed": request.seed,
+    }
+    if request.resume:
+        folder.resume(asked, config)
+    else:
+        folder.start(asked, config)
+    with Display() as display:
+        return _stages(request, scenario, config, folder, display)
+
+
+def _stages(
+    request: Request, scenario: Any, config: TrainConfig, folder: RunFolder, display: Display
+) -> dict[str, Any]:
+    log = JsonLog(folder.root / "log.jsonl")
+    _warm_up(scenario, request.rule, display)
+    base = _base(request, scenario, config, folder, display)
+    publisher = Publisher(scenario, base, config, request.seed)
+    summary: dict[str, Any] = {"checkpoint": str(folder.best), "base": asdict(base)}
+    if request.algorithm == "search":
+        table = [{"policy": f"{base.rule} (tuned)", "attainment": base.score, "split": "valid"}]
+        table.append(
+            {"policy": f"{base.rule} (defaults)", "attainment": base.default_score, "split": "valid"}
+        )
+        publisher.rule(folder.best, table)
+        return _finish(summary, folder, display, base.score, base.default_score)
+    if not folder.best.exists():
+        publisher.rule(folder.best)  # something deployable from here on, whatever happens
+    log.write("base", **asdict(base))
+    rates = tuple(load * base.knee for load in config.eval_loads)
+    judge = SimulatorJudge(scenario, rates, config.eval_requests)
+    try:
+        evaluations, facts, number = _learn(request, scenario, config, folder, display, log, publisher, judge)
+        if number:
+            raise Interrupted(number, folder.root)
+        chosen = select(evaluations, publisher, config, folder, judge, display)
+    finally:
+        judge.close()
+    log.write("selected", **chosen)
+    return _finish(summary | facts | chosen, folder, display, chosen["attainment"], chosen["base_attainment"])
+
+
+def _warm_up(scenario: Any, rule: str, display: Display) -> None:
+    """Compile the kernels (once per version and machine) before any clock of the budget runs."""
+    display.phase("compile")
+    display.update(0.0, "kernels, the first time on this machine only")
+    measure(scenario, Contender(rule), 1.0, 0, PointSettings(n_requests=20, split="train"))
+    display.update(1.0, "ready")
+
+
+def _base(
+    request: Request, scenario: Any, config: TrainConfig, folder: RunFolder, display: Display
+) -> SearchResult:
+    """The tuned rule, from an earlier part of this run if there is one."""
+    if folder.base.exists():
+        return SearchResult(**read_json(folder.base))
+    search_only = request.algorithm == "search"
+    budget, share = request.budget, 1.0 if search_only else config.tune_share
+    found = search_rule(
+        request.rule,
+        scenario,
+        config,
+        display,
+        seconds=budget.seconds * share,
+        trials=config.tune_trials if budget.frames is not None and not search_only else None,
+        requests=budget.frames if search_only else None,
+        seed=request.seed,
+        storage=folder.root / "tune.journal",
+    )
+    write_json(folder.base, asdict(found))
+    return found
+
+
+def _learn(
+    request: Request,
+    scenario: Any,
+    config: TrainConfig,
+    folder: RunFolder,
+    display: Display,
+    log: JsonLog,
+    publisher: Publisher,
+    judge: SimulatorJudge,
+) -> tuple[list[Evaluation], dict[str, Any], int]:
+    base = publisher.base
+    env = make_env(scenario, base, config, request.seed)
+    left = request.budget.seconds * (1.0 - config.final_share) - base.seconds
+    try:
+        base_score = judge.submit(base.contender, monitor_seeds(config)).result().score
+        return learn(
+            env,
+            publisher,
+            config,
+            folder,
+            judge,
+            log,
+            display,
+            base_score=base_score,
+            frames=request.budget.frames,
+            seconds=max(left, 1.0),
+            resume=request.resume,
+        )
+    finally:
+        env.close()
+
+
+def make_env(scenario: Any, base: SearchResult, config: TrainConfig, seed: int) -> VecEnv:
+    """Training environments around the base rule's knee, in this process or in ``config.workers`` others."""
+    build = partial(
+        SlalomVecEnv,
+        scenario,
+        n_requests=config.n_requests,
+        rates=(config.load_low * base.knee, config.load_high * base.knee),
+        split="train",
+    )
+    return build(config.n_envs, seed=seed, groups=config.groups)
+
+
+def _finish(
+    summary: dict[str, Any], folder: RunFolder, display: Display, score: float, before: float
+) -> dict[str, Any]:
+    write_json(folder.root / "result.json", summary)
+    display.say(
+        f"{folder.best}: attainment {100 * score:.2f} % on validation windows around the knee, "
+        f"{100 * (score - before):+.2f} points against what it started from"
+    )
+    return summary
