@@ -1,0 +1,56 @@
+"""The contract of a kernel back end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from engine.kernels.batch import Batch
+
+__all__ = ["Kernels"]
+
+
+class Kernels(ABC):
+    """Five operations. T rows, H query heads, K KV heads (K divides H), D head width.
+
+    ``cache`` is one layer's KV, ``[2, blocks, block_tokens, K, D]`` contiguous: 0 holds keys, 1 values.
+    Query heads ``g * H / K … (g + 1) * H / K - 1`` read KV head ``g``. Inputs may be strided views as long
+    as their last axis is contiguous. An implementation keeps no state between calls, so that two lanes may
+    use one object at once, and never reads a tensor back to the host unless it says so.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def attend(self, query: Tensor, cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        """Causal attention of ``query`` [T, H, D] over each sequence's context in ``cache`` -> [T, H, D].
+
+        Row i of a sequence with n rows and context c sees its first ``c - n + i + 1`` tokens, whose KV (this
+        pass's own included) must have been written.
+        """
+
+    @abstractmethod
+    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        """Store ``key``, ``value`` [T, K, D] at flat token ``slots`` [T] of ``cache``; skip slots below 0."""
+
+    @abstractmethod
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise the last axis of ``x`` [T, D] or [T, H, D], after adding ``residual`` (2-D only).
+
+        Returns the normalised rows and what was normalised: ``x`` itself or ``x + residual``.
+        """
+
+    @abstractmethod
+    def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate ``query`` [T, H, D] and ``key`` [T, K, D] in place by angles ``cos``/``sin`` [T, D / 2].
+
+        Element i of a head pairs with element i + D / 2.
+        """
+
+    @abstractmethod
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` of ``gate_up`` [T, 2 F], gate first -> [T, F]."""

@@ -1,0 +1,41 @@
+"""Which kernels run: chosen by name, refused aloud where they cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from engine.errors import SlalomError
+from engine.kernels.base import Kernels
+
+__all__ = ["KERNELS", "make_kernels"]
+
+#: Names a user may choose. ``auto`` is Triton on a CUDA device and torch on a CPU, nothing else.
+KERNELS = ("auto", "torch", "triton")
+
+
+def make_kernels(name: str, device: torch.device | str) -> Kernels:
+    """The kernels called ``name`` for ``device``.
+
+    :raises SlalomError: unknown name, Triton not installed, or Triton asked for where it cannot run
+    """
+    kind = torch.device(device).type
+    if name not in KERNELS:
+        raise SlalomError("kernels", name, f"choose one of {', '.join(KERNELS)}")
+    if name == "auto":
+        name = "torch" if kind == "cpu" else "triton"
+    if name == "torch":
+        from engine.kernels.reference import TorchKernels
+
+        return TorchKernels()
+    if importlib.util.find_spec("triton") is None:
+        raise SlalomError("kernels", name, "install triton, or choose kernels 'torch'")
+    if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SlalomError(
+            "kernels", f"triton on {kind}", "choose 'torch', or set TRITON_INTERPRET=1 for its interpreter"
+        )
+    from engine.kernels.triton_backend import TritonKernels
+
+    return TritonKernels()

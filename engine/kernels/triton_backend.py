@@ -1,0 +1,44 @@
+"""The Triton kernels behind the contract."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import triton
+from torch import Tensor
+
+from engine.errors import SlalomError
+from engine.kernels import triton_attention, triton_rows
+from engine.kernels.base import Kernels
+from engine.kernels.batch import Batch
+
+__all__ = ["TritonKernels"]
+
+
+class TritonKernels(Kernels):
+    """Kernels of a CUDA device; on a CPU they need Triton's interpreter, which computes bf16 products wrong.
+
+    :raises SlalomError: (``attend``) bfloat16 under the interpreter
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def attend(self, query: Tensor, cache: Tensor, batch: Batch, scale: float) -> Tensor:
+        if query.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
+            raise SlalomError("dtype", "bfloat16", "use float32 or float16 under TRITON_INTERPRET=1")
+        return triton_attention.paged_attention(query, cache, batch, scale)
+
+    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+        triton_rows.write_kv(key, value, cache, slots)
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return triton_rows.rms_norm(x, weight, eps, residual)
+
+    def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+        triton_rows.rope(query, key, cos, sin)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return triton_rows.silu_mul(gate_up)

@@ -1,0 +1,209 @@
+"""Both kernel back ends against dense float64 answers; Triton's under its interpreter (see the last test)."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.errors import SlalomError
+from engine.kernels import Batch, Kernels, Span, make_kernels
+
+torch.set_num_threads(1)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PAGE = 16
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+BOTH = ["torch", pytest.param("triton", marks=interpreted)]
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3}
+
+
+@pytest.fixture(params=BOTH)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return make_kernels(request.param, "cpu")
+
+
+def lay_out(lengths: list[tuple[int, int]], sm_count: int = 1) -> tuple[Batch, int]:
+    """A batch of (new tokens, tokens before) sequences on shuffled blocks, and the number of blocks."""
+    need = [-(-(new + past) // PAGE) for new, past in lengths]
+    order = torch.randperm(sum(need), generator=torch.Generator().manual_seed(0)).add(1).tolist()
+    spans = []
+    for (new, past), blocks in zip(lengths, need, strict=True):
+        spans.append(Span([0] * new, past, [order.pop() for _ in range(blocks)]))
+    return Batch.build(spans, block_tokens=PAGE, sm_count=sm_count), sum(need) + 1
+
+
+def dense_attention(query: Tensor, cache: Tensor, batch: Batch, scale: float) -> Tensor:
+    """Softmax in float64, one row and one head at a time, straight from the definition."""
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    group = query.shape[1] // cache.shape[3]
+    row = 0
+    for seq, (n, context) in enumerate(zip(batch.query_tokens, batch.context_tokens, strict=True)):
+        for i in range(n):
+            seen = context - n + i + 1
+            places = [(int(batch.block_tables[seq, p // PAGE]), p % PAGE) for p in range(seen)]
+            if not places:
+                continue
+            block, offset = (torch.tensor(x) for x in zip(*places, strict=True))
+            for head in range(query.shape[1]):
+                keys = cache[0, block, offset, head // group].double()
+                values = cache[1, block, offset, head // group].double()
+                out[row + i, head] = torch.softmax(keys @ query[row + i, head].double() * scale, 0) @ values
+        row += n
+    return out
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "kv_heads", "dim", "sms"),
+    [
+        ([(1, 129)], 4, 2, 32, 1),
+        ([(1, 3), (1, 299), (1, 15), (1, 16)], 3, 1, 16, 16),
+        ([(40, 0)], 6, 2, 16, 1),
+        ([(24, 37)], 2, 2, 24, 1),
+        ([(1, 20), (19, 64), (1, 0), (33, 0)], 6, 2, 16, 1),
+        ([(5, 290)], 4, 1, 16, 32),
+    ],
+    ids=["decode", "decode-split", "prefill", "chunk-odd-width", "mixed", "chunk-split"],
+)
+def test_attention_matches_the_definition(
+    kernels: Kernels,
+    lengths: list[tuple[int, int]],
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    sms: int,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(1)
+    batch, blocks = lay_out(lengths, sms)
+    cache = torch.randn(2, blocks, PAGE, kv_heads, dim).to(dtype)
+    packed = torch.randn(batch.n_rows, heads + 3, dim).to(dtype)
+    query = packed[:, :heads]  # strided, as a slice of the fused projection is
+    scale = 1 / math.sqrt(dim)
+    out = kernels.attend(query, cache, batch, scale)
+    expected = dense_attention(query, cache, batch, scale)
+    assert out.shape == query.shape
+    assert (out.double() - expected).abs().max() < TOLERANCE[dtype]
+
+
+def test_splitting_is_what_the_split_cases_exercise() -> None:
+    pytest.importorskip("triton")
+    from engine.kernels.triton_attention import plan_attention
+
+    shape = {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "element_bytes": 2, "max_query": 1}
+    splits = [
+        plan_attention(n_rows=n, n_seqs=n, max_context=context, sm_count=sms, **shape).splits
+        for n, context, sms in [(1, 8192, 132), (1, 128, 132), (64, 8192, 132), (8, 8192, 132), (8, 8192, 32)]
+    ]
+    assert splits == [32, 1, 1, 4, 1], "few programs split, short contexts and full lanes do not"
+
+
+def test_padding_rows_are_zero_and_leave_no_trace(kernels: Kernels) -> None:
+    torch.manual_seed(2)
+    batch, blocks = lay_out([(1, 40), (1, 5)])
+    batch = replace(
+        batch,
+        context_lens=torch.tensor([41, 0], dtype=torch.int32),
+        context_tokens=(41, 0),
+        slots=torch.tensor([int(batch.slots[0]), -1]),
+    )
+    cache = torch.randn(2, blocks, PAGE, 2, 16)
+    before = cache.clone()
+    key, value = torch.randn(2, 2, 2, 16).unbind(0)
+    kernels.write_kv(key, value, cache, batch.slots)
+    slot = int(batch.slots[0])
+    changed = (cache != before).flatten(1, 2).any(-1).any(-1)
+    assert changed[0].nonzero().tolist() == changed[1].nonzero().tolist() == [[slot]]
+    assert torch.equal(cache.flatten(1, 2)[:, slot], torch.stack((key[0], value[0])))
+    out = kernels.attend(torch.randn(2, 4, 16), cache, batch, 0.25)
+    assert torch.equal(out[1], torch.zeros(4, 16))
+    assert bool(out[0].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rms_norm(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x, residual = torch.randn(2, 5, 72).to(dtype).unbind(0)
+    weight = torch.randn(72).to(dtype)
+    normed, total = kernels.rms_norm(x, weight, 1e-5, residual)
+    assert torch.equal(total, x + residual)
+    wide = total.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert (normed.double() - expected).abs().max() < 4 * TOLERANCE[dtype]
+
+    heads = torch.randn(5, 9, 16).to(dtype)[:, 2:6]  # query heads inside the fused projection
+    normed, same = kernels.rms_norm(heads, weight[:16], 1e-5)
+    wide = heads.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight[:16].double()
+    assert (normed.double() - expected).abs().max() < 4 * TOLERANCE[dtype]
+    assert same is heads
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rope_is_a_rotation_of_complex_pairs(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    packed = torch.randn(4, 7, 24).to(dtype)
+    untouched = packed[:, 5:].clone()
+    query, key = packed[:, :3], packed[:, 3:5]
+    angles = torch.rand(4, 12, dtype=torch.float64) * 6
+
+    def rotated(x: Tensor) -> Tensor:
+        pairs = torch.complex(x[..., :12].double(), x[..., 12:].double())
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
+        return torch.cat((turned.real, turned.imag), -1)
+
+    expected = rotated(query), rotated(key)
+    kernels.rope(query, key, angles.cos().float(), angles.sin().float())
+    for x, want in zip((query, key), expected, strict=True):
+        assert (x.double() - want).abs().max() < TOLERANCE[dtype]
+    assert torch.equal(packed[:, 5:], untouched)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_silu_mul(kernels: Kernels, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    gate_up = (torch.randn(3, 2 * 70) * 4).to(dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    out = kernels.silu_mul(gate_up)
+    assert out.shape == (3, 70)
+    assert (out.double() - gate / (1 + (-gate).exp()) * up).abs().max() < 8 * TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="speaks of a run without the interpreter")
+def test_choice_of_kernels_is_never_silent() -> None:
+    assert make_kernels("auto", "cpu").name == "torch"
+    with pytest.raises(SlalomError, match="TRITON_INTERPRET"):
+        make_kernels("triton", "cpu")
+    with pytest.raises(SlalomError, match="choose one of"):
+        make_kernels("cuda", "cpu")
+
+
+@interpreted
+def test_bf16_is_refused_where_it_would_be_wrong() -> None:
+    batch, blocks = lay_out([(1, 4)])
+    cache = torch.zeros(2, blocks, PAGE, 1, 16, dtype=torch.bfloat16)
+    with pytest.raises(SlalomError, match="float16"):
+        make_kernels("triton", "cpu").attend(torch.zeros(1, 1, 16, dtype=torch.bfloat16), cache, batch, 1.0)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreted run itself")
+def test_triton_kernels_under_the_interpreter() -> None:
+    """The tests above with Triton's kernels; its decorator reads the switch on import, so in a process."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton or bf16", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "skipped" not in run.stdout, run.stdout
