@@ -1,0 +1,58 @@
+"""A model with its KV pool: batches in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.kernels import Batch, Span
+from engine.model.kv import KVPool
+from engine.model.llama import Carry, Llama
+from engine.model.sampling import SamplingParams, choose_tokens
+
+__all__ = ["ModelRunner"]
+
+
+class ModelRunner:
+    """Runs what somebody else has scheduled. Runners of one device share ``model``; each has its own pool.
+
+    It holds no state of a request, so two lanes may call it at once for different sequences.
+
+    :param model: the weights (:func:`engine.model.weights.load_model`)
+    :param pool: KV of this runner's sequences
+    :param eos_ids: the model's end tokens, for ``min_tokens``
+    """
+
+    def __init__(self, model: Llama, pool: KVPool, *, eos_ids: frozenset[int] = frozenset()) -> None:
+        assert pool.layers[0].dtype == model.embed.weight.dtype, "weights and KV differ in type"
+        self.model, self.pool, self.eos_ids = model, pool, eos_ids
+        self.device = model.embed.weight.device
+        self.n_layers = model.config.n_layers
+
+    def batch(self, spans: Sequence[Span], *, sm_count: int = 1) -> Batch:
+        """Lay out ``spans`` for this pool and device; ``sm_count`` is the lane's."""
+        tokens = self.pool.block_tokens
+        return Batch.build(spans, block_tokens=tokens, device=self.device, sm_count=sm_count)
+
+    def run_layers(self, batch: Batch, layers: tuple[int, int], carry: Carry | None = None) -> Carry:
+        """Run layers ``[from, to)``; the result goes to the next slice or, at the end, to :meth:`sample`."""
+        return self.model(batch, self.pool, layers, carry)
+
+    @torch.inference_mode()
+    def sample(
+        self, batch: Batch, carry: Carry, params: Sequence[SamplingParams], steps: Sequence[int]
+    ) -> Tensor:
+        """The next token of each sampling row, int64 [R], still on the device.
+
+        :param params: one for each sampling row, in order
+        :param steps: tokens each of them has generated so far
+        """
+        assert len(params) == len(steps) == batch.sample_rows.shape[0]
+        return choose_tokens(self.model.logits(carry, batch), params, steps, self.eos_ids)
+
+    def run(self, batch: Batch, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
+        """A whole forward pass and its tokens on the host, one for each sampling row."""
+        carry = self.model(batch, self.pool)
+        return self.sample(batch, carry, params, steps).tolist() if params else []

@@ -1,0 +1,65 @@
+"""One request's output as it grows: text that is safe to show, and when it ends."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from engine.model.sampling import SamplingParams
+from engine.model.tokenizer import Tokenizer
+
+__all__ = ["Finish", "Generation"]
+
+
+class Finish(StrEnum):
+    """Why an output ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Generation:
+    """Feed it each sampled token; it says what text became certain and whether that was the end."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
+        self.finish: Finish | None = None
+        self.n_tokens = 0
+        self._params = params
+        self._ends = set(params.stop_token_ids) | (set() if params.ignore_eos else tokenizer.eos_ids)
+        self._detokenizer = tokenizer.detokenizer()
+        self._held = ""  # may be the beginning of a stop string
+
+    def push(self, token: int) -> str:
+        """Text to append to the output; sets ``finish`` when this token was the last."""
+        assert self.finish is None, "a token after the end"
+        self.n_tokens += 1
+        may_stop = self.n_tokens > self._params.min_tokens
+        if may_stop and token in self._ends:
+            return self._end(Finish.STOP)
+        self._held += self._detokenizer.push(token)
+        cut = self._find_stop() if may_stop else -1
+        if cut >= 0:
+            self.finish, text, self._held = Finish.STOP, self._held[:cut], ""
+            return text
+        if self.n_tokens >= self._params.max_tokens:
+            return self._end(Finish.LENGTH)
+        keep = self._possible_stop()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def _end(self, finish: Finish) -> str:
+        self.finish = finish
+        text, self._held = self._held + self._detokenizer.flush(), ""
+        return text
+
+    def _find_stop(self) -> int:
+        """Where the first stop string begins, or -1."""
+        found = [at for stop in self._params.stop if (at := self._held.find(stop)) >= 0]
+        return min(found, default=-1)
+
+    def _possible_stop(self) -> int:
+        """Length of the longest tail that a stop string begins with."""
+        longest = max((len(stop) - 1 for stop in self._params.stop), default=0)
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._params.stop):
+                return length
+        return 0
