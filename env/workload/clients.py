@@ -94,8 +94,8 @@ def client_times(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Superpose the clients over ``n / rate`` seconds.
 
-    Each client's number of requests is drawn from its share, its gaps from its family with one gap more than
-    requests, and the gaps are rescaled to fill the span (ServeGen section 5): burstiness stays, rate is exact.
+    Each client's number of requests is drawn from its share, its gaps from its family with one gap more
+    than requests; rescaled gaps fill the span (ServeGen section 5): burstiness stays, the rate is exact.
 
     :return: times f8 (n,) sorted, and the client of each, i8 (n,)
     """

@@ -1,4 +1,4 @@
-"""Chained prefix hashes as whole-array arithmetic: a request with the same leading ids gets the same entries."""
+"""Chained prefix hashes as whole-array arithmetic: equal leading ids give equal leading entries."""
 
 from __future__ import annotations
 

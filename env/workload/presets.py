@@ -4,13 +4,13 @@ its source and licence; the models below join tables, or state a paper's own rul
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from env.workload.lengths import (
     JointLengths,
-    LengthsSpec,
     LognormalMarginal,
     MixtureLengths,
     MixturePart,
@@ -80,7 +80,11 @@ def _burstgpt() -> JointLengths:
     return JointLengths(kind="joint", prompt=prompt, output=output)
 
 
-_RULES = {"burstgpt": _burstgpt, "longbench": _longbench, "tool-agent": _tool_agent}
+_RULES: dict[str, Callable[[], JointLengths | MixtureLengths]] = {
+    "burstgpt": _burstgpt,
+    "longbench": _longbench,
+    "tool-agent": _tool_agent,
+}
 
 
 def preset_names() -> tuple[str, ...]:
@@ -90,7 +94,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=64)
-def preset(name: str) -> LengthsSpec:
+def preset(name: str) -> JointLengths | MixtureLengths:
     """The length model of a preset (``KeyError`` if unknown)."""
     return _RULES[name]() if name in _RULES else _table(name)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -43,7 +43,7 @@ class TraceSpec(WorkloadBase):
             trace = body_swap(trace, self.arrival.times(rate, trace.n_roots, rng, split))
         elif trace.n_roots > 1:
             trace = scale_rate(trace, rate)
-        return replace(trace, meta=trace.meta | {"seed": seed, "split": split})
+        return replace(trace.compact(), meta=trace.meta | {"seed": seed, "split": split})
 
 
 def _random_window(part: Trace, n: int, rng: np.random.Generator) -> Trace:
@@ -70,7 +70,9 @@ def body_runs(part: Trace, n: int, run: int, rng: np.random.Generator) -> Trace:
 def _end_to_end(picks: list[Trace]) -> Trace:
     """Runs without turns share one ``hashes`` array: blocks of different runs may match, as in the file."""
     columns = ("prompt", "output", "cls", "ttft_s", "tpot_s", "next_turn", "think_s", "hash_start", "hash_n")
-    joined = {column: np.concatenate([getattr(t, column) for t in picks]) for column in columns}
+    joined: dict[str, Any] = {
+        column: np.concatenate([getattr(t, column) for t in picks]) for column in columns
+    }
     n = len(joined["prompt"])
     return replace(picks[0], arrival_s=np.zeros(n), n_roots=n, **joined)
 

@@ -62,7 +62,7 @@ class RandomPhases(Model):
         """Phases for ``models`` lengths models."""
         count = int(rng.integers(self.phases[0], self.phases[1] + 1))
         durations = rng.dirichlet(np.full(count, 2.0)) + 0.02
-        rates = np.exp(rng.uniform(*np.log(self.rate), count))
+        rates = np.exp(rng.uniform(np.log(self.rate[0]), np.log(self.rate[1]), count))
         weights = rng.dirichlet(np.full(models, self.sharpness), count) + 1e-6
         ramps = rng.random(count) < self.ramp_share
         return tuple(
@@ -118,7 +118,7 @@ class ShiftSpec(WorkloadBase):
 
 
 def _pieces(phases: tuple[Phase, ...], duration_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Piecewise-constant form: edges f8 (k + 1,) seconds, rates f8 (k,), weights f8 (k, models) summing to 1."""
+    """Piecewise-constant form: edges (k + 1,) seconds, rates (k,), weights (k, models), all f8."""
     lengths, rates, weights = [], [], []
     before = phases[0]
     for phase in phases:

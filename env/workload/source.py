@@ -33,7 +33,7 @@ class SourceSpec(Model):
     format: str
     time_unit: str | None = None
     spread_s: float = Field(default=0.0, ge=0)
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     multiplier: float | None = Field(default=None, gt=0)
     hash_tokens: int | None = Field(default=None, gt=0)
     max_context: int | None = Field(default=None, ge=2)

@@ -23,12 +23,13 @@
 
     kind: sessions                  # closed loop: a turn is sent `think` seconds after the one before ends
     preset: agents                  # or chat; the fields below override it
-    turns: 33                       # median turns; first/growth/output: marginals in tokens; think: in seconds
+    turns: 33                       # first, growth, output: marginals; think: {median_s, p90_s, cap_s};
+                                    #    shared, prompts, max_context
     arrival: {kind: poisson}        # of sessions
 
     kind: shift                     # rate and mix move within the episode
     lengths: [A, B]                 # two or more lengths specs (as above)
-    phases: [{duration: 0.5, rate: 1.0, weights: [1, 0]}, {duration: 0.5, rate: 2.0, weights: [0, 1], ramp: true}]
+    phases: [{duration: 0.5, rate: 1, weights: [1, 0]}, {duration: 0.5, rate: 2, weights: [0, 1], ramp: true}]
                                     # or random: {phases: [2, 6], rate: [0.5, 2.0], ramp_share: 0.5}
     cv: 1.0                         # of the gaps, on the moving clock
 
@@ -39,9 +40,9 @@
     kind: mix                       # several at once
     parts: [{weight: 0.5, cls: 0, workload: {...}}, {weight: 0.5, cls: 1, workload: {...}}]
 
-A marginal is a number, or ``{kind: uniform, low, high}``, ``{kind: lognormal, median, mean | p90, low, high}``
-or ``{kind: quantiles, q: [...], v: [...]}``. Classes are normally drawn with ``assign_classes`` from the
-scenario's shares; ``cls`` in a mix binds a part to a class index.
+A marginal is a number, ``{kind: uniform, low, high}``, ``{kind: lognormal, median, mean | p90, low, high}``
+or ``{kind: quantiles, q: [...], v: [...]}``. Preset names: ``presets.preset_names()``. Classes are normally
+drawn with ``assign_classes`` from the scenario's shares; ``cls`` in a mix binds a part to a class index.
 """
 
 from __future__ import annotations
@@ -109,19 +110,31 @@ class MixSpec(WorkloadBase):
         check_request(rate, n)
         shares = np.array([part.weight for part in self.parts])
         shares /= shares.sum()
-        counts = np.diff(np.round(np.concatenate([[0.0], shares.cumsum()]) * n)).astype(int)
-        seeds = stream(seed, split).integers(0, 2**62, len(self.parts))
+        seeds = stream(seed, split).integers(0, 2**62, len(self.parts)).tolist()
+        built = self._parts(rate, shares, n * shares, seeds, split)
+        turns = np.array([trace.n / trace.n_roots for trace in built])
+        if (turns != 1).any():  # parts with sessions need more requests than their share to last as long
+            built = self._parts(rate, shares, n * shares * turns / (shares @ turns), seeds, split)
+        return merge(built)
+
+    def _parts(
+        self, rate: float, shares: np.ndarray, counts: np.ndarray, seeds: list[int], split: Split
+    ) -> list[Trace]:
+        """One trace per part with about ``counts`` requests, at least one each, ``sum(counts)`` in all."""
+        edges = np.round(np.concatenate([[0.0], counts.cumsum()]))
+        whole = np.maximum(np.diff(edges), 1).astype(int)
+        whole[np.argmax(whole)] -= whole.sum() - int(edges[-1])
+        if whole.min() < 1:
+            raise SlalomError("n", int(edges[-1]), f"ask for at least {len(shares)} requests, one per part")
         built = []
-        for part, share, count, part_seed in zip(self.parts, shares, counts, seeds, strict=True):
-            if not count:
-                continue
-            trace = part.workload.build(rate * share, int(count), int(part_seed), split)
+        for part, share, count, seed in zip(self.parts, shares, whole.tolist(), seeds, strict=True):
+            trace = part.workload.build(rate * share, count, seed, split)
             if trace.n_roots > 1 and trace.duration_s > trace.arrival_s[0]:
                 trace = scale_rate(trace, rate * share)
             if part.cls is not None:
                 trace = replace(trace, cls=np.full(trace.n, part.cls, np.int16))
             built.append(trace)
-        return merge(built)
+        return built
 
 
 WorkloadSpec = Annotated[

@@ -35,8 +35,11 @@ def idc(arrival_s: np.ndarray, window_s: float) -> float:
 def reused_tokens(trace: Trace) -> np.ndarray:
     """Prompt tokens an infinite cache would find, i8 (n,): leading blocks seen in an earlier row."""
     row, index = flat_index(trace.hash_start, trace.hash_n)
-    _, first, inverse = np.unique(trace.hashes[index], return_index=True, return_inverse=True)
-    seen = row[first][inverse] < row  # entries are chained, so the seen ones of a row are its leading ones
+    values, block = np.unique(trace.hashes, return_inverse=True)  # stored entries: rows may share them
+    block = block[index]
+    first = np.empty(len(values), np.int64)
+    first[block[::-1]] = row[::-1]  # the last write wins, which is the earliest row
+    seen = first[block] < row  # entries are chained, so the seen ones of a row are its leading ones
     blocks = np.bincount(row[seen], minlength=trace.n)
     return np.minimum(blocks * trace.hash_tokens, trace.prompt)
 

@@ -81,9 +81,8 @@ class Trace:
         self._check_turns()
         self._check_hashes()
 
-    @classmethod
+    @staticmethod
     def make(
-        cls,
         arrival_s: np.ndarray,
         prompt: np.ndarray,
         output: np.ndarray,
@@ -106,7 +105,7 @@ class Trace:
             "hash_n": np.zeros(n, np.int32),
             "hashes": np.empty(0, np.uint64),
         }
-        return cls(
+        return Trace(
             arrival_s=arrival_s,
             prompt=prompt,
             output=output,
@@ -136,7 +135,7 @@ class Trace:
         if np.issubdtype(dtype, np.integer) and not np.issubdtype(raw.dtype, np.integer):
             raise SlalomError(f"trace.{column}", str(raw.dtype), "give whole numbers")
         if raw.dtype != dtype and np.issubdtype(dtype, np.integer) and len(raw):
-            limits = np.iinfo(dtype)  # type: ignore[type-var]
+            limits = np.iinfo(dtype)
             if raw.min() < limits.min or raw.max() > limits.max:
                 raise SlalomError(f"trace.{column}", int(np.abs(raw).max()), f"stay within {limits.max}")
         return np.ascontiguousarray(raw, dtype)
@@ -245,6 +244,15 @@ class Trace:
                 f"ask for at most {cut.n} requests from row {start}, or give a longer trace",
             )
         return cut if cut.n == n else cut.rows(_first_rows(cut, n))
+
+    def compact(self) -> Trace:
+        """Without the entries of ``hashes`` before the first and after the last one its rows use."""
+        used = self.hash_n > 0
+        if not used.any():
+            return replace(self, hashes=self.hashes[:0], hash_start=np.zeros(self.n, np.int64))
+        low, high = self.hash_start[used].min(), (self.hash_start + self.hash_n)[used].max()
+        start = np.where(used, self.hash_start - low, 0)
+        return replace(self, hashes=self.hashes[low:high], hash_start=start)
 
     def _roots(self, first: int, last: int) -> Trace:
         last = min(last, self.n_roots)
