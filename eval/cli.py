@@ -123,7 +123,7 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
     else:
-        _print(result, Console())
+        _print(result, Console(width=None if sys.stdout.isatty() else 120))
 
 
 def _write(result: dict[str, Any], out: Path | None) -> dict[str, Path]:
@@ -141,17 +141,18 @@ def _print(result: dict[str, Any], console: Console) -> None:
     from eval.verdict import ranking, verdict
 
     searched = result["mode"] == "goodput"
-    table = Table(title=escape(result["settings"]["scenario"]))
-    table.add_column("policy")
+    title = result["settings"]["scenario"] + (": goodput in requests/s" if searched else ": attainment in %")
+    table = Table(title=escape(title))
+    table.add_column("policy", no_wrap=True)
     if searched:
-        heads = [f"goodput {100 * t:g} % [1/s]" for t in result["targets"]] + ["95 % interval", "per GPU"]
+        heads = [f"at {100 * t:g} %" for t in result["targets"]] + ["95 % interval", "per GPU"]
     else:
-        heads = [f"{p['rate']:.4g}/s [%]" for p in result["policies"][0]["points"]] + [
-            "IQM [%]",
+        heads = [f"{p['rate']:.4g}/s" for p in result["policies"][0]["points"]] + [
+            "IQM",
             "95 % interval",
         ]
     for head in heads:
-        table.add_column(escape(head), justify="right")
+        table.add_column(escape(head), justify="right", no_wrap=True)
     for policy in ranking(result):
         if searched:
             found = [policy["goodput"][f"{t:g}"] for t in result["targets"]]
