@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.core.columns import N_CANDIDATE, N_CONTEXT, Need, max_candidates
 from engine.core.batching import plan_lane
+from engine.core.columns import N_CANDIDATE, N_CONTEXT, max_candidates
 from engine.core.decision import apply, build, next_decision, open_control
 from engine.core.jit import kernel
 from engine.core.lifecycle import (
     arrive,
-    begin_role_change,
     book_decode,
     close_window,
     complete_prefill,
@@ -32,7 +31,7 @@ from engine.core.rows import addresses, make_rows
 from engine.core.state import ClusterState, LaneKind, RequestState, Role, attach
 from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
 
-__all__ = ["CLOCK", "SIM", "Sim", "advance", "answer", "new_sim", "run"]
+__all__ = ["CLOCK", "SIM", "Sim", "advance", "answer", "attach_sim", "describe", "new_sim", "run", "start"]
 
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _MULTIPLEXED, _DECODE = int(Role.MULTIPLEXED), int(Role.DECODE)
@@ -316,7 +315,7 @@ def _start_link(s, q, link):
         return
     s.link[link].busy = 1
     profile = q.true_profile[s.req[r].dest]
-    seconds = profile.migrate_latency_s + s.link[link].latency_s
+    seconds = s.link[link].latency_s if s.link[link].latency_s >= 0.0 else profile.migrate_latency_s
     if s.link[link].bytes_per_s > 0.0:
         moved = s.req[r].computed - s.req[r].dst_cached
         seconds += moved * profile.kv_bytes_per_token / s.link[link].bytes_per_s

@@ -191,7 +191,7 @@ def _predict_columns(s, i, r, kind, now, row):
     elif s.inst[req.inst].pool != inst.pool:
         link = s.link[inst.link]
         moved = req.computed + inst.inbound_tokens
-        row[_TRANSFER_S] = profile.migrate_latency_s + link.latency_s
+        row[_TRANSFER_S] = link.latency_s if link.latency_s >= 0.0 else profile.migrate_latency_s
         if link.bytes_per_s > 0.0:
             row[_TRANSFER_S] += moved * profile.kv_bytes_per_token / link.bytes_per_s
     return stall

@@ -53,10 +53,13 @@ class InstanceSpec:
 
 @dataclass(frozen=True)
 class LinkSpec:
-    """A path that KV travels on, one transfer at a time. ``bytes_per_s`` 0 means free."""
+    """A path that KV travels on, one transfer at a time.
+
+    ``bytes_per_s`` 0 means free; ``latency_s`` below 0 means that of the receiver's profile.
+    """
 
     bytes_per_s: float = 0.0
-    latency_s: float = 0.0
+    latency_s: float = -1.0
 
 
 @dataclass(frozen=True)

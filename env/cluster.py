@@ -1,0 +1,223 @@
+"""From a scenario to the arrays of the core: profiles, instances, links, SLO classes, requests."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from engine.core.jit import is_warm
+from engine.core.policy import POLICY_TYPE, InstancePlan
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
+from engine.core.state import Batching, ClusterState, Role
+from engine.latency import pack
+from engine.latency.evaluate import TICKS_PER_S
+from env.scenario import Scenario
+from env.workload import Trace, assign_classes
+from policies.setting import Setting
+
+__all__ = ["Arena", "arena_of", "build_trace", "compiled", "jittered", "requests_of"]
+
+#: Simulated seconds that requests still running at the last arrival are given to end.
+DRAIN_S = 300.0
+SESSION_DRAIN_S = 3600.0
+
+_WORDS = numba.types.Array(numba.int64, 1, "C")
+
+
+@dataclass(frozen=True, eq=False)
+class Arena:
+    """A scenario made ready: everything but the requests and the policy.
+
+    :param specs: the instances as the scenario starts them
+    :param profile: PROFILE (n,) and ``share`` SHARE (n, M) of the profiles in use
+    :param error: relative spread of step times to train with
+    """
+
+    scenario: Scenario
+    specs: tuple[InstanceSpec, ...]
+    links: tuple[LinkSpec, ...]
+    classes: tuple[SloClass, ...]
+    options: ClusterOptions
+    profile: np.ndarray
+    share: np.ndarray
+    error: float
+    setting: Setting
+
+    def arranged(self, plan: Sequence[InstancePlan] | None) -> tuple[InstanceSpec, ...]:
+        """The instances after a policy's static arrangement was applied."""
+        if plan is None:
+            return self.specs
+        return tuple(_overlay(spec, p) for spec, p in zip(self.specs, plan, strict=True))
+
+    def cluster(self, plan: Sequence[InstancePlan] | None, trace: Trace | None, horizon_s: float = 0.0) -> ClusterState:
+        """An idle cluster that holds the requests of ``trace``."""
+        options = replace(self.options, horizon_s=horizon_s, hash_tokens=trace.hash_tokens if trace else 0)
+        state = new_cluster(
+            self.arranged(plan),
+            self.profile,
+            self.share,
+            classes=self.classes,
+            options=options,
+            links=self.links,
+            hashes=trace.hashes if trace is not None and len(trace.hashes) else None,
+        )
+        return state if trace is None else state._replace(req=requests_of(trace))
+
+
+def _overlay(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
+    given = {
+        name: getattr(plan, name)
+        for name in ("role", "chunk_tokens", "batching", "split", "headroom", "prefill_tokens", "order")
+        if getattr(plan, name) is not None
+    }
+    if given.get("role") == Role.MULTIPLEXED and "batching" not in given and spec.role != Role.MULTIPLEXED:
+        given["batching"] = Batching.LAYERED
+    if given.get("role", spec.role) == Role.MIXED and given.get("batching", spec.batching) == Batching.LAYERED:
+        given["batching"] = Batching.CHUNKED
+    return replace(spec, **given)
+
+
+def _specs(scenario: Scenario, n_links: int) -> tuple[InstanceSpec, ...]:
+    profiles = scenario.load_profiles()
+    specs = []
+    for i, place in enumerate(scenario.placements()):
+        group, profile = place.group, profiles[place.profile]
+        specs.append(
+            InstanceSpec(
+                role=Role[group.role.upper()],
+                pool=place.pool,
+                kv_tokens=group.kv_tokens or profile.kv_tokens,
+                profile=place.profile,
+                gpu=place.gpu,
+                link=i if n_links > 1 else 0,
+                batching=Batching[group.batching_used.upper()],
+                chunk_tokens=group.chunk_tokens,
+                prefill_tokens=group.prefill_tokens,
+                max_batch=group.max_batch,
+                max_prefills=group.max_prefills,
+                split=-1 if group.split == "auto" else profile.row(group.split),
+                order=1 if group.order == "srf" else 0,
+                headroom=group.headroom,
+            )
+        )
+    return tuple(specs)
+
+
+def _options(scenario: Scenario) -> ClusterOptions:
+    d = scenario.decisions
+    return ClusterOptions(
+        hold=d.hold,
+        shed=d.shed,
+        place_decode=d.place_decode,
+        reallocate=d.reallocate,
+        tune=d.tune,
+        roles=tuple(Role[name.upper()] for name in d.roles) or tuple(Role),
+        min_prefill=scenario.min_prefill,
+        min_decode=scenario.min_decode,
+        hold_s=scenario.hold_interval_s,
+        hold_scan=scenario.hold_scan,
+        control_s=scenario.control_interval_s,
+    )
+
+
+def _jitter(scenario: Scenario) -> float:
+    """Relative spread of step times: the scenario's, or the largest held-out error of its profiles."""
+    if scenario.latency_jitter != "profile":
+        return float(scenario.latency_jitter)
+    errors = [p.fit for p in scenario.load_profiles() if p.fit is not None]
+    found = [x for e in errors for x in (e.prefill_mape, e.decode_mape) if x is not None]
+    return max(found, default=0.03)
+
+
+_ARENAS: dict[str, Arena] = {}
+
+
+def arena_of(scenario: Scenario) -> Arena:
+    """The arena of a scenario, made once per content."""
+    key = scenario.hash()
+    if key not in _ARENAS:
+        n = len(scenario.placements())
+        bandwidth = scenario.links.bandwidth_gb_s * 1e9
+        latency = -1.0 if scenario.links.latency_ms is None else scenario.links.latency_ms * 1e-3
+        n_links = n if scenario.links.contention == "ingress" else 1
+        links = tuple(LinkSpec(bandwidth, latency) for _ in range(n_links))
+        classes = tuple(SloClass(c.ttft_s, c.tpot_s, c.ttft_factor, c.weight) for c in scenario.classes)
+        specs = _specs(scenario, n_links)
+        profile, share = pack(scenario.load_profiles())
+        empty = new_cluster(specs, profile, share, classes=classes, options=_options(scenario), links=links)
+        _ARENAS[key] = Arena(
+            scenario=scenario,
+            specs=specs,
+            links=links,
+            classes=classes,
+            options=_options(scenario),
+            profile=profile,
+            share=share,
+            error=_jitter(scenario),
+            setting=Setting.of_state(empty),
+        )
+    return _ARENAS[key]
+
+
+def build_trace(scenario: Scenario, rate: float, n: int, seed: int, split: Any) -> Trace:
+    """Requests of the scenario's workload with classes drawn by the scenario's shares (unless the workload binds them)."""
+    trace = scenario.workload.build(rate, n, seed, split)
+    shares = [c.share for c in scenario.classes]
+    return assign_classes(trace, shares, seed) if len(shares) > 1 and not trace.cls.any() else trace
+
+
+def requests_of(trace: Trace) -> np.ndarray:
+    """The requests of a trace as core records, REQUEST (n,), in state NEW."""
+    req = blank_requests(trace.n)
+    roots = slice(0, trace.n_roots)
+    req["arrival"][roots] = np.rint(trace.arrival_s[roots] * TICKS_PER_S).astype(np.int64)
+    req["prompt"], req["output"], req["cls"] = trace.prompt, trace.output, trace.cls
+    for column, seconds in (("ttft_slo", trace.ttft_s), ("tpot_slo", trace.tpot_s)):
+        own = np.isfinite(seconds)
+        if own.any():
+            req[column][own] = np.rint(seconds[own] * TICKS_PER_S).astype(np.int64)
+    req["next_turn"] = trace.next_turn
+    req["think"] = np.rint(np.nan_to_num(trace.think_s) * TICKS_PER_S).astype(np.int64)
+    req["hash_off"], req["hash_n"] = trace.hash_start, trace.hash_n
+    return req
+
+
+def horizon_s(trace: Trace) -> float:
+    """When a run is cut: late enough that only requests that are hopeless are still open."""
+    last = float(trace.arrival_s[trace.n_roots - 1])
+    return last + (SESSION_DRAIN_S if trace.n > trace.n_roots else DRAIN_S)
+
+
+def jittered(state: ClusterState, spread: float, rng: np.random.Generator) -> Mapping[str, np.ndarray]:
+    """What steps really take in one episode: the nominal profile, off by a few percent per instance and phase.
+
+    :return: ``true_profile`` (N,) and ``true_share`` (N, M) for ``new_sim``
+    """
+    rows = state.inst["profile"]
+    profile, share = state.profile[rows].copy(), state.share[rows].copy()
+    prefill, decode = np.exp(rng.normal(0.0, spread, (2, len(rows))))
+    for name in ("prefill", "knot_s"):
+        share[name] *= prefill[:, None, None]
+    for name in ("decode_small", "decode_large"):
+        share[name] *= decode[:, None, None]
+    return {"true_profile": profile, "true_share": share}
+
+
+@cache
+def compiled(kernel: Any, *signature: Any) -> Any:
+    """``kernel`` compiled for one signature (from disk when warm), after saying so when it takes long."""
+    if not is_warm():
+        print("compiling the scheduling core for this machine (once, under a minute) ...", file=sys.stderr, flush=True)
+    kernel.compile(signature)
+    kernel.disable_compile()
+    return kernel
+
+
+WORDS = numba.int64[::1]
+POLICY_ARGS = (numba.float64[::1], numba.float64[:, ::1], numba.uint8[::1], POLICY_TYPE, numba.float64[::1])

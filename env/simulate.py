@@ -1,0 +1,129 @@
+"""One run of a scenario under a policy on the surrogate, from requests to a ``RunResult``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numba
+import numpy as np
+
+from engine.core.policy import Policy
+from engine.core.rows import addresses
+from engine.core.state import ClusterState
+from engine.errors import SlalomError
+from engine.latency.evaluate import TICKS_PER_S
+from env.cluster import POLICY_ARGS, WORDS, arena_of, build_trace, compiled, horizon_s, jittered
+from env.scenario import Scenario
+from env.surrogate import new_sim, run
+from env.workload import Trace
+
+__all__ = ["RunResult", "bind_policy", "simulate"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run left behind. Times in ``req`` are ticks of 1 ps; stamps that never happened are -1.
+
+    :param req: REQUEST (R,)
+    :param cluster: CLUSTER record; ``inst`` INSTANCE (N,); ``cls`` SLO_CLASS (C,)
+    :param itl: int64 (ITL_BINS,), token gaps counted in ``engine.core.slo.itl_edges_s()``
+    :param duration_s: simulated seconds
+    :param wall_s: seconds the event loop took
+    """
+
+    req: np.ndarray
+    cluster: np.void
+    inst: np.ndarray
+    cls: np.ndarray
+    itl: np.ndarray
+    class_names: tuple[str, ...]
+    n_gpus: int
+    duration_s: float
+    wall_s: float
+    decisions: int
+    events: int
+    rate: float
+    seed: int
+    policy: str
+    scenario: str
+
+
+def bind_policy(policy: Any, scenario: Scenario, values: Mapping[str, Any] | None = None) -> Policy:
+    """A policy ready to decide in ``scenario``.
+
+    :param policy: a name, ``name:param=value,...``, a checkpoint folder, or a bound policy
+    :raises SlalomError: unknown policy or parameter, damaged checkpoint
+    """
+    if not isinstance(policy, str) and isinstance(policy, Policy):
+        return policy
+    from policies.registry import load_policy
+
+    return load_policy(policy, arena_of(scenario).setting, values)
+
+
+def simulate(
+    scenario: Scenario,
+    policy: Any,
+    *,
+    rate: float,
+    n_requests: int | None = None,
+    seed: int = 0,
+    split: Literal["train", "valid", "test"] = "test",
+    values: Mapping[str, Any] | None = None,
+    trace: Trace | None = None,
+    fast_forward: bool = True,
+    jitter: bool = False,
+) -> RunResult:
+    """Serve ``n_requests`` of the scenario's workload at ``rate`` under ``policy``. The same arguments give the same bytes.
+
+    :param rate: arrivals per second (sessions per second where the workload has sessions)
+    :param values: parameters of a rule
+    :param trace: these requests instead of the scenario's workload
+    :param fast_forward: jump over decode steps in which nothing changes (same timeline either way)
+    :param jitter: let step times stray from the profile by its held-out error
+    :raises SlalomError: bad rate or number of requests, unknown policy
+    """
+    if not rate > 0:
+        raise SlalomError("rate", rate, "give a positive number of requests per second")
+    if n_requests is not None and n_requests < 1:
+        raise SlalomError("requests", n_requests, "simulate at least one request")
+    arena = arena_of(scenario)
+    bound = bind_policy(policy, scenario, values)
+    if trace is None:
+        trace = build_trace(scenario, rate, n_requests or scenario.n_requests, seed, split)
+    state = arena.cluster(bound.arrangement, trace, horizon_s(trace))
+    truth = jittered(state, arena.error, np.random.default_rng([seed, 7])) if jitter else {}
+    sim = new_sim(state, n_roots=trace.n_roots, fast_forward=fast_forward, **truth)
+    decide = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
+    begin = time.perf_counter()
+    decide(
+        addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
+        bound.decide, bound.params, bound.memory.copy(), int(bound.needs), 0,
+    )  # fmt: skip
+    wall = time.perf_counter() - begin
+    return _result(scenario, state, sim, rate, seed, bound.name, wall)
+
+
+def _result(
+    scenario: Scenario, state: ClusterState, sim: Any, rate: float, seed: int, policy: str, wall_s: float
+) -> RunResult:
+    return RunResult(
+        req=state.req,
+        cluster=state.cluster[0],
+        inst=state.inst,
+        cls=state.cls,
+        itl=state.itl,
+        class_names=tuple(c.name for c in scenario.classes),
+        n_gpus=scenario.n_gpus(),
+        duration_s=float(sim.sim[0]["now"]) / TICKS_PER_S,
+        wall_s=wall_s,
+        decisions=int(sim.sim[0]["decisions"]),
+        events=int(sim.sim[0]["events"]),
+        rate=rate,
+        seed=seed,
+        policy=policy,
+        scenario=scenario.name,
+    )
