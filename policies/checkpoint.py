@@ -230,7 +230,11 @@ def _swap(fresh: Path, folder: Path) -> None:
         os.replace(fresh, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.replace(folder, old)
+    try:
+        os.replace(folder, old)
+    except OSError:
+        old.rmdir()
+        raise
     try:
         os.replace(fresh, folder)
     except OSError:

@@ -85,6 +85,10 @@ def load_policy(spec: str | Path, setting: Setting, values: Mapping[str, Any] | 
     """
     text = str(spec)
     if Path(spec).is_dir():
+        if values:
+            raise SlalomError(
+                "policy parameters", dict(values), "a checkpoint has its values fixed; name a rule"
+            )
         from policies.checkpoint import load
 
         return load(Path(spec)).bind(setting)

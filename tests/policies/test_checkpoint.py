@@ -68,6 +68,8 @@ def test_a_loaded_network_decides_like_the_one_that_was_saved(saved: Path) -> No
     assert policy.describe()["kind"] == "network"
     assert policy.arrangement[3].chunk_tokens == 256
     assert registry.load_policy(saved, setting(9)).arrangement is None
+    with pytest.raises(SlalomError, match="fixed"):
+        registry.load_policy(saved, setting(4), {"p_ttft": 1.0})
 
 
 def test_facts_come_back_and_the_card_tells_them(saved: Path) -> None:
