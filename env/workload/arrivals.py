@@ -127,6 +127,9 @@ class WeibullArrivals(_Arrivals):
 class OnOffArrivals(_Arrivals):
     """Two-state Markov-modulated Poisson process: bursts and silences that last (code completion traffic).
 
+    ``on_s=60, off_s=90, cv=3.5`` at 3.12 req/s is the nearest fit found to Azure code 2023: IDC 14, 52 and
+    172 at 1, 10 and 60 s against the trace's 13, 70 and 160; CV of gaps 19 against 12.7.
+
     :param on_s: mean seconds of a burst
     :param off_s: mean seconds of a silence
     :param off_rate: rate in silences as a share of the rate in bursts

@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,14 @@ class Table:
     def optional_numbers(self, name: str) -> np.ndarray:
         """f8 (n,), nan where absent."""
         raw = self.columns[name]
-        try:
-            return np.array([np.nan if v is None or v == "" else v for v in raw], np.float64)
-        except (TypeError, ValueError):
-            row = next(i for i, v in enumerate(raw) if not _is_number(v))
-            raise SlalomError(f"{self.place(row)}, {name}", raw[row], "give a number") from None
+        self.require(name, _is_number, "give a number")
+        return np.array([np.nan if v is None or v == "" else v for v in raw], np.float64)
+
+    def require(self, name: str, holds: Callable[[Any], bool], fix: str) -> None:
+        """Refuse the first value that is there and of which ``holds`` is false."""
+        for row, value in enumerate(self.columns[name]):
+            if value is not None and not holds(value):
+                raise SlalomError(f"{self.place(row)}, {name}", value, fix)
 
     def tokens(self, name: str) -> np.ndarray:
         """i8 (n,); whole numbers, at least 1."""
@@ -83,9 +86,11 @@ class Table:
 
 
 def _is_number(value: Any) -> bool:
+    if not isinstance(value, str):
+        return type(value) in (int, float)
     try:
-        float(value if value not in (None, "") else 0)
-    except (TypeError, ValueError):
+        float(value or 0)
+    except ValueError:
         return False
     return True
 

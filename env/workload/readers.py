@@ -156,6 +156,7 @@ def _turns(table: Table) -> tuple[np.ndarray, np.ndarray]:
     parent = np.full(table.n, -1)
     if "session" not in table.columns:
         return np.arange(table.n), parent
+    table.require("session", lambda name: isinstance(name, str | int), "give a text or a number")
     delayed = np.zeros(table.n, bool)
     for name in ("delay", "delay_ms"):
         if name in table.columns:
@@ -225,10 +226,13 @@ def _hashes(table: Table, order: np.ndarray, hash_tokens: int) -> dict[str, Any]
     if "hash_ids" not in table.columns:
         return {}
     if "hash_tokens" in table.columns:
+        table.require(
+            "hash_tokens", lambda size: type(size) is int and size > 0, "give whole tokens per block"
+        )
         sizes = {value for value in table.columns["hash_tokens"] if value is not None}
         if len(sizes) > 1:
-            raise SlalomError(f"{table.path}: hash_tokens", sorted(sizes), "use one block size per file")
-        hash_tokens = int(sizes.pop()) if sizes else hash_tokens
+            raise SlalomError(f"{table.path.name}: hash_tokens", sorted(sizes), "use one block size per file")
+        hash_tokens = sizes.pop() if sizes else hash_tokens
     count = np.zeros(table.n, np.int32)
     flat: list[int] = []
     raw = table.columns["hash_ids"]
@@ -252,18 +256,21 @@ def _labels(
     labels: dict[str, Any] = {}
     for name, column in (("slo_ttft_ms", "ttft_s"), ("slo_tpot_ms", "tpot_s")):
         if name in table.columns:
+            table.require(
+                name, lambda ms: type(ms) in (int, float) and 0 < ms < 1e12, "give milliseconds > 0"
+            )
             labels[column] = table.optional_numbers(name)[order] / 1e3
     if "cls" in table.columns:
+        fix = "give class names or indices from 0"
+        table.require("cls", lambda v: isinstance(v, str) or (type(v) is int and 0 <= v < 2**15), fix)
         names = list(classes)
         raw = [table.columns["cls"][row] for row in order]
         for value in raw:
             if isinstance(value, str) and value not in names:
                 if classes:
-                    raise SlalomError(f"{table.path}: class", value, f"use one of {', '.join(classes)}")
+                    raise SlalomError(f"{table.path.name}: class", value, f"use one of {', '.join(classes)}")
                 names.append(value)
         index = [names.index(v) if isinstance(v, str) else 0 if v is None else v for v in raw]
-        if not all(type(i) is int and 0 <= i < 2**15 for i in index):
-            raise SlalomError(f"{table.path}: class", index, "give class names or indices from 0")
         labels["cls"] = np.array(index, np.int16)
         if names:
             meta["classes"] = names

@@ -1,0 +1,229 @@
+"""``SlalomVecEnv``: many clusters as one stable-baselines3 ``VecEnv`` with action masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import gymnasium as gym
+import numba
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Kind, max_candidates
+from engine.core.policy import Policy
+from env.batch import ENDED, LAST, advance_many, new_buffers
+from env.cluster import POLICY_ARGS, arena_of, compiled
+from env.episodes import Episodes
+from env.scenario import Scenario
+from env.simulate import bind_policy
+
+__all__ = ["SlalomVecEnv", "asked_kinds", "observed_candidates"]
+
+_F8, _F8T, _I8, _I8T = numba.float64[::1], numba.float64[:, ::1], numba.int64[::1], numba.int64[:, ::1]
+_SIGNATURE = (
+    _I8T, _I8T, _I8, _I8, numba.int64, *POLICY_ARGS[:4], _F8, _F8T, numba.int64,
+    numba.float32[:, ::1], numba.boolean[:, ::1], _F8, _F8, _I8, _F8, _F8,
+)  # fmt: skip
+
+
+def asked_kinds(scenario: Scenario) -> tuple[Kind, ...]:
+    """Decision kinds that occur in ``scenario``."""
+    d = scenario.decisions
+    kinds = [Kind.PLACE_PREFILL]
+    if d.place_decode or d.reallocate or any(group.role == "prefill" for group in scenario.cluster):
+        kinds.append(Kind.PLACE_DECODE)
+    if d.reallocate:
+        kinds.append(Kind.REALLOCATE)
+    if d.tune:
+        kinds.append(Kind.TUNE)
+    return tuple(kinds)
+
+
+def observed_candidates(n_instances: int, kinds: Collection[Kind]) -> int:
+    """Candidate rows of an observation."""
+    k = n_instances + 2
+    if Kind.REALLOCATE in kinds:
+        k = max(k, 1 + 3 * n_instances)
+    return max(k, 5) if Kind.TUNE in kinds else k
+
+
+class SlalomVecEnv(VecEnv):
+    """``n_envs`` simulated clusters; one step answers one decision in each of them.
+
+    An episode serves ``n_requests`` and is *truncated* at the decision about the last of them (never terminated):
+    the value of what is still in the system belongs to the learner's bootstrap. Reward: minus the class weights
+    of the requests sealed as missed until the next decision, discounted inside the interval with ``beta``.
+    An action that is masked is replaced by the first allowed one.
+
+    :param scenario: the scenario
+    :param n_envs: clusters
+    :param seed: everything random follows from it
+    :param split: window of the workload
+    :param n_requests: requests per episode
+    :param rates: (low, high) arrival rates, drawn uniformly per episode, requests per second
+    :param kinds: decision kinds the learner answers (default: all that occur)
+    :param policy: rule or bound policy that answers the others and gives the static arrangement
+    :param groups: clusters of a group share arrivals and jitter
+    :param beta: discount rate, 1/s (default: a horizon of 8 TTFT targets)
+    :param jitter: train on step times that stray from the profile by its held-out error
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        n_envs: int,
+        *,
+        seed: int = 0,
+        split: Literal["train", "valid", "test"] = "train",
+        n_requests: int = 400,
+        rates: tuple[float, float] | None = None,
+        kinds: Collection[Kind] | None = None,
+        policy: Policy | str = "linear_score",
+        groups: int | None = None,
+        beta: float | None = None,
+        jitter: bool = True,
+    ) -> None:
+        arena = arena_of(scenario)
+        n = len(arena.specs)
+        self.scenario = scenario
+        self.kinds = tuple(asked_kinds(scenario) if kinds is None else kinds)
+        self.n_candidates = observed_candidates(n, self.kinds)
+        self.n_features, self.n_context = CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
+        self.beta = beta if beta is not None else 1.0 / (8.0 * max(max(c.ttft_s for c in arena.classes), 0.25))
+        self.policy = bind_policy(policy, scenario)
+        self.buffers = new_buffers(n_envs, self.n_candidates, max_candidates(n))
+        reference = scenario.reference_rate
+        self.episodes = Episodes(
+            scenario,
+            n_envs,
+            seed=seed,
+            split=split,
+            n_requests=n_requests,
+            rates=rates or (0.7 * reference, 1.3 * reference),
+            groups=min(groups or max(n_envs // 8, 1), n_envs),
+            plan=self.policy.arrangement,
+            beta=self.beta,
+            jitter=jitter,
+            buffers=self.buffers,
+        )
+        self._kind_bits = sum(1 << int(k) for k in self.kinds)
+        self._memory = np.tile(self.policy.memory, (n_envs, 1))
+        self._advance_many = compiled(advance_many, *_SIGNATURE)
+        self._everyone = np.arange(n_envs)
+        self._actions = np.full(n_envs, -1, np.int64)
+        self._infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
+        self._returns, self._lengths = np.zeros(n_envs), np.zeros(n_envs, np.int64)
+        self._elapsed = np.zeros(n_envs)
+        low = np.float32(-100.0)
+        size = self.buffers.observation.shape[1]
+        super().__init__(
+            n_envs,
+            gym.spaces.Box(low, -low, (size,), np.float32),
+            gym.spaces.Discrete(self.n_candidates),
+        )
+        self.render_mode = None
+
+    # -- what a learner reads beside the usual --------------------------------------------------------
+
+    @property
+    def trace(self) -> np.ndarray:
+        """Which arrival sequence each cluster is on, int64 (n_envs,)."""
+        return self.episodes.trace_id
+
+    @property
+    def elapsed_s(self) -> np.ndarray:
+        """Simulated seconds between the decision that the last step answered and the next one, (n_envs,)."""
+        return self._elapsed
+
+    def action_masks(self) -> np.ndarray:
+        """Allowed actions, bool (n_envs, K); a view."""
+        return self.buffers.mask
+
+    # -- VecEnv ---------------------------------------------------------------------------------------
+
+    def _advance(self, chosen: np.ndarray) -> None:
+        b, e = self.buffers, self.episodes
+        self._advance_many(
+            e.state_words, e.sim_words, self._actions, chosen, self._kind_bits, b.context, b.candidates, b.allowed,
+            self.policy.decide, self.policy.params, self._memory, int(self.policy.needs),
+            b.observation, b.mask, b.reward, b.elapsed_s, b.status, b.good, b.missed,
+        )  # fmt: skip
+
+    def _begin(self, chosen: np.ndarray) -> None:
+        """Bring clusters that are at the start of an episode to their first decision."""
+        self._memory[chosen] = self.policy.memory
+        self._actions[chosen] = -1
+        self._advance(chosen)
+        self._returns[chosen] = 0.0
+        self._lengths[chosen] = 0
+
+    def reset(self) -> np.ndarray:
+        for b in range(self.num_envs):
+            self.episodes.reset(b)
+        self._begin(self._everyone)
+        return self.buffers.observation.copy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions[:] = actions
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        self._advance(self._everyone)
+        b = self.buffers
+        rewards = b.reward.astype(np.float32)
+        self._elapsed[:] = b.elapsed_s
+        self._returns += b.reward
+        self._lengths += 1
+        dones = b.status >= LAST
+        infos: list[dict[str, Any]] = self._infos
+        if dones.any():
+            infos = list(self._infos)
+            ended = np.flatnonzero(dones)
+            for i in ended:
+                infos[i] = self._last_info(int(i))
+                self.episodes.next(int(i))
+            self._begin(ended)
+        return b.observation.copy(), rewards, dones, infos
+
+    def _last_info(self, i: int) -> dict[str, Any]:
+        b = self.buffers
+        sealed = b.good[i] + b.missed[i]
+        now = int(self.episodes.sims[i].sim[0]["now"]) * 1e-12
+        return {
+            "terminal_observation": b.observation[i].copy(),
+            # Where every request has already ended there is nothing left to bootstrap from.
+            "TimeLimit.truncated": bool(b.status[i] != ENDED),
+            "episode": {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": now},
+            "attainment": float(b.good[i] / sealed) if sealed > 0 else 1.0,
+        }
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    # -- resume ---------------------------------------------------------------------------------------
+
+    def env_state(self) -> bytes:
+        """Where in its sequence of episodes each cluster is."""
+        return json.dumps({"episode": self.episodes.number.tolist()}).encode()
+
+    def set_env_state(self, state: bytes) -> None:
+        """Continue with the episodes after those of ``env_state``; the next ``reset`` starts them."""
+        self.episodes.number[:] = np.asarray(json.loads(state)["episode"], np.int64) + 1
+
+    # -- the rest of the VecEnv interface ---------------------------------------------------------------
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        chosen: Sequence[int] = list(self._get_indices(indices))
+        if method_name == "action_masks":
+            return [self.buffers.mask[i] for i in chosen]
+        return [getattr(self, method_name)(*args, **kwargs)] * len(chosen)
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * len(list(self._get_indices(indices)))
