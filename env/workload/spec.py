@@ -155,4 +155,4 @@ def parse_workload(section: Any, where: str = "workload") -> WorkloadBase:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(step) for step in first["loc"])
-        raise SlalomError(f"{where}.{place}", first.get("input"), first["msg"]) from error
+        raise SlalomError(f"{where}.{place}".rstrip("."), first.get("input"), first["msg"]) from error

@@ -179,6 +179,12 @@ def broken(rows: list[dict], index: int, **change: object) -> str:
         (AZURE + "yesterday,1,1\n", "azure", "line 4, time"),
         (AZURE + "2023-11-16 18:15:48.0,-3,1\n", "azure", "line 4, prompt"),
         (broken(MOONCAKE, 0, session_id="a", delay=3), "mooncake", "line 1"),
+        (broken(MOONCAKE, 1, session_id=["a"]), "mooncake", "line 2, session"),
+        (broken(MOONCAKE, 1, input_length=True), "mooncake", "line 2, prompt"),
+        (broken(MOONCAKE, 1, input_length=[5]), "mooncake", "line 2, prompt"),
+        (broken(MOONCAKE, 1, slo_ttft_ms=-1), "slalom", "line 2, slo_ttft_ms"),
+        (broken(MOONCAKE, 1, **{"class": ["a"]}), "slalom", "line 2, cls"),
+        (broken(MOONCAKE, 1, hash_tokens=[16]), "slalom", "line 2, hash_tokens"),
     ],
 )
 def test_flaws_are_named(tmp_path: Path, content: str, format: str, place: str) -> None:

@@ -62,6 +62,12 @@ def test_poisson_gaps_are_exponential() -> None:
     assert kstest(np.diff(times({"kind": "poisson"}, 2.0, 5000)) * 2.0, "expon").pvalue > 0.01
 
 
+def test_azure_code_like_bursts() -> None:
+    """Figures of AzureLLMInferenceTrace_code (2023): IDC 13.1, 70 and 160 at 1, 10 and 60 s; within 35 %."""
+    out = times({"kind": "on_off", "on_s": 60, "off_s": 90, "cv": 3.5}, 3.12, 150_000)
+    assert [idc(out, w) for w in (1, 10, 60)] == pytest.approx([13.1, 70, 160], rel=0.35)
+
+
 @pytest.mark.parametrize("off_rate", [0.0, 0.2])
 def test_on_off_counts_follow_the_mmpp_formula(off_rate: float) -> None:
     on_s, off_s, rate = 2.0, 3.0, 20.0
