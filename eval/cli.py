@@ -107,7 +107,7 @@ def evaluate(
     )
     console = Console(stderr=True)
     if not is_warm():
-        console.print("first use of this version: compiling, about a minute, once")
+        console.print("first use of this version: compiling takes about a minute, once")
     from eval.progress import Bar
 
     try:
@@ -138,7 +138,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from eval.verdict import ranking, verdict
+    from eval.verdict import lost_share, meeting_point, ranking, verdict
 
     searched = result["mode"] == "goodput"
     title = result["settings"]["scenario"] + (": goodput in requests/s" if searched else ": attainment in %")
@@ -151,6 +151,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
             "IQM",
             "95 % interval",
         ]
+    heads.append(f"lost at {meeting_point(result, result['policies'][0])['rate']:.4g}/s")
     for head in heads:
         table.add_column(escape(head), justify="right", no_wrap=True)
     for policy in ranking(result):
@@ -162,6 +163,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
             over = policy["iqm_attainment"]
             cells = [f"{100 * p['slo_attainment']:.2f}" for p in policy["points"]]
             cells += [f"{100 * over['value']:.2f}", f"{100 * over['low']:.2f} to {100 * over['high']:.2f}"]
+        cells.append(f"{100 * lost_share(meeting_point(result, policy)):.2f} %")
         table.add_row(escape(policy["label"]), *cells)
     console.print(table)
     for sentence in verdict(result):

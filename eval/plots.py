@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from eval.verdict import ranking
+from eval.verdict import meeting_point, ranking
 
 __all__ = ["figures"]
 
@@ -138,8 +138,7 @@ def _goodput(result: Result) -> Figure:
 def _breakdown(result: Result) -> Figure:
     """At the rate where the best policy just holds the target, or at the highest rate asked."""
     order = ranking(result)
-    rate = result["at_rate"] or max(p["rate"] for p in order[0]["points"])
-    rows = [(policy["label"], next(p for p in policy["points"] if p["rate"] == rate)) for policy in order]
+    rows = [(policy["label"], meeting_point(result, policy)) for policy in order]
     classes = list(dict.fromkeys(name for _, p in rows for name in p["slo_attainment_by_class"]))
     groups = ["both", "TTFT", "TPOT", *(f"class {name}" for name in classes)]
     figure, (axis,) = _figure(width=max(8.0, 1.6 * len(groups) + 3.0))
@@ -161,6 +160,6 @@ def _breakdown(result: Result) -> Figure:
             edgecolor="white",
         )
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylabel="attainment [% of sent]", ylim=(0, 102), title=f"at {rate:.4g} requests/s")
+    axis.set(ylabel="attainment [% of sent]", ylim=(0, 102), title=f"at {rows[0][1]['rate']:.4g} requests/s")
     _legend(figure, axis, len(rows))
     return figure

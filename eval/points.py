@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import SlalomError
 from eval.metrics import block_counts, outcomes, summarize
@@ -34,6 +34,7 @@ __all__ = [
     "scenario_hash",
 ]
 
+Split = Literal["train", "valid", "test"]
 _ROOT = Path(__file__).resolve().parents[1]
 _SOURCES = ("engine/core", "engine/latency", "env", "policies", "eval/metrics.py")
 
@@ -63,7 +64,7 @@ class PointSettings:
     """What every point of one comparison has in common."""
 
     n_requests: int = 10_000
-    split: str = "test"
+    split: Split = "test"
     warmup: float = 0.05
     drain: float = 0.0
     n_blocks: int = 20

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["is_learned", "ranking", "verdict"]
+__all__ = ["LOST", "is_learned", "lost_share", "meeting_point", "ranking", "verdict"]
+
+LOST = ("shed", "failed", "unfinished")
 
 
 def is_learned(policy: Mapping[str, Any]) -> bool:
@@ -30,7 +32,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     order = ranking(result)
     goodput = result["mode"] == "goodput"
     best = order[0]
-    sentences = [_opening(result, best)]
+    sentences = [_opening(result, best), *_price(result, best)]
     line = _goodput_line if goodput else _attainment_line
     learned = [p for p in order if is_learned(p)]
     for place, subject in enumerate(learned or [best]):
@@ -61,6 +63,35 @@ def _opening(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
         f"{best['label']} holds {share} of requests sent up to {found['rate']:.4g} requests/s "
         f"(95 % interval {found['low']:.4g} to {found['high']:.4g}; {found['per_gpu']:.4g} per GPU)."
     )
+
+
+def _price(result: Mapping[str, Any], best: Mapping[str, Any]) -> list[str]:
+    """What the winner's figure costs: requests it gave up, and how long someone waited in vain or not.
+
+    A share of good requests can be bought by giving up the others; the reader must see that.
+    """
+    point = meeting_point(result, best)
+    lost = {name: point[name] for name in LOST if point[name]}
+    told = ", ".join(f"{100 * n / _sent(point):.2g} % {name}" for name, n in lost.items()) or "none lost"
+    return [
+        f"At {point['rate']:.4g} requests/s under {best['label']}: {told} of the requests sent; "
+        f"the longest wait for a first token was {point['worst_wait_s']:.3g} s."
+    ]
+
+
+def meeting_point(result: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Where policies are put side by side: at the best one's goodput, or at the highest rate asked."""
+    rate = result["at_rate"] or policy["points"][-1]["rate"]
+    return next(p for p in policy["points"] if p["rate"] == rate)
+
+
+def lost_share(point: Mapping[str, Any]) -> float:
+    """Share of requests sent that were never served: shed, failed or unfinished."""
+    return sum(point[name] for name in LOST) / _sent(point)
+
+
+def _sent(point: Mapping[str, Any]) -> int:
+    return max(sum(run["num_prompts"] for run in point["runs"]), 1)
 
 
 def _find(pairs: Sequence[Mapping[str, Any]], a: str, b: str) -> tuple[Mapping[str, Any], bool]:

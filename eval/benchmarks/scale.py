@@ -9,26 +9,31 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 from eval.benchmarks.reference import POLICY, RATE, reference_scenario
 
 __all__ = ["measure", "run"]
 
 SIZES = (10_000, 100_000, 1_000_000)
+REPEATS = 3
 
 
 def measure(n_requests: int) -> dict[str, float]:
-    """Cost per request and peak memory of this process for one run after a short warm-up."""
+    """Cost per request and peak memory of this process, median of repeats after a warm-up."""
     from env.simulate import simulate
 
     scenario = reference_scenario()
-    simulate(scenario, POLICY, rate=RATE, n_requests=1_000, seed=1)
+    simulate(scenario, POLICY, rate=RATE, n_requests=1_000, seed=0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
-    simulate(scenario, POLICY, rate=RATE, n_requests=n_requests, seed=0)
-    seconds = time.perf_counter() - started
+    seconds = []
+    for seed in range(REPEATS):
+        started = time.perf_counter()
+        simulate(scenario, POLICY, rate=RATE, n_requests=n_requests, seed=seed)
+        seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "microseconds_per_request": 1e6 * seconds / n_requests,
+        "microseconds_per_request": 1e6 * float(np.median(seconds)) / n_requests,
         "peak_rss_mib": peak / 1024,
         "grown_by_mib": (peak - before) / 1024,
     }
@@ -36,12 +41,15 @@ def measure(n_requests: int) -> dict[str, float]:
 
 def run() -> dict[str, Any]:
     """One entry per size, keyed by the number of requests."""
-    sizes = {}
-    for n_requests in SIZES:
-        command = [sys.executable, "-m", "eval.benchmarks.scale", str(n_requests)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        sizes[str(n_requests)] = json.loads(done.stdout)
-    return {"requests": sizes}
+    _in_fresh_process(1_000)  # compiles if need be: the compiler's memory is not the simulator's
+    return {"requests": {str(n): _in_fresh_process(n) for n in SIZES}, "repeats": REPEATS}
+
+
+def _in_fresh_process(n_requests: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "eval.benchmarks.scale", str(n_requests)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured: dict[str, float] = json.loads(done.stdout)
+    return measured
 
 
 if __name__ == "__main__":

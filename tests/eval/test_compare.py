@@ -62,6 +62,14 @@ def test_losses_are_told_as_plainly_as_gains(evaluator):
         assert ranking(result)[0]["label"] == ("learned" if word == "beats" else "x1")
 
 
+def test_a_winner_that_gives_up_requests_is_told_so(evaluator):
+    result = with_settings(compare(evaluator, [Contender("x1")], SEEDS, rates=[20.0, 30.0]))
+    assert "none lost" in verdict(result)[1]
+    result["policies"][0]["points"][-1] |= {"unfinished": 800, "worst_wait_s": 360.0}
+    assert "10 % unfinished" in verdict(result)[1]
+    assert "360 s" in verdict(result)[1]
+
+
 def test_rates_mode_reports_every_rate_with_an_interval_around_it(evaluator):
     result = compare(evaluator, [Contender("x1")], SEEDS, rates=[30.0, 20.0])
     points = result["policies"][0]["points"]
