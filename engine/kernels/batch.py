@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -65,25 +65,35 @@ class Batch:
         block_tokens: int,
         device: torch.device | str = "cpu",
         sm_count: int = 1,
+        pad_to: int = 0,
+        table_width: int = 0,
     ) -> Batch:
-        """Lay out ``spans`` in order. Every span needs a token and blocks for all its tokens (asserted)."""
-        query = np.array([len(span.tokens) for span in spans], dtype=np.int32)
-        start = np.array([span.start for span in spans], dtype=np.int64)
+        """Lay out ``spans`` in order. Every span needs a token and blocks for all its tokens (asserted).
+
+        A captured graph needs fixed shapes: ``pad_to`` adds padding up to that many sequences (their rows
+        "sample" too; drop the last logits), ``table_width`` widens the block tables to that many blocks.
+        """
+        padding = max(0, pad_to - len(spans))
+        query = np.array([len(span.tokens) for span in spans] + [1] * padding, dtype=np.int32)
+        start = np.array([span.start for span in spans] + [-1] * padding, dtype=np.int64)
         context = start + query
         assert len(spans) > 0, "an empty batch"
         assert query.min() > 0, "a span without tokens"
-        starts = np.zeros(len(spans) + 1, dtype=np.int32)
+        starts = np.zeros(len(query) + 1, dtype=np.int32)
         np.cumsum(query, out=starts[1:])
-        tables = np.zeros((len(spans), max(len(span.blocks) for span in spans)), dtype=np.int32)
+        width = max(table_width, max(len(span.blocks) for span in spans))
+        tables = np.zeros((len(query), width), dtype=np.int32)
         for row, span in enumerate(spans):
             assert len(span.blocks) * block_tokens >= context[row], "blocks do not cover the span"
             tables[row, : len(span.blocks)] = span.blocks
-        owner = np.repeat(np.arange(len(spans)), query)
+        owner = np.repeat(np.arange(len(query)), query)
         positions = np.arange(starts[-1], dtype=np.int64) - starts[owner] + start[owner]
         slots = tables[owner, positions // block_tokens].astype(np.int64) * block_tokens
         slots += positions % block_tokens
-        wanted = np.array([span.sample for span in spans], dtype=bool)
-        tokens = np.concatenate([np.asarray(span.tokens, dtype=np.int64) for span in spans])
+        slots[positions < 0] = -1
+        wanted = np.array([span.sample for span in spans] + [True] * padding, dtype=bool)
+        tokens = np.zeros(starts[-1], dtype=np.int64)
+        tokens[: starts[len(spans)]] = np.concatenate([np.asarray(span.tokens) for span in spans])
 
         def put(array: np.ndarray) -> Tensor:
             tensor = torch.from_numpy(array)
@@ -93,7 +103,7 @@ class Batch:
 
         return cls(
             tokens=put(tokens),
-            positions=put(positions),
+            positions=put(np.maximum(positions, 0)),
             query_starts=put(starts),
             context_lens=put(context.astype(np.int32)),
             block_tables=put(tables),
@@ -104,3 +114,13 @@ class Batch:
             max_query=int(query.max()),
             sm_count=sm_count,
         )
+
+    def copy_(self, other: Batch) -> None:
+        """Overwrite the tensors with those of ``other``, of equal shapes: the input of a captured graph.
+
+        The host's copies stay, so only kernels that never read them may run afterwards (Triton's).
+        """
+        for field in fields(self):
+            mine = getattr(self, field.name)
+            if isinstance(mine, Tensor):
+                mine.copy_(getattr(other, field.name), non_blocking=True)

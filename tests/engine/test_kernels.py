@@ -176,6 +176,30 @@ def test_silu_mul(kernels: Kernels, dtype: torch.dtype) -> None:
     assert (out.double() - gate / (1 + (-gate).exp()) * up).abs().max() < 8 * TOLERANCE[dtype]
 
 
+@interpreted
+def test_whole_model_on_triton_kernels() -> None:
+    """The strides and views a model really passes: a prompt, then a mixed step."""
+    from engine.model import KVPool, Llama, load_model
+    from engine.model.config import DUMMY_SHAPES
+
+    plain = load_model("dummy:tiny")
+    config = replace(DUMMY_SHAPES["tiny"], n_layers=2, qk_norm=True, qkv_bias=True)
+    results = []
+    for name in ("torch", "triton"):
+        torch.manual_seed(6)
+        model = Llama(config, make_kernels(name, "cpu")).requires_grad_(False)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.1)
+        model.frequencies.copy_(plain.frequencies)
+        pool = KVPool(config, blocks=8)
+        first = Batch.build([Span(list(range(20)), 0, [3, 1])], block_tokens=PAGE, sm_count=8)
+        logits = [model.logits(model(first, pool), first)]
+        spans = [Span([7], 20, [3, 1]), Span(list(range(40, 57)), 0, [2, 5])]
+        mixed = Batch.build(spans, block_tokens=PAGE, sm_count=8)
+        results.append(torch.cat([*logits, model.logits(model(mixed, pool), mixed)]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="speaks of a run without the interpreter")
 def test_choice_of_kernels_is_never_silent() -> None:
     assert make_kernels("auto", "cpu").name == "torch"

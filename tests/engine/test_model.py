@@ -231,6 +231,35 @@ def test_batch_layout() -> None:
         Batch.build([Span([1], 16, [1])], block_tokens=PAGE)
 
 
+def test_padding_changes_no_token_and_no_kv(tiny: ModelRunner, plain: list[list[int]]) -> None:
+    sequences = [Sequence(tiny, prompt, blocks_of(i)) for i, prompt in enumerate(PROMPTS[:3])]
+    for sequence in sequences:
+        sequence.advance()
+    spans = [sequence.span() for sequence in sequences]
+    padded = Batch.build(spans, block_tokens=PAGE, pad_to=8, table_width=20)
+    assert padded.block_tables.shape == (8, 20)
+    unused = [layer[:, 60].clone() for layer in tiny.pool.layers]
+    before = [layer[:, 0].clone() for layer in tiny.pool.layers]
+    tokens = tiny.run(padded, [GREEDY] * 8, [0] * 8)[:3]
+    assert tokens == [want[len(prompt) + 1] for prompt, want in zip(PROMPTS, plain[:3], strict=False)]
+    for layer, first, last in zip(tiny.pool.layers, before, unused, strict=True):
+        assert torch.equal(layer[:, 0], first)
+        assert torch.equal(layer[:, 60], last)
+
+    static = Batch.build([Span([0], 0, [0])], block_tokens=PAGE, pad_to=8, table_width=20)
+    static.copy_(padded)
+    for name in (
+        "tokens",
+        "positions",
+        "query_starts",
+        "context_lens",
+        "block_tables",
+        "slots",
+        "sample_rows",
+    ):
+        assert torch.equal(getattr(static, name), getattr(padded, name))
+
+
 def test_pool_sizes() -> None:
     config = load_model("dummy:tiny").config
     pool = KVPool(config, blocks=3, block_tokens=PAGE)

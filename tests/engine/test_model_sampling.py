@@ -34,7 +34,7 @@ def test_greedy_takes_the_largest() -> None:
         ({"temperature": 0.5}, [0, 1, 2, 3, 4]),
         ({"top_k": 2}, [0, 1]),
         ({"top_p": 0.65}, [0, 1]),  # 0.4 alone is too little, 0.4 + 0.3 is enough
-        ({"top_p": 0.4}, [0]),
+        ({"top_p": 0.35}, [0]),
         ({"top_k": 3, "top_p": 0.8}, [0, 1, 2]),  # of the three best, two hold 0.78
     ],
     ids=str,
@@ -66,6 +66,22 @@ def test_a_seed_draws_the_same_whatever_shares_the_batch() -> None:
         assert mixed[0] == logits[1].argmax()
     later = [choose_tokens(logits[:1], asked[:1], [step], NONE).item() for step in range(30)]
     assert len(set(later)) > 5, "the draw must change from step to step"
+
+
+def test_flat_distributions_reach_past_the_first_look() -> None:
+    """Top-p over nearly equal tokens keeps far more of them than are sorted at first."""
+    n = 3000
+    logits = torch.zeros(1, n)
+    tokens = [
+        choose_tokens(logits, [SamplingParams(seed=seed, top_p=0.9)], [0], NONE).item() for seed in range(400)
+    ]
+    assert len(set(tokens)) > 300
+    ranks = torch.linspace(0, 0.01, n).flip(0)  # falling slightly: token i has rank i
+    drawn = [
+        choose_tokens(ranks[None], [SamplingParams(seed=seed, top_p=0.5)], [0], NONE).item()
+        for seed in range(400)
+    ]
+    assert 1300 < max(drawn) < 1505
 
 
 def test_uniform_is_uniform() -> None:
