@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from engine.core.jit import is_warm
-from engine.core.policy import POLICY_TYPE, InstancePlan
+from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE, InstancePlan
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, ClusterState, Role
 from engine.latency import pack
@@ -21,7 +21,7 @@ from env.scenario import Scenario
 from env.workload import Trace, assign_classes
 from policies.setting import Setting
 
-__all__ = ["Arena", "arena_of", "build_trace", "compiled", "jittered", "requests_of"]
+__all__ = ["Arena", "FirstClass", "arena_of", "build_trace", "compiled", "jittered", "requests_of"]
 
 #: Simulated seconds that requests still running at the last arrival are given to end.
 DRAIN_S = 300.0
@@ -67,7 +67,10 @@ class Arena:
             links=self.links,
             hashes=trace.hashes if trace is not None and len(trace.hashes) else None,
         )
-        return state if trace is None else state._replace(req=requests_of(trace))
+        if trace is None:
+            return state
+        state.cluster["n_requests"] = trace.n
+        return state._replace(req=requests_of(trace))
 
 
 def _overlay(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
@@ -217,6 +220,21 @@ def compiled(kernel: Any, *signature: Any) -> Any:
     kernel.compile(signature)
     kernel.disable_compile()
     return kernel
+
+
+class FirstClass(numba.types.WrapperAddressProtocol):
+    """A compiled ``decide`` as a plain function address, so that a driver takes it without a look-up per call."""
+
+    def __init__(self, decide: Any) -> None:
+        result = decide.get_compile_result(POLICY_SIGNATURE)
+        self._decide = decide  # keeps the machine code alive
+        self._address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+
+    def __wrapper_address__(self) -> int:
+        return int(self._address)
+
+    def signature(self) -> Any:
+        return POLICY_SIGNATURE
 
 
 WORDS = numba.int64[::1]

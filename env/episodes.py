@@ -101,7 +101,7 @@ class Episodes:
         else:
             release_all(self.state_words[b])
             clean = self._blank(trace)
-            for name in ("cluster", "inst", "lane", "link", "lists", "cls", "itl"):
+            for name in ("cluster", "inst", "lane", "link", "lists", "cls", "due", "itl"):
                 getattr(old, name)[...] = getattr(clean, name)
             old.req[...] = requests
             state, sim = old, self._clock(old, trace, truth)

@@ -15,7 +15,7 @@ from engine.core.rows import addresses
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
-from env.cluster import POLICY_ARGS, WORDS, arena_of, build_trace, compiled, horizon_s, jittered
+from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered
 from env.scenario import Scenario
 from env.surrogate import new_sim, run
 from env.workload import Trace
@@ -101,7 +101,7 @@ def simulate(
     begin = time.perf_counter()
     decide(
         addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
-        bound.decide, bound.params, bound.memory.copy(), int(bound.needs), 0,
+        FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), 0,
     )  # fmt: skip
     wall = time.perf_counter() - begin
     return _result(scenario, state, sim, rate, seed, bound.name, wall)

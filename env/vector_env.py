@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Kind, max_candidates
 from engine.core.policy import Policy
 from env.batch import ENDED, LAST, advance_many, new_buffers
-from env.cluster import POLICY_ARGS, arena_of, compiled
+from env.cluster import POLICY_ARGS, FirstClass, arena_of, compiled
 from env.episodes import Episodes
 from env.scenario import Scenario
 from env.simulate import bind_policy
@@ -111,6 +111,7 @@ class SlalomVecEnv(VecEnv):
         self._kind_bits = sum(1 << int(k) for k in self.kinds)
         self._memory = np.tile(self.policy.memory, (n_envs, 1))
         self._advance_many = compiled(advance_many, *_SIGNATURE)
+        self._decide = FirstClass(self.policy.decide)
         self._everyone = np.arange(n_envs)
         self._actions = np.full(n_envs, -1, np.int64)
         self._infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
@@ -147,7 +148,7 @@ class SlalomVecEnv(VecEnv):
         b, e = self.buffers, self.episodes
         self._advance_many(
             e.state_words, e.sim_words, self._actions, chosen, self._kind_bits, b.context, b.candidates, b.allowed,
-            self.policy.decide, self.policy.params, self._memory, int(self.policy.needs),
+            self._decide, self.policy.params, self._memory, int(self.policy.needs),
             b.observation, b.mask, b.reward, b.elapsed_s, b.status, b.good, b.missed,
         )  # fmt: skip
 

@@ -14,10 +14,19 @@ from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, release
 from engine.core.lists import pop_front, push_front, queue_of, ready_of, remove
 from engine.core.slo import end_request
+from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, RequestState, Role
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks
 
-__all__ = ["plan_lane", "predict_step", "prefill_share", "touch_pool", "whole_device"]
+__all__ = [
+    "note_due",
+    "plan_lane",
+    "predict_step",
+    "prefill_share",
+    "tightest_tpot_s",
+    "touch_pool",
+    "whole_device",
+]
 
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _CHUNKED, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
@@ -47,6 +56,17 @@ def prefill_share(s, i, decode_row):
 
 
 @kernel
+def tightest_tpot_s(s, i):
+    """Least TPOT target among the classes that decode on instance ``i``, seconds (the least of all when none does)."""
+    least, any_class = 1e9, 1e9
+    for c in range(s.cluster[0].n_classes):
+        any_class = min(any_class, s.cls[c].tpot_s)
+        if s.due[i, c] < _NEVER:
+            least = min(least, s.cls[c].tpot_s)
+    return least if least < 1e9 else any_class
+
+
+@kernel
 def _split_for(s, i, sum_ctx, bs):
     """Decode's share row while prefill runs: fixed, or the smallest that keeps the worst case under the target.
 
@@ -57,10 +77,7 @@ def _split_for(s, i, sum_ctx, bs):
     last = s.profile[p].n_shares - 1
     if split >= 0:
         return min(split, last)
-    target = np.int64(2**62)
-    for slot in range(s.inst[i].run_n):
-        target = min(target, s.req[s.run[i, slot]].tpot_slo)
-    limit = s.inst[i].headroom * target * 1e-12
+    limit = s.inst[i].headroom * tightest_tpot_s(s, i)
     for row in range(last):
         if decode_s(s.profile[p], s.share[p, row], sum_ctx, bs) * s.share[p, row].guard <= limit:
             return row
@@ -83,6 +100,23 @@ def predict_step(s, i, l):
         decode *= share.corun_decode
     overhead = profile.step_overhead_s if lane.bs == 0 else 0.0
     return prefill + decode - fused_shared_s(share, prefill, decode) + overhead
+
+
+@kernel(forceinline=True)
+def note_due(s, i, r):
+    """Count running request ``r`` in its class's least "first token + TPOT target × tokens" on instance ``i``."""
+    c = s.req[r].cls
+    due = s.req[r].first_token + s.req[r].tpot_slo * s.req[r].generated
+    if due < s.due[i, c]:
+        s.due[i, c] = due
+
+
+@kernel
+def _recount_due(s, i):
+    for c in range(s.cluster[0].n_classes):
+        s.due[i, c] = _NEVER
+    for slot in range(s.inst[i].run_n):
+        note_due(s, i, s.run[i, slot])
 
 
 @kernel
@@ -129,6 +163,7 @@ def _secure_decode(s, i, now):
     """Give every running request of ``i`` a block for its next token, preempting the newest where there is none."""
     size = s.cluster[0].block_tokens
     p = s.inst[i].pool
+    before = s.inst[i].run_n
     slot = 0
     while slot < s.inst[i].run_n:
         r = s.run[i, slot]
@@ -153,6 +188,8 @@ def _secure_decode(s, i, now):
         s.req[r].tail = grow(s, p, s.req[r].tail, s.req[r].blocks, s.req[r].blocks + 1)
         s.req[r].blocks += 1
         slot += 1
+    if s.inst[i].run_n < before:
+        _recount_due(s, i)
 
 
 @kernel
@@ -168,6 +205,7 @@ def _join_ready(s, i):
         s.run[i, s.inst[i].run_n] = r
         s.inst[i].run_n += 1
         s.inst[i].run_ctx += s.req[r].computed
+        note_due(s, i, r)
         s.inst[i].held_tokens -= s.req[r].computed
 
 

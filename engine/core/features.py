@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import prefill_share, whole_device
+from engine.core.batching import prefill_share, tightest_tpot_s, whole_device
 from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.jit import kernel
 from engine.core.kv import find_prefix
 from engine.core.lists import HELD, inbound_of, queue_of, ready_of
+from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, Role
-from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
+from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks
 
 __all__ = ["candidate_row", "context_row"]
 
@@ -78,21 +79,11 @@ def _min_slack_s(s, i, now):
     """Least of first token + TPOT target × tokens − now over the running set: how long decode may stall."""
     if s.inst[i].run_n == 0:
         return _NO_SLACK_S
-    least = np.int64(2**62)
-    ahead = s.inst[i].unbooked - 1
-    for slot in range(s.inst[i].run_n):
-        req = s.req[s.run[i, slot]]
-        least = min(least, req.first_token + req.tpot_slo * (req.generated + 1 + ahead))
+    least = np.int64(_NEVER)
+    for c in range(s.cluster[0].n_classes):
+        if s.due[i, c] < _NEVER:
+            least = min(least, s.due[i, c] + to_ticks(s.cls[c].tpot_s) * s.inst[i].unbooked)
     return (least - now) * 1e-12
-
-
-@kernel
-def _tightest_tpot_s(s, i, own):
-    """Tightest TPOT target among the running requests of ``i`` and ``own`` (seconds)."""
-    tight = own
-    for slot in range(s.inst[i].run_n):
-        tight = min(tight, s.req[s.run[i, slot]].tpot_slo * 1e-12)
-    return tight
 
 
 @kernel
@@ -203,7 +194,7 @@ def _dimensionless_columns(s, i, r, kind, stall, row):
     c = s.cls[s.req[r].cls if r >= 0 else 0]
     ttft = s.req[r].ttft_slo * 1e-12 if r >= 0 else max(c.ttft_s, 1e-3)
     tpot = s.req[r].tpot_slo * 1e-12 if r >= 0 else c.tpot_s
-    tight = _tightest_tpot_s(s, i, tpot)
+    tight = min(tightest_tpot_s(s, i), tpot) if inst.run_n > 0 else tpot
     for k in range(_INSTANCE):
         row[k] = 0.0
     row[_IS_INSTANCE] = 1.0
@@ -332,6 +323,7 @@ def context_row(s, kind, subject, now, needs, out):
     if kind <= _PLACE_DECODE:
         out[_REQUEST] = subject
         out[_PROMPT] = s.req[subject].prompt
+        out[_SOURCE] = s.req[subject].inst if kind == _PLACE_DECODE else -1
     if needs & (_PREDICT | _DIMENSIONLESS) == 0:
         return
     _request_context(s, kind, subject, now, out)

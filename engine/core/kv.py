@@ -1,10 +1,10 @@
 """KV blocks: allocation, the hash-chained prefix cache, and its LRU order.
 
 A request holds a chain of blocks, walked from its last block through ``block.parent``; a cached prefix is
-shared by reference count. A block nobody references stays in its pool's LRU list until it is needed: blocks
-with a hash at the tail, so that they can be revived, the others at the head, so that they go first. A chain is
-released from its end, hence a block always leaves the cache before its parent does, and whatever block a
-prefix look-up finds, the whole chain behind it is intact (property-tested).
+shared by reference count. A block nobody references is spare when its content is unknown; one with a hash waits
+in its pool's LRU list, where it can be revived, and is evicted when no spare block is left. A chain is released
+from its end, hence a block always leaves the cache before its parent does, and whatever block a prefix look-up
+finds, the whole chain behind it is intact (property-tested).
 """
 
 from __future__ import annotations
@@ -43,40 +43,29 @@ def _hash_at(s, r, j):
     return _mix(s.hashes[s.req[r].hash_off + entry], j - entry * per)
 
 
-@kernel(forceinline=True)
+@kernel
 def _lru_remove(s, p, b):
-    before, after = s.block[b].lru_prev, s.block[b].lru_next
+    before, after = s.cached[b].lru_prev, s.cached[b].lru_next
     if before >= 0:
-        s.block[before].lru_next = after
+        s.cached[before].lru_next = after
     else:
         s.pool[p].lru_head = after
     if after >= 0:
-        s.block[after].lru_prev = before
+        s.cached[after].lru_prev = before
     else:
         s.pool[p].lru_tail = before
 
 
-@kernel(forceinline=True)
+@kernel
 def _lru_push(s, p, b):
-    """Give block ``b`` back: reusable at once if its content is unknown, else the last to be evicted."""
-    if s.block[b].hashed == 1:
-        tail = s.pool[p].lru_tail
-        s.block[b].lru_prev = tail
-        s.block[b].lru_next = -1
-        if tail >= 0:
-            s.block[tail].lru_next = b
-        else:
-            s.pool[p].lru_head = b
-        s.pool[p].lru_tail = b
+    tail = s.pool[p].lru_tail
+    s.cached[b].lru_prev = tail
+    s.cached[b].lru_next = -1
+    if tail >= 0:
+        s.cached[tail].lru_next = b
     else:
-        head = s.pool[p].lru_head
-        s.block[b].lru_next = head
-        s.block[b].lru_prev = -1
-        if head >= 0:
-            s.block[head].lru_prev = b
-        else:
-            s.pool[p].lru_tail = b
         s.pool[p].lru_head = b
+    s.pool[p].lru_tail = b
 
 
 @kernel(forceinline=True)
@@ -87,14 +76,14 @@ def _bucket_of(s, p, h):
 @kernel
 def _unpublish(s, p, b):
     """Take an evicted block out of the hash chains."""
-    k = _bucket_of(s, p, s.block[b].hash)
+    k = _bucket_of(s, p, s.cached[b].hash)
     at = s.bucket[k]
     if at == b:
-        s.bucket[k] = s.block[b].bucket_next
+        s.bucket[k] = s.cached[b].bucket_next
     else:
-        while s.block[at].bucket_next != b:
-            at = s.block[at].bucket_next
-        s.block[at].bucket_next = s.block[b].bucket_next
+        while s.cached[at].bucket_next != b:
+            at = s.cached[at].bucket_next
+        s.cached[at].bucket_next = s.cached[b].bucket_next
     s.block[b].hashed = 0
     s.pool[p].cached -= 1
     s.pool[p].evicted += 1
@@ -104,8 +93,8 @@ def _unpublish(s, p, b):
 def _lookup(s, p, h):
     """A block of pool ``p`` with hash ``h``, -1 when there is none."""
     b = s.bucket[_bucket_of(s, p, h)]
-    while b >= 0 and s.block[b].hash != h:
-        b = s.block[b].bucket_next
+    while b >= 0 and s.cached[b].hash != h:
+        b = s.cached[b].bucket_next
     return b
 
 
@@ -161,15 +150,15 @@ def grow(s, p, tail, have, need):
 
     :return: the new last block
     """
+    base = s.pool[p].base
     for _ in range(need - have):
-        b = s.pool[p].lru_head
-        after = s.block[b].lru_next
-        s.pool[p].lru_head = after
-        if after >= 0:
-            s.block[after].lru_prev = -1
+        top = s.pool[p].spare_n
+        if top > 0:
+            b = s.spare[base + top - 1]
+            s.pool[p].spare_n = top - 1
         else:
-            s.pool[p].lru_tail = -1
-        if s.block[b].hashed == 1:
+            b = s.pool[p].lru_head
+            _lru_remove(s, p, b)
             _unpublish(s, p, b)
         s.block[b].ref = 1
         s.block[b].parent = tail
@@ -193,9 +182,9 @@ def publish(s, p, r, before, after):
             h = _hash_at(s, r, j)
             if h != np.uint64(0):
                 k = _bucket_of(s, p, h)
-                s.block[b].hash = h
+                s.cached[b].hash = h
                 s.block[b].hashed = 1
-                s.block[b].bucket_next = s.bucket[k]
+                s.cached[b].bucket_next = s.bucket[k]
                 s.bucket[k] = b
                 s.pool[p].cached += 1
         b = s.block[b].parent
@@ -210,7 +199,12 @@ def release_chain(s, p, tail, n):
         parent = s.block[b].parent
         s.block[b].ref -= 1
         if s.block[b].ref == 0:
-            _lru_push(s, p, b)
+            if s.block[b].hashed == 1:
+                _lru_push(s, p, b)
+            else:
+                top = s.pool[p].spare_n
+                s.spare[s.pool[p].base + top] = b
+                s.pool[p].spare_n = top + 1
             freed += 1
         b = parent
     s.pool[p].free += freed

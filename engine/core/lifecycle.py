@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import touch_pool, whole_device
+from engine.core.batching import note_due, touch_pool, whole_device
 from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, publish, release, release_chain
 from engine.core.lists import (
@@ -25,6 +25,7 @@ from engine.core.lists import (
     remove,
 )
 from engine.core.slo import end_request, on_first_token, record_gaps
+from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, RequestState, Role
 from engine.latency.evaluate import prefill_s, to_ticks
 
@@ -199,6 +200,8 @@ def book_decode(s, i, l, k, first, delta, now, more):
     kept = 0
     context = np.int64(0)
     finished = False
+    for c in range(s.cluster[0].n_classes):
+        s.due[i, c] = _NEVER
     for slot in range(n):
         r = s.run[i, slot]
         req = s.req[r]
@@ -225,6 +228,7 @@ def book_decode(s, i, l, k, first, delta, now, more):
         s.run[i, kept] = r
         kept += 1
         context += req.computed
+        note_due(s, i, r)
     if common > 0:
         record_gaps(s.itl, end_first - last_end, 0, 1, common)
     if k > 1:
@@ -421,8 +425,13 @@ def _flush_cache(s, p):
     """Forget every cached block of pool ``p`` (nobody references any)."""
     for k in range(s.pool[p].n_buckets):
         s.bucket[s.pool[p].bucket_base + k] = -1
-    for b in range(s.pool[p].base, s.pool[p].base + s.pool[p].n_blocks):
-        s.block[b].hashed = 0
+    base = s.pool[p].base
+    for k in range(s.pool[p].n_blocks):
+        s.block[base + k].hashed = 0
+        s.spare[base + k] = base + k
+    s.pool[p].spare_n = s.pool[p].n_blocks
+    s.pool[p].lru_head = -1
+    s.pool[p].lru_tail = -1
     s.pool[p].cached = 0
 
 

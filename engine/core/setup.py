@@ -11,10 +11,12 @@ from engine.core.lists import n_lists
 from engine.core.slo import ITL_BINS
 from engine.core.state import (
     BLOCK,
+    CACHED,
     CLUSTER,
     INSTANCE,
     LANE,
     LINK,
+    NEVER,
     POOL,
     REQUEST,
     SLO_CLASS,
@@ -103,7 +105,7 @@ def blank_requests(n: int) -> np.ndarray:
     return req
 
 
-def _pools(specs: Sequence[InstanceSpec], block_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pools(specs: Sequence[InstanceSpec], block_tokens: int) -> tuple[np.ndarray, ...]:
     pool = np.zeros(max(s.pool for s in specs) + 1, POOL)
     base, bucket_base = 0, 0
     for p in range(len(pool)):
@@ -115,17 +117,15 @@ def _pools(specs: Sequence[InstanceSpec], block_tokens: int) -> tuple[np.ndarray
             raise SlalomError("kv_tokens", members[0].kv_tokens, f"give at least two blocks of {block_tokens} tokens")
         buckets = 1 << max(n - 1, 1).bit_length()
         pool[p]["base"], pool[p]["n_blocks"], pool[p]["free"] = base, n, n
-        pool[p]["lru_head"], pool[p]["lru_tail"] = base, base + n - 1
+        pool[p]["spare_n"], pool[p]["lru_head"], pool[p]["lru_tail"] = n, -1, -1
         pool[p]["bucket_base"], pool[p]["n_buckets"] = bucket_base, buckets
         pool[p]["sharers"] = len(members)
         base, bucket_base = base + n, bucket_base + buckets
     block = np.zeros(base, BLOCK)
-    for p in pool:
-        ids = np.arange(p["base"], p["base"] + p["n_blocks"])
-        block["lru_prev"][ids], block["lru_next"][ids] = ids - 1, ids + 1
-        block["lru_prev"][ids[0]] = block["lru_next"][ids[-1]] = -1
-    block["parent"] = block["bucket_next"] = -1
-    return pool, block, np.full(bucket_base, -1, np.int32)
+    block["parent"] = -1
+    # Reversed, so that a fresh pool hands out its blocks in ascending order.
+    spare = np.concatenate([np.arange(p["base"] + p["n_blocks"] - 1, p["base"] - 1, -1, np.int32) for p in pool])
+    return pool, block, spare, np.full(bucket_base, -1, np.int32)
 
 
 def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
@@ -191,7 +191,7 @@ def new_cluster(
             raise SlalomError(f"instances[{k}].split", spec.split, "the profile has fewer share rows")
     if options.hash_tokens % options.block_tokens:
         raise SlalomError("hash_tokens", options.hash_tokens, f"use a multiple of {options.block_tokens}")
-    pool, block, bucket = _pools(specs, options.block_tokens)
+    pool, block, spare, bucket = _pools(specs, options.block_tokens)
     link = np.zeros(len(links), LINK)
     link["bytes_per_s"] = [x.bytes_per_s for x in links]
     link["latency_s"] = [x.latency_s for x in links]
@@ -201,13 +201,17 @@ def new_cluster(
             record[name] = getattr(c, name)
     lists = np.full((n_lists(len(specs), len(links)), 3), -1, np.int32)
     lists[:, 2] = 0
+    cluster = _cluster(specs, options, n_requests, len(links))
+    cluster["n_classes"] = len(classes)
     return ClusterState(
-        cluster=_cluster(specs, options, n_requests, len(links)),
+        cluster=cluster,
         inst=_instances(specs),
         lane=np.zeros((len(specs), 2), LANE),
         req=blank_requests(n_requests),
         pool=pool,
         block=block,
+        cached=np.zeros(len(block) if options.hash_tokens else 1, CACHED),
+        spare=spare.astype(np.int32),
         bucket=bucket,
         link=link,
         lists=lists,
@@ -217,6 +221,7 @@ def new_cluster(
         hashes=np.zeros(1, np.uint64) if hashes is None else np.ascontiguousarray(hashes, np.uint64),
         profile=profile,
         share=share,
+        due=np.full((len(specs), len(classes)), NEVER, np.int64),
         itl=np.zeros(ITL_BINS, np.int64),
     )
 

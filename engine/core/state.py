@@ -18,9 +18,11 @@ from engine.latency.evaluate import PROFILE, SHARE
 
 __all__ = [
     "BLOCK",
+    "CACHED",
     "CLUSTER",
     "INSTANCE",
     "LANE",
+    "NEVER",
     "LINK",
     "POOL",
     "REQUEST",
@@ -32,6 +34,10 @@ __all__ = [
     "Role",
     "attach",
 ]
+
+
+#: A time that never comes.
+NEVER = 2**62
 
 
 class Role(IntEnum):
@@ -84,6 +90,7 @@ CLUSTER = np.dtype(
         ("n_requests", np.int32),
         ("n_pools", np.int32),
         ("n_links", np.int32),
+        ("n_classes", np.int32),
         ("block_tokens", np.int32),
         ("hash_tokens", np.int32),  # tokens covered by one entry of ``hashes`` (a multiple of block_tokens)
         ("allow_hold", np.int32),
@@ -206,41 +213,42 @@ LANE = np.dtype(
     align=True,
 )
 
+#: The fields that every decode step touches come first and share a cache line.
 REQUEST = np.dtype(
     [
+        ("last_token", np.int64),
+        ("first_token", np.int64),
+        ("tpot_slo", np.int64),
+        ("generated", np.int32),
+        ("output", np.int32),  # tokens it will produce; no policy ever sees it
+        ("computed", np.int32),  # tokens whose KV exists
+        ("blocks", np.int32),
+        ("tail", np.int32),  # last block of its chain
+        ("hash_n", np.int32),
+        ("state", np.int16),
+        ("cls", np.int16),
+        ("inst", np.int32),  # instance that holds its queue entry and KV
+        ("next", np.int32),
+        ("prev", np.int32),
         ("arrival", np.int64),
         ("ttft_slo", np.int64),
-        ("tpot_slo", np.int64),
         ("placed", np.int64),
         ("prefill_start", np.int64),
-        ("first_token", np.int64),
-        ("last_token", np.int64),
         ("finished", np.int64),
         ("think", np.int64),
         ("hash_off", np.int64),
         ("work", np.int64),  # predicted prefill ticks booked in queue_work
         ("prompt", np.int32),
-        ("output", np.int32),  # tokens it will produce; no policy ever sees it
-        ("generated", np.int32),
-        ("computed", np.int32),  # tokens whose KV exists
         ("target", np.int32),  # prefill is done when computed reaches it
         ("cached", np.int32),  # tokens found in the prefix cache at first admission
         ("sched", np.int32),  # tokens of it in the step in flight
-        ("blocks", np.int32),
-        ("tail", np.int32),  # last block of its chain
-        ("dst_blocks", np.int32),  # the same at the receiver while its KV moves
+        ("dst_blocks", np.int32),  # its chain at the receiver while its KV moves
         ("dst_tail", np.int32),
         ("dst_cached", np.int32),  # tokens the receiver had cached
-        ("hash_n", np.int32),
-        ("next", np.int32),
-        ("prev", np.int32),
-        ("inst", np.int32),  # instance that holds its queue entry and KV
         ("dest", np.int32),  # instance that will decode it
         ("next_turn", np.int32),  # request sent ``think`` after this one finishes, -1 none
         ("n_preempt", np.int32),
         ("first_inst", np.int32),  # where its prefill was placed first
-        ("state", np.int16),
-        ("cls", np.int16),
         ("ttft_ok", np.int8),  # -1 unknown, 0 missed, 1 met
         ("tpot_ok", np.int8),
         ("sealed", np.int8),
@@ -252,13 +260,14 @@ POOL = np.dtype(
     [
         ("base", np.int32),  # first block
         ("n_blocks", np.int32),
-        ("free", np.int32),  # blocks nobody references (cached ones included)
-        ("lru_head", np.int32),  # next to be evicted
+        ("free", np.int32),  # blocks nobody references: spare ones and cached ones
+        ("spare_n", np.int32),  # ... of unknown content, on the pool's stretch of the ``spare`` stack
+        ("lru_head", np.int32),  # cached block to be evicted next
         ("lru_tail", np.int32),
         ("bucket_base", np.int64),
         ("n_buckets", np.int64),  # power of two
         ("sharers", np.int32),  # instances on this pool
-        ("cached", np.int32),  # blocks with a hash
+        ("cached", np.int32),  # blocks with a hash, referenced or not
         ("evicted", np.int64),
     ],
     align=True,
@@ -266,13 +275,20 @@ POOL = np.dtype(
 
 BLOCK = np.dtype(
     [
-        ("hash", np.uint64),
-        ("ref", np.int32),
         ("parent", np.int32),  # the block before it in its sequence
+        ("ref", np.int16),
+        ("hashed", np.int16),
+    ],
+    align=True,
+)
+
+#: The prefix cache's part of a block, apart because requests without prefix data never touch it.
+CACHED = np.dtype(
+    [
+        ("hash", np.uint64),
         ("lru_prev", np.int32),
         ("lru_next", np.int32),
         ("bucket_next", np.int32),
-        ("hashed", np.int32),
     ],
     align=True,
 )
@@ -314,6 +330,8 @@ class ClusterState(NamedTuple):
     req: np.ndarray  # REQUEST (R,)
     pool: np.ndarray  # POOL (P,)
     block: np.ndarray  # BLOCK (B,)
+    cached: np.ndarray  # CACHED (B,)
+    spare: np.ndarray  # int32 (B,): one stack of free blocks per pool, from its base
     bucket: np.ndarray  # int32: heads of the prefix cache's hash chains
     link: np.ndarray  # LINK (L,)
     lists: np.ndarray  # int32 (4 + 3 N + L, 3): head, tail, length of each request list, see lists.py
@@ -323,14 +341,16 @@ class ClusterState(NamedTuple):
     hashes: np.ndarray  # uint64: chained prefix hashes of all requests
     profile: np.ndarray  # engine.latency.evaluate.PROFILE (n,)
     share: np.ndarray  # engine.latency.evaluate.SHARE (n, M)
+    due: np.ndarray  # int64 (N, C): per class, least first token + TPOT target × tokens of the running set
     itl: np.ndarray  # int64 (ITL_BINS,): histogram of token gaps, see engine.core.slo
 
 
 _cluster, _inst, _lane, _req = make_rows(CLUSTER, 1), make_rows(INSTANCE, 1), make_rows(LANE, 2), make_rows(REQUEST, 1)
-_pool, _block, _link, _cls = make_rows(POOL, 1), make_rows(BLOCK, 1), make_rows(LINK, 1), make_rows(SLO_CLASS, 1)
+_pool, _block, _cached, _link = make_rows(POOL, 1), make_rows(BLOCK, 1), make_rows(CACHED, 1), make_rows(LINK, 1)
+_cls = make_rows(SLO_CLASS, 1)
 _profile, _share = make_rows(PROFILE, 1), make_rows(SHARE, 2)
 _i4, _i4_table = make_rows(np.int32, 1), make_rows(np.int32, 2)
-_i8, _u8 = make_rows(np.int64, 1), make_rows(np.uint64, 1)
+_i8, _i8_table, _u8 = make_rows(np.int64, 1), make_rows(np.int64, 2), make_rows(np.uint64, 1)
 
 
 @kernel(forceinline=True)
@@ -343,14 +363,17 @@ def attach(words):
         _req(words, 3),
         _pool(words, 4),
         _block(words, 5),
-        _i4(words, 6),
-        _link(words, 7),
-        _i4_table(words, 8),
-        _cls(words, 9),
+        _cached(words, 6),
+        _i4(words, 7),
+        _i4(words, 8),
+        _link(words, 9),
         _i4_table(words, 10),
-        _i4_table(words, 11),
-        _u8(words, 12),
-        _profile(words, 13),
-        _share(words, 14),
-        _i8(words, 15),
+        _cls(words, 11),
+        _i4_table(words, 12),
+        _i4_table(words, 13),
+        _u8(words, 14),
+        _profile(words, 15),
+        _share(words, 16),
+        _i8_table(words, 17),
+        _i8(words, 18),
     )
