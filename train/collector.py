@@ -1,8 +1,8 @@
 """Environments spread over processes, seen as one: the same ``VecEnv`` contract that PPO gets in-process.
 
 Observations, masks and the other arrays of a step live in shared memory and are written in place by the
-processes; only actions' arrival and the few infos of finished episodes travel through pipes. For a given number
-of processes a run is deterministic: each owns its environments and their seeds.
+processes; only commands and the few infos of finished episodes travel through pipes. For a given number of
+processes a run is deterministic: each owns its environments and their seeds.
 """
 
 from __future__ import annotations

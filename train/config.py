@@ -20,8 +20,8 @@ class TrainConfig(BaseModel):
 
     # -- budget
     tune_share: float = Field(0.25, ge=0, le=0.9, description="share of the budget to tune the base rule")
-    tune_trials: int = Field(60, ge=0, description="trials instead, when the budget is in frames")
-    tune_requests: int = Field(500, ge=20, description="requests of one simulation of the search")
+    tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")
+    tune_requests: int = Field(1000, ge=20, description="requests of one simulation of the search")
     final_share: float = Field(0.12, ge=0, le=0.5, description="share of a wall-time budget for selection")
 
     # -- rollouts
@@ -72,6 +72,8 @@ class TrainConfig(BaseModel):
             raise ValueError("load_low must not exceed load_high")
         if self.n_envs % self.groups:
             raise ValueError("n_envs must be a multiple of groups")
+        if self.workers and (self.n_envs % self.workers or self.groups % self.workers):
+            raise ValueError("n_envs and groups must be multiples of workers")
         if not self.eval_loads or min(self.eval_loads) <= 0:
             raise ValueError("eval_loads needs at least one positive load")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch as th
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
+from env.scenario import Scenario
 from eval import provenance
 from policies import linear_score, registry
 from policies.checkpoint import Facts, load, save_network, save_rule
@@ -28,7 +30,7 @@ class Publisher:
     :param base: the tuned base rule; its weights are frozen inside every network
     """
 
-    scenario: Any
+    scenario: Scenario
     base: SearchResult
     config: TrainConfig
     seed: int
@@ -44,7 +46,7 @@ class Publisher:
             folder,
             rule=self.base.rule,
             values=self.base.values,
-            profile=self.scenario.profiles_json(),
+            profile=self._profile(),
             facts=self._facts({}, evaluation, {}),
         )
 
@@ -90,9 +92,14 @@ class Publisher:
             network,
             base=self.base.rule,
             base_values=self.base.values,
-            profile=self.scenario.profiles_json(),
+            profile=self._profile(),
             facts=self._facts(learned, evaluation, bounds),
         )
+
+    def _profile(self) -> Any:
+        """The latency profile as JSON data; a list where the scenario has several."""
+        profiles = [json.loads(profile.to_json()) for profile in self.scenario.load_profiles()]
+        return profiles[0] if len(profiles) == 1 else profiles
 
     def _facts(
         self, learned: dict[str, Any], evaluation: Sequence[dict[str, Any]], bounds: dict[str, Any]

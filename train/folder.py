@@ -1,7 +1,7 @@
 """The folder of one run, laid out as in the RL zoo.
 
 config.yml command.txt system.json   what was asked, where it ran
-base.json tune.journal               the tuned base rule and its search
+base.json                            the tuned base rule
 tb/ log.jsonl evaluations.npz        what happened
 train_state/state.safetensors        to resume from
 snapshots/                           every judged network, deployable

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from env.vector_env import SlalomVecEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from env.scenario import Scenario
+from env.simulate import bind_policy
+from env.vector_env import SlalomVecEnv
 from eval.points import Contender, PointSettings, measure
 from eval.store import read_json, write_json
 from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
+from train.collector import ProcessVecEnv
 from train.config import TrainConfig, load_config
 from train.export import Publisher
 from train.folder import RunFolder
@@ -94,7 +96,7 @@ def run(request: Request) -> dict[str, Any]:
 
 
 def _stages(
-    request: Request, scenario: Any, config: TrainConfig, folder: RunFolder, display: Display
+    request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display
 ) -> dict[str, Any]:
     log = JsonLog(folder.root / "log.jsonl")
     _warm_up(scenario, request.rule, display)
@@ -124,7 +126,7 @@ def _stages(
     return _finish(summary | facts | chosen, folder, display, chosen["attainment"], chosen["base_attainment"])
 
 
-def _warm_up(scenario: Any, rule: str, display: Display) -> None:
+def _warm_up(scenario: Scenario, rule: str, display: Display) -> None:
     """Compile the kernels (once per version and machine) before any clock of the budget runs."""
     display.phase("compile")
     display.update(0.0, "kernels, the first time on this machine only")
@@ -133,7 +135,7 @@ def _warm_up(scenario: Any, rule: str, display: Display) -> None:
 
 
 def _base(
-    request: Request, scenario: Any, config: TrainConfig, folder: RunFolder, display: Display
+    request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display
 ) -> SearchResult:
     """The tuned rule, from an earlier part of this run if there is one."""
     if folder.base.exists():
@@ -146,10 +148,9 @@ def _base(
         config,
         display,
         seconds=budget.seconds * share,
-        trials=config.tune_trials if budget.frames is not None and not search_only else None,
+        trials=None if search_only else config.tune_trials,
         requests=budget.frames if search_only else None,
         seed=request.seed,
-        storage=folder.root / "tune.journal",
     )
     write_json(folder.base, asdict(found))
     return found
@@ -157,7 +158,7 @@ def _base(
 
 def _learn(
     request: Request,
-    scenario: Any,
+    scenario: Scenario,
     config: TrainConfig,
     folder: RunFolder,
     display: Display,
@@ -187,16 +188,26 @@ def _learn(
         env.close()
 
 
-def make_env(scenario: Any, base: SearchResult, config: TrainConfig, seed: int) -> VecEnv:
-    """Training environments around the base rule's knee, in this process or in ``config.workers`` others."""
+def _environments(worker: int, base: SearchResult, scenario: Scenario, seed: int, **settings: Any) -> VecEnv:
+    """The environments of one process; a compiled rule does not travel, so it is bound here."""
+    policy = bind_policy(base.rule, scenario, base.values)
+    return SlalomVecEnv(scenario, seed=seed + 100_003 * worker, split="train", policy=policy, **settings)
+
+
+def make_env(scenario: Scenario, base: SearchResult, config: TrainConfig, seed: int) -> VecEnv:
+    """Training environments around the base rule's knee, here or spread over ``config.workers`` processes."""
+    workers = max(config.workers, 1)
     build = partial(
-        SlalomVecEnv,
-        scenario,
+        _environments,
+        scenario=scenario,
+        base=base,
+        n_envs=config.n_envs // workers,
+        groups=max(config.groups // workers, 1),
+        seed=seed,
         n_requests=config.n_requests,
         rates=(config.load_low * base.knee, config.load_high * base.knee),
-        split="train",
     )
-    return build(config.n_envs, seed=seed, groups=config.groups)
+    return ProcessVecEnv(build, workers) if config.workers else build(0)
 
 
 def _finish(

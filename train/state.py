@@ -99,9 +99,12 @@ def _restore(model: DispatchPPO, tensors: dict[str, th.Tensor], facts: dict[str,
     last = tensors["last.obs"].numpy()
     if last.shape != (model.n_envs, *(model.observation_space.shape or ())):
         raise ValueError(f"observations of shape {last.shape}")
-    model._last_obs = last
-    model._last_episode_starts = tensors["last.starts"].numpy()
-    model.clock_s = tensors["last.clock_s"].numpy()
+    # an environment goes on where it was, or with its next episode if it keeps no more than that
+    now = env.reset()
+    fresh = (now != last).any(axis=1)
+    model._last_obs = now
+    model._last_episode_starts = tensors["last.starts"].numpy() | fresh
+    model.clock_s = np.where(fresh, 0.0, tensors["last.clock_s"].numpy())
     kind, position, has_gauss, gauss = facts["numpy"]
     keys = tensors["rng.numpy"].numpy().astype(np.uint32)
     np.random.set_state((kind, keys, position, has_gauss, gauss))  # noqa: NPY002

@@ -1,0 +1,142 @@
+"""A whole training on a small real scenario: folder, checkpoint, reproducibility, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from engine.errors import SlalomError
+from env.scenario import Scenario
+from env.simulate import simulate
+from policies.checkpoint import load
+from train.budget import Budget
+from train.run import Request, run
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = """default:
+  tune_trials: 12
+  tune_requests: 60
+  n_envs: 8
+  groups: 2
+  n_steps: 32
+  n_requests: 60
+  batch_size: 128
+  hidden: 8
+  critic_warmup: 1
+  eval_every_frames: 1024
+  eval_requests: 60
+  eval_seeds: 2
+  final_seeds: 2
+  save_every_s: 0.05
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def request(tmp_path: Path, config: Path, name: str = "run", **changes: Any) -> Request:
+    settings: dict[str, Any] = {
+        "scenario": "tiny-4xa100",
+        "algorithm": "ppo",
+        "rule": "linear_score",
+        "budget": Budget(frames=4000),
+        "out": tmp_path / name,
+        "config": config,
+    }
+    return Request(**(settings | changes))
+
+
+def test_training_leaves_a_checkpoint_that_serves(tmp_path: Path, config: Path) -> None:
+    result = run(request(tmp_path, config))
+    root = tmp_path / "run"
+    for name in ("config.yml", "command.txt", "system.json", "evaluations.npz", "log.jsonl", "result.json"):
+        assert (root / name).stat().st_size > 0
+    assert list((root / "tb").glob("events*"))
+    best = load(root / "best")
+    assert best.manifest.evaluation
+    assert result["frames"] >= 4000
+    assert result["attainment"] >= result["base_attainment"]
+    tiny = Scenario.load("tiny-4xa100")
+    assert simulate(tiny, str(root / "best"), rate=tiny.reference_rate, n_requests=50).decisions > 0
+    # the oldest snapshot is already a full policy with the bounds of what it has seen
+    snapshot = load(sorted((root / "snapshots").iterdir())[0])
+    low, high = snapshot.bounds()[1]
+    assert np.isfinite(low).all()
+    assert (low <= high).all()
+
+
+def test_same_seed_same_checkpoint(tmp_path: Path, config: Path) -> None:
+    for name in ("a", "b"):
+        run(request(tmp_path, config, name))
+    last = [sorted((tmp_path / name / "snapshots").iterdir())[-1] for name in ("a", "b")]
+    first, second = (load_file(folder / "weights.safetensors") for folder in last)
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+
+
+def test_search_saves_a_rule(tmp_path: Path, config: Path) -> None:
+    budget = Budget(frames=60 * 8 * 6)
+    result = run(request(tmp_path, config, algorithm="search", rule="linear_score", budget=budget))
+    assert load(tmp_path / "run" / "best").manifest.kind == "rule"
+    assert result["base"]["trials"] == 6
+
+
+def test_folder_of_another_run_is_not_overwritten(tmp_path: Path, config: Path) -> None:
+    run(request(tmp_path, config, budget=Budget(frames=300)))
+    with pytest.raises(SlalomError, match="--resume"):
+        run(request(tmp_path, config))
+    with pytest.raises(SlalomError, match="repeat its command"):
+        run(request(tmp_path, config, resume=True, seed=7, budget=Budget(frames=300)))
+    with pytest.raises(SlalomError, match="no run there"):
+        run(request(tmp_path, config, "nothing", resume=True))
+
+
+@pytest.mark.slow
+def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> None:
+    arguments = ["--scenario", "tiny-4xa100", "--budget", "60k", "--config", str(config)]
+    arguments += ["--out", str(tmp_path / "run"), "--json"]
+    command = [sys.executable, "-m", "train.cli", *arguments]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = tmp_path / "run" / "train_state" / "state.safetensors"
+    deadline = time.monotonic() + 300
+    while not state.exists() and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["frames"] >= 60_000
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    resumed = next(e for e in events if e["event"] == "resumed")
+    assert resumed["frames"] > 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_exits_130(tmp_path: Path, config: Path) -> None:
+    arguments = ["--scenario", "tiny-4xa100", "--budget", "90M", "--config", str(config)]
+    command = [sys.executable, "-m", "train.cli", *arguments, "--out", str(tmp_path / "run")]
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "run" / "train_state" / "state.safetensors"
+    deadline = time.monotonic() + 300
+    while not state.exists() and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "go on with --resume" in stderr
+    assert load(tmp_path / "run" / "best").manifest.kind in ("rule", "network")
