@@ -7,14 +7,13 @@ number of trials, and the outcome something a later stage, or a resumed run, can
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from eval.goodput import find_goodput
-from eval.points import Contender, Evaluator, PointSettings
+from eval.points import Contender, Evaluator, Point, PointSettings, measure
 from eval.tune import KNEE, TuneResult, tune
 from policies import registry
 from policies.rule import Value
@@ -33,12 +32,8 @@ class _Ranking(NamedTuple):
     finalists: int
 
 
-_FIRST, _LAST = _Ranking(2, 2), _Ranking(8, 4)
-
-
-def _trials_of(ranking: _Ranking) -> int:
-    """Trials that cost as much as a ranking (which takes the defaults along)."""
-    return (ranking.finalists + 1) * ranking.seeds // len(_SEEDS)
+_FIRST, _LAST = _Ranking(2, 2), _Ranking(4, 4)
+_MOST_TRIALS = 20_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ def search_rule(
     the simulator does, CMA-ES does not.
 
     :param rule: its name
-    :param seconds: wall time, kept to within the final ranking
+    :param seconds: wall time, the final ranking included as far as can be foreseen
     :param trials: of the search
     :param requests: simulated requests of the search
     :raises SlalomError: unknown rule, or a scenario whose targets it meets at no rate
@@ -97,21 +92,15 @@ def search_rule(
     knee = _knee(Contender(rule), scenario, settings, scenario.reference_rate)
     rates = tuple(factor * knee for factor in KNEE)
     display.update(1.0, f"{knee:.3g} requests/s")
-    limits = [
-        trials,
-        requests // (len(rates) * len(_SEEDS) * settings.n_requests) if requests else None,
-        _fitting(seconds - (time.monotonic() - start), Contender(rule), scenario, rates, settings),
-    ]
+    per_trial = len(rates) * len(_SEEDS) * settings.n_requests
+    limits = [trials, requests // per_trial if requests else None, _MOST_TRIALS]
     budget = max(4, min(limit for limit in limits if limit is not None))
     display.phase("search")
     found: list[TuneResult] = []
-    for free, part, ranking in _rounds(rule, budget):
-        before = sum(result.trials for result in found)
+    watch = _Watch(display, budget)
+    for free, part, ranking, until in _rounds(rule, budget):
         values = found[-1].values if found else registry.get(rule).values()
-        if found:  # what a trial costs depends on the rule's values
-            left = 0.95 * seconds - (time.monotonic() - start)
-            fits = _fitting(left, Contender(rule, values), scenario, rates, settings)
-            part = part if fits is None else max(4, min(part, fits - _trials_of(ranking)))
+        watch.deadline = start + until * seconds
         found.append(
             tune(
                 f"{rule}:" + ",".join(f"{n}={v}" for n, v in values.items() if n not in free),
@@ -123,7 +112,8 @@ def search_rule(
                 valid_seeds=ranking.seeds,
                 finalists=ranking.finalists,
                 seed=seed,
-                on_trial=_Watch(display, before, before + part),
+                on_trial=watch.trial,
+                measure=watch.measure,
             )
         )
     best = max(found, key=lambda result: result.score)
@@ -133,50 +123,53 @@ def search_rule(
         knee=_knee(Contender(rule, best.values), scenario, settings, knee),
         default_score=found[0].default,
         score=best.score,
-        trials=sum(result.trials for result in found),
-        requests=sum(result.simulated_requests for result in found),
+        trials=watch.trials,
+        requests=watch.requests,
         seconds=round(time.monotonic() - start, 2),
         sampler=", ".join(result.sampler for result in found),
     )
 
 
-@dataclass(frozen=True)
 class _Watch:
-    """Shows one round of the search on the display."""
+    """Keeps a search within its time and shows it.
 
-    display: Display
-    before: int
-    budget: int
+    What a trial costs varies tenfold with the rule's values (a rule that holds requests decides often), so no
+    number of trials fits a time. Past the deadline trials of the search end at once with nothing attained,
+    while the ranking on ``valid`` that follows is always carried out.
+    """
 
-    def __call__(self, trial: int, best: float) -> None:
-        done = self.before + trial
-        self.display.update(done / self.budget, f"trial {done} of {self.budget}  best {100 * best:.2f} %")
+    def __init__(self, display: Display, budget: int) -> None:
+        self.trials = self.requests = 0
+        self.deadline = float("inf")
+        self._display, self._budget = display, budget
+
+    def measure(
+        self, scenario: Scenario, contender: Contender, rate: float, seed: int, settings: PointSettings
+    ) -> Point:
+        """As ``eval.points.measure``."""
+        if settings.split == "train" and time.monotonic() > self.deadline:
+            return Point(rate, seed, {}, [1], [0])
+        self.requests += settings.n_requests
+        return measure(scenario, contender, rate, seed, settings)
+
+    def trial(self, number: int, best: float) -> None:
+        """A trial is finished."""
+        if time.monotonic() <= self.deadline:
+            self.trials += 1
+            note = f"trial {self.trials}  best {100 * best:.2f} %"
+            self._display.update(min(self.trials / self._budget, 1.0), note)
 
 
-def _rounds(rule: str, budget: int) -> list[tuple[set[str], int, _Ranking]]:
-    """Parameters that are free in each round, its trials, and how its best are ranked."""
+def _rounds(rule: str, budget: int) -> list[tuple[set[str], int, _Ranking, float]]:
+    """Parameters that are free in each round, its trials, how its best are ranked, and its end in time."""
     params = registry.get(rule).params
     discrete = {p.name for p in params if p.choices is not None or p.integer}
     if "layout" in discrete:  # a fraction that only one layout reads belongs to the arrangement
         discrete |= {p.name for p in params if p.name == "prefill_fraction"}
     continuous = {p.name for p in params} - discrete
     if not discrete or not continuous or budget < 12:
-        return [(discrete | continuous, budget, _LAST)]
-    return [(discrete, budget // 6, _FIRST), (continuous, budget - budget // 6, _LAST)]
-
-
-def _fitting(
-    seconds: float, contender: Contender, scenario: Scenario, rates: Sequence[float], settings: PointSettings
-) -> int | None:
-    """Trials that fit into ``seconds``, by timing one; None when time is no limit."""
-    if seconds == float("inf"):
-        return None
-    start = time.monotonic()
-    with Evaluator(scenario, settings) as evaluator:
-        for rate in rates:
-            evaluator.attainment(contender, rate, _SEEDS)
-    one = max(time.monotonic() - start, 1e-3)
-    return int(seconds / one) - 1
+        return [(discrete | continuous, budget, _LAST, 0.8)]
+    return [(discrete, budget // 6, _FIRST, 0.25), (continuous, budget - budget // 6, _LAST, 0.8)]
 
 
 def _knee(contender: Contender, scenario: Scenario, settings: PointSettings, start: float) -> float:
