@@ -21,13 +21,17 @@ class TrainConfig(BaseModel):
     # -- budget
     tune_share: float = Field(0.25, ge=0, le=0.9, description="share of the budget to tune the base rule")
     tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")
-    tune_requests: int = Field(1000, ge=20, description="requests of one simulation of the search")
+    tune_requests: int = Field(
+        3000,
+        ge=20,
+        description="requests of one simulation of the search; short ones reward letting queues grow",
+    )
     final_share: float = Field(0.12, ge=0, le=0.5, description="share of a wall-time budget for selection")
 
     # -- rollouts
     n_envs: int = Field(128, ge=1, description="environments stepped together")
     groups: int = Field(16, ge=1, description="groups of environments that share an arrival trace")
-    n_requests: int = Field(400, ge=10, description="requests of one training episode")
+    n_requests: int = Field(3000, ge=10, description="requests of one training episode")
     n_steps: int = Field(128, ge=2, description="decisions of each environment between two updates")
     load_low: float = Field(0.8, gt=0, description="least training load, times the base rule's goodput")
     load_high: float = Field(1.25, gt=0, description="greatest training load, times the base rule's goodput")
@@ -58,9 +62,9 @@ class TrainConfig(BaseModel):
     eval_every_frames: int | None = Field(
         None, ge=1, description="frames between evaluations instead: reproducible runs need it"
     )
-    eval_requests: int = Field(600, ge=10, description="requests of an evaluation window")
-    eval_seeds: int = Field(4, ge=1, description="validation windows, the same for every policy")
-    final_seeds: int = Field(12, ge=1, description="fresh validation windows of the final selection")
+    eval_requests: int = Field(5000, ge=10, description="requests of an evaluation window")
+    eval_seeds: int = Field(3, ge=1, description="validation windows, the same for every policy")
+    final_seeds: int = Field(6, ge=1, description="fresh validation windows of the final selection")
     finalists: int = Field(3, ge=1, description="snapshots in the final selection, beside the base rule")
     eval_loads: tuple[float, ...] = Field((0.9, 1.0, 1.1), description="times the base rule's goodput")
     save_every_s: float = Field(15.0, gt=0, description="wall seconds between training checkpoints")
