@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, release
-from engine.core.lists import pop_front, push_front, queue_of, ready_of, remove
+from engine.core.lists import pop_front, push_back, push_front, queue_of, ready_of, remove
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, RequestState, Role
@@ -33,6 +33,7 @@ _CHUNKED, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _WAITING = int(RequestState.WAITING)
 _PREFILLING = int(RequestState.PREFILLING)
+_READY = int(RequestState.READY)
 _RUNNING = int(RequestState.RUNNING)
 _FAILED = int(RequestState.FAILED)
 
@@ -198,7 +199,8 @@ def _join_ready(s, i):
     k = ready_of(i)
     while s.lists[k, 2] > 0 and s.inst[i].run_n < s.inst[i].max_batch:
         r = s.lists[k, 0]
-        if s.inst[i].run_n > 0 and s.inst[i].run_ctx + s.req[r].computed > s.inst[i].max_ctx:
+        context = s.inst[i].run_ctx + s.inst[i].run_n + s.req[r].computed + 1
+        if s.inst[i].run_n > 0 and context > s.inst[i].max_ctx:
             return
         pop_front(s.lists, s.req, k)
         s.req[r].state = _RUNNING
@@ -207,6 +209,26 @@ def _join_ready(s, i):
         s.inst[i].run_ctx += s.req[r].computed
         note_due(s, i, r)
         s.inst[i].held_tokens -= s.req[r].computed
+
+
+@kernel
+def _line_up(s, i):
+    """Rotation: who decoded last goes to the end of the line for the next step, when the line matters.
+
+    It matters when someone waits, when a prompt comes in between, or when the grown contexts exceed ``max_ctx``.
+    """
+    inst = s.inst[i]
+    waits = s.lists[ready_of(i), 2] > 0 or s.lists[queue_of(i), 2] > 0
+    if inst.run_n == 0 or not (waits or inst.run_ctx + inst.run_n > inst.max_ctx):
+        return
+    for slot in range(inst.run_n):
+        r = s.run[i, slot]
+        s.req[r].state = _READY
+        push_back(s.lists, s.req, ready_of(i), r)
+    inst.held_tokens += inst.run_ctx
+    inst.run_ctx = 0
+    inst.run_n = 0
+    _recount_due(s, i)
 
 
 @kernel
@@ -370,6 +392,10 @@ def _jump_limit(s, i):
     for slot in range(s.inst[i].run_n):
         r = s.run[i, slot]
         steps = min(steps, np.int64(s.req[r].output - s.req[r].generated))
+    if s.inst[i].rotate == 1:
+        if s.lists[ready_of(i), 2] > 0:
+            return np.int64(1)
+        steps = min(steps, (s.inst[i].max_ctx - s.inst[i].run_ctx) // s.inst[i].run_n)
     size = s.cluster[0].block_tokens
     per_request = s.pool[s.inst[i].pool].free // max(s.inst[i].run_n, 1) - 1
     return max(min(steps, (per_request - 1) * size), 1)
@@ -438,11 +464,16 @@ def _plan_mixed(s, i, now):
     lane = s.lane[i, 0]
     _clear_lane(lane, now)
     lane.share = whole_device(s, i)
-    _join_ready(s, i)
+    if s.inst[i].rotate == 1:
+        _line_up(s, i)
+    else:
+        _join_ready(s, i)
     if s.inst[i].batching == _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0:
         if _plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) > 0:
             lane.kind = _K_PREFILL
             return
+    if s.inst[i].rotate == 1:
+        _join_ready(s, i)
     _secure_decode(s, i, now)
     _take_running(s, i, 0)
     if s.inst[i].batching == _CHUNKED and s.lists[queue_of(i), 2] > 0:
@@ -463,6 +494,8 @@ def _plan_decode(s, i, now):
     lane = s.lane[i, 1]
     _clear_lane(lane, now)
     lane.share = whole_device(s, i)
+    if s.inst[i].rotate == 1:
+        _line_up(s, i)
     _join_ready(s, i)
     waiting = s.lists[queue_of(i), 2] > 0
     if waiting and (s.inst[i].decode_turn == 0 or s.inst[i].run_n == 0):

@@ -48,6 +48,7 @@ class InstanceSpec:
     max_batch: int = 256
     max_prefills: int = 128
     max_ctx: int = NO_LIMIT
+    rotate: bool = False  # whom max_ctx left out goes first in the next step
     split: int = -1
     order: int = 0
     headroom: float = 1.0
@@ -133,7 +134,7 @@ def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
     for record, spec in zip(inst, specs, strict=True):
         for name in (
             "role", "pool", "profile", "gpu", "link", "batching", "chunk_tokens", "prefill_tokens",
-            "max_batch", "max_prefills", "max_ctx", "split", "order", "headroom",
+            "max_batch", "max_prefills", "max_ctx", "rotate", "split", "order", "headroom",
         ):  # fmt: skip
             record[name] = getattr(spec, name)
         record["target_role"] = -1

@@ -167,6 +167,7 @@ INSTANCE = np.dtype(
         ("max_batch", np.int32),  # running sequences
         ("max_prefills", np.int32),  # prompts in one prefill batch
         ("max_ctx", np.int64),  # context tokens in one decode step (a peer's option; huge by default)
+        ("rotate", np.int32),  # 1: where max_ctx leaves some out, decode takes turns (a peer's option)
         ("split", np.int32),  # share row for decode while both lanes run; -1: predictor rule
         ("order", np.int32),  # 0 FCFS, 1 shortest remaining first
         ("headroom", np.float64),  # the predictor rule aims at headroom × TPOT target
