@@ -213,6 +213,10 @@ def book_decode(s, i, l, k, first, delta, now, more):
         req.generated += k
         req.computed = before + k
         req.last_token = now
+        need = blocks_for(req.computed + (1 if more and req.generated < req.output else 0), size)
+        if need > req.blocks:
+            req.tail = grow(s, p, req.tail, req.blocks, need)
+            req.blocks = need
         if req.hash_n > 0:
             publish(s, p, r, before, req.computed)
         if req.generated >= req.output:
@@ -220,11 +224,6 @@ def book_decode(s, i, l, k, first, delta, now, more):
             release(s, r)
             end_request(s, r, now, _FINISHED)
             continue
-        if more:
-            need = blocks_for(req.computed + 1, size)
-            if need > req.blocks:
-                req.tail = grow(s, p, req.tail, req.blocks, need)
-                req.blocks = need
         s.run[i, kept] = r
         kept += 1
         context += req.computed

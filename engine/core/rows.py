@@ -56,9 +56,11 @@ def _item_size(context: Any, dtype: types.Type) -> int:
     return int(context.get_abi_sizeof(context.get_data_type(dtype)))
 
 
-def _check(context: Any, builder: Any, bad: Any) -> None:
+def _check(context: Any, builder: Any, rows_type: RowsType, bad: Any) -> None:
+    fields = list(rows_type.dtype.fields) if isinstance(rows_type.dtype, types.Record) else [rows_type.dtype]
+    what = f"index outside a state array of {fields[0]} ({rows_type.ndim} axes)"
     with builder.if_then(bad, likely=False):
-        context.call_conv.return_user_exc(builder, IndexError, ("index outside a state array",))
+        context.call_conv.return_user_exc(builder, IndexError, (what,))
 
 
 def _address(context: Any, builder: Any, rows_type: RowsType, rows: Any, indices: Sequence[Any]) -> Any:
@@ -66,10 +68,10 @@ def _address(context: Any, builder: Any, rows_type: RowsType, rows: Any, indices
     view = cgutils.create_struct_proxy(rows_type)(context, builder, value=rows)
     offset = indices[0]
     if CHECKED:
-        _check(context, builder, builder.icmp_unsigned(">=", offset, view.rows))
+        _check(context, builder, rows_type, builder.icmp_unsigned(">=", offset, view.rows))
     if len(indices) == 2:
         if CHECKED:
-            _check(context, builder, builder.icmp_unsigned(">=", indices[1], view.columns))
+            _check(context, builder, rows_type, builder.icmp_unsigned(">=", indices[1], view.columns))
         offset = builder.add(builder.mul(offset, view.columns), indices[1])
     elif rows_type.ndim == 2:
         offset = builder.mul(offset, view.columns)
