@@ -125,6 +125,7 @@ def _options(scenario: Scenario) -> ClusterOptions:
         min_decode=scenario.min_decode,
         hold_s=scenario.hold_interval_s,
         hold_scan=scenario.hold_scan,
+        hold_limit_s=scenario.hold_limit_s,
         control_s=scenario.control_interval_s,
     )
 

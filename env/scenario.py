@@ -219,6 +219,7 @@ class Scenario(_Strict):
     :param control_interval_s: time between REALLOCATE and TUNE decisions
     :param hold_interval_s: a held request is asked for again at the latest after this
     :param hold_scan: held requests asked for again per epoch
+    :param hold_limit_s: nobody is held longer than this after arrival, so that holding cannot starve anyone
     :param min_prefill: instances that must stay able to prefill
     :param min_decode: instances that must stay able to decode
     :param rates: bracket of the goodput search
@@ -239,6 +240,7 @@ class Scenario(_Strict):
     control_interval_s: Positive = 1.0
     hold_interval_s: Positive = 0.05
     hold_scan: Count = 8
+    hold_limit_s: Positive = 10.0
     min_prefill: Count = 1
     min_decode: Count = 1
     rates: Rates

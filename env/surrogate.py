@@ -28,6 +28,7 @@ from engine.core.lifecycle import (
 )
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front
 from engine.core.rows import addresses, make_rows
+from engine.core.slo import seal
 from engine.core.state import ClusterState, LaneKind, RequestState, Role, attach
 from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
 
@@ -55,6 +56,7 @@ SIM = np.dtype(
         ("n_roots", np.int64),
         ("next_root", np.int64),
         ("heap_n", np.int64),
+        ("due_n", np.int64),
         ("fast_forward", np.int32),
         ("hashing", np.int32),
         ("kind", np.int32),  # the decision being asked, -1 none
@@ -77,7 +79,7 @@ SIM = np.dtype(
 
 
 class Sim(NamedTuple):
-    """Clock and event queue of one simulated cluster. Slots: lanes (2 N), links (L), switches (N), then three."""
+    """Clock and event queue of one simulated cluster. Slots: lanes (2 N), links (L), switches (N), then four."""
 
     sim: np.ndarray  # SIM (1,)
     clock: np.ndarray  # CLOCK (N, 2)
@@ -85,6 +87,8 @@ class Sim(NamedTuple):
     tree: np.ndarray  # int32 (2 · size,): tournament over ``when``; tree[1] is the earliest slot
     heap_t: np.ndarray  # int64 (R,): follow-up turns by arrival
     heap_r: np.ndarray  # int32 (R,)
+    due_t: np.ndarray  # int64 (R,): requests by TTFT deadline, kept when rewards are asked for (beta > 0)
+    due_r: np.ndarray  # int32 (R,)
     true_profile: np.ndarray  # PROFILE (N,): what steps really take, per instance
     true_share: np.ndarray  # SHARE (N, M)
     context: np.ndarray  # float64 (N_CONTEXT,)
@@ -107,7 +111,8 @@ def new_sim(
     :param true_profile: PROFILE (N,) and SHARE (N, M) the world runs on; the nominal ones if not given
     """
     n, links = len(state.inst), len(state.link)
-    slots = 3 * n + links + 3
+    slots = 3 * n + links + 4
+    due = max(len(state.req) if beta > 0 else 0, 1)
     size = 1 << (slots - 1).bit_length()
     sim = np.zeros(1, SIM)
     sim["n_roots"], sim["fast_forward"], sim["beta"] = n_roots, fast_forward, beta
@@ -122,6 +127,8 @@ def new_sim(
         tree=np.zeros(2 * size, np.int32),
         heap_t=np.zeros(max(len(state.req) - n_roots, 1), np.int64),
         heap_r=np.zeros(max(len(state.req) - n_roots, 1), np.int32),
+        due_t=np.zeros(due, np.int64),
+        due_r=np.zeros(due, np.int32),
         true_profile=state.profile[rows] if true_profile is None else true_profile,
         true_share=state.share[rows] if true_share is None else true_share,
         context=np.zeros(N_CONTEXT),
@@ -148,11 +155,13 @@ def attach_sim(words):
         _i4(words, 3),
         _i8(words, 4),
         _i4(words, 5),
-        _profile_rows(words, 6),
-        _share_rows(words, 7),
-        _f8(words, 8),
-        _f8_table(words, 9),
-        _u1(words, 10),
+        _i8(words, 6),
+        _i4(words, 7),
+        _profile_rows(words, 8),
+        _share_rows(words, 9),
+        _f8(words, 10),
+        _f8_table(words, 11),
+        _u1(words, 12),
     )
 
 
@@ -377,37 +386,56 @@ def _lane_event(s, q, i, l):
 
 
 @kernel
-def _heap_push(q, t, r):
-    k = q.sim[0].heap_n
-    q.sim[0].heap_n = k + 1
+def _heap_push(heap_t, heap_r, n, t, r):
+    """Add (t, r) to a binary heap of ``n`` entries; earliest first, lowest request on a tie."""
+    k = n
     while k > 0:
         up = (k - 1) // 2
-        if q.heap_t[up] < t or (q.heap_t[up] == t and q.heap_r[up] < r):
+        if heap_t[up] < t or (heap_t[up] == t and heap_r[up] < r):
             break
-        q.heap_t[k], q.heap_r[k] = q.heap_t[up], q.heap_r[up]
+        heap_t[k] = heap_t[up]
+        heap_r[k] = heap_r[up]
         k = up
-    q.heap_t[k], q.heap_r[k] = t, r
+    heap_t[k] = t
+    heap_r[k] = r
 
 
 @kernel
-def _heap_pop(q):
-    result = q.heap_r[0]
-    n = q.sim[0].heap_n - 1
-    q.sim[0].heap_n = n
-    t, r = q.heap_t[n], q.heap_r[n]
+def _heap_pop(heap_t, heap_r, n):
+    """Remove the first of the ``n`` entries of a heap and return its request."""
+    result = heap_r[0]
+    n -= 1
+    t, r = heap_t[n], heap_r[n]
     k = 0
     while 2 * k + 1 < n:
         c = 2 * k + 1
-        if c + 1 < n and (
-            q.heap_t[c + 1] < q.heap_t[c] or (q.heap_t[c + 1] == q.heap_t[c] and q.heap_r[c + 1] < q.heap_r[c])
-        ):
+        if c + 1 < n and (heap_t[c + 1] < heap_t[c] or (heap_t[c + 1] == heap_t[c] and heap_r[c + 1] < heap_r[c])):
             c += 1
-        if t < q.heap_t[c] or (t == q.heap_t[c] and r < q.heap_r[c]):
+        if t < heap_t[c] or (t == heap_t[c] and r < heap_r[c]):
             break
-        q.heap_t[k], q.heap_r[k] = q.heap_t[c], q.heap_r[c]
+        heap_t[k] = heap_t[c]
+        heap_r[k] = heap_r[c]
         k = c
-    q.heap_t[k], q.heap_r[k] = t, r
+    heap_t[k] = t
+    heap_r[k] = r
     return result
+
+
+@kernel
+def _watch_deadline(s, q, r):
+    """Have request ``r`` sealed as a miss when its TTFT target passes without a first token."""
+    _heap_push(q.due_t, q.due_r, q.sim[0].due_n, s.req[r].arrival + s.req[r].ttft_slo + 1, r)
+    q.sim[0].due_n += 1
+    _set(q, q.sim[0].slots - 4, q.due_t[0])
+
+
+@kernel
+def _deadline_event(s, q):
+    r = _heap_pop(q.due_t, q.due_r, q.sim[0].due_n)
+    q.sim[0].due_n -= 1
+    if s.req[r].first_token < 0:
+        seal(s, r, False)
+    _set(q, q.sim[0].slots - 4, q.due_t[0] if q.sim[0].due_n > 0 else _NEVER)
 
 
 @kernel
@@ -425,11 +453,14 @@ def _next_arrival(s, q):
 def _arrival_event(s, q):
     now = q.sim[0].now
     if q.sim[0].heap_n > 0 and q.heap_t[0] <= now:
-        r = _heap_pop(q)
+        r = _heap_pop(q.heap_t, q.heap_r, q.sim[0].heap_n)
+        q.sim[0].heap_n -= 1
     else:
         r = np.int32(q.sim[0].next_root)
         q.sim[0].next_root += 1
     arrive(s, r, now)
+    if q.sim[0].beta > 0.0:
+        _watch_deadline(s, q, r)
     _set(q, q.sim[0].slots - 1, _next_arrival(s, q))
 
 
@@ -439,7 +470,9 @@ def _queue_follow_ups(s, q):
     while s.lists[ENDED, 2] > 0:
         r = pop_front(s.lists, s.req, ENDED)
         if s.req[r].state == _FINISHED:
-            _heap_push(q, s.req[r].finished + s.req[r].think, s.req[r].next_turn)
+            sent = s.req[r].finished + s.req[r].think
+            _heap_push(q.heap_t, q.heap_r, q.sim[0].heap_n, sent, s.req[r].next_turn)
+            q.sim[0].heap_n += 1
     _set(q, q.sim[0].slots - 1, _next_arrival(s, q))
 
 
@@ -477,6 +510,8 @@ def _process(s, q, slot):
     elif slot < 3 * n + links:
         _set(q, slot, _NEVER)
         end_role_change(s, slot - 2 * n - links)
+    elif slot == slots - 4:
+        _deadline_event(s, q)
     elif slot == slots - 3:
         close_window(s, q.sim[0].now)
         open_control(s)

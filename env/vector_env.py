@@ -117,6 +117,7 @@ class SlalomVecEnv(VecEnv):
         self._infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
         self._returns, self._lengths = np.zeros(n_envs), np.zeros(n_envs, np.int64)
         self._elapsed = np.zeros(n_envs)
+        self.render_mode = None
         low = np.float32(-100.0)
         size = self.buffers.observation.shape[1]
         super().__init__(
@@ -124,7 +125,6 @@ class SlalomVecEnv(VecEnv):
             gym.spaces.Box(low, -low, (size,), np.float32),
             gym.spaces.Discrete(self.n_candidates),
         )
-        self.render_mode = None
 
     # -- what a learner reads beside the usual --------------------------------------------------------
 

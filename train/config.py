@@ -46,6 +46,7 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(4096, ge=2, description="frames of a minibatch")
     n_epochs: int = Field(2, ge=1, description="passes over a rollout")
     clip_range: float = Field(0.2, gt=0, lt=1)
+    horizon_s: float = Field(20.0, gt=0, description="simulated seconds over which rewards are discounted by e")
     gae_lambda: float = Field(0.95, ge=0, le=1)
     ent_coef: float = Field(3e-3, ge=0, description="entropy bonus at the start")
     ent_coef_final: float = Field(0.0, ge=0, description="reached linearly at the end of the budget")

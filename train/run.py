@@ -206,6 +206,7 @@ def make_env(scenario: Scenario, base: SearchResult, config: TrainConfig, seed: 
         seed=seed,
         n_requests=config.n_requests,
         rates=(config.load_low * base.knee, config.load_high * base.knee),
+        beta=1.0 / config.horizon_s,
     )
     return ProcessVecEnv(build, workers) if config.workers else build(0)
 

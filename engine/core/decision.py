@@ -98,7 +98,8 @@ def _build_place_prefill(s, r, now, needs, candidates, mask):
         mask[i] = 1 if _fits(s, i, r) else 0
         allowed += mask[i]
     _empty_row(candidates[n], _IS_HOLD)
-    mask[n] = 1 if s.cluster[0].allow_hold == 1 or allowed == 0 else 0
+    patient = now - s.req[r].arrival < s.cluster[0].hold_limit
+    mask[n] = 1 if (s.cluster[0].allow_hold == 1 and patient) or allowed == 0 else 0
     _empty_row(candidates[n + 1], _IS_SHED)
     mask[n + 1] = 1 if s.cluster[0].allow_shed == 1 else 0
     return n + 2

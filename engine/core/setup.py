@@ -91,6 +91,7 @@ class ClusterOptions:
     min_decode: int = 1
     hold_s: float = 0.05
     hold_scan: int = 8
+    hold_limit_s: float = 10.0
     control_s: float = 1.0
     horizon_s: float = 0.0  # 0: run until every request has ended
 
@@ -152,6 +153,7 @@ def _cluster(specs: Sequence[InstanceSpec], options: ClusterOptions, n_requests:
     c["roles_allowed"] = sum(1 << int(r) for r in options.roles)
     c["min_prefill"], c["min_decode"] = options.min_prefill, options.min_decode
     c["hold_ticks"], c["hold_scan"] = to_ticks(options.hold_s), options.hold_scan
+    c["hold_limit"] = to_ticks(options.hold_limit_s)
     c["control_ticks"] = to_ticks(options.control_s)
     c["horizon_ticks"] = to_ticks(options.horizon_s) if options.horizon_s > 0 else np.iinfo(np.int64).max
     c["tune_next"] = -1

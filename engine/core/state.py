@@ -102,6 +102,7 @@ CLUSTER = np.dtype(
         ("min_prefill", np.int32),  # instances that must stay able to prefill / decode
         ("min_decode", np.int32),
         ("hold_ticks", np.int64),  # a held request is asked for again at the latest after this time
+        ("hold_limit", np.int64),  # nobody is held longer than this after arrival
         ("hold_scan", np.int32),  # held requests asked for again per epoch
         ("control_ticks", np.int64),
         ("horizon_ticks", np.int64),
