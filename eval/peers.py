@@ -4,7 +4,8 @@ DistServe's simulator (``simdistserve``, LLMServe/DistServe at commit 82831f1) w
 tokens in, 128 out, Poisson arrivals, 5,000 requests, numpy seed 0. Its rules, as options of this comparison:
 
 * a step costs the published coefficients (``estimators/time_estimator.py``; the context of a decode step
-  counts the token in work) plus 2 ms and 1e-4 ms per context token, for prompts too (``Worker.add_ray_overhead``);
+  counts the token in work) plus 2 ms and 1e-4 ms per context token, for prompts too
+  (``Worker.add_ray_overhead``);
 * the first token is what prefill yields, and 128 decode steps follow: in our terms 129 output tokens. TTFT
   ends with the prefill; TPOT is the time from there to the end ÷ 128, so it holds the wait before decode;
 * a prefill batch takes the whole queue; the "vllm" worker runs prompts first and whole;
