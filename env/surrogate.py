@@ -337,7 +337,7 @@ def _kick(s, q, i):
     n = s.cluster[0].n_instances
     links = s.cluster[0].n_links
     _settle_pool(s, q, i, True)
-    if s.lists[inbound_of(i), 2] > 0:
+    if s.lists[inbound_of(i), 2] > 0 and s.inst[i].switching == 0:
         pull(s, i)
         _start_link(s, q, s.inst[i].link)
     if role_change_ready(s, i):

@@ -23,13 +23,14 @@ __all__ = [
     "plan_lane",
     "predict_step",
     "prefill_share",
+    "requeue",
     "tightest_tpot_s",
     "touch_pool",
     "whole_device",
 ]
 
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
-_CHUNKED, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
+_, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _WAITING = int(RequestState.WAITING)
 _PREFILLING = int(RequestState.PREFILLING)
@@ -121,6 +122,21 @@ def _recount_due(s, i):
 
 
 @kernel
+def requeue(s, i, r):
+    """Request ``r`` lost its blocks: book it for recomputation in the queue of instance ``i``."""
+    req = s.req[r]
+    req.computed = 0
+    req.target = req.prompt + req.generated
+    req.state = _WAITING
+    req.n_preempt += 1
+    p = s.inst[i].profile
+    n = float(req.target)
+    req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n))
+    s.inst[i].queue_tokens += req.target
+    s.inst[i].queue_work += req.work
+
+
+@kernel
 def _preempt(s, i, r):
     """Take request ``r`` (running, or partly prefilled) off its blocks and put it back to the head of the queue."""
     req = s.req[r]
@@ -133,15 +149,7 @@ def _preempt(s, i, r):
         s.inst[i].queue_tokens -= req.target - req.computed
         s.inst[i].queue_work -= req.work
     release(s, r)
-    req.computed = 0
-    req.target = req.prompt + req.generated
-    req.state = _WAITING
-    req.n_preempt += 1
-    p = s.inst[i].profile
-    n = float(req.target)
-    req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n))
-    s.inst[i].queue_tokens += req.target
-    s.inst[i].queue_work += req.work
+    requeue(s, i, r)
     s.inst[i].preempted += 1
     s.cluster[0].n_preempted += 1
 
@@ -191,6 +199,8 @@ def _secure_decode(s, i, now):
         slot += 1
     if s.inst[i].run_n < before:
         _recount_due(s, i)
+        # The blocks given up may let a prompt start: the queue was looked at before, or on the other lane.
+        touch_pool(s, i)
 
 
 @kernel
@@ -252,6 +262,9 @@ def _admit(s, i, r, budget, reserve, now):
     need = blocks_for(start + n, size)
     cost = need - have
     if req.blocks == 0:
+        if s.pool[p].sharers > 1:
+            # Prompts started by several instances would take each other's blocks: start only what fits as a whole.
+            cost = blocks_for(req.target, size) - have
         cost += reserve + evictable_cost(s, prefix, n_prefix)
     if n <= 0 or cost > s.pool[p].free:
         return 0
@@ -323,6 +336,28 @@ def _plan_prompts(s, i, l, budget, chunked, limit, now):
 
 
 @kernel
+def _give_way(s, i, head):
+    """Partly prefilled prompts of several instances fill a shared pool: the latest arrival gives up its blocks.
+
+    :return: whether that was somebody else, so that ``head`` of instance ``i`` may go on
+    """
+    owner, victim = i, head
+    alone = True
+    for j in range(s.cluster[0].n_instances):
+        if j == i or s.inst[j].pool != s.inst[i].pool:
+            continue
+        r = _partly_prefilled(s, j)
+        alone = alone and s.inst[j].started_n == 0
+        if r >= 0 and s.req[r].arrival > s.req[victim].arrival:
+            owner, victim = j, r
+    if s.req[victim].blocks == 0 or (victim == head and alone):
+        return False
+    _preempt(s, owner, victim)
+    touch_pool(s, i)
+    return victim != head
+
+
+@kernel
 def _unblock(s, i):
     """Nothing runs and the queue's head has no room: take the newest partly prefilled request off its blocks.
 
@@ -334,11 +369,11 @@ def _unblock(s, i):
     if victim < 0:
         return False
     head = s.lists[queue_of(i), 0]
-    shared = s.pool[s.inst[i].pool].sharers > 1
-    if victim != head or shared:
+    if victim != head:
         _preempt(s, i, victim)
         touch_pool(s, i)
-    return victim != head
+        return True
+    return s.pool[s.inst[i].pool].sharers > 1 and _give_way(s, i, head)
 
 
 @kernel
@@ -476,7 +511,8 @@ def _plan_mixed(s, i, now):
         _join_ready(s, i)
     _secure_decode(s, i, now)
     _take_running(s, i, 0)
-    if s.inst[i].batching == _CHUNKED and s.lists[queue_of(i), 2] > 0:
+    # Also an instance that was MULTIPLEXED, and LAYERED, before a role change.
+    if s.inst[i].batching != _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0:
         _plan_queue(s, i, 0, s.inst[i].chunk_tokens - lane.bs, True, s.inst[i].max_prefills, now)
     if lane.bs > 0:
         if lane.n_prefills > 0:

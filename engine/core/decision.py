@@ -14,7 +14,7 @@ from engine.core.columns import Col, Kind
 from engine.core.features import candidate_row, context_row
 from engine.core.jit import kernel
 from engine.core.kv import blocks_for
-from engine.core.lifecycle import begin_role_change, hand_over, hold, place, shed
+from engine.core.lifecycle import begin_role_change, drop_handover, hand_over, hold, place, shed
 from engine.core.lists import HANDOVER, PLACING, remove
 from engine.core.slo import end_request
 from engine.core.state import Batching, RequestState, Role
@@ -50,14 +50,27 @@ def _fits(s, i, r):
 
 
 @kernel
+def _could_decode(s, i, r):
+    """Whether instance ``i`` can decode request ``r``, be it on its way out of its role."""
+    leaving = s.inst[i].switching == 1 and s.inst[i].target_role == _PREFILL
+    if s.inst[i].role == _PREFILL or leaving:
+        return False
+    return blocks_for(s.req[r].computed + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
+
+
+@kernel
 def next_decision(s, now):
     """The question to answer now: (kind, subject), kind -1 when there is none.
 
     A request that fits nowhere, ever, ends as FAILED here instead of being asked about.
     """
     r = s.lists[HANDOVER, 0]
-    if r >= 0:
-        return _PLACE_DECODE, r
+    while r >= 0:
+        for i in range(s.cluster[0].n_instances):
+            if _could_decode(s, i, r):
+                return _PLACE_DECODE, r
+        drop_handover(s, r, now)
+        r = s.lists[HANDOVER, 0]
     r = s.lists[PLACING, 0]
     while r >= 0:
         size = s.cluster[0].block_tokens
@@ -106,21 +119,13 @@ def _build_place_prefill(s, r, now, needs, candidates, mask):
 
 
 @kernel
-def _may_decode(s, i, r):
-    if s.inst[i].role == _PREFILL or s.inst[i].target_role >= 0:
-        return False
-    return blocks_for(s.req[r].computed + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
-
-
-@kernel
 def _build_place_decode(s, r, now, needs, candidates, mask):
     """Same rows as PLACE_PREFILL; staying in place is the row of the instance that prefilled the request."""
     n = s.cluster[0].n_instances
-    source = s.req[r].inst
     allowed = 0
     for i in range(n):
         candidate_row(s, i, r, _PLACE_DECODE, now, needs, candidates[i])
-        mask[i] = 1 if _may_decode(s, i, r) else 0
+        mask[i] = 1 if s.inst[i].target_role < 0 and _could_decode(s, i, r) else 0
         allowed += mask[i]
     for k in range(n, n + 2):
         _empty_row(candidates[k], _IS_HOLD)
@@ -128,11 +133,7 @@ def _build_place_decode(s, r, now, needs, candidates, mask):
     if allowed == 0:
         # Everyone else is draining: whoever can decode at all must take it.
         for i in range(n):
-            if s.inst[i].role != _PREFILL:
-                mask[i] = 1
-                allowed += 1
-    if allowed == 0:
-        mask[source] = 1
+            mask[i] = 1 if _could_decode(s, i, r) else 0
     return n + 2
 
 

@@ -22,7 +22,7 @@ __all__ = ["candidate_row", "context_row"]
 
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PLACE_PREFILL, _PLACE_DECODE = int(Kind.PLACE_PREFILL), int(Kind.PLACE_DECODE)
-_CHUNKED = int(Batching.CHUNKED)
+_PREFILL_FIRST = int(Batching.PREFILL_FIRST)
 _IDLE, _K_PREFILL, _K_DECODE = int(LaneKind.IDLE), int(LaneKind.PREFILL), int(LaneKind.DECODE)
 _PREDICT, _DIMENSIONLESS = int(Need.PREDICT), int(Need.DIMENSIONLESS)
 
@@ -138,7 +138,7 @@ def _prefill_forecast(s, i, n, reused, now):
         wait += queued_s * (slower - 1.0)
         beside = decode_s(profile, s.share[p, row], _running_ctx(s, i), inst.run_n) * s.share[p, row].corun_decode
         stall = own * max(1.0 - step / max(beside, 1e-9), 0.0)
-    elif inst.batching == _CHUNKED:
+    elif inst.batching != _PREFILL_FIRST:
         # Every chunk carries the running decodes with it.
         room = max(float(inst.chunk_tokens - inst.run_n), 16.0)
         beside = max(step - fused_shared_s(full, full.prefill[3] + full.prefill[2] * room, step), 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import note_due, touch_pool, whole_device
+from engine.core.batching import note_due, requeue, touch_pool, whole_device
 from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, publish, release, release_chain
 from engine.core.lists import (
@@ -35,6 +35,7 @@ __all__ = [
     "book_decode",
     "close_window",
     "complete_prefill",
+    "drop_handover",
     "end_role_change",
     "hand_over",
     "hold",
@@ -316,6 +317,49 @@ def hand_over(s, r, dest, now):
 
 
 @kernel
+def drop_handover(s, r, now):
+    """Request ``r`` (HANDOVER) fits into no instance that decodes: it ends as FAILED."""
+    remove(s.lists, s.req, HANDOVER, r)
+    i = s.req[r].inst
+    s.inst[i].out_n -= 1
+    s.inst[i].held_tokens -= s.req[r].computed
+    release(s, r)
+    end_request(s, r, now, _FAILED)
+    touch_pool(s, i)
+
+
+@kernel
+def _at_rest(s, p):
+    """Whether nothing that goes on in pool ``p`` will free a block."""
+    for i in range(s.cluster[0].n_instances):
+        inst = s.inst[i]
+        if inst.pool == p:
+            busy = s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE or inst.switching == 1
+            if busy or inst.run_n + s.lists[ready_of(i), 2] + inst.moving_n + inst.started_n > 0:
+                return False
+    return True
+
+
+@kernel
+def _recompute_here(s, i, r):
+    """Two instances at rest wait for each other's blocks: request ``r`` gives up its KV and is recomputed on ``i``."""
+    req = s.req[r]
+    src = req.inst
+    remove(s.lists, s.req, inbound_of(i), r)
+    s.inst[i].inbound_tokens -= req.computed
+    s.inst[src].out_n -= 1
+    s.inst[src].held_tokens -= req.computed
+    release(s, r)
+    touch_pool(s, src)
+    requeue(s, i, r)
+    push_back(s.lists, s.req, queue_of(i), r)
+    req.inst = i
+    s.inst[src].preempted += 1
+    s.cluster[0].n_preempted += 1
+    s.inst[i].dirty = 1
+
+
+@kernel
 def pull(s, i):
     """Instance ``i`` reserves blocks for inbound requests, first come first served, and puts them on its link.
 
@@ -333,7 +377,10 @@ def pull(s, i):
         need = blocks_for(req.computed + 1, size)
         cost = need - n_prefix + evictable_cost(s, prefix, n_prefix)
         if seats >= s.inst[i].max_batch or cost > s.pool[p].free:
-            return
+            if not (_at_rest(s, p) and _at_rest(s, s.inst[req.inst].pool)):
+                return
+            _recompute_here(s, i, r)
+            continue
         remove(s.lists, s.req, inbound, r)
         adopt(s, p, prefix, n_prefix)
         req.dst_tail = grow(s, p, prefix, n_prefix, need)
