@@ -26,7 +26,7 @@ from engine.core.lifecycle import (
     transfer_done,
     wake_held,
 )
-from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front
+from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
 from engine.core.rows import addresses, make_rows
 from engine.core.slo import seal
 from engine.core.state import ClusterState, LaneKind, RequestState, Role, attach
@@ -377,9 +377,10 @@ def _lane_event(s, q, i, l):
     if lane.kind == _K_PREFILL or lane.kind == _K_FUSED:
         layers = q.true_profile[i].n_layers
         if lane.layer_to == 0 or lane.layer_to >= layers:
+            queued = s.lists[queue_of(i), 2]
             complete_prefill(s, i, l, now)
-            if s.lists[HELD, 2] > 0:
-                wake_held(s)
+            # Every prompt that is through makes room for one that was held.
+            wake_held(s, queued - s.lists[queue_of(i), 2])
     lane.kind = _IDLE
     s.inst[i].dirty = 1
     _set(q, 2 * i + l, _NEVER)
@@ -518,7 +519,7 @@ def _process(s, q, slot):
         _set(q, slot, q.sim[0].now + s.cluster[0].control_ticks)
     else:
         _set(q, slot, _NEVER)
-        wake_held(s)
+        wake_held(s, s.cluster[0].hold_scan)
 
 
 @kernel

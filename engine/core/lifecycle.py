@@ -154,9 +154,9 @@ def hold(s, r):
 
 
 @kernel
-def wake_held(s):
-    """Ask again for the oldest held requests, as many as ``hold_scan`` says."""
-    for _ in range(s.cluster[0].hold_scan):
+def wake_held(s, n):
+    """Ask again for the ``n`` oldest held requests."""
+    for _ in range(n):
         r = pop_front(s.lists, s.req, HELD)
         if r < 0:
             return

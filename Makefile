@@ -1,0 +1,16 @@
+# Shortcuts; everything here is one command that also works without make.
+PY := .venv/bin/python
+
+.PHONY: setup test lint type format bench
+setup:
+	python3 run.py setup
+test:
+	python3 run.py test
+lint:
+	.venv/bin/ruff check .
+type:
+	.venv/bin/mypy
+format:
+	.venv/bin/ruff format .
+bench:
+	$(PY) -m eval.bench surrogate && $(PY) -m eval.bench scale && $(PY) -m eval.bench env && $(PY) -m eval.bench startup

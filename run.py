@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Set up Slalom on a fresh machine (Python 3.11 or newer, git) and run it. Needs nothing installed before.
+
+    python3 run.py            train a policy on the surrogate, then compare it with the tuned rules
+    python3 run.py test       run the tests
+    python3 run.py setup      only set up; then: .venv/bin/train-policy, .venv/bin/eval-policy
+
+Further arguments go to the command, e.g. ``python3 run.py test -k kv``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = Path(os.environ.get("SLALOM_VENV", ROOT / ".venv"))
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+SCENARIO = "azure-conv-4xa100"
+OUT = ROOT / "runs" / SCENARIO
+RULES = ("round_robin", "power_of_two", "least_tokens", "static_split", "chunked")
+#: Users with a GPU bring the torch build of their CUDA version; without one this version is enough.
+CPU_TORCH = "torch==2.13.0"
+
+
+def has_cuda_device() -> bool:
+    """Whether an NVIDIA driver with a device is present."""
+    if Path("/dev/nvidia0").exists():
+        return True
+    probe = shutil.which("nvidia-smi")
+    return bool(probe) and subprocess.run([probe, "-L"], capture_output=True, check=False).returncode == 0
+
+
+def call(*command: object, **environment: str) -> None:
+    """Run a command in the repository; its failure is ours."""
+    code = subprocess.call([str(c) for c in command], cwd=ROOT, env={**os.environ, **environment})
+    if code:
+        sys.exit(code)
+
+
+def set_up() -> None:
+    """Make the virtual environment and install Slalom into it, once per version of pyproject.toml."""
+    stamp = VENV / "slalom-setup"
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    if sys.version_info < (3, 11):
+        sys.exit("Slalom needs Python 3.11 or newer; this is " + sys.version.split()[0])
+    print(f"setting up {VENV} (a few minutes, once) ...", file=sys.stderr)
+    if not (BIN / "python").exists():
+        venv.create(VENV, with_pip=True)
+    pip = (BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    if not has_cuda_device():
+        call(*pip, CPU_TORCH)
+    call(*pip, "--editable", ".[dev]")
+    stamp.write_text(wanted)
+
+
+def main_job(arguments: list[str]) -> None:
+    """Train on the surrogate for the default scenario, then compare on windows nobody trained on."""
+    OUT.parent.mkdir(exist_ok=True)
+    policies = [x for name in RULES for x in ("--policy", name)]
+    common = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    call(
+        BIN / "train-policy", "--env", "surrogate", "--scenario", SCENARIO, "--budget", "120s",
+        "--out", OUT / "train", "--resume", *arguments, **common,
+    )  # fmt: skip
+    call(
+        BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO, *policies, "--policy", OUT / "train" / "best",
+        "--goodput", "--tune", "40", "--jobs", "2", "--out", OUT / "compare", **common,
+    )  # fmt: skip
+    print(f"report: {OUT / 'compare' / 'report.html'}")
+
+
+def main() -> None:
+    task, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("train", [])
+    if task in ("-h", "--help"):
+        print(__doc__)
+        return
+    if task not in ("train", "test", "setup"):
+        sys.exit(f"run.py: unknown task {task!r}; use train, test or setup")
+    set_up()
+    if task == "train":
+        main_job(arguments)
+    elif task == "test":
+        call(BIN / "python", "-m", "pytest", *arguments, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
+
+if __name__ == "__main__":
+    main()
