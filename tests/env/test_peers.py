@@ -47,13 +47,9 @@ def test_jumping_over_decode_steps_changes_no_time_stamp(setup):
 def test_a_lone_request_takes_what_the_published_coefficients_say():
     """At a trickle: 18.1 + 0.102 · 512 + 7.12e-6 · 512² + 1 + 2 + 0.0512 ms, then 128 steps of one."""
     req = distserve_run("2P+2D", 0.01, n_requests=2)[0]
-    prefill = (
-        18.10254647486372 + 0.1019122572698738 * 512 + 7.122264314252114e-06 * 512**2 + 1 + 2 + 1e-4 * 512
-    )
+    prefill = 18.10254647486372 + 0.1019122572698738 * 512 + 7.122264314252114e-06 * 512**2 + 1 + 2 + 1e-4 * 512
     context = 512 + np.arange(128)
-    steps = (
-        19.934702624895458 + 0.0006269356524350583 * (context + 1) + 0.03850697740828398 + 2 + 1e-4 * context
-    )
+    steps = 19.934702624895458 + 0.0006269356524350583 * (context + 1) + 0.03850697740828398 + 2 + 1e-4 * context
     ms = TICKS_PER_S / 1000
     assert req["first_token"] / ms == pytest.approx(prefill, rel=1e-9)
     assert (req["finished"] - req["first_token"]) / ms == pytest.approx(steps.sum(), rel=1e-7)
@@ -72,7 +68,7 @@ def test_bad_input_names_the_field(arguments, field):
 @pytest.mark.skipif(not RUNS.is_dir(), reason="recorded vLLM runs are not beside this repository")
 @pytest.mark.parametrize(("device", "ttft", "tpot"), [("RTXPRO6000", 0.03, 0.02), ("RTX4090", 0.12, 0.06)])
 def test_second_half_of_a_real_run_follows_from_its_first(device, ttft, tpot):
-    """The smaller GPU runs out of KV (130 preemptions in our replay), where details weigh more: a wider band."""
+    """The smaller GPU runs out of KV (130 preemptions in our replay), where details weigh: a wider band."""
     for row in vllm_reference(RUNS / device / "Llama-3.1-8B"):
         limit = ttft if row.metric.startswith("ttft") else tpot
         assert abs(row.relative_error) <= limit, row
@@ -80,9 +76,7 @@ def test_second_half_of_a_real_run_follows_from_its_first(device, ttft, tpot):
 
 @pytest.mark.parametrize("spoil", ["missing", "text", "key"])
 def test_a_damaged_run_is_named(tmp_path, spoil):
-    (tmp_path / "meta.json").write_text(
-        '{"engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 512}}'
-    )
+    (tmp_path / "meta.json").write_text('{"engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 512}}')
     request = '{"queued_ts": 0, "first_token_ts": 1, "last_token_ts": 2, "input_toks": 3, "output_toks": 4}'
     content = {"text": "not JSON", "key": request.replace("queued_ts", "queued")}
     if spoil != "missing":
