@@ -49,7 +49,7 @@ def set_up() -> None:
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  (this file is run by whatever python3 there is)
         sys.exit("Slalom needs Python 3.11 or newer; this is " + sys.version.split()[0])
     print(f"setting up {VENV} (a few minutes, once) ...", file=sys.stderr)
     if not (BIN / "python").exists():
@@ -71,8 +71,9 @@ def main_job(arguments: list[str]) -> None:
         "--out", OUT / "train", "--resume", *arguments, **common,
     )  # fmt: skip
     call(
-        BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO, *policies, "--policy", OUT / "train" / "best",
-        "--goodput", "--tune", "40", "--jobs", "2", "--out", OUT / "compare", **common,
+        BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO,
+        *policies, "--policy", OUT / "train" / "best", "--goodput", "--tune", "40",
+        "--jobs", "2", "--out", OUT / "compare", **common,
     )  # fmt: skip
     print(f"report: {OUT / 'compare' / 'report.html'}")
 

@@ -77,7 +77,7 @@ def _observe(q, k, row, mask):
 
 @kernel
 def _to_next(s, q, kinds, needs, decide, params, memory, context, candidates, allowed):
-    """Run one cluster to the next decision whose kind is in ``kinds``; returns its number of candidates, 0 at the end."""
+    """Run one cluster to the next decision of a kind in ``kinds``; its number of candidates, 0 at the end."""
     while True:
         kind = advance(s, q)
         if kind < 0:

@@ -170,7 +170,7 @@ def arena_of(scenario: Scenario) -> Arena:
 
 
 def build_trace(scenario: Scenario, rate: float, n: int, seed: int, split: Any) -> Trace:
-    """Requests of the scenario's workload with classes drawn by the scenario's shares (unless the workload binds them)."""
+    """Requests of the scenario's workload; classes drawn by its shares unless the workload binds them."""
     trace = scenario.workload.build(rate, n, seed, split)
     shares = [c.share for c in scenario.classes]
     return assign_classes(trace, shares, seed) if len(shares) > 1 and not trace.cls.any() else trace

@@ -18,8 +18,8 @@ __all__ = ["DispatchEnv"]
 class DispatchEnv(gym.Env[np.ndarray, int]):
     """One decision per step. Observation, reward and truncation as in :class:`env.vector_env.SlalomVecEnv`.
 
-    ``info`` of every step holds ``action_mask`` (bool (K,)) and ``elapsed_s``; ``action_masks()`` gives the mask in the
-    form sb3-contrib expects. An action that is masked is replaced by the first allowed one.
+    ``info`` of every step holds ``action_mask`` (bool (K,)) and ``elapsed_s``; ``action_masks()`` gives the mask in
+    the form sb3-contrib expects. An action that is masked is replaced by the first allowed one.
 
     :param scenario: name, path or Scenario
     :param backend: "surrogate"
@@ -40,7 +40,7 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         render_mode: None = None,
     ) -> None:
         if backend != "surrogate":
-            raise SlalomError("backend", backend, 'use "surrogate"; the real engine is not a backend of this version yet')
+            raise SlalomError("backend", backend, 'use "surrogate"; the real engine is not a backend yet')
         self.scenario = scenario if isinstance(scenario, Scenario) else Scenario.load(scenario)
         self._options: dict[str, Any] = {
             "n_requests": n_requests, "rates": rates, "kinds": kinds, "policy": policy, "split": split
@@ -55,7 +55,9 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         """Allowed actions, bool (K,)."""
         return self._mask
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         super().reset(seed=seed)
         episodes = self._env.episodes
         if seed is not None:
@@ -71,7 +73,7 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         observations, rewards, dones, infos = self._env.step(np.array([action]))
         info: dict[str, Any] = {"elapsed_s": float(self._env.elapsed_s[0])}
         truncated = bool(dones[0])
-        observation = observations[0]
+        observation: np.ndarray = np.asarray(observations)[0]
         if truncated:
             observation = infos[0]["terminal_observation"]
             info["attainment"] = infos[0]["attainment"]

@@ -77,7 +77,7 @@ def simulate(
     fast_forward: bool = True,
     jitter: bool = False,
 ) -> RunResult:
-    """Serve ``n_requests`` of the scenario's workload at ``rate`` under ``policy``. The same arguments give the same bytes.
+    """Serve ``n_requests`` of the scenario's workload at ``rate`` under ``policy``; same arguments, same bytes.
 
     :param rate: arrivals per second (sessions per second where the workload has sessions)
     :param values: parameters of a rule
@@ -95,7 +95,7 @@ def simulate(
     if trace is None:
         trace = build_trace(scenario, rate, n_requests or scenario.n_requests, seed, split)
     state = arena.cluster(bound.arrangement, trace, horizon_s(trace))
-    truth = jittered(state, arena.error, np.random.default_rng([seed, 7])) if jitter else {}
+    truth: dict[str, Any] = dict(jittered(state, arena.error, np.random.default_rng([seed, 7]))) if jitter else {}
     sim = new_sim(state, n_roots=trace.n_roots, fast_forward=fast_forward, **truth)
     decide = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
     begin = time.perf_counter()

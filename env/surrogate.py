@@ -228,7 +228,7 @@ def _steps_done(clock, now, strict):
     a = 0.5 * clock.delta
     b = clock.first - a
     k = np.int64((np.sqrt(b * b + 4.0 * a * room) - b) / (2.0 * a))
-    k = min(max(k, 0), clock.left - 1)
+    k = min(max(k, np.int64(0)), clock.left - 1)
     while k > 0 and _span(clock, k) > room:
         k -= 1
     while k < clock.left - 1 and _span(clock, k + 1) <= room:

@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, release
-from engine.core.lists import pop_front, push_back, push_front, queue_of, ready_of, remove
+from engine.core.lists import pop_front, push_back, push_front, queue_of, ready_of
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, RequestState, Role

@@ -16,9 +16,9 @@ __all__ = [
     "CONTEXT_DIMENSIONLESS",
     "N_CANDIDATE",
     "N_CONTEXT",
+    "Col",
     "Ctx",
     "Kind",
-    "Col",
     "Need",
     "max_candidates",
 ]

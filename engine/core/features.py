@@ -276,7 +276,8 @@ def _cluster_context(s, out):
     prefill_n, decode_n, load, least, batch, kv, step = 0, 0, 0.0, _CLIP, 0.0, 0.0, 0.0
     for i in range(n):
         inst = s.inst[i]
-        kv += min((_running_ctx(s, i) + inst.held_tokens) / (s.pool[inst.pool].n_blocks * s.cluster[0].block_tokens), 1.0)
+        capacity = s.pool[inst.pool].n_blocks * s.cluster[0].block_tokens
+        kv += min((_running_ctx(s, i) + inst.held_tokens) / capacity, 1.0)
         if inst.role != _DECODE:
             prefill_n += 1
             work = _clip(inst.queue_work * 1e-12 / ttft)

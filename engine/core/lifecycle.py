@@ -297,7 +297,7 @@ def complete_prefill(s, i, l, now):
 
 @kernel
 def hand_over(s, r, dest, now):
-    """Answer PLACE_DECODE: request ``r`` (HANDOVER) will be decoded by ``dest``, which pulls its KV when it has room."""
+    """Answer PLACE_DECODE: request ``r`` (HANDOVER) will be decoded by ``dest``, which pulls its KV in time."""
     remove(s.lists, s.req, HANDOVER, r)
     req = s.req[r]
     src = req.inst

@@ -42,7 +42,7 @@ class RowsType(types.Type):
 @register_model(RowsType)
 class _RowsModel(models.StructModel):
     def __init__(self, manager: Any, fe_type: RowsType) -> None:
-        members = [("data", types.voidptr)]
+        members: list[tuple[str, Any]] = [("data", types.voidptr)]
         if fe_type.ndim == 2 or CHECKED:
             members.append(("columns", types.intp))
         if CHECKED:
@@ -79,10 +79,10 @@ def _address(context: Any, builder: Any, rows_type: RowsType, rows: Any, indices
     return builder.gep(view.data, [builder.mul(offset, size)])
 
 
-def _indices(builder: Any, index_type: types.Type, index: Any) -> list[Any]:
-    if isinstance(index_type, types.BaseTuple):
-        return list(cgutils.unpack_tuple(builder, index, index_type.count))
-    return [index]
+def _indices(builder: Any, index_type: Any, index: Any) -> list[Any]:
+    """LLVM integers of an index, which is an integer or a pair of them."""
+    count = getattr(index_type, "count", 0)
+    return list(cgutils.unpack_tuple(builder, index, count)) if count else [index]
 
 
 @infer_global(operator.getitem)

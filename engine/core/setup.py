@@ -126,7 +126,7 @@ def _pools(specs: Sequence[InstanceSpec], block_tokens: int) -> tuple[np.ndarray
     block = np.zeros(base, BLOCK)
     block["parent"] = -1
     # Reversed, so that a fresh pool hands out its blocks in ascending order.
-    spare = np.concatenate([np.arange(p["base"] + p["n_blocks"] - 1, p["base"] - 1, -1, np.int32) for p in pool])
+    spare = np.concatenate([np.arange(int(p["base"] + p["n_blocks"]) - 1, int(p["base"]) - 1, -1) for p in pool])
     return pool, block, spare, np.full(bucket_base, -1, np.int32)
 
 
