@@ -1,0 +1,125 @@
+"""Two clocks for one runtime: one that waits for the world, one that jumps to the next event.
+
+An event is a *slot* (what ended, numbered as in :class:`Slots`) and, with the wall clock, what came of it. Time is
+an int64 count of ticks of 1 ps since the clock was made.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import Any, NamedTuple, Protocol
+
+from engine.core.state import NEVER
+
+__all__ = ["Clock", "Event", "Slots", "VirtualClock", "WallClock"]
+
+_TICKS_PER_NS = 1000
+
+
+class Event(NamedTuple):
+    """What happened: the slot that it belongs to, and the outcome that its poster attached."""
+
+    slot: int
+    outcome: Any = None
+
+
+class Slots:
+    """Numbers of everything that can happen in a cluster; on a tie the lower one goes first.
+
+    Lanes (2 N: two an instance), links (L), role switches (N), then ``control``, ``hold`` and ``arrival``.
+    """
+
+    def __init__(self, n_instances: int, n_links: int) -> None:
+        self.links = 2 * n_instances
+        self.switches = self.links + n_links
+        self.control = self.switches + n_instances
+        self.hold = self.control + 1
+        self.arrival = self.control + 2
+        self.count = self.control + 3
+
+
+class Clock(Protocol):
+    """Tells the time and which event is next."""
+
+    @property
+    def now(self) -> int:
+        """Ticks at the event being handled."""
+        ...
+
+    def at(self, slot: int, when: int) -> None:
+        """Let the event of ``slot`` happen at time ``when`` (``NEVER``: not at all), not when it was to before."""
+        ...
+
+    def is_set(self, slot: int) -> bool:
+        """Whether the event of ``slot`` has a time."""
+        ...
+
+    def next(self) -> Event | None:
+        """The next event, whose time is then ``now``; None when nothing will ever happen."""
+        ...
+
+
+class VirtualClock:
+    """Jumps from event to event: earliest first, the lowest slot on a tie, none after ``horizon``."""
+
+    def __init__(self, n_slots: int, horizon: int = NEVER) -> None:
+        self.now = 0
+        self._when = [NEVER] * n_slots
+        self._horizon = min(horizon, NEVER - 1)
+
+    def at(self, slot: int, when: int) -> None:
+        self._when[slot] = when
+
+    def is_set(self, slot: int) -> bool:
+        return self._when[slot] < NEVER
+
+    def next(self) -> Event | None:
+        when = min(self._when)
+        if when > self._horizon:
+            return None
+        slot = self._when.index(when)
+        self.now, self._when[slot] = when, NEVER
+        return Event(slot)
+
+
+class WallClock:
+    """Real time. Threads :meth:`post` what ended; timers are for the few events that only time brings."""
+
+    def __init__(self) -> None:
+        self._zero = time.perf_counter_ns()
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._timers: dict[int, int] = {}
+        self.now = 0
+
+    def read(self) -> int:
+        """The time at this moment; any thread may ask."""
+        return (time.perf_counter_ns() - self._zero) * _TICKS_PER_NS
+
+    def post(self, slot: int, outcome: Any = None) -> None:
+        """Report an event from any thread."""
+        self._inbox.put(Event(slot, outcome))
+
+    def at(self, slot: int, when: int) -> None:
+        if when == NEVER:
+            self._timers.pop(slot, None)
+        else:
+            self._timers[slot] = when
+
+    def is_set(self, slot: int) -> bool:
+        return slot in self._timers
+
+    def next(self) -> Event:
+        while True:
+            slot = min(self._timers, key=self._timers.__getitem__, default=-1)
+            wait_s = (self._timers[slot] - self.read()) * 1e-12 if slot >= 0 else None
+            if wait_s is not None and wait_s <= 0.0:
+                del self._timers[slot]
+                event = Event(slot)
+            else:
+                try:
+                    event = self._inbox.get(timeout=wait_s)
+                except queue.Empty:
+                    continue
+            self.now = self.read()
+            return event

@@ -1,0 +1,514 @@
+"""The way into the core for a driver that runs outside compiled code: the live engine and its modelled twin.
+
+Each function takes the address vector of a cluster (``rows.addresses``) and plain numbers. Together they are the
+steps of the surrogate's event loop, in its order and with the same core functions; a decode step is booked when it
+ends instead of being jumped over, so the driver only adds *when* things end. ``abort``, ``fail_transfer`` and
+``request_role`` exist here alone: a simulated client never hangs up, and a simulated link never breaks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.core.batching import note_due, plan_lane, touch_pool
+from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.jit import kernel
+from engine.core.kv import release, release_chain
+from engine.core.lifecycle import (
+    arrive,
+    begin_role_change,
+    book_decode,
+    close_window,
+    complete_prefill,
+    end_role_change,
+    pull,
+    role_change_ready,
+    stop,
+    transfer_done,
+    wake_held,
+)
+from engine.core.lists import (
+    ENDED,
+    HANDOVER,
+    HELD,
+    PLACING,
+    inbound_of,
+    link_list,
+    pop_front,
+    push_back,
+    queue_of,
+    ready_of,
+    remove,
+)
+from engine.core.rows import make_rows
+from engine.core.slo import end_request
+from engine.core.state import NEVER as _NEVER
+from engine.core.state import LaneKind, RequestState, Role, attach
+from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
+
+__all__ = [
+    "abort",
+    "answer",
+    "ask",
+    "begin",
+    "chain_hashes",
+    "describe_step",
+    "describe_transfer",
+    "end_control",
+    "fail_transfer",
+    "finish_lane",
+    "finish_switch",
+    "finish_transfer",
+    "is_last_slice",
+    "last_token",
+    "link_ticks",
+    "next_ended",
+    "release_blocks",
+    "request_role",
+    "start_idle",
+    "step_ticks",
+    "switch_ticks",
+    "wake",
+]
+
+_IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
+_PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
+(_NEW, _PLACING, _HELD, _WAITING, _PREFILLING, _HANDOVER, _INBOUND, _MOVING, _READY, _RUNNING, _FINISHED,
+ _SHED, _FAILED) = (int(x) for x in RequestState)  # fmt: skip
+
+
+# -- decisions ---------------------------------------------------------------------------------------------
+
+
+@kernel
+def ask(words, now, needs, context, candidates, mask):
+    """The decision due now, described: (kind, subject, number of candidates); kind -1 when there is none."""
+    s = attach(words)
+    kind, subject = next_decision(s, now)
+    if kind < 0:
+        return kind, subject, 0
+    return kind, subject, build(s, kind, subject, now, needs, context, candidates, mask)
+
+
+@kernel
+def answer(words, kind, subject, action, now):
+    """Carry out ``action`` for decision (kind, subject)."""
+    apply(attach(words), kind, subject, action, now)
+
+
+# -- what may start ----------------------------------------------------------------------------------------
+
+
+@kernel
+def _start_link(s, link):
+    """Whether ``link`` was idle and its next transfer starts now."""
+    if s.link[link].busy == 1 or s.lists[link_list(s.cluster[0].n_instances, link), 2] == 0:
+        return False
+    s.link[link].busy = 1
+    return True
+
+
+@kernel
+def _kick(s, i, now, started, n):
+    """Pull KV, change role and start idle lanes of instance ``i``; appends event slots to ``started[n:]``."""
+    lanes = 2 * s.cluster[0].n_instances
+    if s.lists[inbound_of(i), 2] > 0 and s.inst[i].switching == 0:
+        pull(s, i)
+        link = s.inst[i].link
+        if _start_link(s, link):
+            started[n] = lanes + link
+            n += 1
+    if role_change_ready(s, i):
+        s.inst[i].switching = 1
+        started[n] = lanes + s.cluster[0].n_links + i
+        n += 1
+    for l in range(2):
+        if s.lane[i, l].kind == _IDLE:
+            plan_lane(s, i, l, now)
+            if s.lane[i, l].kind != _IDLE:
+                started[n] = 2 * i + l
+                n += 1
+    return n
+
+
+@kernel
+def start_idle(words, now, started):
+    """Start whatever may start on instances where something changed.
+
+    :param started: out, int32 (3 N + L,): event slots as the surrogate numbers them: lanes (2 N, two an instance),
+        links (L), role switches (N)
+    :return: how many
+    """
+    s = attach(words)
+    n = 0
+    again = True
+    while again:
+        again = False
+        for i in range(s.cluster[0].n_instances):
+            if s.inst[i].dirty == 1:
+                s.inst[i].dirty = 0
+                n = _kick(s, i, now, started, n)
+                again = True
+    return n
+
+
+# -- events ------------------------------------------------------------------------------------------------
+
+
+@kernel
+def begin(words, r, now):
+    """Request ``r``, whose record is filled in, arrives."""
+    arrive(attach(words), r, now)
+
+
+@kernel
+def last_token(words, r):
+    """The token of request ``r`` that the step in flight gives is its last (stop token or stop string)."""
+    stop(attach(words), r)
+
+
+@kernel
+def is_last_slice(words, i, l):
+    """Whether the prefill in flight on lane (i, l) is over once its slice of layers is."""
+    s = attach(words)
+    lane = s.lane[i, l]
+    return lane.layer_to == 0 or lane.layer_to >= s.profile[s.inst[i].profile].n_layers
+
+
+@kernel
+def finish_lane(words, i, l, now):
+    """The step of lane (i, l) ended: book it and leave the lane idle."""
+    s = attach(words)
+    lane = s.lane[i, l]
+    if lane.kind == _K_DECODE or lane.kind == _K_FUSED:
+        book_decode(s, i, l, 1, now - lane.start, 0, now, False)
+    if lane.kind == _K_PREFILL or lane.kind == _K_FUSED:
+        if lane.layer_to == 0 or lane.layer_to >= s.profile[s.inst[i].profile].n_layers:
+            queued = s.lists[queue_of(i), 2]
+            complete_prefill(s, i, l, now)
+            # Every prompt that is through makes room for one that was held.
+            wake_held(s, queued - s.lists[queue_of(i), 2])
+    lane.kind = _IDLE
+    s.inst[i].dirty = 1
+
+
+@kernel
+def finish_transfer(words, link, now):
+    """The transfer at the head of ``link`` arrived; returns whether the next one starts."""
+    s = attach(words)
+    transfer_done(s, link, now)
+    return _start_link(s, link)
+
+
+@kernel
+def finish_switch(words, i):
+    """Instance ``i`` serves in its new role from now on."""
+    end_role_change(attach(words), i)
+
+
+@kernel
+def end_control(words, now):
+    """A control interval ended."""
+    s = attach(words)
+    close_window(s, now)
+    open_control(s)
+
+
+@kernel
+def wake(words):
+    """Ask again for held requests, as many as ``hold_scan`` says."""
+    s = attach(words)
+    wake_held(s, s.cluster[0].hold_scan)
+
+
+@kernel
+def next_ended(words):
+    """The next ended request that a further turn follows, -1 when there is none."""
+    s = attach(words)
+    return pop_front(s.lists, s.req, ENDED)
+
+
+# -- what the surrogate never needs ------------------------------------------------------------------------
+
+
+@kernel
+def _leave_source(s, r):
+    """Take request ``r``, which waits outside the running set with its KV in place, off its blocks."""
+    i = s.req[r].inst
+    s.inst[i].held_tokens -= s.req[r].computed
+    release(s, r)
+    touch_pool(s, i)
+
+
+@kernel
+def _leave_running(s, i, r):
+    kept = 0
+    for slot in range(s.inst[i].run_n):
+        other = s.run[i, slot]
+        if other != r:
+            s.run[i, kept] = other
+            kept += 1
+    s.inst[i].run_n = kept
+    s.inst[i].run_ctx -= s.req[r].computed
+    for c in range(s.cluster[0].n_classes):
+        s.due[i, c] = _NEVER
+    for slot in range(kept):
+        note_due(s, i, s.run[i, slot])
+    release(s, r)
+    touch_pool(s, i)
+
+
+@kernel
+def _leave_link(s, r, link):
+    """Take request ``r`` off its link: its blocks at the receiver are given back."""
+    dest = s.req[r].dest
+    remove(s.lists, s.req, link_list(s.cluster[0].n_instances, link), r)
+    s.link[link].tokens -= s.req[r].computed - s.req[r].dst_cached
+    s.inst[dest].moving_n -= 1
+    s.inst[dest].inbound_tokens -= s.req[r].computed
+    release_chain(s, s.inst[dest].pool, s.req[r].dst_tail, s.req[r].dst_blocks)
+    s.req[r].dst_tail, s.req[r].dst_blocks = -1, 0
+    touch_pool(s, dest)
+    s.inst[s.req[r].inst].out_n -= 1
+    _leave_source(s, r)
+
+
+@kernel
+def _decoding(s, i):
+    """Whether a step with the running set of instance ``i`` is in flight."""
+    first, second = s.lane[i, 0].kind, s.lane[i, 1].kind
+    return first in (_K_FUSED, _K_DECODE) or second == _K_DECODE
+
+
+@kernel
+def abort(words, r, now):
+    """The client of request ``r`` is gone: give back every block it holds and end it as FAILED.
+
+    :return: False while a step or transfer in flight uses its blocks; ask again when that has ended
+    """
+    s = attach(words)
+    req = s.req[r]
+    i, state = req.inst, req.state
+    if state == _NEW or state >= _FINISHED:
+        return True
+    if state == _PREFILLING or (state == _RUNNING and _decoding(s, i)):
+        return False
+    if state == _PLACING:
+        remove(s.lists, s.req, PLACING, r)
+    elif state == _HELD:
+        remove(s.lists, s.req, HELD, r)
+    elif state == _WAITING:
+        remove(s.lists, s.req, queue_of(i), r)
+        s.inst[i].queue_tokens -= req.target - req.computed
+        s.inst[i].queue_work -= req.work
+        s.inst[i].dirty = 1
+        if req.blocks > 0:
+            s.inst[i].started_n -= 1
+            _leave_source(s, r)
+    elif state == _HANDOVER:
+        remove(s.lists, s.req, HANDOVER, r)
+        s.inst[i].out_n -= 1
+        _leave_source(s, r)
+    elif state == _INBOUND:
+        remove(s.lists, s.req, inbound_of(req.dest), r)
+        s.inst[req.dest].inbound_tokens -= req.computed
+        s.inst[req.dest].dirty = 1
+        s.inst[i].out_n -= 1
+        _leave_source(s, r)
+    elif state == _MOVING:
+        link = s.inst[req.dest].link
+        if s.link[link].busy == 1 and s.lists[link_list(s.cluster[0].n_instances, link), 0] == r:
+            return False
+        _leave_link(s, r, link)
+    elif state == _READY:
+        remove(s.lists, s.req, ready_of(i), r)
+        _leave_source(s, r)
+    else:
+        _leave_running(s, i, r)
+    end_request(s, r, now, _FAILED)
+    return True
+
+
+@kernel
+def fail_transfer(words, link, keep):
+    """The transfer at the head of ``link`` failed: its request starts over with a PLACE_PREFILL decision.
+
+    :param keep: the receiver's blocks may still be written to; they stay reserved for ``release_blocks``
+    :return: (last block and number of blocks kept, whether the next transfer starts)
+    """
+    s = attach(words)
+    r = s.lists[link_list(s.cluster[0].n_instances, link), 0]
+    req = s.req[r]
+    tail, blocks = np.int32(-1), np.int32(0)
+    if keep:
+        tail, blocks = req.dst_tail, req.dst_blocks
+        req.dst_tail, req.dst_blocks = -1, 0
+    _leave_link(s, r, link)
+    req.computed = 0
+    req.target = req.prompt + req.generated
+    req.n_preempt += 1
+    req.inst = -1
+    req.dest = -1
+    req.state = _PLACING
+    push_back(s.lists, s.req, PLACING, r)
+    s.link[link].busy = 0
+    return tail, blocks, _start_link(s, link)
+
+
+@kernel
+def release_blocks(words, i, tail, n):
+    """Give back a chain of ``n`` blocks of the pool of instance ``i`` that no request owns any more."""
+    s = attach(words)
+    release_chain(s, s.inst[i].pool, tail, n)
+    touch_pool(s, i)
+
+
+@kernel
+def request_role(words, i, role):
+    """Begin the change of instance ``i`` to ``role``, as a REALLOCATE answer would.
+
+    :return: False when another change is under way, or too few instances could prefill or decode afterwards
+    """
+    s = attach(words)
+    if s.cluster[0].moving_roles > 0 or (s.cluster[0].roles_allowed >> role) & 1 == 0:
+        return False
+    prefill, decode = 0, 0
+    for j in range(s.cluster[0].n_instances):
+        other = role if j == i else s.inst[j].role
+        prefill += 1 if other != _DECODE else 0
+        decode += 1 if other != _PREFILL else 0
+    if prefill < s.cluster[0].min_prefill or decode < s.cluster[0].min_decode:
+        return False
+    if s.inst[i].role != role:
+        begin_role_change(s, i, role)
+    return True
+
+
+# -- what a step consists of -------------------------------------------------------------------------------
+
+
+@kernel
+def _write_chain(s, base, tail, n, out):
+    """Block ids of a chain of ``n`` blocks, first block first, counted from ``base``."""
+    b = tail
+    for k in range(n - 1, -1, -1):
+        out[k] = b - base
+        b = s.block[b].parent
+
+
+@kernel
+def describe_step(words, i, l, request, start, n_tokens, sample, n_blocks, table):
+    """The sequences of the step that lane (i, l) starts: prompts first, then the running set.
+
+    :param request: out, int32 (S,): request slot; ``start`` int64 (S,): tokens whose KV exists; ``n_tokens``
+        int64 (S,): tokens to compute; ``sample`` uint8 (S,): the last of them gives a new token
+    :param n_blocks: out, int32 (S,); ``table`` int32 (S, W): block ids within the pool
+    :return: number of sequences
+    """
+    s = attach(words)
+    lane = s.lane[i, l]
+    base = s.pool[s.inst[i].pool].base
+    n = 0
+    for k in range(lane.n_prefills):
+        r = s.prefills[i, k]
+        request[n], start[n], n_tokens[n] = r, s.req[r].computed, s.req[r].sched
+        sample[n] = 1 if s.req[r].computed + s.req[r].sched >= s.req[r].target else 0
+        n += 1
+    if lane.kind != _K_PREFILL:
+        for slot in range(lane.bs):
+            r = s.run[i, slot]
+            request[n], start[n], n_tokens[n], sample[n] = r, s.req[r].computed, 1, 1
+            n += 1
+    for k in range(n):
+        r = request[k]
+        n_blocks[k] = s.req[r].blocks
+        _write_chain(s, base, s.req[r].tail, s.req[r].blocks, table[k])
+    return n
+
+
+@kernel
+def describe_transfer(words, link, source, target):
+    """The transfer at the head of ``link``: which blocks go where.
+
+    :param source: out, int32 (W,): block ids within the sender's pool; ``target`` within the receiver's
+    :return: (request, sending instance, receiving instance, number of blocks)
+    """
+    s = attach(words)
+    r = s.lists[link_list(s.cluster[0].n_instances, link), 0]
+    req = s.req[r]
+    size = s.cluster[0].block_tokens
+    _write_chain(s, s.pool[s.inst[req.inst].pool].base, req.tail, req.blocks, source)
+    _write_chain(s, s.pool[s.inst[req.dest].pool].base, req.dst_tail, req.dst_blocks, target)
+    skip = req.dst_cached // size
+    n = (req.computed + size - 1) // size - skip
+    for k in range(n):
+        source[k] = source[skip + k]
+        target[k] = target[skip + k]
+    return r, req.inst, req.dest, n
+
+
+@kernel
+def _mixed(h):
+    """splitmix64 finaliser (Steele et al. 2014)."""
+    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return h ^ (h >> np.uint64(31))
+
+
+@kernel
+def chain_hashes(tokens, size, salt, first, last, out):
+    """Chained prefix hashes of blocks [first, last) of ``tokens``: entry k stands for everything up to its end.
+
+    :param tokens: int64 (T,), T at least ``last * size``
+    :param salt: of this process, so that nobody outside can aim at a collision
+    :param out: uint64 (at least last,), in which entries below ``first`` are done already
+    """
+    for k in range(first, last):
+        h = out[k - 1] if k > 0 else salt
+        for j in range(k * size, (k + 1) * size):
+            h = _mixed(h + np.uint64(0x9E3779B97F4A7C15) * np.uint64(tokens[j] + 1))
+        out[k] = max(h, np.uint64(1))
+
+
+# -- how long things take by a profile ---------------------------------------------------------------------
+
+_profile_rows, _share_rows = make_rows(PROFILE, 1), make_rows(SHARE, 2)
+
+
+@kernel
+def step_ticks(words, truth, i, l):
+    """Ticks that the step of lane (i, l) takes by ``truth``, the addresses of PROFILE (N,) and SHARE (N, M)."""
+    s = attach(words)
+    lane = s.lane[i, l]
+    profile, share = _profile_rows(truth, 0)[i], _share_rows(truth, 1)[i, lane.share]
+    if lane.kind == _K_DECODE:
+        factor = share.corun_decode if lane.corun == 1 else 1.0
+        per_ctx, base = decode_line(profile, share, lane.bs, factor)
+        return max(per_ctx * lane.sum_ctx + base, 1)
+    prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
+    if lane.kind == _K_PREFILL:
+        if lane.layer_to > 0:
+            prefill *= (lane.layer_to - lane.layer_from) / profile.n_layers
+        if lane.corun == 1:
+            prefill *= share.corun_prefill
+        return max(to_ticks(prefill + profile.step_overhead_s), 1)
+    decode = decode_s(profile, share, lane.sum_ctx, lane.bs)
+    return max(to_ticks(prefill + decode - fused_shared_s(share, prefill, decode)), 1)
+
+
+@kernel
+def link_ticks(words, truth, link):
+    """Ticks that the transfer at the head of ``link`` takes."""
+    s = attach(words)
+    req = s.req[s.lists[link_list(s.cluster[0].n_instances, link), 0]]
+    profile = _profile_rows(truth, 0)[req.dest]
+    seconds = s.link[link].latency_s if s.link[link].latency_s >= 0.0 else profile.migrate_latency_s
+    if s.link[link].bytes_per_s > 0.0:
+        seconds += (req.computed - req.dst_cached) * profile.kv_bytes_per_token / s.link[link].bytes_per_s
+    return to_ticks(seconds)
+
+
+@kernel
+def switch_ticks(truth, i):
+    """Ticks that a role switch of instance ``i`` takes after its drain."""
+    return to_ticks(_profile_rows(truth, 0)[i].switch_s)

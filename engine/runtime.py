@@ -1,0 +1,188 @@
+"""The runtime: drives the scheduling core of one cluster, with any clock and with real or modelled instances.
+
+One loop, in one thread, is the only code that touches the cluster's state::
+
+    decide what is due → start what may start → hand out what came of it → wait for the next event → book it
+
+It is the surrogate's loop step by step (``env/surrogate.py``); with modelled instances and a virtual clock the
+timelines agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.clock import Clock, Slots
+from engine.core import live
+from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
+from engine.core.lists import HELD
+from engine.core.policy import Policy
+from engine.core.rows import addresses
+from engine.core.state import ClusterState
+
+__all__ = ["Instances", "Runtime", "safe_choice"]
+
+_log = logging.getLogger("slalom.runtime")
+
+
+class Instances(Protocol):
+    """What the runtime schedules for: it starts things here, and hears of their end from the clock."""
+
+    def start_lane(self, i: int, l: int) -> None:
+        """Run the step that is written in lane (i, l)."""
+        ...
+
+    def start_link(self, link: int) -> None:
+        """Move the KV of the request at the head of ``link``."""
+        ...
+
+    def start_switch(self, i: int) -> None:
+        """Change the role of the drained instance ``i``."""
+        ...
+
+    def lane_ends(self, i: int, l: int, outcome: Any) -> None:
+        """The step of lane (i, l) ended: book it with :meth:`Runtime.book_lane`."""
+        ...
+
+    def link_ends(self, link: int, outcome: Any) -> None:
+        """The transfer at the head of ``link`` ended: book it with :meth:`Runtime.book_transfer`."""
+        ...
+
+    def arrives(self, outcome: Any) -> None:
+        """Something came from outside: a request, for example."""
+        ...
+
+    def settled(self) -> None:
+        """Everything that follows from an event is under way: tell those who wait for it."""
+        ...
+
+    def is_over(self) -> bool:
+        """Whether the loop should end."""
+        ...
+
+
+def safe_choice(kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
+    """An answer that is never wrong: change nothing, or place where the fewest tokens wait."""
+    if kind in (Kind.REALLOCATE, Kind.TUNE):
+        return 0
+    instances = np.flatnonzero(mask[: len(mask) - 2])
+    if len(instances) == 0:
+        return int(np.flatnonzero(mask)[0])
+    return int(instances[candidates[instances, Col.OUTSTANDING].argmin()])
+
+
+class Runtime:
+    """:param state: the cluster; nobody else may write to it while the loop runs
+    :param policy: answers the decisions; what it gets wrong, :func:`safe_choice` answers instead
+    :param instances: where steps and transfers run
+    :param clock: shared with ``instances``, which set or post the ends of what they start
+    """
+
+    def __init__(self, state: ClusterState, policy: Policy, instances: Instances, clock: Clock) -> None:
+        n = len(state.inst)
+        self.state, self.instances, self.clock = state, instances, clock
+        self.slots = Slots(n, len(state.link))
+        self.words = addresses(state)
+        self.decisions: Counter[str] = Counter()  # by kind
+        self.fallbacks: Counter[str] = Counter()  # by reason
+        self._started = np.zeros(self.slots.control, np.int32)
+        rows = max_candidates(n)
+        self._context = np.zeros(N_CONTEXT)
+        self._candidates = np.zeros((rows, N_CANDIDATE))
+        self._mask = np.zeros(rows, np.uint8)
+        self.set_policy(policy)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Let ``policy`` answer from now on; it starts with fresh memory. Loop thread only."""
+        self.policy = policy
+        self._memory = policy.memory.copy()
+        self._needs = int(policy.needs) | int(Need.LOAD)
+
+    def run(self) -> None:
+        """Serve until ``instances.is_over()`` or, with a virtual clock, until nothing will happen any more."""
+        self.state.inst["dirty"] = 1
+        self.clock.at(self.slots.control, int(self.state.cluster[0]["control_ticks"]))
+        while True:
+            self._settle()
+            if self.instances.is_over():
+                return
+            event = self.clock.next()
+            if event is None:
+                return
+            self._handle(event.slot, event.outcome)
+
+    # -- after each event ----------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        now, hold = self.clock.now, self.slots.hold
+        self._decide(now)
+        for slot in self._started[: live.start_idle(self.words, now, self._started)].tolist():
+            self._start(slot)
+        self.instances.settled()
+        if self.state.lists[HELD, 2] > 0 and not self.clock.is_set(hold):
+            self.clock.at(hold, now + int(self.state.cluster[0]["hold_ticks"]))
+
+    def _start(self, slot: int) -> None:
+        if slot < self.slots.links:
+            self.instances.start_lane(slot // 2, slot % 2)
+        elif slot < self.slots.switches:
+            self.instances.start_link(slot - self.slots.links)
+        else:
+            self.instances.start_switch(slot - self.slots.switches)
+
+    def _decide(self, now: int) -> None:
+        """Ask the policy until nothing is left to decide."""
+        while True:
+            kind, subject, k = live.ask(self.words, now, self._needs, self._context, self._candidates, self._mask)
+            if kind < 0:
+                return
+            action = self._choose(kind, self._candidates[:k], self._mask[:k])
+            live.answer(self.words, kind, subject, action, now)
+            self.decisions[Kind(kind).name.lower()] += 1
+
+    def _choose(self, kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
+        policy = self.policy
+        try:
+            action = int(policy.decide(self._context, candidates, mask, policy.params, self._memory))
+        except Exception as error:  # a policy is somebody else's code
+            return self._fall_back("error", f"raised {error!r}", kind, candidates, mask)
+        if 0 <= action < len(mask) and mask[action]:
+            return action
+        return self._fall_back("invalid", f"answered {action}", kind, candidates, mask)
+
+    def _fall_back(self, reason: str, what: str, kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
+        if self.fallbacks[reason] == 0:
+            _log.warning("policy %s %s; answering for it (said once)", self.policy.name, what)
+        self.fallbacks[reason] += 1
+        return safe_choice(kind, candidates, mask)
+
+    # -- events --------------------------------------------------------------------------------------------
+
+    def _handle(self, slot: int, outcome: Any) -> None:
+        now, slots = self.clock.now, self.slots
+        if slot < slots.links:
+            self.instances.lane_ends(slot // 2, slot % 2, outcome)
+        elif slot < slots.switches:
+            self.instances.link_ends(slot - slots.links, outcome)
+        elif slot < slots.control:
+            live.finish_switch(self.words, slot - slots.switches)
+        elif slot == slots.control:
+            live.end_control(self.words, now)
+            self.clock.at(slots.control, now + int(self.state.cluster[0]["control_ticks"]))
+        elif slot == slots.hold:
+            live.wake(self.words)
+        else:
+            self.instances.arrives(outcome)
+
+    def book_lane(self, i: int, l: int) -> None:
+        """Book the step of lane (i, l) as done; the lane is idle then (for ``lane_ends``)."""
+        live.finish_lane(self.words, i, l, self.clock.now)
+
+    def book_transfer(self, link: int) -> None:
+        """Book the transfer at the head of ``link`` as done and start the next (for ``link_ends``)."""
+        if live.finish_transfer(self.words, link, self.clock.now):
+            self.instances.start_link(link)
