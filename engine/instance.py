@@ -1,0 +1,297 @@
+"""Instances that compute: a thread a lane, a thread a link, and the book of requests that they serve."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from engine.clock import WallClock
+from engine.core import live
+from engine.core.setup import blank_requests
+from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
+from engine.latency.evaluate import to_ticks
+from engine.model.kv import KVPool
+from engine.model.runner import ModelRunner
+from engine.request import ERROR, SHED, UNPLACEABLE, Delta, Request
+from engine.runner import LaneRunner, Step, StepResult, one_thread
+from engine.runtime import Runtime
+from engine.transfer import Mover, Transfer, TransferState, Transport
+
+__all__ = ["LiveInstances"]
+
+_log = logging.getLogger("slalom.instance")
+#: A request whose KV could not be moved this often ends with an error.
+_MOST_TRANSFER_FAILURES = 3
+
+
+class _Lane:
+    """A thread that runs the steps of one lane and reports their results."""
+
+    def __init__(self, name: str, runner: LaneRunner, report: Callable[[StepResult], None]) -> None:
+        self.runner = runner
+        self._report = report
+        self._inbox: queue.SimpleQueue[Step | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, step: Step) -> None:
+        self._inbox.put(step)
+
+    def stop(self, timeout_s: float) -> bool:
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        one_thread()
+        while (step := self._inbox.get()) is not None:
+            self._report(self.runner.run(step))
+
+
+class LiveInstances:
+    """Everything of a cluster that computes or copies. All methods but :meth:`stop` belong to the loop's thread.
+
+    :param runners: one for each instance; instances on one pool share its :class:`KVPool`
+    :param salt: of the prefix hashes
+    :param timeout_s: a transfer may take in each of its states
+    """
+
+    def __init__(
+        self,
+        state: ClusterState,
+        clock: WallClock,
+        runners: Sequence[ModelRunner],
+        transport: Transport,
+        *,
+        salt: int,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self._state, self._clock = state, clock
+        self._pools: list[KVPool] = [runner.pool for runner in runners]
+        slots = len(state.req)
+        self.requests: list[Request | None] = [None] * slots
+        self._free = list(range(slots - 1, -1, -1))
+        self._blank = blank_requests(1)
+        self._hash_room = len(state.hashes) // slots
+        self._salt = np.uint64(salt)
+        self._width = max(int(p["n_blocks"]) for p in state.pool)
+        self._steps: list[Step | None] = [None] * (2 * len(runners))
+        self._lanes = [self._lane(i, l, runner) for i, runner in enumerate(runners) for l in range(2)]
+        self._movers = [
+            Mover(f"link-{k}", transport, partial(clock.post, 2 * len(runners) + k)) for k in range(len(state.link))
+        ]
+        self._timeout = to_ticks(timeout_s)
+        self._moving: dict[int, tuple[Transfer, int]] = {}  # by link: what is on it, and whose KV (slot)
+        self._quarantine: dict[Transfer, tuple[int, int, int]] = {}  # lost ones: instance, last block, blocks
+        self._doomed: set[Request] = set()
+        self._deltas: list[tuple[Request, Delta]] = []
+        self._seen_done = 0
+        self.transfer_failures = 0
+        self.closing = False
+        self.after_step: Callable[[], None] = lambda: None
+        self.on_end: Callable[[Request, np.void, str], None] = lambda request, record, finish: None
+
+    def _lane(self, i: int, l: int, runner: ModelRunner) -> _Lane:
+        work = LaneRunner(runner, self._state, self.requests, self._width)
+        return _Lane(f"instance-{i}-lane-{l}", work, partial(self._clock.post, 2 * i + l))
+
+    def attach(self, runtime: Runtime) -> None:
+        self._runtime, self._words, self._slots = runtime, runtime.words, runtime.slots
+
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """End every thread, lanes first; False when one did not end in time. After the loop has ended."""
+        ended = [lane.stop(timeout_s) for lane in self._lanes] + [mover.stop(timeout_s) for mover in self._movers]
+        return all(ended)
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def arrives(self, outcome: Callable[[], Any]) -> None:
+        """Carry out what another thread asked for."""
+        outcome()
+
+    def admit(self, request: Request) -> None:
+        """Give a new request a slot and let it arrive; there must be a free one."""
+        if request.doomed is not None:
+            self._tell_end(request, request.doomed)
+            return
+        r = request.slot = self._free.pop()
+        self.requests[r] = request
+        self._state.req[r : r + 1] = self._blank
+        record = self._state.req[r]
+        record["prompt"], record["output"] = request.n_prompt, request.params.max_tokens
+        record["cls"], record["ttft_slo"], record["tpot_slo"] = request.cls, request.ttft_slo, request.tpot_slo
+        record["hash_off"] = r * self._hash_room
+        self._hash(request, request.n_prompt)
+        live.begin(self._words, r, request.arrival)
+
+    def doom(self, request: Request, reason: str) -> None:
+        """End ``request`` from outside: at once, or when what is in flight with it has ended."""
+        if request.ended or request.doomed is not None:
+            return
+        request.doomed = reason
+        if request.slot >= 0:
+            self._doomed.add(request)
+            self._sweep()
+
+    def doom_all(self, reason: str) -> None:
+        """:meth:`doom` every request that is here."""
+        for request in [r for r in self.requests if r is not None]:
+            self.doom(request, reason)
+
+    def _sweep(self) -> None:
+        """End the doomed that nothing in flight holds any more."""
+        for request in list(self._doomed):
+            if live.abort(self._words, request.slot, self._clock.now):
+                self._doomed.remove(request)
+
+    def _hash(self, request: Request, tokens: int) -> None:
+        """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
+        size = int(self._state.cluster[0]["hash_tokens"])
+        if size == 0:
+            return
+        record = self._state.req[request.slot]
+        first, last = int(record["hash_n"]), tokens // size
+        if last > first:
+            begin = request.slot * self._hash_room
+            room = self._state.hashes[begin : begin + self._hash_room]
+            live.chain_hashes(request.tokens, size, self._salt, first, last, room)
+            record["hash_n"] = last
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def start_lane(self, i: int, l: int) -> None:
+        lane = self._lanes[2 * i + l]
+        step = lane.runner.describe(self._words, i, l)
+        self._steps[2 * i + l] = step
+        lane.run(step)
+
+    def lane_ends(self, i: int, l: int, outcome: StepResult) -> None:
+        step = self._steps[2 * i + l]
+        assert step is not None
+        if outcome.error is not None:
+            self._fail(step, outcome.error)
+        for request, delta in outcome.deltas:
+            self._hash(request, request.n_tokens - 1)
+            if delta.finish is not None:
+                live.last_token(self._words, request.slot)
+        self._deltas.extend(outcome.deltas)
+        self._runtime.book_lane(i, l)
+        self._sweep()
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        """A step failed: its requests end, and what it wrote is never found in the prefix cache."""
+        _log.error("a step of %d requests failed", len(step.requests), exc_info=error)
+        for request in step.requests:
+            self._state.req[request.slot]["hash_n"] = 0
+            if request.doomed is None:
+                request.doomed = ERROR
+                self._doomed.add(request)
+
+    # -- transfers -----------------------------------------------------------------------------------------
+
+    def start_link(self, link: int) -> None:
+        source, target = np.zeros(self._width, np.int32), np.zeros(self._width, np.int32)
+        r, sender, receiver, n = live.describe_transfer(self._words, link, source, target)
+        pairs = list(zip(source[:n].tolist(), target[:n].tolist(), strict=True))
+        transfer = Transfer(self._pools[sender], self._pools[receiver], pairs)
+        self._moving[link] = (transfer, r)
+        self._clock.at(self._slots.links + link, self._clock.now + self._timeout)
+        self._movers[link].fetch(transfer)
+
+    def link_ends(self, link: int, outcome: Transfer | None) -> None:
+        """``outcome``: the transfer that ended; None when the time of the present one is up."""
+        if outcome in self._quarantine:
+            instance, tail, n = self._quarantine.pop(outcome)
+            live.release_blocks(self._words, instance, tail, n)
+            return
+        transfer, r = self._moving.get(link, (None, -1))
+        if transfer is None or outcome not in (None, transfer):
+            return
+        state = transfer.timed_out() if outcome is None else transfer.state
+        slot = self._slots.links + link
+        if state == TransferState.CANCELLING:
+            self._clock.at(slot, self._clock.now + self._timeout)
+            return
+        if outcome is None and state == TransferState.DONE:
+            return  # it ended just now, and its report is on the way
+        self._clock.at(slot, NEVER)
+        del self._moving[link]
+        if state == TransferState.DONE:
+            self._runtime.book_transfer(link)
+        else:
+            self._recompute(link, r, transfer, state == TransferState.LOST)
+        self._sweep()
+
+    def _recompute(self, link: int, r: int, transfer: Transfer, lost: bool) -> None:
+        receiver = int(self._state.req[r]["dest"])
+        tail, n, starts = live.fail_transfer(self._words, link, lost)
+        if lost:
+            self._quarantine[transfer] = (receiver, tail, n)
+        self.transfer_failures += 1
+        request = self.requests[r]
+        assert request is not None
+        request.transfer_failures += 1
+        _log.warning(
+            "KV transfer to instance %d %s: %s",
+            receiver, "lost" if lost else "failed", transfer.error or "timeout",
+        )  # fmt: skip
+        if starts:
+            self.start_link(link)
+        if request.transfer_failures >= _MOST_TRANSFER_FAILURES:
+            self.doom(request, ERROR)
+
+    def start_switch(self, i: int) -> None:
+        """Lanes and pools serve any role, so a drained instance has nothing left to do."""
+        self._clock.post(self._slots.switches + i)
+
+    # -- what callers hear ---------------------------------------------------------------------------------
+
+    def settled(self) -> None:
+        for request, delta in self._deltas:
+            if request.doomed is None:
+                request.sink(delta)
+        self._deltas.clear()
+        done = int(self._state.cluster[0]["n_done"])
+        if done != self._seen_done:
+            self._seen_done = done
+            self._part_with_ended()
+        self.after_step()
+
+    def _part_with_ended(self) -> None:
+        """Tell the callers of requests that ended, and free their slots."""
+        ended = np.flatnonzero(self._state.req["state"] >= RequestState.FINISHED).tolist()
+        for r in ended:
+            request, record = self.requests[r], self._state.req[r]
+            if request is None:
+                continue
+            finish = ""  # its last token has said it
+            if request.doomed is not None:
+                finish = request.doomed
+            elif record["state"] == RequestState.SHED:
+                finish = SHED
+            elif record["state"] == RequestState.FAILED:
+                finish = UNPLACEABLE
+            request.cached_tokens = int(record["cached"])
+            self.on_end(request, record, finish)
+            self.requests[r] = None
+            self._doomed.discard(request)
+            self._free.append(r)
+            self._state.req[r : r + 1] = self._blank
+            self._tell_end(request, finish)
+
+    def _tell_end(self, request: Request, finish: str) -> None:
+        request.ended = True
+        if finish:
+            request.sink(Delta(None, "", finish))
+
+    def is_over(self) -> bool:
+        """Closed, and nothing is left to do."""
+        cluster = self._state.cluster[0]
+        idle = bool((self._state.lane["kind"] == LaneKind.IDLE).all())
+        return self.closing and bool(cluster["n_done"] == cluster["n_sent"]) and idle and not self._moving

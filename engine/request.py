@@ -1,0 +1,82 @@
+"""A request as the live engine sees it: its tokens, what is made of them, and who listens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.model.sampling import SamplingParams
+from engine.model.stopping import Finish, Generation
+from engine.model.tokenizer import Tokenizer
+
+__all__ = ["ABORT", "ERROR", "SHED", "UNPLACEABLE", "Delta", "Request"]
+
+#: Ends of a request beside the model's own (:class:`engine.model.Finish`).
+ABORT = "abort"  # the client is gone, or the engine shut down
+ERROR = "error"  # a step or its transfers failed
+SHED = "shed"  # the policy refused it
+UNPLACEABLE = "unplaceable"  # no instance could ever hold it
+
+_numbers = itertools.count(1)
+
+
+class Delta(NamedTuple):
+    """What became of a request since the last one.
+
+    :param token: its new token; None when it ended without one
+    :param text: text that is now certain (may lag behind the tokens, and may be empty)
+    :param finish: why it ended, None while it goes on
+    """
+
+    token: int | None
+    text: str
+    finish: str | None
+
+
+class Request:
+    """:param prompt: token ids
+    :param params: ``max_tokens`` is cut to what the engine can hold
+    :param sink: receives every :class:`Delta`, in the engine's thread; must not block
+    :param cls: SLO class
+    :param ttft_slo: own TTFT target in ticks, 0 for that of the class; ``tpot_slo`` likewise
+    """
+
+    def __init__(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        sink: Callable[[Delta], None],
+        *,
+        cls: int = 0,
+        ttft_slo: int = 0,
+        tpot_slo: int = 0,
+    ) -> None:
+        self.number = next(_numbers)
+        self.params, self.sink, self.cls = params, sink, cls
+        self.ttft_slo, self.tpot_slo = ttft_slo, tpot_slo
+        self.n_prompt = self.n_tokens = len(prompt)
+        self.tokens = np.zeros(len(prompt) + params.max_tokens, np.int64)
+        self.tokens[: len(prompt)] = prompt
+        self.arrival = 0  # ticks, when it was handed in
+        self.slot = -1  # its record in the cluster while it is there
+        self.doomed: str | None = None  # why it is being ended from outside
+        self.transfer_failures = 0
+        self.cached_tokens = 0  # of the prompt, found in the prefix cache
+        self.ended = False
+        self._generation = Generation(params, tokenizer)
+
+    @property
+    def n_generated(self) -> int:
+        return self.n_tokens - self.n_prompt
+
+    def push(self, token: int) -> Delta:
+        """Take the next sampled token. Only the lane that runs the request calls this."""
+        text = self._generation.push(token)
+        self.tokens[self.n_tokens] = token
+        self.n_tokens += 1
+        finish: Finish | None = self._generation.finish
+        return Delta(token, text, None if finish is None else str(finish))

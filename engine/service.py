@@ -1,0 +1,341 @@
+"""The engine as a whole: a model on its instances, behind a door that any thread may use."""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from engine.clock import WallClock
+from engine.core import live
+from engine.core.policy import Policy
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
+from engine.core.state import Batching, ClusterState, Role
+from engine.errors import SlalomError
+from engine.instance import LiveInstances
+from engine.integrity import faults
+from engine.latency.evaluate import to_ticks
+from engine.model.kv import KVPool
+from engine.model.llama import Llama
+from engine.model.runner import ModelRunner
+from engine.model.sampling import SamplingParams
+from engine.model.tokenizer import Tokenizer
+from engine.request import ABORT, ERROR, Delta, Request
+from engine.runtime import Runtime
+from engine.transfer import CopyTransport, Transport
+
+__all__ = ["Engine", "Overloaded", "Unavailable", "build_state"]
+
+_log = logging.getLogger("slalom.engine")
+T = TypeVar("T")
+
+
+class Overloaded(RuntimeError):
+    """Every request slot is taken: try again later."""
+
+
+class Unavailable(RuntimeError):
+    """The engine is shutting down, or has stopped."""
+
+
+def build_state(
+    specs: Sequence[InstanceSpec],
+    profile: np.ndarray,
+    share: np.ndarray,
+    *,
+    classes: Sequence[SloClass],
+    options: ClusterOptions | None = None,
+    links: Sequence[LinkSpec] = (LinkSpec(),),
+    max_requests: int = 1024,
+    prefix_cache: bool = True,
+) -> ClusterState:
+    """The cluster of a live engine: ``max_requests`` slots, each with room for the hashes of its blocks.
+
+    :raises SlalomError: as :func:`engine.core.setup.new_cluster`
+    """
+    options = options or ClusterOptions()
+    size = options.block_tokens
+    options = replace(options, hash_tokens=size if prefix_cache else 0)
+    room = max(spec.kv_tokens for spec in specs) // size + 1
+    return new_cluster(
+        specs,
+        profile,
+        share,
+        classes=classes,
+        options=options,
+        links=links,
+        n_requests=max_requests,
+        hashes=np.zeros(max_requests * room, np.uint64) if prefix_cache else None,
+    )
+
+
+class Engine:
+    """Serves requests until :meth:`close`. Every method may be called from any thread.
+
+    :param state: an idle cluster, see :func:`build_state`
+    :param policy: answers its decisions
+    :param max_tokens: tokens of the longest request, prompt and answer (at most what model and pools hold)
+    :param transfer_timeout_s: a KV transfer may take in each of its states
+    :raises SlalomError: the cluster asks for what this device or model cannot do
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        state: ClusterState,
+        policy: Policy,
+        *,
+        max_tokens: int | None = None,
+        transport: Transport | None = None,
+        transfer_timeout_s: float = 10.0,
+    ) -> None:
+        _check_device(model, state)
+        self.tokenizer, self.state, self.clock = tokenizer, state, WallClock()
+        size = int(state.cluster[0]["block_tokens"])
+        config, weights = model.config, model.embed.weight
+        pools = [
+            KVPool(config, blocks=int(p["n_blocks"]), block_tokens=size, dtype=weights.dtype, device=weights.device)
+            for p in state.pool
+        ]
+        room = min(int(p["n_blocks"]) for p in state.pool) * size - 1
+        self.max_tokens = min(room, config.max_tokens, max_tokens or room)
+        self.vocab_size = config.vocab
+        self.instances = LiveInstances(
+            state,
+            self.clock,
+            [ModelRunner(model, pools[i["pool"]], eos_ids=tokenizer.eos_ids) for i in state.inst],
+            transport or CopyTransport(),
+            salt=secrets.randbits(63),
+            timeout_s=transfer_timeout_s,
+        )
+        self.runtime = Runtime(state, policy, self.instances, self.clock)
+        self.instances.attach(self.runtime)
+        self._lock = threading.Lock()
+        self._open = 0
+        self._none_open = threading.Condition(self._lock)
+        self._accepting = True
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def start(self) -> Engine:
+        """Begin to serve."""
+        self._thread.start()
+        return self
+
+    @property
+    def accepting(self) -> bool:
+        """Whether a new request would be taken."""
+        return self._accepting and self.failure is None
+
+    @property
+    def n_open(self) -> int:
+        """Requests handed in and not yet ended."""
+        return self._open
+
+    def drain(self) -> None:
+        """Take no new request; those that are here go on."""
+        self._accepting = False
+
+    def undrain(self) -> None:
+        """Take requests again after :meth:`drain`."""
+        self._accepting = True
+
+    def close(self, timeout_s: float = 30.0) -> bool:
+        """Shut down, in this order:
+
+        1. no new request is taken;
+        2. those that are here get ``timeout_s`` seconds to end, then they are aborted;
+        3. the scheduler's loop ends, once no lane and no link is busy;
+        4. the lanes' threads end, then the links'.
+
+        :return: False when a thread hangs (it is a daemon, so the process can still exit)
+        """
+        self.drain()
+        with self._none_open:
+            self._none_open.wait_for(lambda: self._open == 0 or self.failure is not None, timeout_s)
+
+        def last_call() -> None:
+            self.instances.doom_all(ABORT)
+            self.instances.closing = True
+
+        if self._thread.is_alive():
+            self.clock.post(self.runtime.slots.arrival, last_call)
+            self._thread.join(5.0 + timeout_s)
+        return self.instances.stop() and not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        try:
+            self.runtime.run()
+        except BaseException as error:  # a fault of ours: nobody may wait for ever
+            self.failure = error
+            _log.critical("the scheduler stopped", exc_info=error)
+            for request in self.instances.requests:
+                if request is not None:
+                    request.sink(Delta(None, "", ERROR))
+            self.instances.after_step()
+            with self._none_open:
+                self._none_open.notify_all()
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        sink: Callable[[Delta], None],
+        *,
+        cls: int = 0,
+        ttft_s: float | None = None,
+        tpot_s: float | None = None,
+    ) -> Request:
+        """Hand in a request. ``sink`` hears of every token and of the end, in the scheduler's thread.
+
+        :param ttft_s: own target, that of the class if not given; ``tpot_s`` likewise
+        :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; a bad class or target
+        :raises Overloaded: all slots are taken
+        :raises Unavailable: draining, closed or broken
+        """
+        tokens = list(prompt)
+        if not tokens:
+            raise SlalomError("prompt", tokens, "give at least one token")
+        if len(tokens) >= self.max_tokens:
+            fix = f"prompt and answer together may have {self.max_tokens} tokens here"
+            raise SlalomError("prompt", f"{len(tokens)} tokens", fix)
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise SlalomError("prompt", "unknown token id", f"ids go from 0 to {self.vocab_size - 1}")
+        if not 0 <= cls < len(self.state.cls):
+            raise SlalomError("class", cls, f"classes go from 0 to {len(self.state.cls) - 1}")
+        room = min(params.max_tokens, self.max_tokens - len(tokens))
+        params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+        request = Request(
+            tokens,
+            params,
+            self.tokenizer,
+            self._counted(sink),
+            cls=cls,
+            ttft_slo=_target("ttft", ttft_s),
+            tpot_slo=_target("tpot", tpot_s),
+        )
+        with self._lock:
+            if not self.accepting:
+                raise Unavailable("the engine is shutting down" if self.failure is None else "the engine failed")
+            if self._open >= len(self.state.req):
+                raise Overloaded(f"{self._open} requests are open")
+            self._open += 1
+        request.arrival = self.clock.read()
+        self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
+        return request
+
+    def _counted(self, sink: Callable[[Delta], None]) -> Callable[[Delta], None]:
+        """``sink``, and one open request less at the end."""
+
+        def counted(delta: Delta) -> None:
+            sink(delta)
+            if delta.finish is not None:
+                with self._none_open:
+                    self._open -= 1
+                    if self._open == 0:
+                        self._none_open.notify_all()
+
+        return counted
+
+    def abort(self, request: Request) -> None:
+        """The caller is gone; the request's blocks are free at once, or when the step in flight has ended."""
+        self.clock.post(self.runtime.slots.arrival, partial(self.instances.doom, request, ABORT))
+
+    # -- administration ------------------------------------------------------------------------------------------
+
+    def call(self, function: Callable[[], T], timeout_s: float = 10.0) -> T:
+        """Run ``function`` in the scheduler's thread, where the state is at rest, and return what it returns.
+
+        :raises Unavailable: the scheduler does not run, or did not answer in time
+        """
+        if not self._thread.is_alive():
+            raise Unavailable("the engine is not running")
+        future: Future[T] = Future()
+
+        def carry_out() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self.clock.post(self.runtime.slots.arrival, carry_out)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError as error:
+            raise Unavailable("the engine did not answer in time") from error
+
+    def set_policy(self, policy: Policy) -> None:
+        """Let ``policy`` decide from now on."""
+        self.call(lambda: self.runtime.set_policy(policy))
+
+    def set_role(self, instance: int, role: Role) -> None:
+        """Drain ``instance`` and give it ``role``; returns once the change has begun.
+
+        :raises SlalomError: no such instance, a change under way, or too few instances left for a phase
+        """
+        if not 0 <= instance < len(self.state.inst):
+            raise SlalomError("instance", instance, f"instances go from 0 to {len(self.state.inst) - 1}")
+        if not self.call(lambda: bool(live.request_role(self.runtime.words, instance, int(role)))):
+            fix = "wait for the change under way, and leave enough instances to prefill and to decode"
+            raise SlalomError("role", role.name.lower(), fix)
+
+    def integrity_faults(self) -> list[str]:
+        """What is wrong with the books of an idle engine; empty when all is well, or something is being served."""
+
+        def check() -> list[str]:
+            return faults(self.state)
+
+        return self.call(check) if self._thread.is_alive() else check()
+
+    def generate(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> list[int]:
+        """Serve one request and wait for its tokens. ``options`` as :meth:`submit`."""
+        tokens: list[int] = []
+        done = threading.Event()
+
+        def sink(delta: Delta) -> None:
+            if delta.token is not None:
+                tokens.append(delta.token)
+            if delta.finish is not None:
+                done.set()
+
+        self.submit(prompt, params, sink, **options)
+        done.wait()
+        return tokens
+
+
+def _target(name: str, seconds: float | None) -> int:
+    """A target in ticks, 0 when there is none."""
+    if seconds is None:
+        return 0
+    if not (math.isfinite(seconds) and 0.0 < seconds <= 86400.0):
+        raise SlalomError(f"{name} target", seconds, "give a positive number of seconds, at most a day")
+    return int(to_ticks(seconds))
+
+
+def _check_device(model: Llama, state: ClusterState) -> None:
+    """Refuse what could only be served by pretending."""
+    device = model.embed.weight.device.type
+    layers = model.config.n_layers
+    for k, instance in enumerate(state.inst):
+        profile = state.profile[instance["profile"]]
+        multiplexed = instance["role"] == Role.MULTIPLEXED
+        may = multiplexed or (state.cluster[0]["ask_realloc"] and state.cluster[0]["roles_allowed"] >> 3 & 1)
+        if device == "cpu" and may and profile["n_shares"] > 1:
+            fix = "a CPU has no SM partitions; use a profile with one share, or another role"
+            raise SlalomError(f"instances[{k}].role", "multiplexed", fix)
+        if multiplexed and instance["batching"] == Batching.LAYERED and profile["n_layers"] != layers:
+            fix = f"the model has {layers} layers; slices need a profile of this model"
+            raise SlalomError(f"instances[{k}].profile", f"{profile['n_layers']} layers", fix)
