@@ -1,0 +1,75 @@
+"""Where the instances of a published system come from: the scenario's roles, or a split of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.core.policy import InstancePlan
+from engine.core.state import Role
+from policies.arrangement import all_mixed, prefill_decode_split
+from policies.rule import Param, Value, Values
+from policies.setting import Setting
+
+__all__ = ["ROUTER_PARAMS", "router_layout", "split_layout", "split_params"]
+
+Arrange = Callable[[Values, Setting], list[InstancePlan] | None]
+
+
+def split_params(prefill_tokens: int | None = 2048) -> tuple[Param, ...]:
+    """Parameters of :func:`split_layout`.
+
+    :param prefill_tokens: default of the token budget of a prefill batch; None: the system batches one by one
+    """
+    params = (
+        Param(
+            "layout",
+            default="scenario",
+            choices=("scenario", "split"),
+            doc="roles as the scenario starts them where all are prefill or decode; else prefill_fraction",
+        ),
+        Param("prefill_fraction", 0.0, 1.0, 0.5, doc="share of instances that prefill (each side at least 1)"),
+    )
+    if prefill_tokens is None:
+        return params
+    doc = "L_m: tokens of one prefill batch; a longer prompt runs alone"
+    return (*params, Param("prefill_tokens", 256, 16384, prefill_tokens, log=True, integer=True, doc=doc))
+
+
+def split_layout(rule: str, order: int = 0, prefill_tokens: int = 1) -> Arrange:
+    """Prefill and decode instances; the scenario's own split where it has one.
+
+    :param order: of the prefill queue, see :class:`engine.core.policy.InstancePlan`
+    :param prefill_tokens: batch budget of a rule without that parameter (1: one prompt at a time)
+    """
+
+    def arrange(values: Values, setting: Setting) -> list[InstancePlan]:
+        budget = int(values.get("prefill_tokens", prefill_tokens))
+        split = prefill_decode_split(setting, float(values["prefill_fraction"]), budget, rule)
+        roles = [plan.role for plan in split]
+        if values["layout"] == "scenario" and set(setting.roles) == {Role.PREFILL, Role.DECODE}:
+            roles = list(setting.roles)
+        return [InstancePlan(role=role, prefill_tokens=budget, order=order) for role in roles]
+
+    return arrange
+
+
+_LAYOUTS: tuple[Value, ...] = ("scenario", "mixed", "split")
+ROUTER_PARAMS = (
+    Param("layout", default="scenario", choices=_LAYOUTS, doc="instances behind the router"),
+    Param("prefill_fraction", 0.0, 1.0, 0.5, doc="share that prefills, for layout=split"),
+    Param("chunk_tokens", 64, 8192, 512, log=True, integer=True, doc="step budget, for mixed and split"),
+)
+
+
+def router_layout(rule: str) -> Arrange:
+    """What a router finds behind it: the scenario as it is, every instance mixed, or a split."""
+
+    def arrange(values: Values, setting: Setting) -> list[InstancePlan] | None:
+        if values["layout"] == "mixed":
+            return all_mixed(setting, int(values["chunk_tokens"]))
+        if values["layout"] == "split":
+            fraction, budget = float(values["prefill_fraction"]), int(values["chunk_tokens"])
+            return prefill_decode_split(setting, fraction, budget, rule)
+        return None
+
+    return arrange
