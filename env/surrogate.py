@@ -523,6 +523,16 @@ def _process(s, q, slot):
 
 
 @kernel
+def _cut(s, q):
+    """The horizon is reached: book the decode steps that ended by then."""
+    q.sim[0].now = s.cluster[0].horizon_ticks
+    q.sim[0].slot = q.sim[0].slots
+    for i in range(s.cluster[0].n_instances):
+        _settle_lane(s, q, i, 0, False)
+        _settle_lane(s, q, i, 1, False)
+
+
+@kernel
 def advance(s, q):
     """Run until a decision is due.
 
@@ -544,6 +554,8 @@ def advance(s, q):
         done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots - 1] == _NEVER
         slot = q.tree[1]
         if done or q.when[slot] > s.cluster[0].horizon_ticks:
+            if not done:
+                _cut(s, q)
             q.sim[0].kind = -1
             return np.int32(-1)
         q.sim[0].now = q.when[slot]

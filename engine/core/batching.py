@@ -173,6 +173,7 @@ def _secure_decode(s, i, now):
     size = s.cluster[0].block_tokens
     p = s.inst[i].pool
     before = s.inst[i].run_n
+    freed = False
     slot = 0
     while slot < s.inst[i].run_n:
         r = s.run[i, slot]
@@ -180,6 +181,7 @@ def _secure_decode(s, i, now):
             slot += 1
             continue
         while s.pool[p].free == 0:
+            freed = True
             victim = _partly_prefilled(s, i)
             if victim < 0:
                 victim = s.run[i, s.inst[i].run_n - 1]
@@ -199,6 +201,7 @@ def _secure_decode(s, i, now):
         slot += 1
     if s.inst[i].run_n < before:
         _recount_due(s, i)
+    if freed:
         # The blocks given up may let a prompt start: the queue was looked at before, or on the other lane.
         touch_pool(s, i)
 
