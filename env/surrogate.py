@@ -27,7 +27,7 @@ from engine.core.lifecycle import (
     wake_held,
 )
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
-from engine.core.rows import addresses, make_rows
+from engine.core.rows import addresses, make_attach
 from engine.core.slo import seal
 from engine.core.state import ClusterState, LaneKind, RequestState, Role, attach
 from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
@@ -139,30 +139,25 @@ def new_sim(
     return result
 
 
-_sim_rows, _clock_rows = make_rows(SIM, 1), make_rows(CLOCK, 2)
-_i8, _i4, _u1 = make_rows(np.int64, 1), make_rows(np.int32, 1), make_rows(np.uint8, 1)
-_f8, _f8_table = make_rows(np.float64, 1), make_rows(np.float64, 2)
-_profile_rows, _share_rows = make_rows(PROFILE, 1), make_rows(SHARE, 2)
-
-
-@kernel(forceinline=True)
-def attach_sim(words):
-    """The simulated clock behind an address vector, for use inside kernels."""
-    return Sim(
-        _sim_rows(words, 0),
-        _clock_rows(words, 1),
-        _i8(words, 2),
-        _i4(words, 3),
-        _i8(words, 4),
-        _i4(words, 5),
-        _i8(words, 6),
-        _i4(words, 7),
-        _profile_rows(words, 8),
-        _share_rows(words, 9),
-        _f8(words, 10),
-        _f8_table(words, 11),
-        _u1(words, 12),
-    )
+#: The simulated clock behind an address vector, for use inside kernels.
+attach_sim = make_attach(
+    "Sim",
+    [
+        ("sim", SIM, 1),
+        ("clock", CLOCK, 2),
+        ("when", np.int64, 1),
+        ("tree", np.int32, 1),
+        ("heap_t", np.int64, 1),
+        ("heap_r", np.int32, 1),
+        ("due_t", np.int64, 1),
+        ("due_r", np.int32, 1),
+        ("true_profile", PROFILE, 1),
+        ("true_share", SHARE, 2),
+        ("context", np.float64, 1),
+        ("candidates", np.float64, 2),
+        ("mask", np.uint8, 1),
+    ],
+)
 
 
 @kernel(forceinline=True)
@@ -185,7 +180,11 @@ def _set(q, slot, t):
     q.when[slot] = t
     k = (q.sim[0].size + slot) // 2
     while k >= 1:
-        q.tree[k] = _earlier(q.when, q.tree[2 * k], q.tree[2 * k + 1])
+        before = q.tree[k]
+        now = _earlier(q.when, q.tree[2 * k], q.tree[2 * k + 1])
+        q.tree[k] = now
+        if now == before and now != slot:
+            break
         k //= 2
 
 
@@ -350,6 +349,8 @@ def _kick(s, q, i):
                 if l == 0:
                     _settle_lane(s, q, i, 1, True)
                 _start_lane(s, q, i, l)
+            else:
+                _set(q, 2 * i + l, _NEVER)
 
 
 @kernel
@@ -383,7 +384,6 @@ def _lane_event(s, q, i, l):
             wake_held(s, queued - s.lists[queue_of(i), 2])
     lane.kind = _IDLE
     s.inst[i].dirty = 1
-    _set(q, 2 * i + l, _NEVER)
 
 
 @kernel

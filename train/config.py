@@ -29,16 +29,17 @@ class TrainConfig(BaseModel):
     final_share: float = Field(0.12, ge=0, le=0.5, description="share of a wall-time budget for selection")
 
     # -- rollouts
-    n_envs: int = Field(128, ge=1, description="environments stepped together")
-    groups: int = Field(16, ge=1, description="groups of environments that share an arrival trace")
+    n_envs: int = Field(64, ge=1, description="environments stepped together")
+    groups: int = Field(8, ge=1, description="groups of environments that share an arrival trace")
     n_requests: int = Field(3000, ge=10, description="requests of one training episode")
-    n_steps: int = Field(128, ge=2, description="decisions of each environment between two updates")
-    load_low: float = Field(0.8, gt=0, description="least training load, times the base rule's goodput")
-    load_high: float = Field(1.25, gt=0, description="greatest training load, times the base rule's goodput")
+    n_steps: int = Field(256, ge=2, description="decisions of each environment between two updates")
+    load_low: float = Field(0.9, gt=0, description="least training load, times the base rule's goodput")
+    load_high: float = Field(1.1, gt=0, description="greatest training load, times the base rule's goodput")
     workers: int = Field(0, ge=0, description="rollout processes; 0 collects in this process")
 
     # -- network
     hidden: int = Field(32, ge=4, le=512, multiple_of=4, description="width of the shared encoder")
+    base_scale: float = Field(2.0, gt=0, description="logits per unit of the base rule's cost at the start")
 
     # -- PPO
     learning_rate: float = Field(1e-3, gt=0)
@@ -46,9 +47,9 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(4096, ge=2, description="frames of a minibatch")
     n_epochs: int = Field(2, ge=1, description="passes over a rollout")
     clip_range: float = Field(0.2, gt=0, lt=1)
-    horizon_s: float = Field(20.0, gt=0, description="simulated seconds over which rewards are discounted by e")
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    ent_coef: float = Field(3e-3, ge=0, description="entropy bonus at the start")
+    horizon_s: float = Field(10.0, gt=0, description="simulated seconds over which rewards are discounted by e")
+    gae_lambda: float = Field(0.99, ge=0, le=1)
+    ent_coef: float = Field(1e-3, ge=0, description="entropy bonus at the start")
     ent_coef_final: float = Field(0.0, ge=0, description="reached linearly at the end of the budget")
     vf_coef: float = Field(0.5, ge=0)
     max_grad_norm: float = Field(0.5, gt=0)

@@ -38,7 +38,7 @@ class Publisher:
     def new_network(self) -> ScoringNetwork:
         """An untrained network: its decisions are the base rule's."""
         values = registry.get(self.base.rule).values(self.base.values)
-        return ScoringNetwork(linear_score.weights(values), hidden=self.config.hidden)
+        return ScoringNetwork(linear_score.weights(values), hidden=self.config.hidden, scale=self.config.base_scale)
 
     def rule(self, folder: Path, evaluation: Sequence[dict[str, Any]] = ()) -> None:
         """The base rule as a checkpoint."""

@@ -576,6 +576,5 @@ def plan_lane(s, i, l, now):
     else:
         _plan_multiplexed(s, i, l, now)
     if s.lane[i, l].kind != _IDLE:
-        s.lane[i, l].predicted = to_ticks(predict_step(s, i, l))
         s.inst[i].steps += 1
         s.cluster[0].steps += 1

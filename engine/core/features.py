@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import prefill_share, tightest_tpot_s, whole_device
+from engine.core.batching import predict_step, prefill_share, tightest_tpot_s, whole_device
 from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.jit import kernel
 from engine.core.kv import find_prefix
@@ -67,10 +67,11 @@ def _residual_s(s, i, now):
     if lane.kind == _K_DECODE:
         p = s.inst[i].profile
         return 0.5 * decode_s(s.profile[p], s.share[p, lane.share], _running_ctx(s, i), lane.bs)
-    rest = max(lane.start + lane.predicted - now, 0) * 1e-12
+    predicted = predict_step(s, i, l)
+    rest = max(predicted - (now - lane.start) * 1e-12, 0.0)
     layers = s.profile[s.inst[i].profile].n_layers
     if lane.layer_to > lane.layer_from and lane.layer_to < layers:
-        rest += 1e-12 * lane.predicted * (layers - lane.layer_to) / (lane.layer_to - lane.layer_from)
+        rest += predicted * (layers - lane.layer_to) / (lane.layer_to - lane.layer_from)
     return rest
 
 

@@ -214,8 +214,9 @@ def book_decode(s, i, l, k, first, delta, now, more):
         req.generated += k
         req.computed = before + k
         req.last_token = now
-        need = blocks_for(req.computed + (1 if more and req.generated < req.output else 0), size)
-        if need > req.blocks:
+        covered = req.computed + (1 if more and req.generated < req.output else 0)
+        if covered > req.blocks * size:
+            need = blocks_for(covered, size)
             req.tail = grow(s, p, req.tail, req.blocks, need)
             req.blocks = need
         if req.hash_n > 0:
@@ -229,10 +230,13 @@ def book_decode(s, i, l, k, first, delta, now, more):
         kept += 1
         context += req.computed
         note_due(s, i, r)
-    if common > 0:
-        record_gaps(s.itl, end_first - last_end, 0, 1, common)
-    if k > 1:
-        record_gaps(s.itl, first + delta, delta, k - 1, n)
+    if common == n and end_first - last_end == first:
+        record_gaps(s.itl, first, delta, k, n)
+    else:
+        if common > 0:
+            record_gaps(s.itl, end_first - last_end, 0, 1, common)
+        if k > 1:
+            record_gaps(s.itl, first + delta, delta, k - 1, n)
     s.inst[i].run_n = kept
     s.inst[i].run_ctx = context
     s.inst[i].last_decode_end = now

@@ -2,8 +2,8 @@
 
 Numba passes an array as seven words and counts a reference at every call; with a state of two dozen arrays that
 costs more than the scheduling itself (measured: 30 µs against 1 µs a request). Inside kernels the state is
-therefore a tuple of ``Rows``: an address and a row length, nothing to count. Entry points take the addresses as
-one int64 vector (``addresses``) and ``attach`` them; the Python caller keeps the arrays alive.
+therefore one pointer to a vector of addresses, and its arrays are ``Rows``: an address and a row length, nothing
+to count. Entry points take the vector (``addresses``) and ``attach`` it; the Python caller keeps the arrays alive.
 
 With ``SLALOM_BOUNDS=1`` every access is checked (debugging; used by one pass of the tests).
 """
@@ -20,11 +20,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic, lower_builtin, models, register_model
+from numba.core.imputils import lower_getattr_generic
 from numba.core.typing import signature
-from numba.core.typing.templates import AbstractTemplate, infer_global
+from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHECKED", "WORDS", "RowsType", "addresses", "make_rows"]
+__all__ = ["CHECKED", "WORDS", "RowsType", "addresses", "make_attach", "make_rows"]
 
 CHECKED = os.environ.get("SLALOM_BOUNDS", "") == "1"
 #: int64 words per array in the address vector: address, rows, columns.
@@ -163,6 +164,66 @@ def make_rows(dtype: Any, ndim: int) -> Any:
         return rows(vector, k), codegen
 
     return at
+
+
+class StateType(types.Type):
+    """Pointer to an address vector whose arrays are reached as attributes (``s.req``, ``s.lane``, ...)."""
+
+    def __init__(self, name: str, fields: Sequence[tuple[str, RowsType]]) -> None:
+        self.fields = dict(fields)
+        self.order = {field: k for k, (field, _) in enumerate(fields)}
+        super().__init__(name=f"{name}({', '.join(f'{n}: {r}' for n, r in fields)})")
+
+
+@register_model(StateType)
+class _StateModel(models.OpaqueModel):  # type: ignore[misc]
+    """A bare pointer: calls between kernels pass one word, however many arrays the state has."""
+
+
+@infer_getattr
+class _StateAttributes(AttributeTemplate):
+    key = StateType
+
+    def generic_resolve(self, typ: Any, attr: str) -> Any:
+        return typ.fields.get(attr)
+
+
+@lower_getattr_generic(StateType)
+def _state_attribute(context: Any, builder: Any, typ: Any, value: Any, attr: str) -> Any:
+    rows = typ.fields[attr]
+    words = builder.bitcast(value, ir.IntType(64).as_pointer())
+
+    def word(j: int) -> Any:
+        loaded = builder.load(builder.gep(words, [ir.Constant(ir.IntType(64), WORDS * typ.order[attr] + j)]))
+        # Nothing inside a kernel moves an array, so the loads may be hoisted out of loops and past stores.
+        loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
+        return loaded
+
+    view = cgutils.create_struct_proxy(rows)(context, builder)
+    view.data = builder.inttoptr(word(0), context.get_value_type(types.voidptr))
+    if rows.ndim == 2 or CHECKED:
+        view.columns = word(2)
+    if CHECKED:
+        view.rows = word(1)
+    return view._getvalue()
+
+
+def make_attach(name: str, fields: Sequence[tuple[str, Any, int]]) -> Any:
+    """An intrinsic ``attach(vector)`` for kernels: the state behind an address vector.
+
+    :param fields: (attribute, dtype, axes) in the order of the vector
+    """
+    state = StateType(name, [(field, RowsType(from_dtype(np.dtype(dtype)), ndim)) for field, dtype, ndim in fields])
+
+    @intrinsic
+    def attach(typingctx: Any, vector: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            array = context.make_array(vector)(context, builder, value=args[0])
+            return builder.bitcast(array.data, context.get_value_type(state))
+
+        return state(vector), codegen
+
+    return attach
 
 
 def addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.core.jit import kernel
-from engine.core.rows import make_rows
+from engine.core.rows import make_attach
 from engine.latency.evaluate import PROFILE, SHARE
 
 __all__ = [
@@ -208,7 +207,6 @@ LANE = np.dtype(
         ("sum_nr", np.float64),
         ("sum_ctx", np.int64),
         ("start", np.int64),
-        ("predicted", np.int64),  # predicted duration, ticks (nominal profile)
         ("work", np.int64),  # part of queue_work that its prompts stand for
         ("max_steps", np.int64),  # decode steps that may run without replanning
     ],
@@ -347,35 +345,28 @@ class ClusterState(NamedTuple):
     itl: np.ndarray  # int64 (ITL_BINS,): histogram of token gaps, see engine.core.slo
 
 
-_cluster, _inst, _lane, _req = make_rows(CLUSTER, 1), make_rows(INSTANCE, 1), make_rows(LANE, 2), make_rows(REQUEST, 1)
-_pool, _block, _cached, _link = make_rows(POOL, 1), make_rows(BLOCK, 1), make_rows(CACHED, 1), make_rows(LINK, 1)
-_cls = make_rows(SLO_CLASS, 1)
-_profile, _share = make_rows(PROFILE, 1), make_rows(SHARE, 2)
-_i4, _i4_table = make_rows(np.int32, 1), make_rows(np.int32, 2)
-_i8, _i8_table, _u8 = make_rows(np.int64, 1), make_rows(np.int64, 2), make_rows(np.uint64, 1)
-
-
-@kernel(forceinline=True)
-def attach(words):
-    """The state behind an address vector (``rows.addresses`` of a ClusterState), for use inside kernels."""
-    return ClusterState(
-        _cluster(words, 0),
-        _inst(words, 1),
-        _lane(words, 2),
-        _req(words, 3),
-        _pool(words, 4),
-        _block(words, 5),
-        _cached(words, 6),
-        _i4(words, 7),
-        _i4(words, 8),
-        _link(words, 9),
-        _i4_table(words, 10),
-        _cls(words, 11),
-        _i4_table(words, 12),
-        _i4_table(words, 13),
-        _u8(words, 14),
-        _profile(words, 15),
-        _share(words, 16),
-        _i8_table(words, 17),
-        _i8(words, 18),
-    )
+#: The state behind an address vector (``rows.addresses`` of a ClusterState), for use inside kernels.
+attach = make_attach(
+    "ClusterState",
+    [
+        ("cluster", CLUSTER, 1),
+        ("inst", INSTANCE, 1),
+        ("lane", LANE, 2),
+        ("req", REQUEST, 1),
+        ("pool", POOL, 1),
+        ("block", BLOCK, 1),
+        ("cached", CACHED, 1),
+        ("spare", np.int32, 1),
+        ("bucket", np.int32, 1),
+        ("link", LINK, 1),
+        ("lists", np.int32, 2),
+        ("cls", SLO_CLASS, 1),
+        ("run", np.int32, 2),
+        ("prefills", np.int32, 2),
+        ("hashes", np.uint64, 1),
+        ("profile", PROFILE, 1),
+        ("share", SHARE, 2),
+        ("due", np.int64, 2),
+        ("itl", np.int64, 1),
+    ],
+)
