@@ -139,6 +139,12 @@ def _jitter(scenario: Scenario) -> float:
     return max(found, default=0.03)
 
 
+def _mean_lengths(scenario: Scenario) -> tuple[float, float]:
+    """Mean prompt and output tokens of the training window, for rules that plan ahead."""
+    trace = scenario.workload.build(scenario.reference_rate, min(500, scenario.n_requests), 0, "train")
+    return float(trace.prompt.mean()), float(trace.output.mean())
+
+
 _ARENAS: dict[str, Arena] = {}
 
 
@@ -164,7 +170,7 @@ def arena_of(scenario: Scenario) -> Arena:
             profile=profile,
             share=share,
             error=_jitter(scenario),
-            setting=Setting.of_state(empty),
+            setting=Setting.of_state(empty, *_mean_lengths(scenario)),
         )
     return _ARENAS[key]
 

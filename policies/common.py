@@ -20,8 +20,10 @@ __all__ = [
     "kind_of",
     "least",
     "least_decode",
+    "only_decoders",
     "or_hold",
     "stay_in_place",
+    "takes_prompts",
 ]
 
 
@@ -48,6 +50,25 @@ def least(candidates, mask, col):
         if is_instance(candidates, mask, k) and candidates[k, col] < value:
             best, value = k, candidates[k, col]
     return best if best >= 0 else _first_instance(candidates, mask)
+
+
+@kernel
+def only_decoders(candidates, mask):
+    """Whether every allowed instance has role DECODE, so that one of them must prefill."""
+    for k in range(candidates.shape[0]):
+        if is_instance(candidates, mask, k) and int(candidates[k, Col.ROLE]) != Role.DECODE:
+            return False
+    return True
+
+
+@kernel
+def takes_prompts(candidates, mask, k, everyone):
+    """Whether row ``k`` is an allowed instance that prefills by its role, or any when ``everyone``.
+
+    PLACE_PREFILL lists DECODE instances too, because a policy may multiplex a prompt into them; simple rules
+    do not. ``everyone`` is ``only_decoders(candidates, mask)``.
+    """
+    return is_instance(candidates, mask, k) and (everyone or int(candidates[k, Col.ROLE]) != Role.DECODE)
 
 
 @kernel
@@ -108,12 +129,17 @@ def default_answer(context, candidates, mask):
     """What a rule answers to kinds it does not care about.
 
     PLACE_DECODE: stay in place where that instance may decode, else the least loaded. PLACE_PREFILL: the
-    fewest outstanding tokens. HOLD only when no instance is allowed. REALLOCATE and TUNE: KEEP.
+    fewest outstanding tokens among instances that prefill by their role. HOLD only when no instance is allowed. REALLOCATE and TUNE: KEEP.
     """
     kind = kind_of(context)
     if kind == Kind.PLACE_DECODE:
         stay = stay_in_place(context, candidates, mask)
         return or_hold(stay if stay >= 0 else least_decode(candidates, mask), candidates, mask)
     if kind == Kind.PLACE_PREFILL:
-        return or_hold(least(candidates, mask, Col.OUTSTANDING), candidates, mask)
+        everyone = only_decoders(candidates, mask)
+        best, tokens = -1, np.inf
+        for k in range(candidates.shape[0]):
+            if takes_prompts(candidates, mask, k, everyone) and candidates[k, Col.OUTSTANDING] < tokens:
+                best, tokens = k, candidates[k, Col.OUTSTANDING]
+        return or_hold(best, candidates, mask)
     return hold(candidates, mask)

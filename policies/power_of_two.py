@@ -7,7 +7,7 @@ import numpy as np
 from engine.core.columns import Col, Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
-from policies.common import default_answer, is_instance, kind_of, or_hold
+from policies.common import default_answer, kind_of, only_decoders, or_hold, takes_prompts
 from policies.rule import Param, Rule
 
 _MASK32 = 0xFFFFFFFF
@@ -30,9 +30,9 @@ def _random(memory, seed):
 
 
 @kernel
-def _nth_instance(candidates, mask, n):
+def _nth_instance(candidates, mask, n, everyone):
     for k in range(candidates.shape[0]):
-        if is_instance(candidates, mask, k):
+        if takes_prompts(candidates, mask, k, everyone):
             if n == 0:
                 return k
             n -= 1
@@ -44,15 +44,17 @@ def decide(context, candidates, mask, params, memory):
     """``params``: seed. The second draw never repeats the first."""
     if kind_of(context) != Kind.PLACE_PREFILL:
         return default_answer(context, candidates, mask)
+    everyone = only_decoders(candidates, mask)
     allowed = 0
     for k in range(candidates.shape[0]):
-        if is_instance(candidates, mask, k):
+        if takes_prompts(candidates, mask, k, everyone):
             allowed += 1
     if allowed < 2:
-        return or_hold(_nth_instance(candidates, mask, 0), candidates, mask)
+        return or_hold(_nth_instance(candidates, mask, 0, everyone), candidates, mask)
     first = int(_random(memory, params[0]) * allowed)
     second = (first + 1 + int(_random(memory, params[0]) * (allowed - 1))) % allowed
-    a, b = _nth_instance(candidates, mask, first), _nth_instance(candidates, mask, second)
+    a = _nth_instance(candidates, mask, first, everyone)
+    b = _nth_instance(candidates, mask, second, everyone)
     return a if candidates[a, Col.OUTSTANDING] <= candidates[b, Col.OUTSTANDING] else b
 
 

@@ -8,6 +8,7 @@ text, because importing a rule compiles it. Another package adds one through the
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -84,7 +85,7 @@ def load_policy(spec: str | Path, setting: Setting, values: Mapping[str, Any] | 
     :raises SlalomError: unknown name or parameter, or a checkpoint that does not pass its checks
     """
     text = str(spec)
-    if Path(spec).is_dir():
+    if os.path.isdir(spec):  # unlike Path.is_dir, answers False for a spec longer than a file name
         if values:
             raise SlalomError(
                 "policy parameters", dict(values), "a checkpoint has its values fixed; name a rule"

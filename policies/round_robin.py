@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.core.columns import Col, Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
-from policies.common import default_answer, is_instance, kind_of, or_hold
+from policies.common import default_answer, kind_of, only_decoders, or_hold, takes_prompts
 from policies.rule import Rule
 
 
@@ -16,8 +16,9 @@ def decide(context, candidates, mask, params, memory):
         return default_answer(context, candidates, mask)
     turn = memory[0]
     following, first = -1, -1
+    everyone = only_decoders(candidates, mask)
     for k in range(candidates.shape[0]):
-        if not is_instance(candidates, mask, k):
+        if not takes_prompts(candidates, mask, k, everyone):
             continue
         instance = candidates[k, Col.INSTANCE]
         if first < 0 or instance < candidates[first, Col.INSTANCE]:

@@ -12,7 +12,7 @@ from engine.core.columns import Col, Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from policies.arrangement import prefill_decode_split
-from policies.common import default_answer, is_instance, kind_of, or_hold
+from policies.common import default_answer, kind_of, only_decoders, or_hold, takes_prompts
 from policies.rule import Param, Rule
 
 
@@ -21,9 +21,10 @@ def decide(context, candidates, mask, params, memory):
     """PLACE_PREFILL: fewest queued prompts, ties to the fewest queued tokens."""
     if kind_of(context) != Kind.PLACE_PREFILL:
         return default_answer(context, candidates, mask)
+    everyone = only_decoders(candidates, mask)
     best, prompts, tokens = -1, np.inf, np.inf
     for k in range(candidates.shape[0]):
-        if is_instance(candidates, mask, k):
+        if takes_prompts(candidates, mask, k, everyone):
             n, t = candidates[k, Col.QUEUE_N], candidates[k, Col.QUEUE_TOKENS]
             if best < 0 or n < prompts or (n == prompts and t < tokens):
                 best, prompts, tokens = k, n, t

@@ -117,7 +117,7 @@ def _blocks(b: _Books) -> None:
     refs: Counter[int] = Counter()
     for r, q in enumerate(b.req):
         assert (q["blocks"] > 0) == (q["tail"] >= 0), (r, q["blocks"], q["tail"])
-        held = 0 <= q["inst"] and S.WAITING <= q["state"] <= S.RUNNING
+        held = q["inst"] >= 0 and S.WAITING <= q["state"] <= S.RUNNING
         assert held or q["blocks"] == q["dst_blocks"] == 0, f"request {r} in state {q['state']} holds blocks"
         chains = [(q["inst"], q["tail"], q["blocks"])]
         if q["dst_blocks"] > 0:
