@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.model.sampling import SamplingParams
-from engine.model.stopping import Finish, Generation
+from engine.model.stopping import Generation
 from engine.model.tokenizer import Tokenizer
 
 __all__ = ["ABORT", "ERROR", "SHED", "UNPLACEABLE", "Delta", "Request"]
@@ -73,10 +73,15 @@ class Request:
     def n_generated(self) -> int:
         return self.n_tokens - self.n_prompt
 
+    @property
+    def finish(self) -> str | None:
+        """Why its own output ended (stop or length), None while it goes on."""
+        finish = self._generation.finish
+        return None if finish is None else str(finish)
+
     def push(self, token: int) -> Delta:
         """Take the next sampled token. Only the lane that runs the request calls this."""
         text = self._generation.push(token)
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
-        finish: Finish | None = self._generation.finish
-        return Delta(token, text, None if finish is None else str(finish))
+        return Delta(token, text, self.finish)

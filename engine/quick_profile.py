@@ -1,0 +1,87 @@
+"""A rough latency profile of the model at hand, measured in a second or two: enough to decide by.
+
+Policies predict with a profile. Where none is given, a few steps are timed and straight lines drawn through them.
+What is measured once and kept, with held-out error and shares of the device, is a calibrated profile instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from engine.kernels import Span
+from engine.latency.evaluate import PROFILE, SHARE
+from engine.model.kv import KVPool
+from engine.model.llama import Llama
+from engine.model.runner import ModelRunner
+from engine.model.sampling import SamplingParams
+
+__all__ = ["measure"]
+
+_PREFILL_TOKENS = (16, 64, 192)
+_DECODE = ((1, 32), (1, 192), (4, 32), (8, 32), (8, 96))  # sequences, context tokens of each
+_BLOCK = 16
+_TINY_S = 1e-9
+
+
+def _best_s(step: Callable[[], object], tries: int = 3) -> float:
+    """Least seconds of ``step``, warmed up before."""
+    step()
+    seconds = []
+    for _ in range(tries):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def _line(rows: list[list[float]], seconds: list[float]) -> np.ndarray:
+    """Coefficients, none below zero, that fit ``rows @ x = seconds`` with small relative error."""
+    from scipy.optimize import nnls
+
+    weights = 1.0 / np.asarray(seconds)
+    found: np.ndarray = nnls(np.asarray(rows) * weights[:, None], np.ones(len(rows)))[0]
+    return found
+
+
+def measure(model: Llama) -> tuple[np.ndarray, np.ndarray]:
+    """Time a few steps of ``model`` on an otherwise idle device.
+
+    :return: PROFILE (1,) and SHARE (1, 1): one share, the whole device; nothing but step times is in it
+    """
+    config, weights = model.config, model.embed.weight
+    blocks = -(-max(b * (c + 1) for b, c in _DECODE) // _BLOCK) + len(_DECODE) * 8
+    pool = KVPool(config, blocks=blocks, block_tokens=_BLOCK, dtype=weights.dtype, device=weights.device)
+    runner = ModelRunner(model, pool)
+    greedy = SamplingParams(temperature=0.0)
+
+    def timed(spans: list[Span]) -> float:
+        params, steps = [greedy] * len(spans), [0] * len(spans)
+        with torch.inference_mode():
+            return _best_s(lambda: runner.run(runner.batch(spans), params, steps))
+
+    prefill = [timed([Span([1] * n, 0, range(-(-n // _BLOCK)))]) for n in _PREFILL_TOKENS]
+    per_token, start = _line([[float(n), 1.0] for n in _PREFILL_TOKENS], prefill)
+    decode = []
+    for sequences, context in _DECODE:
+        each = -(-(context + 1) // _BLOCK)
+        spans = [Span([1], context, range(k * each, (k + 1) * each)) for k in range(sequences)]
+        decode.append(timed(spans))
+    per_context, per_sequence, base = _line([[float(b * c), float(b), 1.0] for b, c in _DECODE], decode)
+
+    profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
+    profile["n_layers"], profile["n_shares"], profile["total_sms"] = config.n_layers, 1, 1
+    profile["regime_bs"] = 2**30
+    profile["kv_bytes_per_token"] = config.kv_elements_per_token * weights.dtype.itemsize
+    profile["migrate_latency_s"] = 1e-3
+    share["sms"] = 1
+    share["prefill"][0, 0] = (0.0, 0.0, max(per_token, _TINY_S), start)
+    share["decode_small"][0, 0] = (per_context, per_sequence, max(base, _TINY_S))
+    share["decode_large"] = share["decode_small"]
+    share["fused_shared_s"] = base
+    for name in ("corun_prefill", "corun_decode", "guard"):
+        share[name] = 1.0
+    return profile, share

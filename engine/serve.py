@@ -1,0 +1,250 @@
+"""``serve``: an OpenAI-compatible server whose requests a policy dispatches.
+
+This is where the floors meet: the engine gets its policy here, found by name or folder with ``policies.registry``.
+Heavy imports wait until the options are known to be good.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.core.policy import InstancePlan, Policy
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
+from engine.core.state import Batching, ClusterState, Role
+from engine.errors import SlalomError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from engine.service import Engine
+
+__all__ = ["Options", "app", "build", "main"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is served, and how; see ``serve --help``."""
+
+    model: str
+    instances: int = 1
+    roles: str = ""
+    policy: str = "least_tokens"
+    profile: str = ""
+    shared_kv: bool = False
+    kv_tokens: int = 8192
+    max_tokens: int = 0
+    max_batch: int = 64
+    chunk_tokens: int = 256
+    max_requests: int = 256
+    ttft_ms: float = 2000.0
+    tpot_ms: float = 100.0
+    shed: bool = False
+    reallocate: bool = False
+    tune: bool = False
+    prefix_cache: bool = True
+    device: str = "cpu"
+    dtype: str = "float32"
+    kernels: str = "auto"
+    drain_s: float = 30.0
+
+
+def find_policy(spec: str, state: ClusterState) -> Policy:
+    """The policy that ``spec`` names (rule, ``RULE:parameter=value`` or checkpoint folder), bound to ``state``.
+
+    :raises SlalomError: unknown, or a checkpoint that does not pass its checks
+    """
+    registry = importlib.import_module("policies.registry")
+    setting = importlib.import_module("policies.setting").Setting.of_state(state)
+    policy: Policy = registry.load_policy(spec, setting)
+    return policy
+
+
+def parse_roles(roles: str, instances: int) -> list[Role]:
+    """``"prefill,decode"`` as roles, one for each instance; a single one stands for all.
+
+    :raises SlalomError: an unknown role, or as many as there are no instances
+    """
+    if instances < 1:
+        raise SlalomError("--instances", instances, "serve with at least one")
+    names = [name.strip() for name in (roles or "mixed").split(",")]
+    known = [r.name.lower() for r in Role]
+    for name in names:
+        if name not in known:
+            raise SlalomError("--roles", name, f"use {', '.join(known)}")
+    if len(names) == 1:
+        names *= instances
+    if len(names) != instances:
+        raise SlalomError("--roles", roles, f"name one role, or one for each of {instances} instances")
+    found = [Role[name.upper()] for name in names]
+    if all(r == Role.DECODE for r in found) or all(r == Role.PREFILL for r in found):
+        raise SlalomError("--roles", roles, "some instance must prefill and some must decode")
+    return found
+
+
+def specs_of(options: Options, roles: Sequence[Role]) -> list[InstanceSpec]:
+    """The instances as the options start them."""
+    return [
+        InstanceSpec(
+            role=role,
+            pool=0 if options.shared_kv else i,
+            kv_tokens=options.kv_tokens,
+            gpu=0,
+            link=i,
+            batching=Batching.LAYERED if role == Role.MULTIPLEXED else Batching.CHUNKED,
+            chunk_tokens=options.chunk_tokens,
+            max_batch=options.max_batch,
+        )
+        for i, role in enumerate(roles)
+    ]
+
+
+def arranged(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
+    """``spec`` after a policy's own arrangement of it."""
+    names = ("role", "chunk_tokens", "batching", "split", "headroom", "prefill_tokens", "order")
+    given = {name: getattr(plan, name) for name in names if getattr(plan, name) is not None}
+    role = Role(given.get("role", spec.role))
+    if role == Role.MULTIPLEXED and role != spec.role:
+        given.setdefault("batching", Batching.LAYERED)
+    elif role == Role.MIXED and given.get("batching", spec.batching) == Batching.LAYERED:
+        given["batching"] = Batching.CHUNKED
+    return replace(spec, **given)
+
+
+def build(options: Options) -> tuple[Engine, FastAPI]:
+    """Load the model, find the policy and start the engine.
+
+    :return: the running engine and its application
+    :raises SlalomError: an option that cannot be served
+    """
+    roles = parse_roles(options.roles, options.instances)
+    import torch
+
+    from engine.model import load_model, load_tokenizer
+    from engine.server import create_app
+    from engine.service import Engine, build_state
+
+    torch.set_num_threads(1)
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if options.dtype not in kinds:
+        raise SlalomError("--dtype", options.dtype, f"use one of {', '.join(kinds)}")
+    tokenizer = load_tokenizer(options.model)
+    model = load_model(options.model, device=options.device, dtype=kinds[options.dtype], kernels=options.kernels)
+    profile, share = _profile(options, model)
+    plain = tuple(r for r in Role if r != Role.MULTIPLEXED or options.device != "cpu")
+
+    def state_of(specs: Sequence[InstanceSpec]) -> ClusterState:
+        return build_state(
+            specs,
+            profile,
+            share,
+            classes=[SloClass(options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)],
+            options=ClusterOptions(
+                shed=options.shed, reallocate=options.reallocate, tune=options.tune, roles=plain, hold=True
+            ),
+            links=[LinkSpec() for _ in specs],
+            max_requests=options.max_requests,
+            prefix_cache=options.prefix_cache,
+        )
+
+    specs = specs_of(options, roles)
+    state = state_of(specs)
+    policy = find_policy(options.policy, state)
+    if not options.roles and policy.arrangement is not None:
+        specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
+        state = state_of(specs)
+    engine = Engine(model, tokenizer, state, policy, max_tokens=options.max_tokens or None).start()
+    application = create_app(
+        engine,
+        options.model,
+        load_policy=lambda spec: find_policy(spec, state),
+        drain_s=options.drain_s,
+    )
+    return engine, application
+
+
+def _profile(options: Options, model: Any) -> tuple[Any, Any]:
+    """The profile that policies predict with."""
+    if options.profile:
+        from engine.latency import Profile, pack
+
+        return pack([Profile.load(options.profile)])
+    from engine.quick_profile import measure
+
+    return measure(model)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="GGUF file, model folder, package:NAME or dummy:SHAPE")],
+    instances: Annotated[int, typer.Option(help="number of instances")] = 1,
+    roles: Annotated[str, typer.Option(help="prefill, decode, mixed, multiplexed; one, or one for each")] = "",
+    policy: Annotated[str, typer.Option(help="rule, RULE:parameter=value, or checkpoint folder")] = "least_tokens",
+    profile: Annotated[str, typer.Option(help="latency profile, name or path; default: measured at start")] = "",
+    shared_kv: Annotated[bool, typer.Option("--shared-kv", help="all instances on one KV pool")] = False,
+    kv_tokens: Annotated[int, typer.Option(min=32, help="KV capacity of a pool, tokens")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=0, help="longest request, prompt and answer; 0: what fits")] = 0,
+    max_batch: Annotated[int, typer.Option(min=1, help="running sequences of an instance")] = 64,
+    chunk_tokens: Annotated[int, typer.Option(min=16, help="token budget of a fused step or prefill chunk")] = 256,
+    max_requests: Annotated[int, typer.Option(min=1, help="open requests; more get status 429")] = 256,
+    ttft_ms: Annotated[float, typer.Option(min=0.001, help="target of the time to first token")] = 2000.0,
+    tpot_ms: Annotated[float, typer.Option(min=0.001, help="target of the time per output token")] = 100.0,
+    shed: Annotated[bool, typer.Option("--shed", help="the policy may refuse requests")] = False,
+    reallocate: Annotated[bool, typer.Option("--reallocate", help="the policy may change roles")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="the policy may change chunk budget and SM split")] = False,
+    prefix_cache: Annotated[bool, typer.Option(help="reuse KV of equal beginnings")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    kernels: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
+    drain_s: Annotated[float, typer.Option(min=0, help="seconds that open requests get at shutdown")] = 30.0,
+) -> None:
+    """Serve MODEL behind /v1/completions and /v1/chat/completions, dispatched by POLICY."""
+    import uvicorn
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    engine, application = build(
+        Options(
+            model, instances, roles, policy, profile, shared_kv, kv_tokens, max_tokens, max_batch, chunk_tokens,
+            max_requests, ttft_ms, tpot_ms, shed, reallocate, tune, prefix_cache, device, dtype, kernels, drain_s,
+        )
+    )  # fmt: skip
+    print(f"serving {model} on http://{host}:{port} with policy {engine.runtime.policy.name}", file=sys.stderr)
+    # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
+    signal.signal(signal.SIGTERM, _done)
+    uvicorn.run(
+        application,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=max(1, int(drain_s)),
+    )
+
+
+def _done(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except SlalomError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Administration, for clients on this machine only: look at the cluster, drain, change roles and policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from pydantic import BaseModel, ConfigDict
+
+from engine.core.policy import Policy
+from engine.core.state import Role
+from engine.errors import SlalomError
+from engine.service import Engine
+
+__all__ = ["add_admin"]
+
+_LOOPBACK = ("127.0.0.1", "::1")
+
+
+class _RoleChange(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    instance: int
+    role: str
+
+
+class _PolicyChange(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    policy: str
+
+
+def _local(http: Request) -> None:
+    """Refuse clients of other machines, and what a proxy on this one passes on for them."""
+    forwarded = any(name in http.headers for name in ("x-forwarded-for", "forwarded", "x-real-ip"))
+    if http.client is None or http.client.host not in _LOOPBACK or forwarded:
+        raise HTTPException(403, "administration is for clients on this machine")
+
+
+def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy] | None) -> None:
+    """Add the routes under ``/admin``."""
+    local = [Depends(_local)]
+
+    @app.get("/admin/state", dependencies=local)
+    def state() -> dict[str, Any]:
+        return engine.call(lambda: _describe(engine))
+
+    @app.post("/admin/role", dependencies=local)
+    def role(change: _RoleChange) -> dict[str, Any]:
+        names = [r.name.lower() for r in Role]
+        if change.role not in names:
+            raise SlalomError("role", change.role, f"use one of {', '.join(names)}")
+        engine.set_role(change.instance, Role[change.role.upper()])
+        return engine.call(lambda: _describe(engine))
+
+    @app.post("/admin/policy", dependencies=local)
+    def policy(change: _PolicyChange) -> dict[str, Any]:
+        if load_policy is None:
+            raise SlalomError("policy", change.policy, "this server was started without a way to find policies")
+        engine.set_policy(load_policy(change.policy))
+        return engine.call(lambda: _describe(engine))
+
+    @app.post("/admin/drain", dependencies=local)
+    def drain() -> dict[str, Any]:
+        engine.drain()
+        return engine.call(lambda: _describe(engine))
+
+    @app.post("/admin/undrain", dependencies=local)
+    def undrain() -> dict[str, Any]:
+        engine.undrain()
+        return engine.call(lambda: _describe(engine))
+
+
+def _describe(engine: Engine) -> dict[str, Any]:
+    """The cluster as plain data. A role change shows as ``target_role`` until it is done and counts in ``switches``."""
+    state = engine.state
+    roles = [r.name.lower() for r in Role]
+    return {
+        "accepting": engine.accepting,
+        "open_requests": engine.n_open,
+        "policy": engine.runtime.policy.describe() | {"name": engine.runtime.policy.name},
+        "decisions": dict(engine.runtime.decisions),
+        "fallbacks": dict(engine.runtime.fallbacks),
+        "switches": int(state.cluster[0]["n_switches"]),
+        "instances": [
+            {
+                "instance": i,
+                "role": roles[x["role"]],
+                "target_role": None if x["target_role"] < 0 else roles[x["target_role"]],
+                "running": int(x["run_n"]),
+                "queued_tokens": int(x["queue_tokens"]),
+                "free_blocks": int(state.pool[x["pool"]]["free"]),
+                "blocks": int(state.pool[x["pool"]]["n_blocks"]),
+                "steps": int(x["steps"]),
+            }
+            for i, x in enumerate(state.inst)
+        ],
+    }

@@ -1,0 +1,205 @@
+"""The application: routes, errors and life of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from engine.core.policy import Policy
+from engine.errors import SlalomError
+from engine.request import SHED, UNPLACEABLE, Delta
+from engine.server.admin import add_admin
+from engine.server.metrics import Metrics
+from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, error_body, targets_of
+from engine.server.streams import Mailroom, Stream, unanswered
+from engine.service import Engine, Overloaded, Unavailable
+
+__all__ = ["create_app"]
+
+_log = logging.getLogger("slalom.server")
+_DEFAULT_CHAT_TOKENS = 512
+_DEFAULT_TOKENS = 16  # OpenAI's default for plain completions
+_CLIENT_GONE = 499  # nobody reads it; for the access log
+_RETRY_AFTER = {"Retry-After": "1"}
+
+
+def create_app(
+    engine: Engine,
+    model: str,
+    *,
+    load_policy: Callable[[str], Policy] | None = None,
+    drain_s: float = 30.0,
+) -> FastAPI:
+    """The HTTP application around a started engine; it closes the engine when the server stops.
+
+    :param model: name shown to clients
+    :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
+    :param drain_s: open requests get this long to end at shutdown
+    """
+    metrics = Metrics(engine, model)
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        app.state.mailroom = Mailroom(engine, asyncio.get_running_loop())
+        yield
+        await asyncio.to_thread(engine.close, drain_s)
+
+    app = FastAPI(title="Slalom", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    _add_errors(app)
+    add_admin(app, engine, load_policy)
+
+    @app.get("/health")
+    def health() -> Response:
+        return Response(status_code=200 if engine.accepting else 503)
+
+    @app.get("/metrics")
+    def scrape() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "slalom"}
+        return {"object": "list", "data": [card | {"max_model_len": engine.max_tokens}]}
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        prompt = body.only_prompt()
+        tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return await _answer(engine, model, body, tokens, http, chat=False)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, http: Request) -> Response:
+        extra: dict[str, Any] = {"tools": body.tools} if body.tools else {}
+        messages = [message.plain() for message in body.messages]
+        tokens = engine.tokenizer.chat(messages, **extra, **(body.chat_template_kwargs or {}))
+        return await _answer(engine, model, body, tokens, http, chat=True)
+
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(SlalomError)
+    def bad_value(_: Request, error: SlalomError) -> JSONResponse:
+        return JSONResponse(error_body(str(error), "invalid_request_error", 400), 400)
+
+    @app.exception_handler(RequestValidationError)
+    def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse(error_body(f"{where}: {first['msg']}", "invalid_request_error", 400), 400)
+
+    @app.exception_handler(Overloaded)
+    def overloaded(_: Request, error: Overloaded) -> JSONResponse:
+        return JSONResponse(error_body(str(error), "overloaded", 429), 429, headers=_RETRY_AFTER)
+
+    @app.exception_handler(Unavailable)
+    def unavailable(_: Request, error: Unavailable) -> JSONResponse:
+        return JSONResponse(error_body(str(error), "unavailable", 503), 503, headers=_RETRY_AFTER)
+
+
+async def _answer(
+    engine: Engine, model: str, body: CompletionRequest | ChatRequest, tokens: list[int], http: Request, *, chat: bool
+) -> Response:
+    """Serve one request, streamed or whole. The status is known once its first token, or its end, is."""
+    params = body.sampling(_DEFAULT_CHAT_TOKENS if chat else _DEFAULT_TOKENS)
+    stream = Stream(engine, http.app.state.mailroom)
+    stream.submit(tokens, params, targets_of(http.headers))
+    assert stream.request is not None
+    shape = Shape(stream.request.number, model, chat=chat)
+    gone = asyncio.ensure_future(_hung_up(http))
+    try:
+        first = await _or_hang_up(stream, gone)
+        if first is not None and body.stream and not unanswered(first):
+            return StreamingResponse(_events(stream, first, shape, body), media_type="text/event-stream")
+        text, delta = "", first
+        while delta is not None:
+            text += delta.text
+            if delta.finish is not None:
+                usage = _usage(stream)
+                return _refusal(delta) if unanswered(delta) else JSONResponse(shape.whole(text, delta.finish, usage))
+            delta = await _or_hang_up(stream, gone)
+        return Response(status_code=_CLIENT_GONE)
+    except BaseException:
+        stream.close()
+        raise
+    finally:
+        gone.cancel()
+
+
+async def _hung_up(http: Request) -> None:
+    """Returns when the client has closed its connection (its request was read before)."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _or_hang_up(stream: Stream, gone: asyncio.Future[None]) -> Delta | None:
+    """The next delta; None, and the request is aborted, when the client hung up first."""
+    coming = asyncio.ensure_future(stream.next())
+    either: set[asyncio.Future[Any]] = {coming, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if coming.done():
+            return coming.result()
+        stream.close()
+        return None
+    finally:
+        coming.cancel()
+
+
+def _refusal(delta: Delta) -> JSONResponse:
+    """The answer to a request that ended without one."""
+    if delta.finish == SHED:
+        body = error_body("the request was shed: its targets cannot be met now", "overloaded", 429)
+        return JSONResponse(body, 429, headers=_RETRY_AFTER)
+    if delta.finish == UNPLACEABLE:
+        return JSONResponse(error_body("no instance can hold this request", "unavailable", 503), 503)
+    message = "the engine is shutting down" if delta.finish == "abort" else "the request failed in the engine"
+    code = 503 if delta.finish == "abort" else 500
+    return JSONResponse(error_body(message, "unavailable" if code == 503 else "server_error", code), code)
+
+
+def _usage(stream: Stream) -> Usage:
+    assert stream.request is not None
+    return Usage(
+        prompt_tokens=stream.request.n_prompt,
+        completion_tokens=stream.n_tokens,
+        cached_tokens=stream.request.cached_tokens,
+    )
+
+
+async def _events(
+    stream: Stream, first: Delta, shape: Shape, body: CompletionRequest | ChatRequest
+) -> AsyncIterator[str]:
+    """Server-sent events. Closed by the server when the client hangs up, which aborts the request."""
+    options = body.stream_options
+    begun = False
+    try:
+        async for delta in stream.rest(first):
+            if unanswered(delta):
+                yield _event(error_body("the request failed in the engine", "server_error", 500))
+                return
+            if delta.text or delta.finish is not None or not begun:
+                chunk = shape.chunk(delta.text, delta.finish, first=not begun)
+                if options and options.continuous_usage_stats:
+                    chunk["usage"] = _usage(stream).body()
+                yield _event(chunk)
+                begun = True
+        if options and options.include_usage:
+            yield _event(shape.usage_chunk(_usage(stream)))
+        yield "data: [DONE]\n\n"
+    finally:
+        stream.close()
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -1,0 +1,216 @@
+"""What clients send and get, in OpenAI's words. Fields nobody here knows are ignored: routers add their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.errors import SlalomError
+from engine.model.sampling import SamplingParams
+
+__all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "error_body", "targets_of"]
+
+#: Header names of the two targets, in milliseconds; the first one present counts.
+_HEADERS = {
+    "ttft_s": ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms"),
+    "tpot_s": ("x-slo-tpot-ms", "x-llm-d-slo-tpot-ms"),
+}
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class StreamOptions(_Lenient):
+    """``include_usage``: a last chunk says how many tokens there were."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class _Generate(_Lenient):
+    """What both kinds of request share. ``priority`` is accepted and has no effect: targets and classes decide."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    n: Literal[1] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    priority: int = 0
+
+    def limit(self) -> int | None:
+        """Tokens to generate at most, None when the client leaves it open."""
+        return self.max_tokens
+
+    def sampling(self, default_tokens: int) -> SamplingParams:
+        """The request's sampling parameters; OpenAI's defaults where it says nothing.
+
+        :raises SlalomError: a value out of range
+        """
+        given: dict[str, Any] = {}
+        for name in ("temperature", "top_p", "seed"):
+            if getattr(self, name) is not None:
+                given[name] = getattr(self, name)
+        if self.top_k is not None and self.top_k > 0:  # some clients send -1 for "all"
+            given["top_k"] = self.top_k
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        limit = self.limit() or default_tokens
+        return SamplingParams(
+            max_tokens=limit,
+            min_tokens=min(self.min_tokens, limit),
+            stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            **given,
+        )
+
+
+class CompletionRequest(_Generate):
+    """``POST /v1/completions``: a text, its token ids, or a list with one of them."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+
+    def only_prompt(self) -> str | list[int]:
+        """The one prompt.
+
+        :raises SlalomError: several, or none
+        """
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return prompt
+        if prompt and isinstance(prompt[0], int):
+            return prompt
+        if len(prompt) != 1:
+            raise SlalomError("prompt", f"{len(prompt)} prompts", "send one request for each prompt")
+        return prompt[0]  # type: ignore[return-value]
+
+
+class ContentPart(_Lenient):
+    """Part of a message; only text can be served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Lenient):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="allow")
+    role: str
+    content: str | list[ContentPart] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The message with its content as one string, for the chat template."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        return {**(self.model_extra or {}), "role": self.role, "content": content or ""}
+
+
+class ChatRequest(_Generate):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class Targets(BaseModel):
+    """A request's own targets, seconds; None for those of its class."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+def targets_of(headers: Mapping[str, str]) -> Targets:
+    """Targets from request headers.
+
+    :raises SlalomError: not a positive number of milliseconds
+    """
+    found: dict[str, float] = {}
+    for field, names in _HEADERS.items():
+        name = next((name for name in names if name in headers), None)
+        if name is None:
+            continue
+        try:
+            milliseconds = float(headers[name])
+        except ValueError:
+            milliseconds = -1.0
+        if not 0.0 < milliseconds <= 86_400_000.0:
+            raise SlalomError(name, headers[name], "give a positive number of milliseconds")
+        found[field] = milliseconds * 1e-3
+    return Targets(**found)
+
+
+class Usage(BaseModel):
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def body(self) -> dict[str, Any]:
+        """As OpenAI shows it."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Shape:
+    """The JSON of one kind of answer.
+
+    :param chat: chat completion, else plain completion
+    """
+
+    def __init__(self, number: int, model: str, *, chat: bool) -> None:
+        self._chat = chat
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def chunk(self, text: str, finish: str | None, *, first: bool = False) -> dict[str, Any]:
+        """One event of a stream."""
+        if self._chat:
+            delta = ({"role": "assistant"} if first else {}) | {"content": text}
+            choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        else:
+            choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+        return self._head | {"object": self._kind(".chunk"), "choices": [choice]}
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        """The last event of a stream whose client asked for usage."""
+        return self._head | {"object": self._kind(".chunk"), "choices": [], "usage": usage.body()}
+
+    def whole(self, text: str, finish: str | None, usage: Usage) -> dict[str, Any]:
+        """The answer of a request that does not stream."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
+        choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return self._head | {"object": self._kind(""), "choices": [choice], "usage": usage.body()}
+
+    def _kind(self, suffix: str) -> str:
+        return f"chat.completion{suffix}" if self._chat else "text_completion"
+
+
+def error_body(message: str, kind: str, code: int) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
