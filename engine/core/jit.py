@@ -47,7 +47,7 @@ def _cache_dir() -> Path:
 
 
 CACHE_DIR = _cache_dir()
-numba.config.CACHE_DIR = str(CACHE_DIR)
+setattr(numba.config, "CACHE_DIR", str(CACHE_DIR))  # noqa: B010  (numba declares it at run time only)
 
 
 def is_warm() -> bool:

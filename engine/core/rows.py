@@ -176,7 +176,7 @@ class StateType(types.Type):
 
 
 @register_model(StateType)
-class _StateModel(models.OpaqueModel):  # type: ignore[misc]
+class _StateModel(models.OpaqueModel):
     """A bare pointer: calls between kernels pass one word, however many arrays the state has."""
 
 
@@ -184,7 +184,7 @@ class _StateModel(models.OpaqueModel):  # type: ignore[misc]
 class _StateAttributes(AttributeTemplate):
     key = StateType
 
-    def generic_resolve(self, typ: Any, attr: str) -> Any:
+    def generic_resolve(self, typ: Any, attr: str) -> Any:  # type: ignore[override]
         return typ.fields.get(attr)
 
 
