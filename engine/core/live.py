@@ -40,7 +40,7 @@ from engine.core.lists import (
     ready_of,
     remove,
 )
-from engine.core.rows import make_rows
+from engine.core.rows import make_attach
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, RequestState, Role, attach
@@ -59,7 +59,6 @@ __all__ = [
     "finish_lane",
     "finish_switch",
     "finish_transfer",
-    "is_last_slice",
     "last_token",
     "link_ticks",
     "next_ended",
@@ -165,14 +164,6 @@ def begin(words, r, now):
 def last_token(words, r):
     """The token of request ``r`` that the step in flight gives is its last (stop token or stop string)."""
     stop(attach(words), r)
-
-
-@kernel
-def is_last_slice(words, i, l):
-    """Whether the prefill in flight on lane (i, l) is over once its slice of layers is."""
-    s = attach(words)
-    lane = s.lane[i, l]
-    return lane.layer_to == 0 or lane.layer_to >= s.profile[s.inst[i].profile].n_layers
 
 
 @kernel
@@ -472,15 +463,15 @@ def chain_hashes(tokens, size, salt, first, last, out):
 
 # -- how long things take by a profile ---------------------------------------------------------------------
 
-_profile_rows, _share_rows = make_rows(PROFILE, 1), make_rows(SHARE, 2)
+_attach_truth = make_attach("Truth", [("profile", PROFILE, 1), ("share", SHARE, 2)])
 
 
 @kernel
 def step_ticks(words, truth, i, l):
     """Ticks that the step of lane (i, l) takes by ``truth``, the addresses of PROFILE (N,) and SHARE (N, M)."""
-    s = attach(words)
+    s, true = attach(words), _attach_truth(truth)
     lane = s.lane[i, l]
-    profile, share = _profile_rows(truth, 0)[i], _share_rows(truth, 1)[i, lane.share]
+    profile, share = true.profile[i], true.share[i, lane.share]
     if lane.kind == _K_DECODE:
         factor = share.corun_decode if lane.corun == 1 else 1.0
         per_ctx, base = decode_line(profile, share, lane.bs, factor)
@@ -501,7 +492,7 @@ def link_ticks(words, truth, link):
     """Ticks that the transfer at the head of ``link`` takes."""
     s = attach(words)
     req = s.req[s.lists[link_list(s.cluster[0].n_instances, link), 0]]
-    profile = _profile_rows(truth, 0)[req.dest]
+    profile = _attach_truth(truth).profile[req.dest]
     seconds = s.link[link].latency_s if s.link[link].latency_s >= 0.0 else profile.migrate_latency_s
     if s.link[link].bytes_per_s > 0.0:
         seconds += (req.computed - req.dst_cached) * profile.kv_bytes_per_token / s.link[link].bytes_per_s
@@ -511,4 +502,4 @@ def link_ticks(words, truth, link):
 @kernel
 def switch_ticks(truth, i):
     """Ticks that a role switch of instance ``i`` takes after its drain."""
-    return to_ticks(_profile_rows(truth, 0)[i].switch_s)
+    return to_ticks(_attach_truth(truth).profile[i].switch_s)

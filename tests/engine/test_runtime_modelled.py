@@ -45,17 +45,24 @@ def differences(ours: ClusterState, theirs: ClusterState, but: tuple[str, ...] =
     ] + ([] if np.array_equal(ours.itl, theirs.itl) else ["itl"])
 
 
+#: The planner is asked once for a jump over many steps, so it counts fewer of them.
+COUNTS = ("cluster.steps", "inst.steps", "inst.unbooked")
+
+
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=120, deadline=None, derandomize=True)
 def test_random_clusters_have_the_timeline_of_the_surrogate(seed: int) -> None:
     policy = RandomPolicy(seed)
-    theirs, n_roots = random_cluster(seed)
-    ours, _ = random_cluster(seed)
-    truth = dict(jittered(theirs, 0.2, np.random.default_rng(seed))) if seed % 2 else {}
-    simulate(theirs, policy, n_roots, False, truth)
+    (stepping, n_roots), (jumping, _), (ours, _) = (random_cluster(seed) for _ in range(3))
+    truth = dict(jittered(stepping, 0.2, np.random.default_rng(seed))) if seed % 2 else {}
+    simulate(stepping, policy, n_roots, False, truth)
+    simulate(jumping, policy, n_roots, True, truth)
     runtime = play(ours, policy, n_roots=n_roots, **truth)
     assert not runtime.fallbacks
-    assert differences(ours, theirs) == []
+    assert differences(ours, stepping) == []
+    # With a prefix cache, sequences that end within jumps of several lanes give blocks back in another order.
+    if not ours.cluster[0]["hash_tokens"]:
+        assert differences(ours, jumping, but=COUNTS) == []
     assert faults(ours) == []
 
 
@@ -82,8 +89,7 @@ def test_rules_have_the_timeline_of_the_surrogate(name: str) -> None:
         simulate(jumping, policy, trace.n_roots, True, {})
         play(ours, policy, n_roots=trace.n_roots)
         assert differences(ours, stepping) == [], rule
-        # The planner is asked once for a jump over many steps, so it counts fewer of them.
-        assert differences(ours, jumping, but=("cluster.steps", "inst.steps")) == [], rule
+        assert differences(ours, jumping, but=COUNTS) == [], rule
         assert ours.cluster[0]["n_done"] == ours.cluster[0]["n_sent"] > 0
 
 
