@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.clock import WallClock
-from engine.core import live
+from engine.core import interrupt, live
 from engine.core.setup import blank_requests
 from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
 from engine.latency.evaluate import to_ticks
@@ -147,7 +147,7 @@ class LiveInstances:
     def _sweep(self) -> None:
         """End the doomed that nothing in flight holds any more."""
         for request in list(self._doomed):
-            if live.abort(self._words, request.slot, self._clock.now):
+            if interrupt.abort(self._words, request.slot, self._clock.now):
                 self._doomed.remove(request)
 
     def _hash(self, request: Request, tokens: int) -> None:
@@ -208,7 +208,7 @@ class LiveInstances:
         """``outcome``: the transfer that ended; None when the time of the present one is up."""
         if outcome in self._quarantine:
             instance, tail, n = self._quarantine.pop(outcome)
-            live.release_blocks(self._words, instance, tail, n)
+            interrupt.release_blocks(self._words, instance, tail, n)
             return
         transfer, r = self._moving.get(link, (None, -1))
         if transfer is None or outcome not in (None, transfer):
@@ -230,7 +230,7 @@ class LiveInstances:
 
     def _recompute(self, link: int, r: int, transfer: Transfer, lost: bool) -> None:
         receiver = int(self._state.req[r]["dest"])
-        tail, n, starts = live.fail_transfer(self._words, link, lost)
+        tail, n, starts = interrupt.fail_transfer(self._words, link, lost)
         if lost:
             self._quarantine[transfer] = (receiver, tail, n)
         self.transfer_failures += 1

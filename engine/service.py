@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine.clock import WallClock
-from engine.core import live
+from engine.core import interrupt
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Batching, ClusterState, Role
@@ -145,7 +145,8 @@ class Engine:
 
     def drain(self) -> None:
         """Take no new request; those that are here go on."""
-        self._accepting = False
+        with self._lock:
+            self._accepting = False
 
     def undrain(self) -> None:
         """Take requests again after :meth:`drain`."""
@@ -233,8 +234,9 @@ class Engine:
             if self._open >= len(self.state.req):
                 raise Overloaded(f"{self._open} requests are open")
             self._open += 1
-        request.arrival = self.clock.read()
-        self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
+            request.arrival = self.clock.read()
+            # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
+            self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
         return request
 
     def _counted(self, sink: Callable[[Delta], None]) -> Callable[[Delta], None]:
@@ -288,7 +290,7 @@ class Engine:
         """
         if not 0 <= instance < len(self.state.inst):
             raise SlalomError("instance", instance, f"instances go from 0 to {len(self.state.inst) - 1}")
-        if not self.call(lambda: bool(live.request_role(self.runtime.words, instance, int(role)))):
+        if not self.call(lambda: bool(interrupt.request_role(self.runtime.words, instance, int(role)))):
             fix = "wait for the change under way, and leave enough instances to prefill and to decode"
             raise SlalomError("role", role.name.lower(), fix)
 

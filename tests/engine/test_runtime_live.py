@@ -240,6 +240,23 @@ class Shedder(Broken):
         return len(mask) - 1
 
 
+def test_when_the_scheduler_fails_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, share = tables()
+    state = build_state(mixed(), profile, share, classes=[SloClass(1.0, 0.1)])
+    engine = Engine(MODEL, TOKENIZER, state, RandomPolicy(0)).start()
+    caller = send(engine, PROMPTS[0], replace(GREEDY, max_tokens=2000))
+    until(lambda: bool(caller.deltas))
+    monkeypatch.setattr(engine.runtime, "_decide", lambda now: 1 / 0)
+    assert caller.wait().finish == "error"
+    until(lambda: not engine.accepting)
+    with pytest.raises(Unavailable):
+        send(engine, PROMPTS[0])
+    with pytest.raises(Unavailable):
+        engine.call(lambda: None)
+    assert engine.close(timeout_s=1.0)
+    assert isinstance(engine.failure, ZeroDivisionError)
+
+
 def test_shed_requests_hear_so() -> None:
     with engine_on(mixed(), policy=Shedder(), options=ClusterOptions(shed=True)) as engine:
         caller: Caller = send(engine, PROMPTS[0]).wait()

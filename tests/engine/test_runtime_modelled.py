@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from runtime_cases import RandomPolicy, random_cluster
 
 from engine.clock import VirtualClock
-from engine.core import live
+from engine.core import interrupt
 from engine.core.rows import addresses
 from engine.core.state import ClusterState, RequestState
+from engine.errors import SlalomError
 from engine.integrity import faults
 from engine.modelled import ModelledInstances, play
 from engine.runtime import Runtime
@@ -80,8 +81,13 @@ def test_random_clusters_are_worth_the_name() -> None:
 def test_rules_have_the_timeline_of_the_surrogate(name: str) -> None:
     scenario = Scenario.load(name)
     trace = build_trace(scenario, scenario.reference_rate, 60, 11, "test")
+    compared = 0
     for rule in names():
-        policy = bind_policy(rule, scenario)
+        try:
+            policy = bind_policy(rule, scenario)
+        except SlalomError:
+            continue  # a rule may need levers that this scenario does not have
+        compared += 1
         ours, stepping, jumping = (
             arena_of(scenario).cluster(policy.arrangement, trace, horizon_s(trace)) for _ in range(3)
         )
@@ -91,6 +97,7 @@ def test_rules_have_the_timeline_of_the_surrogate(name: str) -> None:
         assert differences(ours, stepping) == [], rule
         assert differences(ours, jumping, but=COUNTS) == [], rule
         assert ours.cluster[0]["n_done"] == ours.cluster[0]["n_sent"] > 0
+    assert compared >= 6
 
 
 class Vandal(ModelledInstances):
@@ -112,7 +119,7 @@ class Vandal(ModelledInstances):
                 self.doomed.add(int(self.rng.choice(alive)))
         for r in list(self.doomed):
             before = RequestState(int(self._state.req[r]["state"]))
-            if live.abort(self._words, r, self._clock.now):
+            if interrupt.abort(self._words, r, self._clock.now):
                 self.doomed.remove(r)
                 self.aborted[before] += 1
             else:
@@ -121,7 +128,7 @@ class Vandal(ModelledInstances):
     def settled(self) -> None:
         super().settled()
         if self.lost and self.rng.random() < 0.5:
-            live.release_blocks(self._words, *self.lost.pop())
+            interrupt.release_blocks(self._words, *self.lost.pop())
 
     def lane_ends(self, i: int, l: int, outcome: Any) -> None:
         super().lane_ends(i, l, outcome)
@@ -138,7 +145,7 @@ class Vandal(ModelledInstances):
             head = lists[len(lists) - len(self._state.link) + link, 0]
             receiver = int(self._state.req[head]["dest"])
             lose = bool(self.rng.random() < 0.5)
-            tail, n, starts = live.fail_transfer(self._words, link, lose)
+            tail, n, starts = interrupt.fail_transfer(self._words, link, lose)
             assert (n > 0) == lose
             self.lost += [(receiver, tail, n)] if lose else []
             if starts:
@@ -160,7 +167,7 @@ def test_aborts_and_broken_transfers_give_every_block_back() -> None:
         vandal.attach(runtime)
         runtime.run()
         for lost in vandal.lost:
-            live.release_blocks(runtime.words, *lost)
+            interrupt.release_blocks(runtime.words, *lost)
         assert state.cluster[0]["n_done"] == state.cluster[0]["n_sent"], f"seed {seed} is stuck"
         assert faults(state) == [], f"seed {seed}"
         aborted, late = aborted + vandal.aborted, late + vandal.late

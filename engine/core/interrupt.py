@@ -1,0 +1,178 @@
+"""What the surrogate never needs: clients hang up, links break, an administrator changes a role.
+
+Entry points like those of ``engine.core.live``: the address vector of a cluster and plain numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.core.batching import note_due, touch_pool
+from engine.core.jit import kernel
+from engine.core.kv import release, release_chain
+from engine.core.lifecycle import begin_role_change
+from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, link_list, push_back, queue_of, ready_of, remove
+from engine.core.live import start_link
+from engine.core.slo import end_request
+from engine.core.state import NEVER as _NEVER
+from engine.core.state import LaneKind, RequestState, Role, attach
+
+__all__ = ["abort", "fail_transfer", "release_blocks", "request_role"]
+
+_PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
+_K_DECODE, _K_FUSED = int(LaneKind.DECODE), int(LaneKind.FUSED)
+(_NEW, _PLACING, _HELD, _WAITING, _PREFILLING, _HANDOVER, _INBOUND, _MOVING, _READY, _RUNNING, _FINISHED,
+ _, _FAILED) = (int(x) for x in RequestState)  # fmt: skip
+
+
+@kernel
+def _leave_source(s, r):
+    """Take request ``r``, which waits outside the running set with its KV in place, off its blocks."""
+    i = s.req[r].inst
+    s.inst[i].held_tokens -= s.req[r].computed
+    release(s, r)
+    touch_pool(s, i)
+
+
+@kernel
+def _leave_running(s, i, r):
+    kept = 0
+    for slot in range(s.inst[i].run_n):
+        other = s.run[i, slot]
+        if other != r:
+            s.run[i, kept] = other
+            kept += 1
+    s.inst[i].run_n = kept
+    s.inst[i].run_ctx -= s.req[r].computed
+    for c in range(s.cluster[0].n_classes):
+        s.due[i, c] = _NEVER
+    for slot in range(kept):
+        note_due(s, i, s.run[i, slot])
+    release(s, r)
+    touch_pool(s, i)
+
+
+@kernel
+def _leave_link(s, r, link):
+    """Take request ``r`` off its link: its blocks at the receiver are given back."""
+    dest = s.req[r].dest
+    remove(s.lists, s.req, link_list(s.cluster[0].n_instances, link), r)
+    s.link[link].tokens -= s.req[r].computed - s.req[r].dst_cached
+    s.inst[dest].moving_n -= 1
+    s.inst[dest].inbound_tokens -= s.req[r].computed
+    release_chain(s, s.inst[dest].pool, s.req[r].dst_tail, s.req[r].dst_blocks)
+    s.req[r].dst_tail, s.req[r].dst_blocks = -1, 0
+    touch_pool(s, dest)
+    s.inst[s.req[r].inst].out_n -= 1
+    _leave_source(s, r)
+
+
+@kernel
+def _decoding(s, i):
+    """Whether a step with the running set of instance ``i`` is in flight."""
+    first, second = s.lane[i, 0].kind, s.lane[i, 1].kind
+    return first in (_K_FUSED, _K_DECODE) or second == _K_DECODE
+
+
+@kernel
+def abort(words, r, now):
+    """The client of request ``r`` is gone: give back every block it holds and end it as FAILED.
+
+    :return: False while a step or transfer in flight uses its blocks; ask again when that has ended
+    """
+    s = attach(words)
+    req = s.req[r]
+    i, state = req.inst, req.state
+    if state == _NEW or state >= _FINISHED:
+        return True
+    if state == _PREFILLING or (state == _RUNNING and _decoding(s, i)):
+        return False
+    if state == _PLACING:
+        remove(s.lists, s.req, PLACING, r)
+    elif state == _HELD:
+        remove(s.lists, s.req, HELD, r)
+    elif state == _WAITING:
+        remove(s.lists, s.req, queue_of(i), r)
+        s.inst[i].queue_tokens -= req.target - req.computed
+        s.inst[i].queue_work -= req.work
+        s.inst[i].dirty = 1
+        if req.blocks > 0:
+            s.inst[i].started_n -= 1
+            _leave_source(s, r)
+    elif state == _HANDOVER:
+        remove(s.lists, s.req, HANDOVER, r)
+        s.inst[i].out_n -= 1
+        _leave_source(s, r)
+    elif state == _INBOUND:
+        remove(s.lists, s.req, inbound_of(req.dest), r)
+        s.inst[req.dest].inbound_tokens -= req.computed
+        s.inst[req.dest].dirty = 1
+        s.inst[i].out_n -= 1
+        _leave_source(s, r)
+    elif state == _MOVING:
+        link = s.inst[req.dest].link
+        if s.link[link].busy == 1 and s.lists[link_list(s.cluster[0].n_instances, link), 0] == r:
+            return False
+        _leave_link(s, r, link)
+    elif state == _READY:
+        remove(s.lists, s.req, ready_of(i), r)
+        _leave_source(s, r)
+    else:
+        _leave_running(s, i, r)
+    end_request(s, r, now, _FAILED)
+    return True
+
+
+@kernel
+def fail_transfer(words, link, keep):
+    """The transfer at the head of ``link`` failed: its request starts over with a PLACE_PREFILL decision.
+
+    :param keep: the receiver's blocks may still be written to; they stay reserved for ``release_blocks``
+    :return: (last block and number of blocks kept, whether the next transfer starts)
+    """
+    s = attach(words)
+    r = s.lists[link_list(s.cluster[0].n_instances, link), 0]
+    req = s.req[r]
+    tail, blocks = np.int32(-1), np.int32(0)
+    if keep:
+        tail, blocks = req.dst_tail, req.dst_blocks
+        req.dst_tail, req.dst_blocks = -1, 0
+    _leave_link(s, r, link)
+    req.computed = 0
+    req.target = req.prompt + req.generated
+    req.n_preempt += 1
+    req.inst = -1
+    req.dest = -1
+    req.state = _PLACING
+    push_back(s.lists, s.req, PLACING, r)
+    s.link[link].busy = 0
+    return tail, blocks, start_link(s, link)
+
+
+@kernel
+def release_blocks(words, i, tail, n):
+    """Give back a chain of ``n`` blocks of the pool of instance ``i`` that no request owns any more."""
+    s = attach(words)
+    release_chain(s, s.inst[i].pool, tail, n)
+    touch_pool(s, i)
+
+
+@kernel
+def request_role(words, i, role):
+    """Begin the change of instance ``i`` to ``role``, as a REALLOCATE answer would.
+
+    :return: False when another change is under way, or too few instances could prefill or decode afterwards
+    """
+    s = attach(words)
+    if s.cluster[0].moving_roles > 0 or (s.cluster[0].roles_allowed >> role) & 1 == 0:
+        return False
+    prefill, decode = 0, 0
+    for j in range(s.cluster[0].n_instances):
+        other = role if j == i else s.inst[j].role
+        prefill += 1 if other != _DECODE else 0
+        decode += 1 if other != _PREFILL else 0
+    if prefill < s.cluster[0].min_prefill or decode < s.cluster[0].min_decode:
+        return False
+    if s.inst[i].role != role:
+        begin_role_change(s, i, role)
+    return True
