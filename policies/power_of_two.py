@@ -8,20 +8,20 @@ from engine.core.columns import Col, Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from policies.common import default_answer, kind_of, only_decoders, or_hold, takes_prompts
-from policies.rule import Param, Rule
+from policies.rule import Rule
 
 _MASK32 = 0xFFFFFFFF
 
 
 @kernel
-def _random(memory, seed):
-    """Next number in [0, 1) of a 32-bit xorshift (Marsaglia 2003); its state is ``memory[0]``, 0 = seed it.
+def _random(memory):
+    """Next number in [0, 1) of a 32-bit xorshift (Marsaglia 2003); its state is ``memory[0]``, 0 = just reset.
 
     32 bits, because a float64 cell holds them exactly.
     """
     state = np.int64(memory[0])
     if state == 0:
-        state = np.int64(max((int(seed) * 2654435761 + 88675123) & _MASK32, 1))
+        state = np.int64(88675123)
     state ^= (state << 13) & _MASK32
     state ^= state >> 17
     state ^= (state << 5) & _MASK32
@@ -41,7 +41,7 @@ def _nth_instance(candidates, mask, n, everyone):
 
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
-    """``params``: seed. The second draw never repeats the first."""
+    """The second draw never repeats the first."""
     if kind_of(context) != Kind.PLACE_PREFILL:
         return default_answer(context, candidates, mask)
     everyone = only_decoders(candidates, mask)
@@ -51,8 +51,8 @@ def decide(context, candidates, mask, params, memory):
             allowed += 1
     if allowed < 2:
         return or_hold(_nth_instance(candidates, mask, 0, everyone), candidates, mask)
-    first = int(_random(memory, params[0]) * allowed)
-    second = (first + 1 + int(_random(memory, params[0]) * (allowed - 1))) % allowed
+    first = int(_random(memory) * allowed)
+    second = (first + 1 + int(_random(memory) * (allowed - 1))) % allowed
     a = _nth_instance(candidates, mask, first, everyone)
     b = _nth_instance(candidates, mask, second, everyone)
     return a if candidates[a, Col.OUTSTANDING] <= candidates[b, Col.OUTSTANDING] else b
@@ -64,5 +64,4 @@ RULE = Rule(
     source="Mitzenmacher, The power of two choices in randomized load balancing (IEEE TPDS 2001)",
     decide=decide,
     needs=Need.LOAD,
-    params=(Param("seed", 0, 2**31 - 1, 0, integer=True, doc="of its own random numbers"),),
 )
