@@ -32,6 +32,7 @@ from policies.registry import load_policy
 from policies.setting import Setting
 
 __all__ = [
+    "LEAST_LOAD",
     "Disaggregated",
     "algorithm_1",
     "algorithm_2",
@@ -43,6 +44,8 @@ __all__ = [
 
 #: Bandwidth inside a node where Algorithm 2 places both phases: NVLink of A100 (600 GB/s, one direction).
 NODE_GB_S = 300.0
+#: Below this part of the reference rate nobody waits for anybody: who fails there fails at any rate.
+LEAST_LOAD = 2.0**-12
 _AMPLE_TOKENS = 4_000_000
 
 
@@ -152,6 +155,8 @@ def phase_goodput(
     links = (LinkSpec(bytes_per_s=0.0, latency_s=0.0),) * 2
 
     def attainment(rate: float) -> float:
+        if rate < LEAST_LOAD * scenario.reference_rate:
+            return 0.0
         trace = build_trace(scenario, rate, n_requests, 0, "valid")
         options = ClusterOptions(horizon_s=horizon_s(trace))
         state = new_cluster(specs, table, share, classes=classes, links=links, options=options)
@@ -253,6 +258,8 @@ def _pair_goodput(
     pair: Scenario, prefill_tokens: int, goal: float, n_requests: int, tolerance: float, seeds: Sequence[int]
 ) -> float:
     def attainment(rate: float) -> float:
+        if rate < LEAST_LOAD * pair.reference_rate:
+            return 0.0
         shares = []
         for seed in seeds:
             values = {"prefill_tokens": prefill_tokens}
