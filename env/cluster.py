@@ -229,8 +229,10 @@ def compiled(kernel: Any, *signature: Any) -> Any:
     return kernel
 
 
-class FirstClass(numba.types.WrapperAddressProtocol):
+class FirstClass:
     """A compiled ``decide`` as a plain function address, so that a driver takes it without a look-up per call."""
+
+    _numba_type_ = POLICY_TYPE
 
     def __init__(self, decide: Any) -> None:
         result = decide.get_compile_result(POLICY_SIGNATURE)
@@ -239,9 +241,6 @@ class FirstClass(numba.types.WrapperAddressProtocol):
 
     def __wrapper_address__(self) -> int:
         return int(self._address)
-
-    def signature(self) -> Any:
-        return POLICY_SIGNATURE
 
 
 WORDS = numba.int64[::1]
