@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "app", "build", "main"]
 
+_WARM_UP_TOKENS = 256
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -163,6 +164,8 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     if not options.roles and policy.arrangement is not None:
         specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
         state = state_of(specs)
+    small = state_of([replace(spec, kv_tokens=_WARM_UP_TOKENS) for spec in specs])
+    _warm_up(Engine(model, tokenizer, small, find_policy(options.policy, small)))
     engine = Engine(model, tokenizer, state, policy, max_tokens=options.max_tokens or None).start()
     application = create_app(
         engine,
@@ -171,6 +174,17 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         drain_s=options.drain_s,
     )
     return engine, application
+
+
+def _warm_up(scratch: Engine) -> None:
+    """Serve one request and hang up on another, so that everything is compiled before a client waits for it."""
+    from engine.model import SamplingParams
+
+    greedy = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    scratch.start()
+    scratch.generate([0], greedy)
+    scratch.abort(scratch.submit([0], replace(greedy, max_tokens=_WARM_UP_TOKENS // 2), lambda delta: None))
+    scratch.close()
 
 
 def _profile(options: Options, model: Any) -> tuple[Any, Any]:
