@@ -71,11 +71,11 @@ def main_job(arguments: list[str]) -> None:
     common = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     call(
         BIN / "train-policy", "--env", "surrogate", "--scenario", SCENARIO, "--budget", "120s",
-        "--out", OUT / "train", "--resume", *arguments, **common,
+        "--out", OUT / "learned", "--resume", *arguments, **common,
     )  # fmt: skip
     call(
         BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO,
-        *policies, "--policy", OUT / "train" / "best", "--goodput", "--tune", "200",
+        *policies, "--policy", OUT / "learned" / "best", "--goodput", "--tune", "200",
         "--jobs", "2", "--out", OUT / "compare", **common,
     )  # fmt: skip
     print(f"report: {OUT / 'compare' / 'report.html'}")

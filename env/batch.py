@@ -14,7 +14,8 @@ from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, 
 from engine.core.jit import kernel
 from engine.core.kv import release
 from engine.core.state import RequestState, attach
-from env.surrogate import advance, answer, attach_sim, describe
+from env.clock import attach_sim
+from env.surrogate import advance, answer, describe
 
 __all__ = ["ASKED", "ENDED", "LAST", "Buffers", "advance_many", "new_buffers", "release_all"]
 

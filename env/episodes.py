@@ -16,9 +16,9 @@ from engine.core.policy import InstancePlan
 from engine.core.rows import addresses
 from engine.core.state import ClusterState
 from env.batch import Buffers, release_all
+from env.clock import Sim, new_sim
 from env.cluster import Arena, arena_of, build_trace, horizon_s, jittered, requests_of
 from env.scenario import Scenario
-from env.surrogate import Sim, new_sim
 from env.workload import Trace
 
 __all__ = ["Episodes"]

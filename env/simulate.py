@@ -15,9 +15,10 @@ from engine.core.rows import addresses
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
+from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered
 from env.scenario import Scenario
-from env.surrogate import new_sim, run
+from env.surrogate import run
 from env.workload import Trace
 
 __all__ = ["RunResult", "bind_policy", "simulate"]

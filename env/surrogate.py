@@ -7,232 +7,25 @@ when something does change; with ``fast_forward`` off every step is an event, an
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from engine.core.batching import plan_lane
-from engine.core.columns import N_CANDIDATE, N_CONTEXT, max_candidates
 from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.handover import pull, transfer_done
 from engine.core.jit import kernel
-from engine.core.lifecycle import (
-    arrive,
-    book_decode,
-    close_window,
-    complete_prefill,
-    end_role_change,
-    pull,
-    role_change_ready,
-    transfer_done,
-    wake_held,
-)
+from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
-from engine.core.rows import addresses, make_attach
+from engine.core.roles import end_role_change, role_change_ready
 from engine.core.slo import seal
-from engine.core.state import ClusterState, LaneKind, RequestState, Role, attach
-from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
+from engine.core.state import LaneKind, RequestState, Role, attach
+from engine.latency.evaluate import decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
+from env.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 
-__all__ = ["CLOCK", "SIM", "Sim", "advance", "answer", "attach_sim", "describe", "new_sim", "run", "start"]
+__all__ = ["advance", "answer", "describe", "run"]
 
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _MULTIPLEXED, _DECODE = int(Role.MULTIPLEXED), int(Role.DECODE)
 _FINISHED = int(RequestState.FINISHED)
-_NEVER = np.iinfo(np.int64).max
-
-CLOCK = np.dtype(
-    [
-        ("t0", np.int64),  # start of the first step not yet booked
-        ("first", np.int64),  # its duration
-        ("delta", np.int64),  # each further step takes this much longer
-        ("left", np.int64),  # steps until the lane's next event
-    ],
-    align=True,
-)
-
-SIM = np.dtype(
-    [
-        ("now", np.int64),
-        ("slot", np.int64),  # event slot being processed
-        ("n_roots", np.int64),
-        ("next_root", np.int64),
-        ("heap_n", np.int64),
-        ("due_n", np.int64),
-        ("fast_forward", np.int32),
-        ("hashing", np.int32),
-        ("kind", np.int32),  # the decision being asked, -1 none
-        ("subject", np.int32),
-        ("candidates", np.int32),
-        ("slots", np.int32),
-        ("size", np.int32),  # leaves of the tournament
-        ("decisions", np.int64),
-        ("events", np.int64),
-        # -- reward of the current decision interval, discounted to the time of the decision
-        ("beta", np.float64),
-        ("asked_at", np.int64),
-        ("good", np.float64),
-        ("missed", np.float64),
-        ("seen_good", np.float64),
-        ("seen_missed", np.float64),
-    ],
-    align=True,
-)
-
-
-class Sim(NamedTuple):
-    """Clock and event queue of one simulated cluster. Slots: lanes (2 N), links (L), switches (N), then four."""
-
-    sim: np.ndarray  # SIM (1,)
-    clock: np.ndarray  # CLOCK (N, 2)
-    when: np.ndarray  # int64 (slots,): time of the next event of each slot
-    tree: np.ndarray  # int32 (2 · size,): tournament over ``when``; tree[1] is the earliest slot
-    heap_t: np.ndarray  # int64 (R,): follow-up turns by arrival
-    heap_r: np.ndarray  # int32 (R,)
-    due_t: np.ndarray  # int64 (R,): requests by TTFT deadline, kept when rewards are asked for (beta > 0)
-    due_r: np.ndarray  # int32 (R,)
-    true_profile: np.ndarray  # PROFILE (N,): what steps really take, per instance
-    true_share: np.ndarray  # SHARE (N, M)
-    context: np.ndarray  # float64 (N_CONTEXT,)
-    candidates: np.ndarray  # float64 (K, N_CANDIDATE)
-    mask: np.ndarray  # uint8 (K,)
-
-
-def new_sim(
-    state: ClusterState,
-    *,
-    n_roots: int,
-    fast_forward: bool = True,
-    beta: float = 0.0,
-    true_profile: np.ndarray | None = None,
-    true_share: np.ndarray | None = None,
-) -> Sim:
-    """A clock at time zero for ``state``, whose first ``n_roots`` requests arrive at their ``arrival`` stamps.
-
-    :param beta: discount rate of rewards, 1/s
-    :param true_profile: PROFILE (N,) and SHARE (N, M) the world runs on; the nominal ones if not given
-    """
-    n, links = len(state.inst), len(state.link)
-    slots = 3 * n + links + 4
-    due = max(len(state.req) if beta > 0 else 0, 1)
-    size = 1 << (slots - 1).bit_length()
-    sim = np.zeros(1, SIM)
-    sim["n_roots"], sim["fast_forward"], sim["beta"] = n_roots, fast_forward, beta
-    sim["hashing"] = int(state.cluster[0]["hash_tokens"] > 0)
-    sim["kind"], sim["slots"], sim["size"] = -1, slots, size
-    rows = state.inst["profile"]
-    k = max_candidates(n)
-    result = Sim(
-        sim=sim,
-        clock=np.zeros((n, 2), CLOCK),
-        when=np.full(slots, _NEVER, np.int64),
-        tree=np.zeros(2 * size, np.int32),
-        heap_t=np.zeros(max(len(state.req) - n_roots, 1), np.int64),
-        heap_r=np.zeros(max(len(state.req) - n_roots, 1), np.int32),
-        due_t=np.zeros(due, np.int64),
-        due_r=np.zeros(due, np.int32),
-        true_profile=state.profile[rows] if true_profile is None else true_profile,
-        true_share=state.share[rows] if true_share is None else true_share,
-        context=np.zeros(N_CONTEXT),
-        candidates=np.zeros((k, N_CANDIDATE)),
-        mask=np.zeros(k, np.uint8),
-    )
-    start(addresses(state), addresses(result))
-    return result
-
-
-#: The simulated clock behind an address vector, for use inside kernels.
-attach_sim = make_attach(
-    "Sim",
-    [
-        ("sim", SIM, 1),
-        ("clock", CLOCK, 2),
-        ("when", np.int64, 1),
-        ("tree", np.int32, 1),
-        ("heap_t", np.int64, 1),
-        ("heap_r", np.int32, 1),
-        ("due_t", np.int64, 1),
-        ("due_r", np.int32, 1),
-        ("true_profile", PROFILE, 1),
-        ("true_share", SHARE, 2),
-        ("context", np.float64, 1),
-        ("candidates", np.float64, 2),
-        ("mask", np.uint8, 1),
-    ],
-)
-
-
-@kernel(forceinline=True)
-def _earlier(when, a, b):
-    """The slot with the earlier event; the lower slot on a tie. -1 stands for a slot that does not exist."""
-    if a < 0:
-        return b
-    if b < 0:
-        return a
-    if when[b] < when[a] or (when[b] == when[a] and b < a):
-        return b
-    return a
-
-
-@kernel
-def _set(q, slot, t):
-    """Move the event of ``slot`` to time ``t``."""
-    if q.when[slot] == t:
-        return
-    q.when[slot] = t
-    k = (q.sim[0].size + slot) // 2
-    while k >= 1:
-        before = q.tree[k]
-        now = _earlier(q.when, q.tree[2 * k], q.tree[2 * k + 1])
-        q.tree[k] = now
-        if now == before and now != slot:
-            break
-        k //= 2
-
-
-@kernel
-def start(state_words, sim_words):
-    """Lay out the event queue of a new clock."""
-    s, q = attach(state_words), attach_sim(sim_words)
-    size = q.sim[0].size
-    n = s.cluster[0].n_instances
-    slots = q.sim[0].slots
-    for k in range(slots):
-        q.when[k] = _NEVER
-    q.when[slots - 3] = s.cluster[0].control_ticks
-    if q.sim[0].n_roots > 0:
-        q.when[slots - 1] = s.req[0].arrival
-    for k in range(size):
-        q.tree[size + k] = k if k < slots else -1
-    for k in range(size - 1, 0, -1):
-        q.tree[k] = _earlier(q.when, q.tree[2 * k], q.tree[2 * k + 1])
-    for i in range(n):
-        s.inst[i].dirty = 1
-
-
-@kernel(forceinline=True)
-def _span(clock, k):
-    """Ticks that the next ``k`` steps of a lane take."""
-    return clock.first * k + clock.delta * (k * (k - 1) // 2)
-
-
-@kernel
-def _steps_done(clock, now, strict):
-    """Steps of a lane that ended by ``now`` (``strict``: before it)."""
-    if clock.left <= 1:
-        return np.int64(0)
-    room = now - clock.t0 - (1 if strict else 0)
-    if room < clock.first:
-        return np.int64(0)
-    if clock.delta == 0:
-        return min(room // clock.first, clock.left - 1)
-    a = 0.5 * clock.delta
-    b = clock.first - a
-    k = np.int64((np.sqrt(b * b + 4.0 * a * room) - b) / (2.0 * a))
-    k = min(max(k, np.int64(0)), clock.left - 1)
-    while k > 0 and _span(clock, k) > room:
-        k -= 1
-    while k < clock.left - 1 and _span(clock, k + 1) <= room:
-        k += 1
-    return k
 
 
 @kernel
@@ -242,16 +35,16 @@ def _settle_lane(s, q, i, l, stop_next):
     if s.lane[i, l].kind != _K_DECODE or clock.left <= 1:
         return
     slot = 2 * i + l
-    k = _steps_done(clock, q.sim[0].now, q.sim[0].slot < slot)
+    k = steps_done(clock, q.sim[0].now, q.sim[0].slot < slot)
     if k > 0:
-        end = clock.t0 + _span(clock, k)
+        end = clock.t0 + span(clock, k)
         book_decode(s, i, l, k, clock.first, clock.delta, end, True)
         clock.first += clock.delta * k
         clock.t0 = end
         clock.left -= k
     if stop_next:
         clock.left = 1
-        _set(q, slot, clock.t0 + clock.first)
+        set_event(q, slot, clock.t0 + clock.first)
 
 
 @kernel
@@ -277,7 +70,7 @@ def _refresh(s, q):
                     _settle_lane(s, q, i, l, False)
                 else:
                     strict = q.sim[0].slot < 2 * i + l
-                    s.inst[i].unbooked = _steps_done(q.clock[i, l], q.sim[0].now, strict)
+                    s.inst[i].unbooked = steps_done(q.clock[i, l], q.sim[0].now, strict)
 
 
 @kernel
@@ -311,7 +104,7 @@ def _start_lane(s, q, i, l):
         prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
         decode = decode_s(profile, share, lane.sum_ctx, lane.bs)
         clock.first = max(to_ticks(prefill + decode - fused_shared_s(share, prefill, decode)), 1)
-    _set(q, 2 * i + l, now + _span(clock, clock.left))
+    set_event(q, 2 * i + l, now + span(clock, clock.left))
 
 
 @kernel
@@ -327,7 +120,7 @@ def _start_link(s, q, link):
     if s.link[link].bytes_per_s > 0.0:
         moved = s.req[r].computed - s.req[r].dst_cached
         seconds += moved * profile.kv_bytes_per_token / s.link[link].bytes_per_s
-    _set(q, 2 * n + link, q.sim[0].now + to_ticks(seconds))
+    set_event(q, 2 * n + link, q.sim[0].now + to_ticks(seconds))
 
 
 @kernel
@@ -341,7 +134,7 @@ def _kick(s, q, i):
         _start_link(s, q, s.inst[i].link)
     if role_change_ready(s, i):
         s.inst[i].switching = 1
-        _set(q, 2 * n + links + i, q.sim[0].now + to_ticks(q.true_profile[i].switch_s))
+        set_event(q, 2 * n + links + i, q.sim[0].now + to_ticks(q.true_profile[i].switch_s))
     for l in range(2):
         if s.lane[i, l].kind == _IDLE:
             plan_lane(s, i, l, q.sim[0].now)
@@ -350,7 +143,7 @@ def _kick(s, q, i):
                     _settle_lane(s, q, i, 1, True)
                 _start_lane(s, q, i, l)
             else:
-                _set(q, 2 * i + l, _NEVER)
+                set_event(q, 2 * i + l, NEVER)
 
 
 @kernel
@@ -387,62 +180,26 @@ def _lane_event(s, q, i, l):
 
 
 @kernel
-def _heap_push(heap_t, heap_r, n, t, r):
-    """Add (t, r) to a binary heap of ``n`` entries; earliest first, lowest request on a tie."""
-    k = n
-    while k > 0:
-        up = (k - 1) // 2
-        if heap_t[up] < t or (heap_t[up] == t and heap_r[up] < r):
-            break
-        heap_t[k] = heap_t[up]
-        heap_r[k] = heap_r[up]
-        k = up
-    heap_t[k] = t
-    heap_r[k] = r
-
-
-@kernel
-def _heap_pop(heap_t, heap_r, n):
-    """Remove the first of the ``n`` entries of a heap and return its request."""
-    result = heap_r[0]
-    n -= 1
-    t, r = heap_t[n], heap_r[n]
-    k = 0
-    while 2 * k + 1 < n:
-        c = 2 * k + 1
-        if c + 1 < n and (heap_t[c + 1] < heap_t[c] or (heap_t[c + 1] == heap_t[c] and heap_r[c + 1] < heap_r[c])):
-            c += 1
-        if t < heap_t[c] or (t == heap_t[c] and r < heap_r[c]):
-            break
-        heap_t[k] = heap_t[c]
-        heap_r[k] = heap_r[c]
-        k = c
-    heap_t[k] = t
-    heap_r[k] = r
-    return result
-
-
-@kernel
 def _watch_deadline(s, q, r):
     """Have request ``r`` sealed as a miss when its TTFT target passes without a first token."""
-    _heap_push(q.due_t, q.due_r, q.sim[0].due_n, s.req[r].arrival + s.req[r].ttft_slo + 1, r)
+    heap_push(q.due_t, q.due_r, q.sim[0].due_n, s.req[r].arrival + s.req[r].ttft_slo + 1, r)
     q.sim[0].due_n += 1
-    _set(q, q.sim[0].slots - 4, q.due_t[0])
+    set_event(q, q.sim[0].slots - 4, q.due_t[0])
 
 
 @kernel
 def _deadline_event(s, q):
-    r = _heap_pop(q.due_t, q.due_r, q.sim[0].due_n)
+    r = heap_pop(q.due_t, q.due_r, q.sim[0].due_n)
     q.sim[0].due_n -= 1
     if s.req[r].first_token < 0:
         seal(s, r, False)
-    _set(q, q.sim[0].slots - 4, q.due_t[0] if q.sim[0].due_n > 0 else _NEVER)
+    set_event(q, q.sim[0].slots - 4, q.due_t[0] if q.sim[0].due_n > 0 else NEVER)
 
 
 @kernel
 def _next_arrival(s, q):
     """Time of the next arrival, open-loop or follow-up turn."""
-    t = np.int64(_NEVER)
+    t = np.int64(NEVER)
     if q.sim[0].next_root < q.sim[0].n_roots:
         t = s.req[q.sim[0].next_root].arrival
     if q.sim[0].heap_n > 0:
@@ -454,7 +211,7 @@ def _next_arrival(s, q):
 def _arrival_event(s, q):
     now = q.sim[0].now
     if q.sim[0].heap_n > 0 and q.heap_t[0] <= now:
-        r = _heap_pop(q.heap_t, q.heap_r, q.sim[0].heap_n)
+        r = heap_pop(q.heap_t, q.heap_r, q.sim[0].heap_n)
         q.sim[0].heap_n -= 1
     else:
         r = np.int32(q.sim[0].next_root)
@@ -462,7 +219,7 @@ def _arrival_event(s, q):
     arrive(s, r, now)
     if q.sim[0].beta > 0.0:
         _watch_deadline(s, q, r)
-    _set(q, q.sim[0].slots - 1, _next_arrival(s, q))
+    set_event(q, q.sim[0].slots - 1, _next_arrival(s, q))
 
 
 @kernel
@@ -472,9 +229,9 @@ def _queue_follow_ups(s, q):
         r = pop_front(s.lists, s.req, ENDED)
         if s.req[r].state == _FINISHED:
             sent = s.req[r].finished + s.req[r].think
-            _heap_push(q.heap_t, q.heap_r, q.sim[0].heap_n, sent, s.req[r].next_turn)
+            heap_push(q.heap_t, q.heap_r, q.sim[0].heap_n, sent, s.req[r].next_turn)
             q.sim[0].heap_n += 1
-    _set(q, q.sim[0].slots - 1, _next_arrival(s, q))
+    set_event(q, q.sim[0].slots - 1, _next_arrival(s, q))
 
 
 @kernel
@@ -503,22 +260,22 @@ def _process(s, q, slot):
         _arrival_event(s, q)
     elif slot < 2 * n + links:
         link = slot - 2 * n
-        _set(q, slot, _NEVER)
+        set_event(q, slot, NEVER)
         source = s.req[s.lists[link_list(n, link), 0]].inst
         _settle_pool(s, q, source, False)
         transfer_done(s, link, q.sim[0].now)
         _start_link(s, q, link)
     elif slot < 3 * n + links:
-        _set(q, slot, _NEVER)
+        set_event(q, slot, NEVER)
         end_role_change(s, slot - 2 * n - links)
     elif slot == slots - 4:
         _deadline_event(s, q)
     elif slot == slots - 3:
         close_window(s, q.sim[0].now)
         open_control(s)
-        _set(q, slot, q.sim[0].now + s.cluster[0].control_ticks)
+        set_event(q, slot, q.sim[0].now + s.cluster[0].control_ticks)
     else:
-        _set(q, slot, _NEVER)
+        set_event(q, slot, NEVER)
         wake_held(s, s.cluster[0].hold_scan)
 
 
@@ -549,9 +306,9 @@ def advance(s, q):
         if s.lists[ENDED, 2] > 0:
             _queue_follow_ups(s, q)
         _credit(s, q)
-        if s.lists[HELD, 2] > 0 and q.when[slots - 2] == _NEVER:
-            _set(q, slots - 2, q.sim[0].now + s.cluster[0].hold_ticks)
-        done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots - 1] == _NEVER
+        if s.lists[HELD, 2] > 0 and q.when[slots - 2] == NEVER:
+            set_event(q, slots - 2, q.sim[0].now + s.cluster[0].hold_ticks)
+        done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots - 1] == NEVER
         slot = q.tree[1]
         if done or q.when[slot] > s.cluster[0].horizon_ticks:
             if not done:

@@ -22,10 +22,11 @@ from engine.core.state import Role
 from engine.errors import SlalomError
 from engine.latency import Profile, pack
 from engine.latency.profile import list_profiles
+from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, build_trace, compiled, horizon_s, requests_of
 from env.scenario import Scenario
 from env.simulate import simulate
-from env.surrogate import new_sim, run
+from env.surrogate import run
 from eval.goodput import find_goodput
 from eval.metrics import outcomes
 from policies.registry import load_policy

@@ -48,8 +48,9 @@ from engine.core.state import Batching, Role, attach
 from engine.errors import SlalomError
 from engine.latency import Profile, pack
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
+from env.clock import attach_sim, new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate import advance, answer, attach_sim, new_sim, run
+from env.surrogate import advance, answer, run
 from policies.registry import load_policy
 from policies.setting import Setting
 

@@ -129,7 +129,8 @@ def default_answer(context, candidates, mask):
     """What a rule answers to kinds it does not care about.
 
     PLACE_DECODE: stay in place where that instance may decode, else the least loaded. PLACE_PREFILL: the
-    fewest outstanding tokens among instances that prefill by their role. HOLD only when no instance is allowed. REALLOCATE and TUNE: KEEP.
+    fewest outstanding tokens among instances that prefill by their role. HOLD only when no instance is
+    allowed. REALLOCATE and TUNE: KEEP.
     """
     kind = kind_of(context)
     if kind == Kind.PLACE_DECODE:

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.core.lists import ENDED, HANDOVER, HELD, PLACING
 from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
-from env.surrogate import Sim
+from env.clock import Sim
 
 S = RequestState
 _MASK = 2**64 - 1

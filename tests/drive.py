@@ -15,8 +15,9 @@ from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.rows import addresses
 from engine.core.state import ClusterState
+from env.clock import Sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate import Sim, run
+from env.surrogate import run
 
 #: Wall-clock seconds that one call may take; a normal one takes milliseconds.
 PATIENCE_S = float(os.environ.get("SLALOM_PATIENCE", "30"))

@@ -11,23 +11,22 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.jit import kernel
-from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, release
-from engine.core.lists import pop_front, push_back, push_front, queue_of, ready_of
-from engine.core.slo import end_request
-from engine.core.state import NEVER as _NEVER
+from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow
+from engine.core.lists import pop_front, push_back, queue_of, ready_of
+from engine.core.predict import prefill_share, split_for, whole_device
+from engine.core.preemption import (
+    give_way,
+    note_due,
+    partly_prefilled,
+    preempt,
+    recount_due,
+    secure_decode,
+    touch_pool,
+)
 from engine.core.state import Batching, LaneKind, RequestState, Role
-from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks
+from engine.latency.evaluate import decode_s, prefill_s
 
-__all__ = [
-    "note_due",
-    "plan_lane",
-    "predict_step",
-    "prefill_share",
-    "requeue",
-    "tightest_tpot_s",
-    "touch_pool",
-    "whole_device",
-]
+__all__ = ["plan_lane"]
 
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
@@ -37,173 +36,6 @@ _PREFILLING = int(RequestState.PREFILLING)
 _READY = int(RequestState.READY)
 _RUNNING = int(RequestState.RUNNING)
 _FAILED = int(RequestState.FAILED)
-
-
-@kernel(forceinline=True)
-def whole_device(s, i):
-    """Share row of instance ``i`` that stands for all SMs."""
-    return s.profile[s.inst[i].profile].n_shares - 1
-
-
-@kernel
-def prefill_share(s, i, decode_row):
-    """Share row left to prefill beside decode on ``decode_row``: the largest one that fits into the other SMs."""
-    p = s.inst[i].profile
-    rest = s.profile[p].total_sms - s.share[p, decode_row].sms
-    row = 0
-    for k in range(s.profile[p].n_shares):
-        if s.share[p, k].sms <= rest:
-            row = k
-    return row
-
-
-@kernel
-def tightest_tpot_s(s, i):
-    """Least TPOT target among the classes that decode on instance ``i``, seconds (the least of all when none does)."""
-    least, any_class = 1e9, 1e9
-    for c in range(s.cluster[0].n_classes):
-        any_class = min(any_class, s.cls[c].tpot_s)
-        if s.due[i, c] < _NEVER:
-            least = min(least, s.cls[c].tpot_s)
-    return least if least < 1e9 else any_class
-
-
-@kernel
-def _split_for(s, i, sum_ctx, bs):
-    """Decode's share row while prefill runs: fixed, or the smallest that keeps the worst case under the target.
-
-    MuxWise section 4: worst = T_decode(row) × guard ≤ headroom × TPOT target; the largest partial row if none does.
-    """
-    split = s.inst[i].split
-    p = s.inst[i].profile
-    last = s.profile[p].n_shares - 1
-    if split >= 0:
-        return min(split, last)
-    limit = s.inst[i].headroom * tightest_tpot_s(s, i)
-    for row in range(last):
-        if decode_s(s.profile[p], s.share[p, row], sum_ctx, bs) * s.share[p, row].guard <= limit:
-            return row
-    return max(last - 1, 0)
-
-
-@kernel
-def predict_step(s, i, l):
-    """Predicted seconds of the step in lane (i, l), by the nominal profile."""
-    lane = s.lane[i, l]
-    p = s.inst[i].profile
-    profile = s.profile[p]
-    share = s.share[p, lane.share]
-    prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
-    decode = decode_s(profile, share, lane.sum_ctx, lane.bs)
-    if lane.kind == _K_PREFILL and lane.layer_to > 0:
-        prefill *= (lane.layer_to - lane.layer_from) / profile.n_layers
-    if lane.corun == 1:
-        prefill *= share.corun_prefill
-        decode *= share.corun_decode
-    overhead = profile.step_overhead_s if lane.bs == 0 else 0.0
-    return prefill + decode - fused_shared_s(share, prefill, decode) + overhead
-
-
-@kernel(forceinline=True)
-def note_due(s, i, r):
-    """Count running request ``r`` in its class's least "first token + TPOT target × tokens" on instance ``i``."""
-    c = s.req[r].cls
-    due = s.req[r].first_token + s.req[r].tpot_slo * s.req[r].generated
-    if due < s.due[i, c]:
-        s.due[i, c] = due
-
-
-@kernel
-def _recount_due(s, i):
-    for c in range(s.cluster[0].n_classes):
-        s.due[i, c] = _NEVER
-    for slot in range(s.inst[i].run_n):
-        note_due(s, i, s.run[i, slot])
-
-
-@kernel
-def requeue(s, i, r):
-    """Request ``r`` lost its blocks: book it for recomputation in the queue of instance ``i``."""
-    req = s.req[r]
-    req.computed = 0
-    req.target = req.prompt + req.generated
-    req.state = _WAITING
-    req.n_preempt += 1
-    p = s.inst[i].profile
-    n = float(req.target)
-    req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n))
-    s.inst[i].queue_tokens += req.target
-    s.inst[i].queue_work += req.work
-
-
-@kernel
-def _preempt(s, i, r):
-    """Take request ``r`` (running, or partly prefilled) off its blocks and put it back to the head of the queue."""
-    req = s.req[r]
-    if req.state == _RUNNING:
-        s.inst[i].run_ctx -= req.computed
-        push_front(s.lists, s.req, queue_of(i), r)
-    else:
-        s.inst[i].started_n -= 1
-        s.inst[i].held_tokens -= req.computed
-        s.inst[i].queue_tokens -= req.target - req.computed
-        s.inst[i].queue_work -= req.work
-    release(s, r)
-    requeue(s, i, r)
-    s.inst[i].preempted += 1
-    s.cluster[0].n_preempted += 1
-
-
-@kernel
-def _partly_prefilled(s, i):
-    """The newest queued request that holds blocks and is not in a step in flight, -1 if none."""
-    if s.inst[i].started_n == 0:
-        return -1
-    r = s.lists[queue_of(i), 1]
-    while r >= 0:
-        if s.req[r].state == _WAITING and s.req[r].blocks > 0:
-            return r
-        r = s.req[r].prev
-    return -1
-
-
-@kernel
-def _secure_decode(s, i, now):
-    """Give every running request of ``i`` a block for its next token, preempting the newest where there is none."""
-    size = s.cluster[0].block_tokens
-    p = s.inst[i].pool
-    before = s.inst[i].run_n
-    freed = False
-    slot = 0
-    while slot < s.inst[i].run_n:
-        r = s.run[i, slot]
-        if s.req[r].computed < s.req[r].blocks * size:
-            slot += 1
-            continue
-        while s.pool[p].free == 0:
-            freed = True
-            victim = _partly_prefilled(s, i)
-            if victim < 0:
-                victim = s.run[i, s.inst[i].run_n - 1]
-                s.inst[i].run_n -= 1
-            if victim == r and s.req[r].blocks == s.pool[p].n_blocks:
-                s.inst[i].run_ctx -= s.req[r].computed
-                release(s, r)
-                end_request(s, r, now, _FAILED)
-            else:
-                _preempt(s, i, victim)
-            if victim == r:
-                break
-        if slot >= s.inst[i].run_n:
-            break
-        s.req[r].tail = grow(s, p, s.req[r].tail, s.req[r].blocks, s.req[r].blocks + 1)
-        s.req[r].blocks += 1
-        slot += 1
-    if s.inst[i].run_n < before:
-        _recount_due(s, i)
-    if freed:
-        # The blocks given up may let a prompt start: the queue was looked at before, or on the other lane.
-        touch_pool(s, i)
 
 
 @kernel
@@ -241,7 +73,7 @@ def _line_up(s, i):
     inst.held_tokens += inst.run_ctx
     inst.run_ctx = 0
     inst.run_n = 0
-    _recount_due(s, i)
+    recount_due(s, i)
 
 
 @kernel
@@ -339,28 +171,6 @@ def _plan_prompts(s, i, l, budget, chunked, limit, now):
 
 
 @kernel
-def _give_way(s, i, head):
-    """Partly prefilled prompts of several instances fill a shared pool: the latest arrival gives up its blocks.
-
-    :return: whether that was somebody else, so that ``head`` of instance ``i`` may go on
-    """
-    owner, victim = i, head
-    alone = True
-    for j in range(s.cluster[0].n_instances):
-        if j == i or s.inst[j].pool != s.inst[i].pool:
-            continue
-        r = _partly_prefilled(s, j)
-        alone = alone and s.inst[j].started_n == 0
-        if r >= 0 and s.req[r].arrival > s.req[victim].arrival:
-            owner, victim = j, r
-    if s.req[victim].blocks == 0 or (victim == head and alone):
-        return False
-    _preempt(s, owner, victim)
-    touch_pool(s, i)
-    return victim != head
-
-
-@kernel
 def _unblock(s, i):
     """Nothing runs and the queue's head has no room: take the newest partly prefilled request off its blocks.
 
@@ -368,15 +178,15 @@ def _unblock(s, i):
     """
     if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
         return False
-    victim = _partly_prefilled(s, i)
+    victim = partly_prefilled(s, i)
     if victim < 0:
         return False
     head = s.lists[queue_of(i), 0]
     if victim != head:
-        _preempt(s, i, victim)
+        preempt(s, i, victim)
         touch_pool(s, i)
         return True
-    return s.pool[s.inst[i].pool].sharers > 1 and _give_way(s, i, head)
+    return s.pool[s.inst[i].pool].sharers > 1 and give_way(s, i, head)
 
 
 @kernel
@@ -386,17 +196,6 @@ def _plan_queue(s, i, l, budget, chunked, limit, now):
     while k == 0 and budget > 0 and s.lists[queue_of(i), 2] > 0 and _unblock(s, i):
         k = _plan_prompts(s, i, l, budget, chunked, limit, now)
     return k
-
-
-@kernel
-def touch_pool(s, i):
-    """Blocks were freed in the pool of instance ``i``: everyone on it may have something new to do."""
-    if s.pool[s.inst[i].pool].sharers == 1:
-        s.inst[i].dirty = 1
-        return
-    for j in range(s.cluster[0].n_instances):
-        if s.inst[j].pool == s.inst[i].pool:
-            s.inst[j].dirty = 1
 
 
 @kernel
@@ -426,15 +225,18 @@ def _take_running(s, i, l):
 @kernel
 def _jump_limit(s, i):
     """Decode steps of the present running set until the first request ends or blocks might run out."""
+    size = s.cluster[0].block_tokens
     steps = np.int64(2**31)
     for slot in range(s.inst[i].run_n):
         r = s.run[i, slot]
         steps = min(steps, np.int64(s.req[r].output - s.req[r].generated))
+        if s.req[r].hash_n * s.cluster[0].hash_tokens > s.req[r].computed:
+            # It will publish the block it is filling: the order among requests is that of the steps.
+            steps = min(steps, np.int64(size - s.req[r].computed % size))
     if s.inst[i].rotate == 1:
         if s.lists[ready_of(i), 2] > 0:
             return np.int64(1)
         steps = min(steps, (s.inst[i].max_ctx - s.inst[i].run_ctx) // s.inst[i].run_n)
-    size = s.cluster[0].block_tokens
     per_request = s.pool[s.inst[i].pool].free // max(s.inst[i].run_n, 1) - 1
     return max(min(steps, (per_request - 1) * size), 1)
 
@@ -457,7 +259,7 @@ def _plan_layers(s, i, now):
         lane.share = whole_device(s, i)
         lane.layer_to = layers
         return
-    row = _split_for(s, i, s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n, s.inst[i].run_n)
+    row = split_for(s, i, s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n, s.inst[i].run_n)
     lane.share = prefill_share(s, i, row)
     whole = prefill_s(s.profile[p], s.share[p, lane.share], lane.sum_n2, lane.sum_nr, lane.sum_n)
     context = s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
@@ -479,20 +281,20 @@ def _plan_multiplexed(s, i, l, now):
                 lane.share = whole_device(s, i)
                 if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
                     context = s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
-                    lane.share = prefill_share(s, i, _split_for(s, i, context, s.inst[i].run_n))
+                    lane.share = prefill_share(s, i, split_for(s, i, context, s.inst[i].run_n))
         if lane.kind == _K_PREFILL:
             lane.corun = 1 if s.lane[i, 1].kind != _IDLE else 0
         return
     _clear_lane(lane, now)
     _join_ready(s, i)
-    _secure_decode(s, i, now)
+    secure_decode(s, i, now)
     if s.inst[i].run_n == 0:
         return
     _take_running(s, i, 1)
     lane.kind = _K_DECODE
     beside = s.lane[i, 0].kind != _IDLE
     lane.corun = 1 if beside else 0
-    lane.share = _split_for(s, i, lane.sum_ctx, lane.bs) if beside else whole_device(s, i)
+    lane.share = split_for(s, i, lane.sum_ctx, lane.bs) if beside else whole_device(s, i)
     # The predictor rule may pick another row as the context grows, so it is asked at every step.
     lane.max_steps = 1 if beside and s.inst[i].split < 0 else _jump_limit(s, i)
 
@@ -512,7 +314,7 @@ def _plan_mixed(s, i, now):
             return
     if s.inst[i].rotate == 1:
         _join_ready(s, i)
-    _secure_decode(s, i, now)
+    secure_decode(s, i, now)
     _take_running(s, i, 0)
     # Also an instance that was MULTIPLEXED, and LAYERED, before a role change.
     if s.inst[i].batching != _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0:
@@ -542,7 +344,7 @@ def _plan_decode(s, i, now):
             lane.kind = _K_PREFILL
             s.inst[i].decode_turn = 1
             return
-    _secure_decode(s, i, now)
+    secure_decode(s, i, now)
     s.inst[i].decode_turn = 0
     if s.inst[i].run_n > 0:
         _take_running(s, i, 1)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import predict_step, prefill_share, tightest_tpot_s, whole_device
 from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.jit import kernel
 from engine.core.kv import find_prefix
 from engine.core.lists import HELD, inbound_of, queue_of, ready_of
+from engine.core.predict import predict_step, prefill_share, tightest_tpot_s, whole_device
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, Role
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import note_due, touch_pool
 from engine.core.jit import kernel
 from engine.core.kv import release, release_chain
-from engine.core.lifecycle import begin_role_change
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, link_list, push_back, queue_of, ready_of, remove
 from engine.core.live import start_link
+from engine.core.preemption import note_due, touch_pool
+from engine.core.roles import begin_role_change
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, RequestState, Role, attach

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import note_due, requeue, touch_pool, whole_device
 from engine.core.jit import kernel
-from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, publish, release, release_chain
+from engine.core.kv import blocks_for, find_prefix, grow, publish, release
 from engine.core.lists import (
     HANDOVER,
     HELD,
     PLACING,
-    inbound_of,
-    link_list,
     pop_front,
     push_back,
     push_before,
@@ -24,6 +21,8 @@ from engine.core.lists import (
     ready_of,
     remove,
 )
+from engine.core.predict import whole_device
+from engine.core.preemption import note_due, touch_pool
 from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, RequestState, Role
@@ -31,21 +30,14 @@ from engine.latency.evaluate import prefill_s, to_ticks
 
 __all__ = [
     "arrive",
-    "begin_role_change",
     "book_decode",
     "close_window",
     "complete_prefill",
-    "drop_handover",
-    "end_role_change",
-    "hand_over",
     "hold",
     "place",
-    "pull",
-    "role_change_ready",
     "set_targets",
     "shed",
     "stop",
-    "transfer_done",
     "wake_held",
 ]
 
@@ -186,6 +178,22 @@ def stop(s, r):
 
 
 @kernel
+def _cover(s, i, n, k, more):
+    """Take the blocks that ``k`` decode steps of the running set have filled, and those of a step in flight.
+
+    Before any request ends: step by step, the blocks of a step are taken before the sequences it ends give theirs back.
+    """
+    size = s.cluster[0].block_tokens
+    for slot in range(n):
+        req = s.req[s.run[i, slot]]
+        covered = req.computed + k + (1 if more else 0)
+        if covered > req.blocks * size:
+            need = blocks_for(covered, size)
+            req.tail = grow(s, s.inst[i].pool, req.tail, req.blocks, need)
+            req.blocks = need
+
+
+@kernel
 def book_decode(s, i, l, k, first, delta, now, more):
     """Book ``k`` decode steps of lane (i, l) that lasted ``first``, ``first + delta``, ... ticks and ended at ``now``.
 
@@ -193,7 +201,6 @@ def book_decode(s, i, l, k, first, delta, now, more):
     """
     lane = s.lane[i, l]
     end_first = now - (k - 1) * first - delta * ((k - 1) * (k - 2) // 2 + (k - 1))
-    size = s.cluster[0].block_tokens
     p = s.inst[i].pool
     n = lane.bs
     last_end = s.inst[i].last_decode_end
@@ -203,6 +210,8 @@ def book_decode(s, i, l, k, first, delta, now, more):
     finished = False
     for c in range(s.cluster[0].n_classes):
         s.due[i, c] = _NEVER
+    if k > 1 or more:
+        _cover(s, i, n, k, more)
     for slot in range(n):
         r = s.run[i, slot]
         req = s.req[r]
@@ -214,11 +223,6 @@ def book_decode(s, i, l, k, first, delta, now, more):
         req.generated += k
         req.computed = before + k
         req.last_token = now
-        covered = req.computed + (1 if more and req.generated < req.output else 0)
-        if covered > req.blocks * size:
-            need = blocks_for(covered, size)
-            req.tail = grow(s, p, req.tail, req.blocks, need)
-            req.blocks = need
         if req.hash_n > 0:
             publish(s, p, r, before, req.computed)
         if req.generated >= req.output:
@@ -297,207 +301,6 @@ def complete_prefill(s, i, l, now):
         if req.computed >= req.target:
             _emit_from_prefill(s, i, r, now)
     lane.n_prefills = 0
-
-
-@kernel
-def hand_over(s, r, dest, now):
-    """Answer PLACE_DECODE: request ``r`` (HANDOVER) will be decoded by ``dest``, which pulls its KV in time."""
-    remove(s.lists, s.req, HANDOVER, r)
-    req = s.req[r]
-    src = req.inst
-    req.dest = dest
-    if s.inst[dest].pool == s.inst[src].pool:
-        s.inst[src].out_n -= 1
-        s.inst[src].held_tokens -= req.computed
-        s.inst[dest].held_tokens += req.computed
-        req.inst = dest
-        req.state = _READY
-        push_back(s.lists, s.req, ready_of(dest), r)
-    else:
-        req.state = _INBOUND
-        s.inst[dest].inbound_tokens += req.computed
-        push_back(s.lists, s.req, inbound_of(dest), r)
-    s.inst[dest].dirty = 1
-
-
-@kernel
-def drop_handover(s, r, now):
-    """Request ``r`` (HANDOVER) fits into no instance that decodes: it ends as FAILED."""
-    remove(s.lists, s.req, HANDOVER, r)
-    i = s.req[r].inst
-    s.inst[i].out_n -= 1
-    s.inst[i].held_tokens -= s.req[r].computed
-    release(s, r)
-    end_request(s, r, now, _FAILED)
-    touch_pool(s, i)
-
-
-@kernel
-def _at_rest(s, p):
-    """Whether nothing that goes on in pool ``p`` will free a block."""
-    for i in range(s.cluster[0].n_instances):
-        inst = s.inst[i]
-        if inst.pool == p:
-            busy = s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE or inst.switching == 1
-            if busy or inst.run_n + s.lists[ready_of(i), 2] + inst.moving_n + inst.started_n > 0:
-                return False
-    return True
-
-
-@kernel
-def _recompute_here(s, i, r):
-    """Two instances at rest wait for each other's blocks: request ``r`` gives up its KV and is recomputed on ``i``."""
-    req = s.req[r]
-    src = req.inst
-    remove(s.lists, s.req, inbound_of(i), r)
-    s.inst[i].inbound_tokens -= req.computed
-    s.inst[src].out_n -= 1
-    s.inst[src].held_tokens -= req.computed
-    release(s, r)
-    touch_pool(s, src)
-    requeue(s, i, r)
-    push_back(s.lists, s.req, queue_of(i), r)
-    req.inst = i
-    s.inst[src].preempted += 1
-    s.cluster[0].n_preempted += 1
-    s.inst[i].dirty = 1
-
-
-@kernel
-def pull(s, i):
-    """Instance ``i`` reserves blocks for inbound requests, first come first served, and puts them on its link.
-
-    The source keeps its blocks until ``transfer_done``: a full receiver therefore stalls the sender's prefill.
-    """
-    inbound = inbound_of(i)
-    p = s.inst[i].pool
-    size = s.cluster[0].block_tokens
-    link = s.inst[i].link
-    while s.lists[inbound, 2] > 0:
-        r = s.lists[inbound, 0]
-        req = s.req[r]
-        seats = s.inst[i].run_n + s.lists[ready_of(i), 2] + s.inst[i].moving_n
-        prefix, n_prefix = find_prefix(s, p, r)
-        need = blocks_for(req.computed + 1, size)
-        cost = need - n_prefix + evictable_cost(s, prefix, n_prefix)
-        if seats >= s.inst[i].max_batch or cost > s.pool[p].free:
-            if not (_at_rest(s, p) and _at_rest(s, s.inst[req.inst].pool)):
-                return
-            _recompute_here(s, i, r)
-            continue
-        remove(s.lists, s.req, inbound, r)
-        adopt(s, p, prefix, n_prefix)
-        req.dst_tail = grow(s, p, prefix, n_prefix, need)
-        req.dst_blocks = need
-        req.dst_cached = n_prefix * size
-        req.state = _MOVING
-        s.inst[i].moving_n += 1
-        s.link[link].tokens += req.computed - req.dst_cached
-        push_back(s.lists, s.req, link_list(s.cluster[0].n_instances, link), r)
-
-
-@kernel
-def transfer_done(s, link, now):
-    """The transfer at the head of ``link`` arrived: the source lets go of its blocks, the receiver may run it."""
-    r = pop_front(s.lists, s.req, link_list(s.cluster[0].n_instances, link))
-    req = s.req[r]
-    src, dest = req.inst, req.dest
-    release_chain(s, s.inst[src].pool, req.tail, req.blocks)
-    s.inst[src].out_n -= 1
-    s.inst[src].held_tokens -= req.computed
-    touch_pool(s, src)
-    req.tail, req.blocks = req.dst_tail, req.dst_blocks
-    req.dst_tail, req.dst_blocks = -1, 0
-    req.inst = dest
-    req.state = _READY
-    s.inst[dest].moving_n -= 1
-    s.inst[dest].inbound_tokens -= req.computed
-    s.inst[dest].held_tokens += req.computed
-    s.inst[dest].dirty = 1
-    moved = req.computed - req.dst_cached
-    s.link[link].tokens -= moved
-    s.link[link].busy = 0
-    s.cluster[0].n_migrated += 1
-    s.cluster[0].migrated_tokens += moved
-    publish(s, s.inst[dest].pool, r, req.dst_cached, req.computed)
-    push_back(s.lists, s.req, ready_of(dest), r)
-    return r
-
-
-@kernel
-def begin_role_change(s, i, role):
-    """Answer REALLOCATE: drain instance ``i`` and then make it ``role``.
-
-    Prompts not yet started are placed anew, and so is inbound KV when the new role cannot decode.
-    """
-    s.inst[i].target_role = role
-    s.cluster[0].moving_roles += 1
-    r = s.lists[queue_of(i), 0]
-    while r >= 0:
-        after = s.req[r].next
-        if s.req[r].state == _WAITING and s.req[r].blocks == 0 and s.req[r].generated == 0:
-            remove(s.lists, s.req, queue_of(i), r)
-            s.inst[i].queue_tokens -= s.req[r].target
-            s.inst[i].queue_work -= s.req[r].work
-            s.req[r].state = _PLACING
-            s.req[r].inst = -1
-            push_back(s.lists, s.req, PLACING, r)
-        r = after
-    if role == _PREFILL:
-        while s.lists[inbound_of(i), 2] > 0:
-            r = pop_front(s.lists, s.req, inbound_of(i))
-            s.inst[i].inbound_tokens -= s.req[r].computed
-            s.req[r].state = _HANDOVER
-            s.req[r].dest = -1
-            push_back(s.lists, s.req, HANDOVER, r)
-    s.inst[i].dirty = 1
-
-
-@kernel
-def role_change_ready(s, i):
-    """Whether instance ``i`` has drained far enough for its pending role change."""
-    role = s.inst[i].target_role
-    if role < 0 or s.inst[i].switching == 1:
-        return False
-    if s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE or s.lists[queue_of(i), 2] > 0:
-        return False
-    full = s.profile[s.inst[i].profile].switch_full == 1
-    if full and s.inst[i].out_n > 0:
-        return False
-    if full or role == _PREFILL:
-        waiting = s.lists[ready_of(i), 2] + s.lists[inbound_of(i), 2] + s.inst[i].moving_n
-        return s.inst[i].run_n == 0 and waiting == 0
-    return True
-
-
-@kernel
-def _flush_cache(s, p):
-    """Forget every cached block of pool ``p`` (nobody references any)."""
-    for k in range(s.pool[p].n_buckets):
-        s.bucket[s.pool[p].bucket_base + k] = -1
-    base = s.pool[p].base
-    for k in range(s.pool[p].n_blocks):
-        s.block[base + k].hashed = 0
-        s.spare[base + k] = base + k
-    s.pool[p].spare_n = s.pool[p].n_blocks
-    s.pool[p].lru_head = -1
-    s.pool[p].lru_tail = -1
-    s.pool[p].cached = 0
-
-
-@kernel
-def end_role_change(s, i):
-    """The switch of instance ``i`` has been paid for: it serves in its new role from now on."""
-    if s.profile[s.inst[i].profile].switch_full == 1 and s.pool[s.inst[i].pool].sharers == 1:
-        _flush_cache(s, s.inst[i].pool)
-    s.inst[i].role = s.inst[i].target_role
-    s.inst[i].target_role = -1
-    s.inst[i].switching = 0
-    s.inst[i].decode_turn = 0
-    s.inst[i].dirty = 1
-    s.lane[i, 0].layer_to = 0
-    s.cluster[0].moving_roles -= 1
-    s.cluster[0].n_switches += 1
 
 
 @kernel

@@ -11,19 +11,9 @@ import numpy as np
 
 from engine.core.batching import plan_lane
 from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.handover import pull, transfer_done
 from engine.core.jit import kernel
-from engine.core.lifecycle import (
-    arrive,
-    book_decode,
-    close_window,
-    complete_prefill,
-    end_role_change,
-    pull,
-    role_change_ready,
-    stop,
-    transfer_done,
-    wake_held,
-)
+from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
 from engine.core.lists import (
     ENDED,
     inbound_of,
@@ -31,6 +21,7 @@ from engine.core.lists import (
     pop_front,
     queue_of,
 )
+from engine.core.roles import end_role_change, role_change_ready
 from engine.core.rows import make_attach
 from engine.core.state import LaneKind, attach
 from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks

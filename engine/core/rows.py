@@ -25,7 +25,7 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHECKED", "WORDS", "RowsType", "addresses", "make_attach", "make_rows"]
+__all__ = ["CHECKED", "WORDS", "RowsType", "addresses", "make_attach"]
 
 CHECKED = os.environ.get("SLALOM_BOUNDS", "") == "1"
 #: int64 words per array in the address vector: address, rows, columns.
@@ -137,33 +137,6 @@ def _put(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     typed = builder.bitcast(pointer, context.get_data_type(rows.dtype).as_pointer())
     builder.store(context.data_model_manager[rows.dtype].as_data(builder, args[2]), typed)
     return context.get_dummy_value()
-
-
-def make_rows(dtype: Any, ndim: int) -> Any:
-    """An intrinsic ``f(vector, k)``: the ``k``-th array of an address vector, as Rows of ``dtype``."""
-    rows = RowsType(from_dtype(np.dtype(dtype)), ndim)
-
-    @intrinsic
-    def at(typingctx: Any, vector: Any, k: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            array = context.make_array(vector)(context, builder, value=args[0])
-            first = builder.mul(context.cast(builder, args[1], k, types.intp), ir.Constant(ir.IntType(64), WORDS))
-
-            def word(j: int) -> Any:
-                place = builder.add(first, ir.Constant(ir.IntType(64), j))
-                return builder.load(builder.gep(array.data, [place]))
-
-            view = cgutils.create_struct_proxy(rows)(context, builder)
-            view.data = builder.inttoptr(word(0), context.get_value_type(types.voidptr))
-            if ndim == 2 or CHECKED:
-                view.columns = word(2)
-            if CHECKED:
-                view.rows = word(1)
-            return view._getvalue()
-
-        return rows(vector, k), codegen
-
-    return at
 
 
 class StateType(types.Type):

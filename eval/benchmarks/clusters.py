@@ -48,7 +48,7 @@ def _prefix_cache() -> dict[str, Any]:
         trace = scale_rate(trace, scenario.reference_rate)
     walls, hit, n = [], 0.0, 0
     for seed in range(REPEATS):
-        run = simulate(scenario, "predicted_ttft", rate=scenario.reference_rate, n_requests=5000, seed=seed, trace=trace)
+        run = simulate(scenario, "predicted_ttft", rate=scenario.reference_rate, seed=seed, trace=trace)
         walls.append(run.wall_s)
         n = len(run.req)
         hit = float(run.cluster["cached_tokens"]) / float(run.req["prompt"].sum())

@@ -20,10 +20,11 @@ from engine.errors import SlalomError
 from engine.integrity import faults
 from engine.modelled import ModelledInstances, play
 from engine.runtime import Runtime
+from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered
 from env.scenario import Scenario, list_scenarios
 from env.simulate import bind_policy
-from env.surrogate import new_sim, run
+from env.surrogate import run
 from policies.registry import names
 
 

@@ -14,8 +14,9 @@ from engine.core.rows import addresses
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, Role
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
+from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate import new_sim, run
+from env.surrogate import run
 from policies.registry import load_policy
 from policies.setting import Setting
 

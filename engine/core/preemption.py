@@ -1,0 +1,162 @@
+"""Blocks for the next decode step, and who gives way when there is none: the newest request is recomputed later."""
+
+from __future__ import annotations
+
+from engine.core.jit import kernel
+from engine.core.kv import grow, release
+from engine.core.lists import push_front, queue_of
+from engine.core.predict import whole_device
+from engine.core.slo import end_request
+from engine.core.state import NEVER as _NEVER
+from engine.core.state import RequestState
+from engine.latency.evaluate import prefill_s, to_ticks
+
+__all__ = [
+    "give_way",
+    "note_due",
+    "partly_prefilled",
+    "preempt",
+    "recount_due",
+    "requeue",
+    "secure_decode",
+    "touch_pool",
+]
+
+_WAITING = int(RequestState.WAITING)
+_RUNNING = int(RequestState.RUNNING)
+_FAILED = int(RequestState.FAILED)
+
+
+@kernel(forceinline=True)
+def note_due(s, i, r):
+    """Count running request ``r`` in its class's least "first token + TPOT target × tokens" on instance ``i``."""
+    c = s.req[r].cls
+    due = s.req[r].first_token + s.req[r].tpot_slo * s.req[r].generated
+    if due < s.due[i, c]:
+        s.due[i, c] = due
+
+
+@kernel
+def recount_due(s, i):
+    for c in range(s.cluster[0].n_classes):
+        s.due[i, c] = _NEVER
+    for slot in range(s.inst[i].run_n):
+        note_due(s, i, s.run[i, slot])
+
+
+@kernel
+def requeue(s, i, r):
+    """Request ``r`` lost its blocks: book it for recomputation in the queue of instance ``i``."""
+    req = s.req[r]
+    req.computed = 0
+    req.target = req.prompt + req.generated
+    req.state = _WAITING
+    req.n_preempt += 1
+    p = s.inst[i].profile
+    n = float(req.target)
+    req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n))
+    s.inst[i].queue_tokens += req.target
+    s.inst[i].queue_work += req.work
+
+
+@kernel
+def preempt(s, i, r):
+    """Take request ``r`` (running, or partly prefilled) off its blocks and put it back to the head of the queue."""
+    req = s.req[r]
+    if req.state == _RUNNING:
+        s.inst[i].run_ctx -= req.computed
+        push_front(s.lists, s.req, queue_of(i), r)
+    else:
+        s.inst[i].started_n -= 1
+        s.inst[i].held_tokens -= req.computed
+        s.inst[i].queue_tokens -= req.target - req.computed
+        s.inst[i].queue_work -= req.work
+    release(s, r)
+    requeue(s, i, r)
+    s.inst[i].preempted += 1
+    s.cluster[0].n_preempted += 1
+
+
+@kernel
+def partly_prefilled(s, i):
+    """The newest queued request that holds blocks and is not in a step in flight, -1 if none."""
+    if s.inst[i].started_n == 0:
+        return -1
+    r = s.lists[queue_of(i), 1]
+    while r >= 0:
+        if s.req[r].state == _WAITING and s.req[r].blocks > 0:
+            return r
+        r = s.req[r].prev
+    return -1
+
+
+@kernel
+def secure_decode(s, i, now):
+    """Give every running request of ``i`` a block for its next token, preempting the newest where there is none."""
+    size = s.cluster[0].block_tokens
+    p = s.inst[i].pool
+    before = s.inst[i].run_n
+    freed = False
+    slot = 0
+    while slot < s.inst[i].run_n:
+        r = s.run[i, slot]
+        if s.req[r].computed < s.req[r].blocks * size:
+            slot += 1
+            continue
+        while s.pool[p].free == 0:
+            freed = True
+            victim = partly_prefilled(s, i)
+            if victim < 0:
+                victim = s.run[i, s.inst[i].run_n - 1]
+                s.inst[i].run_n -= 1
+            if victim == r and s.req[r].blocks == s.pool[p].n_blocks:
+                s.inst[i].run_ctx -= s.req[r].computed
+                release(s, r)
+                end_request(s, r, now, _FAILED)
+            else:
+                preempt(s, i, victim)
+            if victim == r:
+                break
+        if slot >= s.inst[i].run_n:
+            break
+        s.req[r].tail = grow(s, p, s.req[r].tail, s.req[r].blocks, s.req[r].blocks + 1)
+        s.req[r].blocks += 1
+        slot += 1
+    if s.inst[i].run_n < before:
+        recount_due(s, i)
+    if freed:
+        # The blocks given up may let a prompt start: the queue was looked at before, or on the other lane.
+        touch_pool(s, i)
+
+
+@kernel
+def give_way(s, i, head):
+    """Partly prefilled prompts of several instances fill a shared pool: the latest arrival gives up its blocks.
+
+    :return: whether that was somebody else, so that ``head`` of instance ``i`` may go on
+    """
+    owner, victim = i, head
+    alone = True
+    for j in range(s.cluster[0].n_instances):
+        if j == i or s.inst[j].pool != s.inst[i].pool:
+            continue
+        r = partly_prefilled(s, j)
+        alone = alone and s.inst[j].started_n == 0
+        if r >= 0 and s.req[r].arrival > s.req[victim].arrival:
+            owner, victim = j, r
+    if s.req[victim].blocks == 0 or (victim == head and alone):
+        return False
+    preempt(s, owner, victim)
+    touch_pool(s, i)
+    return victim != head
+
+
+@kernel
+def touch_pool(s, i):
+    """Blocks were freed in the pool of instance ``i``: everyone on it may have something new to do."""
+    if s.pool[s.inst[i].pool].sharers == 1:
+        s.inst[i].dirty = 1
+        return
+    for j in range(s.cluster[0].n_instances):
+        if s.inst[j].pool == s.inst[i].pool:
+            s.inst[j].dirty = 1
