@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from engine.core.columns import Col, Kind
 from engine.core.policy import Policy
 from engine.core.state import Role
+from engine.latency import Profile, pack
 from policies import registry
 
 PLACE = context(Kind.PLACE_PREFILL)
 
 
 def bound(name: str, n: int = 4, **values: object):
-    return registry.get(name).bind(values, setting(n))
+    """The rule on instances whose profile has SM shares, with every kind of decision asked."""
+    profile, share = pack((Profile.load("llama-8b-h100"),))
+    return registry.get(name).bind(values, setting(n, profile=profile, share=share, kinds=frozenset(Kind)))
 
 
 @pytest.mark.parametrize("name", registry.names())
