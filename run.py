@@ -64,6 +64,11 @@ def set_up() -> None:
     stamp.write_text(wanted)
 
 
+def resumed(folder: Path) -> list[object]:
+    """The arguments that name a run's folder, and that go on with it where there is one."""
+    return ["--out", folder, *(["--resume"] if folder.is_dir() and any(folder.iterdir()) else [])]
+
+
 def main_job(arguments: list[str]) -> None:
     """Train on the surrogate for the default scenario, then compare on windows nobody trained on."""
     OUT.parent.mkdir(exist_ok=True)
@@ -71,12 +76,12 @@ def main_job(arguments: list[str]) -> None:
     common = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     call(
         BIN / "train-policy", "--env", "surrogate", "--scenario", SCENARIO, "--budget", "120s",
-        "--out", OUT / "learned", "--resume", *arguments, **common,
+        *resumed(OUT / "learned"), *arguments, **common,
     )  # fmt: skip
     call(
         BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO,
         *policies, "--policy", OUT / "learned" / "best", "--goodput", "--tune", "200",
-        "--jobs", "2", "--out", OUT / "compare", **common,
+        "--jobs", "2", *resumed(OUT / "compare"), **common,
     )  # fmt: skip
     print(f"report: {OUT / 'compare' / 'report.html'}")
 
