@@ -19,7 +19,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # -- budget
-    tune_share: float = Field(0.25, ge=0, le=0.9, description="share of the budget to tune the base rule")
+    tune_share: float = Field(0.3, ge=0, le=0.9, description="share of the budget to tune the base rule")
     tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")
     tune_requests: int = Field(
         3000,
