@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.core.batching import plan_lane
 from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.durations import step_ticks, transfer_ticks
 from engine.core.handover import pull, transfer_done
 from engine.core.jit import kernel
 from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
@@ -18,7 +19,7 @@ from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, que
 from engine.core.roles import end_role_change, role_change_ready
 from engine.core.slo import seal
 from engine.core.state import LaneKind, RequestState, Role, attach
-from engine.latency.evaluate import decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
+from engine.latency.evaluate import to_ticks
 from env.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 
 __all__ = ["advance", "answer", "describe", "run"]
@@ -74,36 +75,13 @@ def _refresh(s, q):
 
 
 @kernel
-def _prefill_ticks(profile, share, lane):
-    seconds = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
-    if lane.layer_to > 0:
-        seconds *= (lane.layer_to - lane.layer_from) / profile.n_layers
-    if lane.corun == 1:
-        seconds *= share.corun_prefill
-    return max(to_ticks(seconds + profile.step_overhead_s), 1)
-
-
-@kernel
 def _start_lane(s, q, i, l):
     """Put the step that ``plan_lane`` formed on the clock."""
     lane, clock, now = s.lane[i, l], q.clock[i, l], q.sim[0].now
     profile, share = q.true_profile[i], q.true_share[i, lane.share]
     clock.t0 = now
-    clock.delta = 0
-    clock.left = 1
-    if lane.kind == _K_DECODE:
-        factor = share.corun_decode if lane.corun == 1 else 1.0
-        per_ctx, base = decode_line(profile, share, lane.bs, factor)
-        clock.first = max(per_ctx * lane.sum_ctx + base, 1)
-        clock.delta = per_ctx * lane.bs
-        if q.sim[0].fast_forward == 1:
-            clock.left = lane.max_steps
-    elif lane.kind == _K_PREFILL:
-        clock.first = _prefill_ticks(profile, share, lane)
-    else:
-        prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
-        decode = decode_s(profile, share, lane.sum_ctx, lane.bs)
-        clock.first = max(to_ticks(prefill + decode - fused_shared_s(share, prefill, decode)), 1)
+    clock.first, clock.delta = step_ticks(profile, share, lane)
+    clock.left = lane.max_steps if lane.kind == _K_DECODE and q.sim[0].fast_forward == 1 else 1
     set_event(q, 2 * i + l, now + span(clock, clock.left))
 
 
@@ -115,12 +93,8 @@ def _start_link(s, q, link):
     if s.link[link].busy == 1 or r < 0:
         return
     s.link[link].busy = 1
-    profile = q.true_profile[s.req[r].dest]
-    seconds = s.link[link].latency_s if s.link[link].latency_s >= 0.0 else profile.migrate_latency_s
-    if s.link[link].bytes_per_s > 0.0:
-        moved = s.req[r].computed - s.req[r].dst_cached
-        seconds += moved * profile.kv_bytes_per_token / s.link[link].bytes_per_s
-    set_event(q, 2 * n + link, q.sim[0].now + to_ticks(seconds))
+    ticks = transfer_ticks(s, q.true_profile[s.req[r].dest], link, r)
+    set_event(q, 2 * n + link, q.sim[0].now + ticks)
 
 
 @kernel

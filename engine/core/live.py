@@ -11,6 +11,8 @@ import numpy as np
 
 from engine.core.batching import plan_lane
 from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.durations import step_ticks as _step_ticks
+from engine.core.durations import transfer_ticks
 from engine.core.handover import pull, transfer_done
 from engine.core.jit import kernel
 from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
@@ -24,7 +26,7 @@ from engine.core.lists import (
 from engine.core.roles import end_role_change, role_change_ready
 from engine.core.rows import make_attach
 from engine.core.state import LaneKind, attach
-from engine.latency.evaluate import PROFILE, SHARE, decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
+from engine.latency.evaluate import PROFILE, SHARE, to_ticks
 
 __all__ = [
     "answer",
@@ -289,32 +291,16 @@ def step_ticks(words, truth, i, l):
     """Ticks that the step of lane (i, l) takes by ``truth``, the addresses of PROFILE (N,) and SHARE (N, M)."""
     s, true = attach(words), _attach_truth(truth)
     lane = s.lane[i, l]
-    profile, share = true.profile[i], true.share[i, lane.share]
-    if lane.kind == _K_DECODE:
-        factor = share.corun_decode if lane.corun == 1 else 1.0
-        per_ctx, base = decode_line(profile, share, lane.bs, factor)
-        return max(per_ctx * lane.sum_ctx + base, 1)
-    prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
-    if lane.kind == _K_PREFILL:
-        if lane.layer_to > 0:
-            prefill *= (lane.layer_to - lane.layer_from) / profile.n_layers
-        if lane.corun == 1:
-            prefill *= share.corun_prefill
-        return max(to_ticks(prefill + profile.step_overhead_s), 1)
-    decode = decode_s(profile, share, lane.sum_ctx, lane.bs)
-    return max(to_ticks(prefill + decode - fused_shared_s(share, prefill, decode)), 1)
+    ticks, _ = _step_ticks(true.profile[i], true.share[i, lane.share], lane)
+    return ticks
 
 
 @kernel
 def link_ticks(words, truth, link):
     """Ticks that the transfer at the head of ``link`` takes."""
     s = attach(words)
-    req = s.req[s.lists[link_list(s.cluster[0].n_instances, link), 0]]
-    profile = _attach_truth(truth).profile[req.dest]
-    seconds = s.link[link].latency_s if s.link[link].latency_s >= 0.0 else profile.migrate_latency_s
-    if s.link[link].bytes_per_s > 0.0:
-        seconds += (req.computed - req.dst_cached) * profile.kv_bytes_per_token / s.link[link].bytes_per_s
-    return to_ticks(seconds)
+    r = s.lists[link_list(s.cluster[0].n_instances, link), 0]
+    return transfer_ticks(s, _attach_truth(truth).profile[s.req[r].dest], link, r)
 
 
 @kernel
