@@ -21,6 +21,7 @@ NAMES = {
     "scale": "cost per request and memory at 10 thousand to 1 million requests",
     "clusters": "requests per second on 64 instances, and on Mooncake's prompts with the prefix cache",
     "env": "decisions per second of the batched environment, observations handed to Python",
+    "training": "frames learned from per second and core, interleaved with stock MaskablePPO",
     "startup": "seconds of a small eval-policy command, cold and warm",
 }
 
