@@ -177,24 +177,30 @@ class DispatchPPO(MaskablePPO):
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
         with th.inference_mode():
-            for step in range(n_rollout_steps):
-                self._step(env, rollout_buffer, step)
-                callback.update_locals({"infos": self._infos, "dones": self._last_episode_starts})
-                if not callback.on_step():
-                    return False
-            rollout_buffer.pos, rollout_buffer.full = n_rollout_steps, True
-            if self._n_updates == 0:
-                self._fit_value_scale(rollout_buffer)
-            with self.split.phase("forward"):
-                last = self.policy.predict_values(
-                    th.from_numpy(self._last_obs),
-                    self._masks(env, use_masking),  # type: ignore[arg-type]
-                )
+            last = self._fill(env, callback, rollout_buffer, n_rollout_steps, use_masking)
+        if last is None:
+            return False
         with self.split.phase("copy"):
             rollout_buffer.compute_returns_and_advantage(last, self._last_episode_starts)  # type: ignore[arg-type]
             self.policy.note_seen(th.from_numpy(rollout_buffer.observations).flatten(0, 1))
         callback.on_rollout_end()
         return True
+
+    def _fill(
+        self, env: VecEnv, callback: BaseCallback, buffer: SMDPRolloutBuffer, n_steps: int, use_masking: bool
+    ) -> th.Tensor | None:
+        """Rows 0 to ``n_steps`` of the buffer; the values (N,) after them, or None if a callback ended the run."""
+        for step in range(n_steps):
+            self._step(env, buffer, step)
+            callback.update_locals({"infos": self._infos, "dones": self._last_episode_starts})
+            if not callback.on_step():
+                return None
+        buffer.pos, buffer.full = n_steps, True
+        if self._n_updates == 0:
+            self._fit_value_scale(buffer)
+        with self.split.phase("forward"):
+            masks = self._masks(env, use_masking)
+            return self.policy.predict_values(th.from_numpy(self._last_obs), masks)  # type: ignore[arg-type]
 
     @staticmethod
     def _masks(env: VecEnv, use_masking: bool = True) -> NDArray[np.bool_] | None:
