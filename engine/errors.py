@@ -21,3 +21,6 @@ class SlalomError(ValueError):
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field}: got {shown}; {fix}")
+
+    def __reduce__(self) -> tuple[type[SlalomError], tuple[str, Any, str]]:
+        return type(self), (self.field, self.value, self.fix)  # raised in another process, told here

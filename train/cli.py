@@ -36,6 +36,10 @@ def train_policy(
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/SCENARIO-ALGO-SEED")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML with hyper-parameters")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="spread rollouts and trials over a Ray cluster: auto (else started here) or HOST:PORT"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")] = False,
 ) -> None:
     """Learn a dispatch policy and keep the best as a deployable checkpoint in OUT/best."""
@@ -56,7 +60,7 @@ def train_policy(
     from train.run import Interrupted, Request, run
 
     try:
-        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config))
+        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config, ray))
     except Interrupted as stopped:
         print(f"train-policy: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None

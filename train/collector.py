@@ -18,9 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-__all__ = ["ProcessVecEnv"]
+__all__ = ["ATTRIBUTES", "ProcessVecEnv", "own_traces"]
 
-_ATTRIBUTES = ("n_context", "n_features", "n_candidates", "beta")
+#: What PPO asks of an environment beside the interface of a ``VecEnv``.
+ATTRIBUTES = ("n_context", "n_features", "n_candidates", "beta")
+
+
+def own_traces(trace: NDArray[np.int64], worker: int) -> NDArray[np.int64]:
+    """Names of arrival sequences that no other worker uses: each counts its groups from 0, with seeds of its own."""
+    return trace + (worker << 40)
 
 
 class _Shared:
@@ -67,7 +73,7 @@ def _serve(make: Callable[[int], VecEnv], worker: int, pipe: Connection) -> None
     """Life of one process: build its environments, then obey until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     env: Any = make(worker)
-    facts = {name: getattr(env, name) for name in _ATTRIBUTES}
+    facts = {name: getattr(env, name) for name in ATTRIBUTES}
     pipe.send((env.num_envs, env.observation_space, env.action_space, facts))
     shared: _Shared | None = None
     try:
@@ -78,9 +84,7 @@ def _serve(make: Callable[[int], VecEnv], worker: int, pipe: Connection) -> None
             command, payload = pipe.recv()
             answer: Any = None
             if command == "step":
-                shared.obs[mine], shared.rewards[mine], shared.dones[mine], infos = env.step(
-                    shared.actions[mine]
-                )
+                shared.obs[mine], shared.rewards[mine], shared.dones[mine], infos = env.step(shared.actions[mine])
                 answer = [(first + i, infos[i]) for i in np.flatnonzero(shared.dones[mine])]
                 shared.elapsed_s[mine] = env.elapsed_s
             elif command == "reset":
@@ -89,7 +93,7 @@ def _serve(make: Callable[[int], VecEnv], worker: int, pipe: Connection) -> None
                 answer = env.env_state()
             elif command == "restore":
                 env.set_env_state(payload)
-            shared.mask[mine], shared.trace[mine] = env.action_masks(), env.trace
+            shared.mask[mine], shared.trace[mine] = env.action_masks(), own_traces(env.trace, worker)
             pipe.send(answer)
     except EOFError:
         pass  # the parent is gone or has closed us
@@ -125,9 +129,7 @@ class ProcessVecEnv(VecEnv):
         for name, value in facts[0][3].items():
             setattr(self, name, value)
         assert self.observation_space.shape is not None
-        self._shared = _Shared(
-            self.num_envs, self.observation_space.shape[0], int(facts[0][3]["n_candidates"])
-        )
+        self._shared = _Shared(self.num_envs, self.observation_space.shape[0], int(facts[0][3]["n_candidates"]))
         for pipe, first in zip(self._pipes, np.cumsum([0, *counts[:-1]]).tolist(), strict=True):
             pipe.send((self._shared.memory.name, self.num_envs, first))
 

@@ -16,6 +16,8 @@ from train.folder import RunFolder
 from train.judge import Judge
 from train.ppo import DispatchPPO
 from train.progress import Display, ProgressCallback
+from train.ray_ppo import RemotePPO
+from train.ray_rollout import RayCollector
 from train.state import load_state
 
 __all__ = ["learn", "monitor_seeds"]
@@ -38,7 +40,7 @@ class _Learning:
         display: Display,
         base_score: float,
     ) -> None:
-        self.model = DispatchPPO(env, publisher.new_network, config, seed=publisher.seed)
+        self.model = model_class(env)(env, publisher.new_network, config, seed=publisher.seed)
         self.model.set_logger(configure(str(folder.root / "tb"), ["tensorboard"]))
         self.evaluation = EvaluationCallback(
             folder.root,
@@ -107,6 +109,11 @@ def learn(
     }
     log.write("learned", wall_s=time.monotonic() - start, **facts)
     return run.evaluation.done, facts, number
+
+
+def model_class(env: VecEnv) -> type[DispatchPPO]:
+    """PPO for environments that step here, or for those of a cluster."""
+    return RemotePPO if isinstance(env, RayCollector) else DispatchPPO
 
 
 def monitor_seeds(config: TrainConfig) -> range:

@@ -21,6 +21,7 @@ from env.scenario import Scenario
 from env.simulate import bind_policy
 from env.vector_env import SlalomVecEnv
 from eval.points import Contender, PointSettings, measure
+from eval.ray_pool import connect, cores
 from eval.store import read_json, write_json
 from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
@@ -31,6 +32,7 @@ from train.folder import RunFolder
 from train.judge import SimulatorJudge
 from train.learn import learn, monitor_seeds
 from train.progress import Display
+from train.ray_rollout import RayCollector
 from train.search import SearchResult, search_rule
 from train.selection import select
 
@@ -56,6 +58,7 @@ class Request:
     :param algorithm: ``ppo`` or ``search``
     :param rule: the searched rule, or the one PPO starts from (``linear_score``)
     :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
+    :param ray: ``auto`` or the address of a Ray cluster that collects rollouts and runs trials; None: this process
     """
 
     scenario: str
@@ -66,6 +69,7 @@ class Request:
     out: Path | None = None
     resume: bool = False
     config: Path | None = None
+    ray: str | None = None
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -75,6 +79,8 @@ def run(request: Request) -> dict[str, Any]:
     :raises Interrupted: after Ctrl-C or SIGTERM, with everything saved
     """
     scenario = Scenario.load(request.scenario)
+    if request.ray is not None:
+        connect(request.ray)
     config = load_config(request.config, scenario.name)
     torch.set_num_threads(config.torch_threads)
     root = request.out or Path("runs") / f"{scenario.name}-{request.algorithm}-{request.seed}"
@@ -167,7 +173,7 @@ def _learn(
     judge: SimulatorJudge,
 ) -> tuple[list[Evaluation], dict[str, Any], int]:
     base = publisher.base
-    env = make_env(scenario, base, config, request.seed)
+    env = make_env(publisher, request.ray)
     left = request.budget.seconds * (1.0 - config.final_share) - base.seconds
     try:
         base_score = judge.submit(base.contender, monitor_seeds(config)).result().score
@@ -194,21 +200,36 @@ def _environments(worker: int, base: SearchResult, scenario: Scenario, seed: int
     return SlalomVecEnv(scenario, seed=seed + 100_003 * worker, split="train", policy=policy, **settings)
 
 
-def make_env(scenario: Scenario, base: SearchResult, config: TrainConfig, seed: int) -> VecEnv:
-    """Training environments around the base rule's knee, here or spread over ``config.workers`` processes."""
-    workers = max(config.workers, 1)
+def make_env(publisher: Publisher, ray: str | None = None) -> VecEnv:
+    """Training environments around the base rule's knee: here, in processes, or on a Ray cluster.
+
+    ``config.workers`` processes share the environments; on a cluster 0 means one worker a core but one, which the
+    learner keeps, as far as the groups can be divided.
+    """
+    config, base = publisher.config, publisher.base
+    workers = _workers(config, ray)
     build = partial(
         _environments,
-        scenario=scenario,
+        scenario=publisher.scenario,
         base=base,
         n_envs=config.n_envs // workers,
         groups=max(config.groups // workers, 1),
-        seed=seed,
+        seed=publisher.seed,
         n_requests=config.n_requests,
         rates=(config.load_low * base.knee, config.load_high * base.knee),
         beta=1.0 / config.horizon_s,
     )
+    if ray is not None:
+        return RayCollector(build, publisher.new_network, config, workers, seed=publisher.seed)
     return ProcessVecEnv(build, workers) if config.workers else build(0)
+
+
+def _workers(config: TrainConfig, ray: str | None) -> int:
+    """Rollout workers, 1 or more."""
+    if ray is None or config.workers:
+        return max(config.workers, 1)
+    spare = max(cores() - 1, 1)
+    return max(w for w in range(1, spare + 1) if config.groups % w == 0 and config.n_envs % w == 0)
 
 
 def _finish(

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from dispatch_stub import StubEnv, StubNetwork
 
-from train.collector import ProcessVecEnv
+from env.scenario import Scenario
+from train.collector import ProcessVecEnv, own_traces
 from train.config import TrainConfig
 from train.ppo import DispatchPPO
+from train.run import _environments
+from train.search import SearchResult
 
 
 def make(worker: int, n_envs: int = 8) -> StubEnv:
@@ -29,7 +32,8 @@ def test_steps_equal_those_of_the_same_environments_here() -> None:
         for _ in range(60):  # longer than an episode
             masks = np.concatenate([env.action_masks() for env in here])
             np.testing.assert_array_equal(there.action_masks(), masks)
-            np.testing.assert_array_equal(there.trace, np.concatenate([env.trace for env in here]))
+            traces = [own_traces(env.trace, worker) for worker, env in enumerate(here)]
+            np.testing.assert_array_equal(there.trace, np.concatenate(traces))
             actions = first_allowed(masks)
             obs, rewards, dones, infos = there.step(actions)
             parts = [env.step(part) for env, part in zip(here, np.split(actions, 2), strict=True)]
@@ -68,3 +72,29 @@ def test_close_ends_the_processes() -> None:
     env.close()
     assert not process.is_alive()
     env.close()  # twice is harmless
+
+
+def test_processes_play_the_real_environment_as_it_plays_here() -> None:
+    scenario = Scenario.load("tiny-4xa100")
+    base = SearchResult("linear_score", {}, scenario.reference_rate, 0.0, 0.0, 0, 0, 0.0, "none")
+    settings = {"n_envs": 4, "groups": 2, "n_requests": 40, "rates": (50.0, 100.0), "beta": 0.1, "seed": 1}
+    build = partial(_environments, base=base, scenario=scenario, **settings)
+    here, there = [build(0), build(1)], ProcessVecEnv(build, 2)
+    try:
+        np.testing.assert_array_equal(there.reset(), np.concatenate([env.reset() for env in here]))
+        ended = 0
+        for _ in range(60):  # longer than an episode
+            masks = there.action_masks().copy()
+            np.testing.assert_array_equal(masks, np.concatenate([env.action_masks() for env in here]))
+            actions = first_allowed(masks)
+            obs, rewards, dones, infos = there.step(actions)
+            parts = [env.step(part) for env, part in zip(here, np.split(actions, 2), strict=True)]
+            for got, index in ((obs, 0), (rewards, 1), (dones, 2)):
+                np.testing.assert_array_equal(got, np.concatenate([part[index] for part in parts]))
+            np.testing.assert_array_equal(there.elapsed_s, np.concatenate([env.elapsed_s for env in here]))
+            assert [info.get("episode") for info in infos] == [i.get("episode") for part in parts for i in part[3]]
+            ended += int(dones.sum())
+        assert ended >= 8
+        assert len(np.unique(there.trace)) == 4  # two groups in each process, none shared between them
+    finally:
+        there.close()

@@ -1,0 +1,100 @@
+"""Work on a Ray cluster: connecting to one, and an executor whose jobs survive the death of a worker.
+
+``auto`` joins the cluster that runs here (or the one RAY_ADDRESS names) and starts local workers if there is none.
+Every node needs this package in the same version: the digest of the sources is compared before work is sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from engine.errors import SlalomError
+from eval.points import code_sha256
+
+__all__ = ["RayExecutor", "check_code", "connect", "cores"]
+
+
+def connect(address: str, *, cores: int | None = None) -> None:
+    """Join a Ray cluster, once per process; a second call keeps the first connection.
+
+    :param address: ``auto``, ``HOST:PORT`` of a head node, or ``ray://HOST:PORT``
+    :param cores: workers to start where ``auto`` finds no cluster; None: one per core
+    :raises SlalomError: Ray is not installed, or nobody answers at the address
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without GPUs sees what it saw
+    try:
+        import ray
+    except ImportError:
+        raise SlalomError("--ray", address, "install it first: pip install 'slalom[ray]'") from None
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
+        if address != "auto":
+            fix = "start the head node first (ray start --head), or use auto"
+            raise SlalomError("--ray", address, f"{_first_line(error)}; {fix}") from error
+        ray.init(num_cpus=cores or os.cpu_count(), include_dashboard=False, **quiet)
+
+
+def cores() -> int:
+    """CPUs of the cluster that is connected, 1 or more."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def check_code(digest: str) -> None:
+    """Runs on a worker: refuse to mix two versions of this package in one result.
+
+    :raises SlalomError: the worker's sources differ from the driver's
+    """
+    if code_sha256() != digest:
+        fix = "install the same version of slalom on every node"
+        raise SlalomError("--ray", os.uname().nodename, f"its sources differ from the driver's; {fix}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _job(digest: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    check_code(digest)
+    return function(*arguments)
+
+
+class RayExecutor(Executor):
+    """``concurrent.futures.Executor`` over the connected cluster, one core a job.
+
+    A job whose worker or node dies is started again elsewhere, as often as it takes; an exception of the job itself
+    is raised where its result is asked for.
+    """
+
+    def __init__(self) -> None:
+        import ray
+
+        self._digest = code_sha256()
+        self._remote: Any = ray.remote(num_cpus=1, max_retries=-1)(_job)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See ``Executor.submit``; keyword arguments are not needed here."""
+        assert not kwargs
+        inner: Future[Any] = self._remote.remote(self._digest, fn, args).future()
+        outer: Future[Any] = Future()
+        outer.set_running_or_notify_cancel()
+        inner.add_done_callback(lambda done: _hand_over(done, outer))
+        return outer
+
+
+def _hand_over(done: Future[Any], outer: Future[Any]) -> None:
+    """Copy a result; an exception comes out as the job raised it, without Ray's wrapping."""
+    error = done.exception()
+    if error is None:
+        outer.set_result(done.result())
+    else:
+        outer.set_exception(getattr(error, "cause", None) or error)
