@@ -22,6 +22,7 @@ NAMES = {
     "clusters": "requests per second on 64 instances, and on Mooncake's prompts with the prefix cache",
     "env": "decisions per second of the batched environment, observations handed to Python",
     "training": "frames learned from per second and core, interleaved with stock MaskablePPO",
+    "engine-cpu": "tokens per second of the engine on one core, beside transformers in the same run",
     "startup": "seconds of a small eval-policy command, cold and warm",
 }
 
@@ -33,7 +34,7 @@ def run(name: str) -> dict[str, Any]:
     """
     if name not in NAMES:
         raise SlalomError("benchmark", name, f"choose one of {', '.join(NAMES)}")
-    figures = import_module(f"eval.benchmarks.{name}").run()
+    figures = import_module(f"eval.benchmarks.{name.replace('-', '_')}").run()
     return {"benchmark": name, **figures, "commit": commit(), "machine": machine()}
 
 

@@ -21,19 +21,31 @@ class TorchKernels(Kernels):
 
     def attend(self, query: Tensor, cache: Tensor, batch: Batch, scale: float) -> Tensor:
         out = torch.empty_like(query)
+        self.attend_chunks(query, cache, batch, scale, out, at_least=1)
+        return out
+
+    def attend_chunks(
+        self, query: Tensor, cache: Tensor, batch: Batch, scale: float, out: Tensor, *, at_least: int
+    ) -> None:
+        """:meth:`attend` into ``out`` for the sequences with ``at_least`` that many rows."""
         block_tokens = cache.shape[2]
         row = 0
         for seq, (n, context) in enumerate(zip(batch.query_tokens, batch.context_tokens, strict=True)):
             rows = slice(row, row + n)
             row += n
+            if n < at_least:
+                continue
             if context == 0:
                 out[rows] = 0.0
                 continue
             blocks = batch.block_tables[seq, : -(-context // block_tokens)]
-            keys, values = cache[:, blocks].flatten(1, 2)[:, :context].transpose(1, 2)  # [K, context, D]
+            # two selections of whole blocks are plain copies; one of both planes at once is done word by word
+            keys, values = (
+                plane.index_select(0, blocks).flatten(0, 1)[:context].transpose(0, 1)  # [K, context, D]
+                for plane in cache
+            )
             attend = _attend_one if n == 1 else _attend_chunk
             out[rows] = attend(query[rows], keys, values, scale)
-        return out
 
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
         if bool((slots < 0).any()):

@@ -12,8 +12,8 @@ from engine.kernels.base import Kernels
 
 __all__ = ["KERNELS", "make_kernels"]
 
-#: Names a user may choose. ``auto`` is Triton on a CUDA device and torch on a CPU, nothing else.
-KERNELS = ("auto", "torch", "triton")
+#: Names a user may choose. ``auto`` is Triton on a CUDA device and the compiled ones on a CPU, nothing else.
+KERNELS = ("auto", "compiled", "torch", "triton")
 
 
 def make_kernels(name: str, device: torch.device | str) -> Kernels:
@@ -25,7 +25,13 @@ def make_kernels(name: str, device: torch.device | str) -> Kernels:
     if name not in KERNELS:
         raise SlalomError("kernels", name, f"choose one of {', '.join(KERNELS)}")
     if name == "auto":
-        name = "torch" if kind == "cpu" else "triton"
+        name = "compiled" if kind == "cpu" else "triton"
+    if name == "compiled":
+        if kind != "cpu":
+            raise SlalomError("kernels", f"compiled on {kind}", "choose 'triton' or 'torch'")
+        from engine.kernels.compiled import CompiledKernels
+
+        return CompiledKernels()
     if name == "torch":
         from engine.kernels.reference import TorchKernels
 

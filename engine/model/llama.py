@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.kernels import Batch, Kernels
 from engine.model.config import ModelConfig
 from engine.model.kv import KVPool
+from engine.model.linear import Linear, can_pack, pack, packed_linear
 
 __all__ = ["Carry", "Llama"]
 
@@ -32,6 +33,7 @@ class Llama(nn.Module):
     """:param kernels: the device operations, see :class:`engine.kernels.Kernels`"""
 
     frequencies: Tensor
+    _packed_head: Tensor | None = None
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab, config.width)
         self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.width, config.norm_eps, kernels)
-        self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.head = None if config.tied else Linear(config.width, config.vocab, bias=False)
         self.register_buffer("frequencies", torch.empty(config.head_dim // 2, dtype=torch.float32))
 
     @torch.inference_mode()
@@ -67,7 +69,19 @@ class Llama(nn.Module):
         assert carry.residual is not None
         rows = batch.sample_rows
         hidden, _ = self.norm(carry.hidden[rows], carry.residual[rows])
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        if self.head is not None:
+            return self.head(hidden)
+        if self._packed_head is not None:
+            return packed_linear(hidden, self._packed_head)
+        return F.linear(hidden, self.embed.weight)
+
+    def pack(self) -> None:
+        """Lay the weights out for the CPU they are on (:class:`Linear`); nothing happens on a GPU."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        if self.head is None and can_pack(self.embed.weight):
+            self._packed_head = pack(self.embed.weight.detach())  # the embedding itself stays: rows are read from it
 
 
 class Layer(nn.Module):
@@ -97,8 +111,8 @@ class Attention(nn.Module):
         self.kernels = kernels
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.width, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_heads * config.head_dim, config.width, bias=False)
+        self.qkv = Linear(config.width, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.out = Linear(config.n_heads * config.head_dim, config.width, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, kernels) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, kernels) if config.qk_norm else None
 
@@ -119,8 +133,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate_up = nn.Linear(config.width, 2 * config.ffn, bias=False)
-        self.down = nn.Linear(config.ffn, config.width, bias=False)
+        self.gate_up = Linear(config.width, 2 * config.ffn, bias=False)
+        self.down = Linear(config.ffn, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.kernels.silu_mul(self.gate_up(x)))

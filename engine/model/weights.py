@@ -105,7 +105,8 @@ def load_model(
             fix = f"expected {tuple(blank.shape)}: config and weights do not belong together"
             raise SlalomError(f"weights: {name}: shape", tuple(state[name].shape), fix)
     llama.load_state_dict(state, assign=True)
-    return llama.requires_grad_(False).eval()
+    llama.requires_grad_(False).eval().pack()
+    return llama
 
 
 _OUTER = {"embed.weight": "model.embed_tokens", "norm.weight": "model.norm", "head.weight": "lm_head"}

@@ -1,4 +1,4 @@
-"""Both kernel back ends against dense float64 answers; Triton's under its interpreter (see the last test)."""
+"""The kernel back ends against dense float64 answers; Triton's under its interpreter (see the last test)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PAGE = 16
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-BOTH = ["torch", pytest.param("triton", marks=interpreted)]
+ALL = ["torch", "compiled", pytest.param("triton", marks=interpreted)]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 3e-3}
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=ALL)
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     return make_kernels(request.param, "cpu")
 
@@ -127,6 +127,31 @@ def test_padding_rows_are_zero_and_leave_no_trace(kernels: Kernels) -> None:
     assert bool(out[0].isfinite().all())
 
 
+def test_compiled_attention_of_a_sequence_does_not_depend_on_the_batch() -> None:
+    kernels = make_kernels("compiled", "cpu")
+    batch, blocks = lay_out([(1, 40), (1, 200), (9, 30), (1, 0)])
+    torch.manual_seed(7)
+    cache, query = torch.randn(2, blocks, PAGE, 2, 24), torch.randn(batch.n_rows, 6, 24)
+    together = kernels.attend(query, cache, batch, 0.2)
+    row = 0
+    for seq, n in enumerate(batch.query_tokens):
+        used = -(-batch.context_tokens[seq] // PAGE)
+        span = Span([0] * n, batch.context_tokens[seq] - n, batch.block_tables[seq, :used].tolist())
+        alone = kernels.attend(query[row : row + n], cache, Batch.build([span], block_tokens=PAGE), 0.2)
+        assert torch.equal(alone, together[row : row + n])
+        row += n
+
+
+def test_compiled_attention_survives_extreme_scores() -> None:
+    """Scores far apart (one key takes all) and very negative ones."""
+    kernels, oracle = make_kernels("compiled", "cpu"), make_kernels("torch", "cpu")
+    batch, blocks = lay_out([(1, 99)])
+    torch.manual_seed(8)
+    cache, query = torch.randn(2, blocks, PAGE, 1, 16) * 30, torch.randn(1, 2, 16) * 30
+    ours, expected = (k.attend(query, cache, batch, 1.0) for k in (kernels, oracle))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_rms_norm(kernels: Kernels, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
@@ -202,9 +227,11 @@ def test_whole_model_on_triton_kernels() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="speaks of a run without the interpreter")
 def test_choice_of_kernels_is_never_silent() -> None:
-    assert make_kernels("auto", "cpu").name == "torch"
+    assert make_kernels("auto", "cpu").name == "compiled"
     with pytest.raises(SlalomError, match="TRITON_INTERPRET"):
         make_kernels("triton", "cpu")
+    with pytest.raises(SlalomError, match="choose 'triton'"):
+        make_kernels("compiled", "cuda")
     with pytest.raises(SlalomError, match="choose one of"):
         make_kernels("cuda", "cpu")
 
