@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,13 @@ from engine.clock import WallClock
 from engine.core import interrupt, live
 from engine.core.setup import blank_requests
 from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
+from engine.graphs import DecodeGraphs
+from engine.lanes import Lanes
 from engine.latency.evaluate import to_ticks
 from engine.model.kv import KVPool
 from engine.model.runner import ModelRunner
 from engine.request import ERROR, SHED, UNPLACEABLE, Delta, Request
-from engine.runner import LaneRunner, Step, StepResult, one_thread
+from engine.runner import LaneRunner, Step, StepResult
 from engine.runtime import Runtime
 from engine.transfer import Mover, Transfer, TransferState, Transport
 
@@ -49,7 +51,6 @@ class _Lane:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        one_thread()
         while (step := self._inbox.get()) is not None:
             self._report(self.runner.run(step))
 
@@ -58,6 +59,8 @@ class LiveInstances:
     """Everything of a cluster that computes or copies. All methods but :meth:`stop` belong to the loop's thread.
 
     :param runners: one for each instance; instances on one pool share its :class:`KVPool`
+    :param lanes: one for each instance
+    :param graphs: decode graphs of each instance by partition, where there are any
     :param salt: of the prefix hashes
     :param timeout_s: a transfer may take in each of its states
     """
@@ -67,8 +70,10 @@ class LiveInstances:
         state: ClusterState,
         clock: WallClock,
         runners: Sequence[ModelRunner],
+        lanes: Sequence[Lanes],
         transport: Transport,
         *,
+        graphs: Sequence[Mapping[int, DecodeGraphs]] = (),
         salt: int,
         timeout_s: float = 10.0,
     ) -> None:
@@ -82,6 +87,7 @@ class LiveInstances:
         self._salt = np.uint64(salt)
         self._width = max(int(p["n_blocks"]) for p in state.pool)
         self._steps: list[Step | None] = [None] * (2 * len(runners))
+        self.lanes, self._graphs = lanes, graphs
         self._lanes = [self._lane(i, l, runner) for i, runner in enumerate(runners) for l in range(2)]
         self._movers = [
             Mover(f"link-{k}", transport, partial(clock.post, 2 * len(runners) + k)) for k in range(len(state.link))
@@ -98,7 +104,8 @@ class LiveInstances:
         self.on_end: Callable[[Request, np.void, str], None] = lambda request, record, finish: None
 
     def _lane(self, i: int, l: int, runner: ModelRunner) -> _Lane:
-        work = LaneRunner(runner, self._state, self.requests, self._width)
+        graphs = self._graphs[i] if self._graphs else None
+        work = LaneRunner(runner, self._state, self.requests, self._width, self.lanes[i], l, graphs)
         return _Lane(f"instance-{i}-lane-{l}", work, partial(self._clock.post, 2 * i + l))
 
     def attach(self, runtime: Runtime) -> None:

@@ -20,8 +20,10 @@ from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Batching, ClusterState, Role
 from engine.errors import SlalomError
+from engine.graphs import graphs_of
 from engine.instance import LiveInstances
 from engine.integrity import faults
+from engine.lanes import lanes_of, make_device
 from engine.latency.evaluate import to_ticks
 from engine.model.kv import KVPool
 from engine.model.llama import Llama
@@ -98,10 +100,13 @@ class Engine:
         transport: Transport | None = None,
         transfer_timeout_s: float = 10.0,
     ) -> None:
-        _check_device(model, state)
+        _check_layers(model, state)
+        weights = model.embed.weight
+        self.device = make_device(weights.device.type, weights.device.index or 0)
+        lanes = lanes_of(state, self.device)
         self.tokenizer, self.state, self.clock = tokenizer, state, WallClock()
         size = int(state.cluster[0]["block_tokens"])
-        config, weights = model.config, model.embed.weight
+        config = model.config
         pools = [
             KVPool(config, blocks=int(p["n_blocks"]), block_tokens=size, dtype=weights.dtype, device=weights.device)
             for p in state.pool
@@ -109,11 +114,14 @@ class Engine:
         room = min(int(p["n_blocks"]) for p in state.pool) * size - 1
         self.max_tokens = min(room, config.max_tokens, max_tokens or room)
         self.vocab_size = config.vocab
+        runners = [ModelRunner(model, pools[i["pool"]], eos_ids=tokenizer.eos_ids) for i in state.inst]
         self.instances = LiveInstances(
             state,
             self.clock,
-            [ModelRunner(model, pools[i["pool"]], eos_ids=tokenizer.eos_ids) for i in state.inst],
+            runners,
+            lanes,
             transport or CopyTransport(),
+            graphs=graphs_of(runners, lanes, -(-self.max_tokens // size)) if weights.is_cuda else (),
             salt=secrets.randbits(63),
             timeout_s=transfer_timeout_s,
         )
@@ -158,7 +166,8 @@ class Engine:
         1. no new request is taken;
         2. those that are here get ``timeout_s`` seconds to end, then they are aborted;
         3. the scheduler's loop ends, once no lane and no link is busy;
-        4. the lanes' threads end, then the links'.
+        4. the lanes' threads end, then the links';
+        5. SM partitions are given back.
 
         :return: False when a thread hangs (it is a daemon, so the process can still exit)
         """
@@ -173,7 +182,10 @@ class Engine:
         if self._thread.is_alive():
             self.clock.post(self.runtime.slots.arrival, last_call)
             self._thread.join(5.0 + timeout_s)
-        return self.instances.stop() and not self._thread.is_alive()
+        ended = self.instances.stop() and not self._thread.is_alive()
+        if ended:
+            self.device.close()
+        return ended
 
     def _serve(self) -> None:
         try:
@@ -327,17 +339,12 @@ def _target(name: str, seconds: float | None) -> int:
     return int(to_ticks(seconds))
 
 
-def _check_device(model: Llama, state: ClusterState) -> None:
-    """Refuse what could only be served by pretending."""
-    device = model.embed.weight.device.type
+def _check_layers(model: Llama, state: ClusterState) -> None:
+    """Slices of layers need a profile of this very model."""
     layers = model.config.n_layers
     for k, instance in enumerate(state.inst):
-        profile = state.profile[instance["profile"]]
-        multiplexed = instance["role"] == Role.MULTIPLEXED
-        may = multiplexed or (state.cluster[0]["ask_realloc"] and state.cluster[0]["roles_allowed"] >> 3 & 1)
-        if device == "cpu" and may and profile["n_shares"] > 1:
-            fix = "a CPU has no SM partitions; use a profile with one share, or another role"
-            raise SlalomError(f"instances[{k}].role", "multiplexed", fix)
-        if multiplexed and instance["batching"] == Batching.LAYERED and profile["n_layers"] != layers:
+        found = int(state.profile[instance["profile"]]["n_layers"])
+        layered = instance["role"] == Role.MULTIPLEXED and instance["batching"] == Batching.LAYERED
+        if layered and found != layers:
             fix = f"the model has {layers} layers; slices need a profile of this model"
-            raise SlalomError(f"instances[{k}].profile", f"{profile['n_layers']} layers", fix)
+            raise SlalomError(f"instances[{k}].profile", f"{found} layers", fix)

@@ -36,9 +36,7 @@ class Kernels(ABC):
         """Store ``key``, ``value`` [T, K, D] at flat token ``slots`` [T] of ``cache``; skip slots below 0."""
 
     @abstractmethod
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalise the last axis of ``x`` [T, D] or [T, H, D], after adding ``residual`` (2-D only).
 
         Returns the normalised rows and what was normalised: ``x`` itself or ``x + residual``.

@@ -118,9 +118,11 @@ class Batch:
     def copy_(self, other: Batch) -> None:
         """Overwrite the tensors with those of ``other``, of equal shapes: the input of a captured graph.
 
+        Block tables of ``other`` may have fewer columns; what is right of them keeps its old content, unread.
         The host's copies stay, so only kernels that never read them may run afterwards (Triton's).
         """
         for field in fields(self):
             mine = getattr(self, field.name)
             if isinstance(mine, Tensor):
-                mine.copy_(getattr(other, field.name), non_blocking=True)
+                theirs = getattr(other, field.name)
+                mine[..., : theirs.shape[-1]].copy_(theirs, non_blocking=True)

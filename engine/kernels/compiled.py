@@ -48,9 +48,7 @@ class CompiledKernels(TorchKernels):
             return
         _write(key.numpy(), value.numpy(), cache.numpy(), slots.numpy())
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x.dtype != torch.float32 or x.dim() != 2 or not x.is_contiguous():
             return super().rms_norm(x, weight, eps, residual)
         out, total = torch.empty(x.shape), x

@@ -55,9 +55,7 @@ class TorchKernels(Kernels):
         flat[0].index_copy_(0, slots, key)
         flat[1].index_copy_(0, slots, value)
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
         wide = total.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

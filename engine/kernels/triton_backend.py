@@ -32,9 +32,7 @@ class TritonKernels(Kernels):
     def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
         triton_rows.write_kv(key, value, cache, slots)
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return triton_rows.rms_norm(x, weight, eps, residual)
 
     def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:

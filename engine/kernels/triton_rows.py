@@ -60,9 +60,7 @@ def norm_kernel(
 
 
 @triton.jit
-def _rotate(
-    x, cos, sin, n_heads, stride, HEADS_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr
-):
+def _rotate(x, cos, sin, n_heads, stride, HEADS_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
     head = tl.arange(0, HEADS_PAD)[:, None]
     lane = tl.arange(0, HALF_PAD)[None, :]
     inside = (head < n_heads) & (lane < HALF)

@@ -35,9 +35,7 @@ class KVPool:
         self.block_bytes = block_tokens * config.kv_elements_per_token * dtype.itemsize
         shape = (2, blocks, block_tokens, config.n_kv_heads, config.head_dim)
         # zeros, not empty: a garbage NaN times a softmax weight of zero would still be NaN
-        self.layers: list[Tensor] = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)
-        ]
+        self.layers: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
 
     @staticmethod
     def blocks_in(config: ModelConfig, memory_bytes: int, *, block_tokens: int, dtype: torch.dtype) -> int:
@@ -47,8 +45,8 @@ class KVPool:
     def copy_from(self, source: KVPool, source_blocks: Sequence[int], blocks: Sequence[int]) -> None:
         """Copy ``source_blocks`` of ``source`` (may be this pool) into ``blocks``, pairwise, all layers.
 
-        Both pools must hold the same model's KV in blocks of the same size. On a GPU the copies are queued on
-        the current stream; the caller fences them against whoever reads next.
+        Both pools must hold the same model's KV in blocks of the same size. It has happened when this returns:
+        whoever reads next does so on a stream of its own.
         """
         assert len(source_blocks) == len(blocks), "a block has no partner"
         assert self.block_bytes == source.block_bytes, "pools of different shape"
@@ -59,3 +57,5 @@ class KVPool:
         out_of = torch.tensor(source_blocks, dtype=torch.int64, device=origin)
         for target, layer in zip(self.layers, source.layers, strict=True):
             target.index_copy_(1, into, layer.index_select(1, out_of).to(device, non_blocking=True))
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()

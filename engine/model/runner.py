@@ -50,7 +50,12 @@ class ModelRunner:
         :param steps: tokens each of them has generated so far
         """
         assert len(params) == len(steps) == batch.sample_rows.shape[0]
-        return choose_tokens(self.model.logits(carry, batch), params, steps, self.eos_ids)
+        return self.choose(self.model.logits(carry, batch), params, steps)
+
+    @torch.inference_mode()
+    def choose(self, logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
+        """:meth:`sample` from logits [R, vocab] that are known already."""
+        return choose_tokens(logits, params, steps, self.eos_ids)
 
     def run(self, batch: Batch, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
         """A whole forward pass and its tokens on the host, one for each sampling row."""

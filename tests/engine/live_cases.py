@@ -86,6 +86,17 @@ def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
         time.sleep(0.002)
 
 
+def cores(n: int, layers: int = 4) -> Callable[[], Any]:
+    """Tables of a device with ``n`` cores: decode may have any number of them beside prefill."""
+
+    def made() -> Any:
+        profile, share = tables(shares=n, layers=layers)
+        profile["total_sms"], share["sms"] = n, np.arange(1, n + 1)
+        return profile, share
+
+    return made
+
+
 def mixed(n: int = 1, **changes: Any) -> list[InstanceSpec]:
     return [InstanceSpec(**({"role": Role.MIXED, "pool": i, "kv_tokens": KV, "link": i} | changes)) for i in range(n)]
 
@@ -99,10 +110,13 @@ def engine_on(
     options: ClusterOptions | None = None,
     max_requests: int = 32,
     prefix_cache: bool = True,
+    tables_of: Callable[[], Any] = tables,
+    model: Any = MODEL,
+    tokenizer: Any = TOKENIZER,
     **more: Any,
 ) -> Iterator[Engine]:
     """A running engine, whose books must balance in the end."""
-    profile, share = tables()
+    profile, share = tables_of()
     state = build_state(
         specs,
         profile,
@@ -114,7 +128,7 @@ def engine_on(
         prefix_cache=prefix_cache,
     )
     policy = policy or load_policy(rule, Setting.of_state(state))
-    engine = Engine(MODEL, TOKENIZER, state, policy, **more).start()
+    engine = Engine(model, tokenizer, state, policy, **more).start()
     try:
         yield engine
         assert engine.failure is None
