@@ -27,3 +27,15 @@ def test_unknown_names_are_refused_with_the_known_ones(capsys):
         bench.run("nothing")
     assert bench.main(["nothing"]) == 2
     assert "startup" in capsys.readouterr().err
+
+
+def test_a_rule_is_timed_on_every_kind_of_decision_it_met(monkeypatch):
+    from engine.core.columns import Kind
+    from eval.benchmarks import rules
+
+    monkeypatch.setattr(rules, "REQUESTS", 400)
+    spent = rules.measure("least_tokens", rules.settings())
+    assert set(spent) == set(Kind)
+    assert all(us > 0.0 for kind in spent.values() for us in kind)
+    with pytest.raises(SlalomError, match="tune"):
+        rules.measure("pdmux_table", rules.settings()[:1])
