@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,8 @@ from engine.clock import WallClock
 from engine.core import interrupt, live
 from engine.core.setup import blank_requests
 from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
-from engine.graphs import DecodeGraphs
-from engine.lanes import Lanes
+from engine.hosts import Host, InstanceLost
 from engine.latency.evaluate import to_ticks
-from engine.model.kv import KVPool
-from engine.model.runner import ModelRunner
 from engine.request import ERROR, SHED, UNPLACEABLE, Delta, Request
 from engine.runner import LaneRunner, Step, StepResult
 from engine.runtime import Runtime
@@ -52,15 +49,18 @@ class _Lane:
 
     def _work(self) -> None:
         while (step := self._inbox.get()) is not None:
-            self._report(self.runner.run(step))
+            try:
+                result = self.runner.run(step)
+            except BaseException as error:  # this thread ends; whoever waits for it must hear so
+                self._report(StepResult([], InstanceLost(f"the thread of the lane ended: {error!r}")))
+                return
+            self._report(result)
 
 
 class LiveInstances:
     """Everything of a cluster that computes or copies. All methods but :meth:`stop` belong to the loop's thread.
 
-    :param runners: one for each instance; instances on one pool share its :class:`KVPool`
-    :param lanes: one for each instance
-    :param graphs: decode graphs of each instance by partition, where there are any
+    :param hosts: one for each instance; those of instances on one pool have the same
     :param salt: of the prefix hashes
     :param timeout_s: a transfer may take in each of its states
     """
@@ -69,16 +69,14 @@ class LiveInstances:
         self,
         state: ClusterState,
         clock: WallClock,
-        runners: Sequence[ModelRunner],
-        lanes: Sequence[Lanes],
+        hosts: Sequence[Host],
         transport: Transport,
         *,
-        graphs: Sequence[Mapping[int, DecodeGraphs]] = (),
         salt: int,
         timeout_s: float = 10.0,
     ) -> None:
         self._state, self._clock = state, clock
-        self._pools: list[KVPool] = [runner.pool for runner in runners]
+        self._pools = [host.pool for host in hosts]
         slots = len(state.req)
         self.requests: list[Request | None] = [None] * slots
         self._free = list(range(slots - 1, -1, -1))
@@ -86,16 +84,16 @@ class LiveInstances:
         self._hash_room = len(state.hashes) // slots
         self._salt = np.uint64(salt)
         self._width = max(int(p["n_blocks"]) for p in state.pool)
-        self._steps: list[Step | None] = [None] * (2 * len(runners))
-        self.lanes, self._graphs = lanes, graphs
-        self._lanes = [self._lane(i, l, runner) for i, runner in enumerate(runners) for l in range(2)]
+        self._steps: list[Step | None] = [None] * (2 * len(hosts))  # in flight, by lane
+        self._lanes = [self._lane(i, l, host) for i, host in enumerate(hosts) for l in range(2)]
         self._movers = [
-            Mover(f"link-{k}", transport, partial(clock.post, 2 * len(runners) + k)) for k in range(len(state.link))
+            Mover(f"link-{k}", transport, partial(clock.post, 2 * len(hosts) + k)) for k in range(len(state.link))
         ]
         self._timeout = to_ticks(timeout_s)
         self._moving: dict[int, tuple[Transfer, int]] = {}  # by link: what is on it, and whose KV (slot)
         self._quarantine: dict[Transfer, tuple[int, int, int]] = {}  # lost ones: instance, last block, blocks
         self._doomed: set[Request] = set()
+        self.lost: set[int] = set()  # instances whose thread or process is gone
         self._deltas: list[tuple[Request, Delta]] = []
         self._seen_done = 0
         self.transfer_failures = 0
@@ -103,9 +101,8 @@ class LiveInstances:
         self.after_step: Callable[[], None] = lambda: None
         self.on_end: Callable[[Request, np.void, str], None] = lambda request, record, finish: None
 
-    def _lane(self, i: int, l: int, runner: ModelRunner) -> _Lane:
-        graphs = self._graphs[i] if self._graphs else None
-        work = LaneRunner(runner, self._state, self.requests, self._width, self.lanes[i], l, graphs)
+    def _lane(self, i: int, l: int, host: Host) -> _Lane:
+        work = LaneRunner(host.executor(l), self._state, self.requests, self._width)
         return _Lane(f"instance-{i}-lane-{l}", work, partial(self._clock.post, 2 * i + l))
 
     def attach(self, runtime: Runtime) -> None:
@@ -133,7 +130,7 @@ class LiveInstances:
         record = self._state.req[r]
         record["prompt"], record["output"] = request.n_prompt, request.params.max_tokens
         record["cls"], record["ttft_slo"], record["tpot_slo"] = request.cls, request.ttft_slo, request.tpot_slo
-        record["hash_off"] = r * self._hash_room
+        record["hash_off"], record["priority"] = r * self._hash_room, request.priority
         self._hash(request, request.n_prompt)
         live.begin(self._words, r, request.arrival)
 
@@ -181,6 +178,10 @@ class LiveInstances:
     def lane_ends(self, i: int, l: int, outcome: StepResult) -> None:
         step = self._steps[2 * i + l]
         assert step is not None
+        self._steps[2 * i + l] = None
+        if isinstance(outcome.error, InstanceLost):
+            self.lose(i, outcome.error)
+            return
         if outcome.error is not None:
             self._fail(step, outcome.error)
         for request, delta in outcome.deltas:
@@ -189,7 +190,23 @@ class LiveInstances:
                 live.last_token(self._words, request.slot)
         self._deltas.extend(outcome.deltas)
         self._runtime.book_lane(i, l)
+        self._evacuate()
         self._sweep()
+
+    def lose(self, i: int, error: Exception) -> None:
+        """The thread or process of instance ``i`` is gone: what it had is recomputed by the others."""
+        if i not in self.lost:
+            self.lost.add(i)
+            _log.error("instance %d is lost: %s", i, error)
+            interrupt.lose(self._words, i)
+        self._evacuate()
+        self._sweep()
+
+    def _evacuate(self) -> None:
+        """Place anew what the lost instances hold, as far as nothing in flight uses it."""
+        for i in self.lost:
+            if self._steps[2 * i] is None and self._steps[2 * i + 1] is None:
+                interrupt.evacuate(self._words, i)
 
     def _fail(self, step: Step, error: Exception) -> None:
         """A step failed: its requests end, and what it wrote is never found in the prefix cache."""
@@ -233,6 +250,7 @@ class LiveInstances:
             self._runtime.book_transfer(link)
         else:
             self._recompute(link, r, transfer, state == TransferState.LOST)
+        self._evacuate()
         self._sweep()
 
     def _recompute(self, link: int, r: int, transfer: Transfer, lost: bool) -> None:

@@ -42,6 +42,7 @@ class Request:
     :param sink: receives every :class:`Delta`, in the engine's thread; must not block
     :param cls: SLO class
     :param ttft_slo: own TTFT target in ticks, 0 for that of the class; ``tpot_slo`` likewise
+    :param priority: prompts of a lower value start first
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Request:
         cls: int = 0,
         ttft_slo: int = 0,
         tpot_slo: int = 0,
+        priority: int = 0,
     ) -> None:
         self.number = next(_numbers)
         self.params, self.sink, self.cls = params, sink, cls
-        self.ttft_slo, self.tpot_slo = ttft_slo, tpot_slo
+        self.ttft_slo, self.tpot_slo, self.priority = ttft_slo, tpot_slo, priority
         self.n_prompt = self.n_tokens = len(prompt)
         self.tokens = np.zeros(len(prompt) + params.max_tokens, np.int64)
         self.tokens[: len(prompt)] = prompt

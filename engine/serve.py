@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.core.policy import InstancePlan, Policy
-from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
+from engine.core.policy import Policy
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
 from engine.core.state import Batching, ClusterState, Role
 from engine.errors import SlalomError
 
@@ -108,18 +108,6 @@ def specs_of(options: Options, roles: Sequence[Role]) -> list[InstanceSpec]:
         )
         for i, role in enumerate(roles)
     ]
-
-
-def arranged(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
-    """``spec`` after a policy's own arrangement of it."""
-    names = ("role", "chunk_tokens", "batching", "split", "headroom", "prefill_tokens", "order")
-    given = {name: getattr(plan, name) for name in names if getattr(plan, name) is not None}
-    role = Role(given.get("role", spec.role))
-    if role == Role.MULTIPLEXED and role != spec.role:
-        given.setdefault("batching", Batching.LAYERED)
-    elif role == Role.MIXED and given.get("batching", spec.batching) == Batching.LAYERED:
-        given["batching"] = Batching.CHUNKED
-    return replace(spec, **given)
 
 
 def build(options: Options) -> tuple[Engine, FastAPI]:

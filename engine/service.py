@@ -20,14 +20,11 @@ from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Batching, ClusterState, Role
 from engine.errors import SlalomError
-from engine.graphs import graphs_of
+from engine.hosts import Host, local_hosts
 from engine.instance import LiveInstances
 from engine.integrity import faults
-from engine.lanes import lanes_of, make_device
 from engine.latency.evaluate import to_ticks
-from engine.model.kv import KVPool
 from engine.model.llama import Llama
-from engine.model.runner import ModelRunner
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
 from engine.request import ABORT, ERROR, Delta, Request
@@ -84,6 +81,8 @@ class Engine:
 
     :param state: an idle cluster, see :func:`build_state`
     :param policy: answers its decisions
+    :param hosts: where the instances run, one for each; in this process if not given
+    :param transport: moves KV between the pools of those hosts
     :param max_tokens: tokens of the longest request, prompt and answer (at most what model and pools hold)
     :param transfer_timeout_s: a KV transfer may take in each of its states
     :raises SlalomError: the cluster asks for what this device or model cannot do
@@ -97,31 +96,22 @@ class Engine:
         policy: Policy,
         *,
         max_tokens: int | None = None,
+        hosts: Sequence[Host] | None = None,
         transport: Transport | None = None,
         transfer_timeout_s: float = 10.0,
     ) -> None:
         _check_layers(model, state)
-        weights = model.embed.weight
-        self.device = make_device(weights.device.type, weights.device.index or 0)
-        lanes = lanes_of(state, self.device)
         self.tokenizer, self.state, self.clock = tokenizer, state, WallClock()
-        size = int(state.cluster[0]["block_tokens"])
         config = model.config
-        pools = [
-            KVPool(config, blocks=int(p["n_blocks"]), block_tokens=size, dtype=weights.dtype, device=weights.device)
-            for p in state.pool
-        ]
-        room = min(int(p["n_blocks"]) for p in state.pool) * size - 1
+        room = min(int(p["n_blocks"]) for p in state.pool) * int(state.cluster[0]["block_tokens"]) - 1
         self.max_tokens = min(room, config.max_tokens, max_tokens or room)
         self.vocab_size = config.vocab
-        runners = [ModelRunner(model, pools[i["pool"]], eos_ids=tokenizer.eos_ids) for i in state.inst]
+        self._hosts = hosts or local_hosts(model, state, tokenizer.eos_ids, self.max_tokens)
         self.instances = LiveInstances(
             state,
             self.clock,
-            runners,
-            lanes,
+            self._hosts,
             transport or CopyTransport(),
-            graphs=graphs_of(runners, lanes, -(-self.max_tokens // size)) if weights.is_cuda else (),
             salt=secrets.randbits(63),
             timeout_s=transfer_timeout_s,
         )
@@ -144,7 +134,7 @@ class Engine:
     @property
     def accepting(self) -> bool:
         """Whether a new request would be taken."""
-        return self._accepting and self.failure is None
+        return self._accepting and self.failure is None and len(self.instances.lost) < len(self.state.inst)
 
     @property
     def n_open(self) -> int:
@@ -184,7 +174,8 @@ class Engine:
             self._thread.join(5.0 + timeout_s)
         ended = self.instances.stop() and not self._thread.is_alive()
         if ended:
-            self.device.close()
+            for host in self._hosts:
+                host.close()
         return ended
 
     def _serve(self) -> None:
@@ -211,11 +202,13 @@ class Engine:
         cls: int = 0,
         ttft_s: float | None = None,
         tpot_s: float | None = None,
+        priority: int = 0,
     ) -> Request:
         """Hand in a request. ``sink`` hears of every token and of the end, in the scheduler's thread.
 
         :param ttft_s: own target, that of the class if not given; ``tpot_s`` likewise
-        :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; a bad class or target
+        :param priority: on each instance prompts of a lower value start first (as vLLM); no running one is stopped
+        :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; a bad class, target or priority
         :raises Overloaded: all slots are taken
         :raises Unavailable: draining, closed or broken
         """
@@ -229,6 +222,8 @@ class Engine:
             raise SlalomError("prompt", "unknown token id", f"ids go from 0 to {self.vocab_size - 1}")
         if not 0 <= cls < len(self.state.cls):
             raise SlalomError("class", cls, f"classes go from 0 to {len(self.state.cls) - 1}")
+        if abs(priority) >= 2**31:
+            raise SlalomError("priority", priority, "give a number of at most 31 bits")
         room = min(params.max_tokens, self.max_tokens - len(tokens))
         params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
         request = Request(
@@ -239,10 +234,11 @@ class Engine:
             cls=cls,
             ttft_slo=_target("ttft", ttft_s),
             tpot_slo=_target("tpot", tpot_s),
+            priority=priority,
         )
         with self._lock:
             if not self.accepting:
-                raise Unavailable("the engine is shutting down" if self.failure is None else "the engine failed")
+                raise Unavailable(self._why_not())
             if self._open >= len(self.state.req):
                 raise Overloaded(f"{self._open} requests are open")
             self._open += 1
@@ -250,6 +246,11 @@ class Engine:
             # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
             self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
         return request
+
+    def _why_not(self) -> str:
+        if self.failure is not None:
+            return "the engine failed"
+        return "every instance is lost" if self._accepting else "the engine is shutting down"
 
     def _counted(self, sink: Callable[[Delta], None]) -> Callable[[Delta], None]:
         """``sink``, and one open request less at the end."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.core.jit import is_warm
 from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE, InstancePlan
-from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged, blank_requests, new_cluster
 from engine.core.state import Batching, ClusterState, Role
 from engine.latency import pack
 from engine.latency.evaluate import TICKS_PER_S
@@ -53,7 +53,7 @@ class Arena:
         """The instances after a policy's static arrangement was applied."""
         if plan is None:
             return self.specs
-        return tuple(_overlay(spec, p) for spec, p in zip(self.specs, plan, strict=True))
+        return tuple(arranged(spec, p) for spec, p in zip(self.specs, plan, strict=True))
 
     def cluster(self, plan: Sequence[InstancePlan] | None, trace: Trace | None, horizon_s: float = 0.0) -> ClusterState:
         """An idle cluster that holds the requests of ``trace``."""
@@ -71,19 +71,6 @@ class Arena:
             return state
         state.cluster["n_requests"] = trace.n
         return state._replace(req=requests_of(trace))
-
-
-def _overlay(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
-    given = {
-        name: getattr(plan, name)
-        for name in ("role", "chunk_tokens", "batching", "split", "headroom", "prefill_tokens", "order")
-        if getattr(plan, name) is not None
-    }
-    if given.get("role") == Role.MULTIPLEXED and "batching" not in given and spec.role != Role.MULTIPLEXED:
-        given["batching"] = Batching.LAYERED
-    if given.get("role", spec.role) == Role.MIXED and given.get("batching", spec.batching) == Batching.LAYERED:
-        given["batching"] = Batching.CHUNKED
-    return replace(spec, **given)
 
 
 def _specs(scenario: Scenario, n_links: int) -> tuple[InstanceSpec, ...]:

@@ -25,33 +25,36 @@ NAMES = {
     "engine-cpu": "tokens per second of the engine on one core, beside transformers in the same run",
     "rules": "microseconds per decision of every rule, compiled, 16 instances",
     "startup": "seconds of a small eval-policy command, cold and warm",
+    "scheduling": "microseconds of the live scheduler per iteration at batch 64, and of a placement on 16 instances",
+    "soak": "random faults on live and modelled instances for --minutes; exit code 1 if anything is lost or leaks",
 }
 
 
-def run(name: str) -> dict[str, Any]:
-    """Run one benchmark.
+def run(name: str, **options: Any) -> dict[str, Any]:
+    """Run one benchmark; ``options`` are its own.
 
     :raises SlalomError: unknown name
     """
     if name not in NAMES:
         raise SlalomError("benchmark", name, f"choose one of {', '.join(NAMES)}")
-    figures = import_module(f"eval.benchmarks.{name.replace('-', '_')}").run()
+    figures = import_module(f"eval.benchmarks.{name.replace('-', '_')}").run(**options)
     return {"benchmark": name, **figures, "commit": commit(), "machine": machine()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit code is 2 on an unknown name."""
+    """Command line; the exit code is 2 on an unknown name, 1 when a soak found something."""
     parser = argparse.ArgumentParser(prog="python -m eval.bench", description=__doc__)
     parser.add_argument("name", help="; ".join(f"{name}: {what}" for name, what in NAMES.items()))
     parser.add_argument("--json", action="store_true", help="one line instead of an indented object")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of the soak")
     options = parser.parse_args(arguments)
     try:
-        result = run(options.name)
+        result = run(options.name, **({"minutes": options.minutes} if options.name == "soak" else {}))
     except SlalomError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=None if options.json else 1))
-    return 0
+    return 0 if result.get("ok", True) else 1
 
 
 if __name__ == "__main__":

@@ -357,10 +357,10 @@ def plan_lane(s, i, l, now):
     """Form the next step of idle lane ``l`` of instance ``i``; ``s.lane[i, l].kind`` says what came of it.
 
     Lane 0 is the prefill lane (PREFILL, MULTIPLEXED) or the fused lane (MIXED), lane 1 the decode lane
-    (DECODE, MULTIPLEXED). An instance that is switching roles plans nothing.
+    (DECODE, MULTIPLEXED). An instance that is switching roles, or lost, plans nothing.
     """
     role = s.inst[i].role
-    if s.inst[i].switching == 1:
+    if s.inst[i].switching == 1 or s.inst[i].lost == 1:
         return
     if role == _MIXED:
         if l == 0:

@@ -46,7 +46,7 @@ def open_control(s):
 @kernel
 def _fits(s, i, r):
     """Whether instance ``i`` may be given request ``r`` for prefill at all."""
-    if s.inst[i].target_role >= 0:
+    if s.inst[i].target_role >= 0 or s.inst[i].lost == 1:
         return False
     return blocks_for(s.req[r].target + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
 
@@ -55,7 +55,7 @@ def _fits(s, i, r):
 def _could_decode(s, i, r):
     """Whether instance ``i`` can decode request ``r``, be it on its way out of its role."""
     leaving = s.inst[i].switching == 1 and s.inst[i].target_role == _PREFILL
-    if s.inst[i].role == _PREFILL or leaving:
+    if s.inst[i].role == _PREFILL or leaving or s.inst[i].lost == 1:
         return False
     return blocks_for(s.req[r].computed + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
 
@@ -77,7 +77,7 @@ def next_decision(s, now):
     while r >= 0:
         size = s.cluster[0].block_tokens
         for i in range(s.cluster[0].n_instances):
-            if blocks_for(s.req[r].target + 1, size) <= s.pool[s.inst[i].pool].n_blocks:
+            if s.inst[i].lost == 0 and blocks_for(s.req[r].target + 1, size) <= s.pool[s.inst[i].pool].n_blocks:
                 return _PLACE_PREFILL, r
         remove(s.lists, s.req, PLACING, r)
         end_request(s, r, now, _FAILED)
@@ -144,6 +144,8 @@ def _count_roles(s):
     """Instances that are, and stay, able to prefill and to decode."""
     prefill, decode = 0, 0
     for i in range(s.cluster[0].n_instances):
+        if s.inst[i].lost == 1:
+            continue
         role = s.inst[i].role if s.inst[i].target_role < 0 else s.inst[i].target_role
         prefill += 1 if role != _DECODE else 0
         decode += 1 if role != _PREFILL else 0
@@ -167,7 +169,7 @@ def _build_reallocate(s, now, needs, candidates, mask):
             candidates[k, _NEW_ROLE] = new
             left_prefill = prefill - (1 if role != _DECODE else 0) + (1 if new != _DECODE else 0)
             left_decode = decode - (1 if role != _PREFILL else 0) + (1 if new != _PREFILL else 0)
-            ok = (s.cluster[0].roles_allowed >> new) & 1 == 1 and s.cluster[0].moving_roles == 0
+            ok = (s.cluster[0].roles_allowed >> new) & 1 == 1 and s.cluster[0].moving_roles == 0 and s.inst[i].lost == 0
             ok = ok and left_prefill >= s.cluster[0].min_prefill and left_decode >= s.cluster[0].min_decode
             mask[k] = 1 if ok else 0
             k += 1

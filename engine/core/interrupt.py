@@ -1,4 +1,4 @@
-"""What the surrogate never needs: clients hang up, links break, an administrator changes a role.
+"""What the surrogate never needs: clients hang up, links break, instances die, an administrator changes a role.
 
 Entry points like those of ``engine.core.live``: the address vector of a cluster and plain numbers.
 """
@@ -17,10 +17,10 @@ from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, RequestState, Role, attach
 
-__all__ = ["abort", "fail_transfer", "release_blocks", "request_role"]
+__all__ = ["abort", "evacuate", "fail_transfer", "lose", "release_blocks", "request_role"]
 
-_PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
-_K_DECODE, _K_FUSED = int(LaneKind.DECODE), int(LaneKind.FUSED)
+_PREFILL, _DECODE, _MIXED = int(Role.PREFILL), int(Role.DECODE), int(Role.MIXED)
+_K_IDLE, _K_DECODE, _K_FUSED = int(LaneKind.IDLE), int(LaneKind.DECODE), int(LaneKind.FUSED)
 (_NEW, _PLACING, _HELD, _WAITING, _PREFILLING, _HANDOVER, _INBOUND, _MOVING, _READY, _RUNNING, _FINISHED,
  _, _FAILED) = (int(x) for x in RequestState)  # fmt: skip
 
@@ -75,16 +75,13 @@ def _decoding(s, i):
 
 
 @kernel
-def abort(words, r, now):
-    """The client of request ``r`` is gone: give back every block it holds and end it as FAILED.
+def _detach(s, r):
+    """Take request ``r`` out of whatever list or set it is in, and off its blocks.
 
-    :return: False while a step or transfer in flight uses its blocks; ask again when that has ended
+    :return: False while a step or transfer in flight uses its blocks
     """
-    s = attach(words)
     req = s.req[r]
     i, state = req.inst, req.state
-    if state == _NEW or state >= _FINISHED:
-        return True
     if state == _PREFILLING or (state == _RUNNING and _decoding(s, i)):
         return False
     if state == _PLACING:
@@ -119,8 +116,101 @@ def abort(words, r, now):
         _leave_source(s, r)
     else:
         _leave_running(s, i, r)
+    return True
+
+
+@kernel
+def _start_over(s, r):
+    """Request ``r``, which holds nothing any more, is placed anew and recomputed."""
+    req = s.req[r]
+    req.computed = 0
+    req.target = req.prompt + req.generated
+    req.n_preempt += 1
+    req.inst = -1
+    req.dest = -1
+    req.state = _PLACING
+    push_back(s.lists, s.req, PLACING, r)
+
+
+@kernel
+def abort(words, r, now):
+    """The client of request ``r`` is gone: give back every block it holds and end it as FAILED.
+
+    :return: False while a step or transfer in flight uses its blocks; ask again when that has ended
+    """
+    s = attach(words)
+    state = s.req[r].state
+    if state == _NEW or state >= _FINISHED:
+        return True
+    if not _detach(s, r):
+        return False
     end_request(s, r, now, _FAILED)
     return True
+
+
+@kernel
+def lose(words, i):
+    """The thread or process of instance ``i`` is gone: nothing is placed there from now on.
+
+    Where nobody else could decode, one of the others becomes MIXED without delay: it has all it needs for that.
+    """
+    s = attach(words)
+    s.inst[i].lost = 1
+    if s.inst[i].target_role >= 0 and s.inst[i].switching == 0:
+        s.inst[i].target_role = -1
+        s.cluster[0].moving_roles -= 1
+    heir = -1
+    for j in range(s.cluster[0].n_instances):
+        if s.inst[j].lost == 1:
+            continue
+        if s.inst[j].role != _PREFILL and s.inst[j].target_role != _PREFILL:
+            return
+        heir = j if heir < 0 else heir
+    if heir < 0:
+        return
+    if s.inst[heir].switching == 1:
+        s.inst[heir].target_role = _MIXED
+    elif s.inst[heir].target_role >= 0:
+        s.inst[heir].target_role = -1
+        s.cluster[0].moving_roles -= 1
+    if s.inst[heir].role == _PREFILL:
+        s.inst[heir].role = _MIXED
+        s.cluster[0].n_switches += 1
+    s.inst[heir].dirty = 1
+
+
+@kernel
+def evacuate(words, i):
+    """Place anew, for recomputation, every request that needs lost instance ``i``, on which no step is in flight.
+
+    What is on its way over a link is left to :func:`fail_transfer`, or to another call once it has arrived.
+
+    :return: how many requests start over
+    """
+    s = attach(words)
+    for l in range(2):
+        lane = s.lane[i, l]
+        for k in range(lane.n_prefills):
+            s.req[s.prefills[i, k]].state = _WAITING
+            s.req[s.prefills[i, k]].sched = 0
+        lane.kind = _K_IDLE
+        lane.n_prefills = 0
+        lane.layer_to = 0
+    n = 0
+    for r in range(s.cluster[0].n_requests):
+        req = s.req[r]
+        if req.state < _WAITING or req.state >= _FINISHED:
+            continue
+        if req.state == _INBOUND and req.dest == i and req.inst != i:
+            remove(s.lists, s.req, inbound_of(i), r)
+            s.inst[i].inbound_tokens -= req.computed
+            req.state = _HANDOVER
+            req.dest = -1
+            push_back(s.lists, s.req, HANDOVER, r)
+        elif (req.inst == i or (req.state == _MOVING and req.dest == i)) and _detach(s, r):
+            _start_over(s, r)
+            n += 1
+    return n
 
 
 @kernel
@@ -138,13 +228,7 @@ def fail_transfer(words, link, keep):
         tail, blocks = req.dst_tail, req.dst_blocks
         req.dst_tail, req.dst_blocks = -1, 0
     _leave_link(s, r, link)
-    req.computed = 0
-    req.target = req.prompt + req.generated
-    req.n_preempt += 1
-    req.inst = -1
-    req.dest = -1
-    req.state = _PLACING
-    push_back(s.lists, s.req, PLACING, r)
+    _start_over(s, r)
     s.link[link].busy = 0
     return tail, blocks, start_link(s, link)
 
@@ -164,10 +248,12 @@ def request_role(words, i, role):
     :return: False when another change is under way, or too few instances could prefill or decode afterwards
     """
     s = attach(words)
-    if s.cluster[0].moving_roles > 0 or (s.cluster[0].roles_allowed >> role) & 1 == 0:
+    if s.cluster[0].moving_roles > 0 or (s.cluster[0].roles_allowed >> role) & 1 == 0 or s.inst[i].lost == 1:
         return False
     prefill, decode = 0, 0
     for j in range(s.cluster[0].n_instances):
+        if s.inst[j].lost == 1:
+            continue
         other = role if j == i else s.inst[j].role
         prefill += 1 if other != _DECODE else 0
         decode += 1 if other != _PREFILL else 0

@@ -96,16 +96,19 @@ def arrive(s, r, now):
 
 @kernel
 def _enqueue(s, i, r):
-    """Put request ``r`` into the prefill queue of ``i``, in the order that instance keeps."""
+    """Put request ``r`` into the prefill queue of ``i``: by priority, then in the order that instance keeps."""
     queue = queue_of(i)
-    if s.inst[i].order == 0:
+    last, priority = s.lists[queue, 1], s.req[r].priority
+    if s.inst[i].order == 0 and (last < 0 or s.req[last].priority <= priority):
         push_back(s.lists, s.req, queue, r)
         return
     other = s.lists[queue, 0]
     rest = s.req[r].target - s.req[r].computed
     while other >= 0:
         started = s.req[other].state != _WAITING or s.req[other].blocks > 0
-        if not started and s.req[other].target - s.req[other].computed > rest:
+        shorter = s.inst[i].order == 1 and s.req[other].target - s.req[other].computed > rest
+        behind = s.req[other].priority > priority or (s.req[other].priority == priority and shorter)
+        if not started and behind:
             break
         other = s.req[other].next
     push_before(s.lists, s.req, queue, r, other)
@@ -136,18 +139,21 @@ def place(s, r, i, now):
 
 @kernel
 def hold(s, r):
-    """Answer PLACE_PREFILL with HOLD: ask again later, oldest first."""
+    """Answer PLACE_PREFILL with HOLD: ask again later, by priority, then oldest first."""
     remove(s.lists, s.req, PLACING, r)
     s.req[r].state = _HELD
-    other = s.lists[HELD, 0]
-    while other >= 0 and s.req[other].arrival <= s.req[r].arrival:
+    other, priority = s.lists[HELD, 0], s.req[r].priority
+    while other >= 0 and (
+        s.req[other].priority < priority
+        or (s.req[other].priority == priority and s.req[other].arrival <= s.req[r].arrival)
+    ):
         other = s.req[other].next
     push_before(s.lists, s.req, HELD, r, other)
 
 
 @kernel
 def wake_held(s, n):
-    """Ask again for the ``n`` oldest held requests."""
+    """Ask again for the first ``n`` held requests."""
     for _ in range(n):
         r = pop_front(s.lists, s.req, HELD)
         if r < 0:

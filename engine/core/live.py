@@ -87,7 +87,7 @@ def start_link(s, link):
 def _kick(s, i, now, started, n):
     """Pull KV, change role and start idle lanes of instance ``i``; appends event slots to ``started[n:]``."""
     lanes = 2 * s.cluster[0].n_instances
-    if s.lists[inbound_of(i), 2] > 0 and s.inst[i].switching == 0:
+    if s.lists[inbound_of(i), 2] > 0 and s.inst[i].switching == 0 and s.inst[i].lost == 0:
         pull(s, i)
         link = s.inst[i].link
         if start_link(s, link):

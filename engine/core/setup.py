@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.core.lists import n_lists
+from engine.core.policy import InstancePlan
 from engine.core.slo import ITL_BINS
 from engine.core.state import (
     BLOCK,
@@ -27,7 +28,7 @@ from engine.core.state import (
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S, to_ticks
 
-__all__ = ["ClusterOptions", "InstanceSpec", "LinkSpec", "SloClass", "blank_requests", "new_cluster"]
+__all__ = ["ClusterOptions", "InstanceSpec", "LinkSpec", "SloClass", "arranged", "blank_requests", "new_cluster"]
 
 NO_LIMIT = 2**60
 
@@ -52,6 +53,18 @@ class InstanceSpec:
     split: int = -1
     order: int = 0
     headroom: float = 1.0
+
+
+def arranged(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
+    """``spec`` after a policy's own arrangement of it; a role that it changes brings its usual batching along."""
+    names = ("role", "chunk_tokens", "batching", "split", "headroom", "prefill_tokens", "order")
+    given = {name: getattr(plan, name) for name in names if getattr(plan, name) is not None}
+    role = Role(given.get("role", spec.role))
+    if role == Role.MULTIPLEXED and role != spec.role:
+        given.setdefault("batching", Batching.LAYERED)
+    elif role == Role.MIXED and given.get("batching", spec.batching) == Batching.LAYERED:
+        given["batching"] = Batching.CHUNKED
+    return replace(spec, **given)
 
 
 @dataclass(frozen=True)

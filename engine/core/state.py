@@ -157,6 +157,7 @@ INSTANCE = np.dtype(
         ("role", np.int32),
         ("target_role", np.int32),  # -1 unless a role change is under way
         ("switching", np.int32),  # 1 while the switch itself (after the drain) is paid for
+        ("lost", np.int32),  # 1: its thread or process is gone; nothing is given to it any more
         ("gpu", np.int32),
         ("pool", np.int32),
         ("link", np.int32),  # ingress link that KV for this instance travels on
@@ -249,6 +250,7 @@ REQUEST = np.dtype(
         ("next_turn", np.int32),  # request sent ``think`` after this one finishes, -1 none
         ("n_preempt", np.int32),
         ("first_inst", np.int32),  # where its prefill was placed first
+        ("priority", np.int32),  # prompts of a lower value start first; equal ones in order of arrival
         ("ttft_ok", np.int8),  # -1 unknown, 0 missed, 1 met
         ("tpot_ok", np.int8),
         ("sealed", np.int8),

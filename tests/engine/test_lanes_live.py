@@ -183,10 +183,11 @@ def test_lane_runners_replay_decode_steps_and_count_the_others(monkeypatch: pyte
     capturer = Rerun()
     with engine_on(mixed(chunk_tokens=24), prefix_cache=False) as engine:
         for lane in engine.instances._lanes:
-            lane.runner._graphs = {WHOLE: graphs(lane.runner._runner, capturer, width=64)}
+            executor = lane.runner.executor
+            executor._graphs = {WHOLE: graphs(executor._runner, capturer, width=64)}
         callers = [send(engine, prompt) for prompt in PROMPTS]
         assert [caller.wait().tokens for caller in callers] == expected
-        reasons = engine.instances._lanes[0].runner.without_graph
+        reasons = engine.instances._lanes[0].runner.executor.without_graph
     assert capturer.replays > 0
     assert set(reasons) <= {"more than 4 sequences"}
     assert sum(reasons.values()) > 0

@@ -1,0 +1,98 @@
+"""Messages between the processes of one engine: JSON over authenticated connections, one answer to each question."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from multiprocessing.connection import Client, Connection, Listener
+from typing import Any
+
+from engine.errors import SlalomError
+from engine.kernels import Span
+from engine.model.sampling import SamplingParams
+
+__all__ = ["KEY", "ask", "connect", "listen", "parse_address", "receive", "send", "step_from", "step_message"]
+
+#: Environment variable with the secret that all processes of an engine share.
+KEY = "SLALOM_KEY"
+
+
+def _secret() -> bytes:
+    secret = os.environ.get(KEY, "")
+    if not secret:
+        raise SlalomError(KEY, "", "set this environment variable to the same secret for serve and all its workers")
+    return secret.encode()
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """``"HOST:PORT"``.
+
+    :raises SlalomError: something else
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise SlalomError("address", text, "write HOST:PORT")
+    return host, int(port)
+
+
+def listen(address: tuple[str, int]) -> Listener:
+    """:raises OSError: the address cannot be listened on"""
+    return Listener(address, backlog=64, authkey=_secret())
+
+
+def connect(address: tuple[str, int]) -> Connection:
+    """:raises OSError: nobody listens there; ``multiprocessing.AuthenticationError``: another secret"""
+    return Client(address, authkey=_secret())
+
+
+def send(connection: Connection, message: dict[str, Any]) -> None:
+    """Send one message."""
+    connection.send_bytes(json.dumps(message, separators=(",", ":")).encode())
+
+
+def receive(connection: Connection, timeout_s: float | None = None) -> dict[str, Any]:
+    """The next message.
+
+    :raises TimeoutError: none came in ``timeout_s`` seconds; ``EOFError`` or ``OSError``: the other side is gone
+    """
+    if timeout_s is not None and not connection.poll(timeout_s):
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    message: dict[str, Any] = json.loads(connection.recv_bytes())
+    return message
+
+
+def ask(connection: Connection, message: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+    """Send ``message`` and return the answer.
+
+    :raises RuntimeError: the other side could not do it, and says why; otherwise as :func:`receive`
+    """
+    send(connection, message)
+    answer = receive(connection, timeout_s)
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer
+
+
+def step_message(
+    pool: int, spans: list[Span], layers: tuple[int, int], params: list[SamplingParams], steps: list[int]
+) -> dict[str, Any]:
+    """The arguments of :meth:`engine.runner.Executor.run`, and the pool that the step works on."""
+    return {
+        "do": "step",
+        "pool": pool,
+        "spans": [(list(s.tokens), s.start, list(s.blocks), s.sample) for s in spans],
+        "layers": layers,
+        "params": [asdict(p) for p in params],
+        "steps": steps,
+    }
+
+
+def step_from(message: dict[str, Any]) -> tuple[list[Span], tuple[int, int], list[SamplingParams], list[int]]:
+    """What :func:`step_message` was given."""
+    params = [
+        SamplingParams(**(p | {"stop": tuple(p["stop"]), "stop_token_ids": tuple(p["stop_token_ids"])}))
+        for p in message["params"]
+    ]
+    first, last = message["layers"]
+    return [Span(*span) for span in message["spans"]], (first, last), params, message["steps"]
