@@ -25,7 +25,6 @@ NAMES = {
     "engine-cpu": "tokens per second of the engine on one core, beside transformers in the same run",
     "rules": "microseconds per decision of every rule, compiled, 16 instances",
     "startup": "seconds of a small eval-policy command, cold and warm",
-    "scheduling": "microseconds of the live scheduler per iteration at batch 64, and of a placement on 16 instances",
     "soak": "random faults on live and modelled instances for --minutes; exit code 1 if anything is lost or leaks",
 }
 

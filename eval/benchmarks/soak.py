@@ -109,7 +109,7 @@ class _Host(LocalHost):
                 raise RuntimeError("injected")
             return run(executor, *args)
 
-        executor.run = unreliable  # type: ignore[method-assign]
+        executor.run = unreliable  # type: ignore[method-assign, assignment]
         return executor
 
 
@@ -241,15 +241,15 @@ class _Chaos(ModelledInstances):
 
     def _misfortune(self) -> None:
         luck, n = self._rng.random(), len(self._state.inst)
-        if luck < 0.05:
+        if luck < 0.01:
             states = self._state.req["state"]
             alive = np.flatnonzero((states > RequestState.NEW) & (states < RequestState.FINISHED))
             if len(alive):
                 self._doomed.add(int(self._rng.choice(alive)))
-        elif luck < 0.055:
+        elif luck < 0.02:
             role = int(self._rng.integers(4))
             self.counts["role_changes"] += interrupt.request_role(self._words, int(self._rng.integers(n)), role)
-        elif luck < 0.056 and len(self._lost) < n - 1:
+        elif luck < 0.021 and len(self._lost) < n - 1:
             self._lost.add(i := int(self._rng.integers(n)))
             interrupt.lose(self._words, i)
             for l in range(2):
