@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from engine.core.state import NEVER
@@ -90,6 +91,7 @@ class WallClock:
         self._zero = time.perf_counter_ns()
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._timers: dict[int, int] = {}
+        self._timers_turn = False  # the last event was a post
         self.now = 0
 
     def read(self) -> int:
@@ -110,16 +112,22 @@ class WallClock:
         return slot in self._timers
 
     def next(self) -> Event:
+        """The next event. Timers and posts take turns: neither may starve the other on a slow machine."""
         while True:
             slot = min(self._timers, key=self._timers.__getitem__, default=-1)
             wait_s = (self._timers[slot] - self.read()) * 1e-12 if slot >= 0 else None
-            if wait_s is not None and wait_s <= 0.0:
+            due = wait_s is not None and wait_s <= 0.0
+            event = None
+            if not (due and self._timers_turn):
+                with suppress(queue.Empty):
+                    event = self._inbox.get(block=not due, timeout=None if due else wait_s)
+            if event is None:
+                if not due:
+                    continue
                 del self._timers[slot]
                 event = Event(slot)
+                self._timers_turn = False
             else:
-                try:
-                    event = self._inbox.get(timeout=wait_s)
-                except queue.Empty:
-                    continue
+                self._timers_turn = True
             self.now = self.read()
             return event

@@ -29,7 +29,7 @@ from engine.quick_profile import measure
 from engine.request import Delta, Request
 from engine.runner import LocalExecutor, LocalHost
 from engine.runtime import Runtime
-from engine.service import Engine, Overloaded, build_state, local_hosts
+from engine.service import Engine, Overloaded, Unavailable, build_state, local_hosts
 from engine.transfer import CopyTransport, Transfer
 from env.cluster import arena_of, build_trace, horizon_s
 from env.scenario import Scenario, list_scenarios
@@ -206,6 +206,8 @@ class _Live:
                     engine.set_role(int(rng.integers(len(engine.state.inst))), Role(int(rng.integers(4))))
                 except SlalomError:
                     self.counts["refused_role_changes"] += 1
+                except Unavailable as error:
+                    self.wrong.append(f"a role change: {error}")
             time.sleep(float(rng.exponential(0.01)))
         self._wait(lambda: engine.n_open == 0, _DRAIN_S)
         return clients

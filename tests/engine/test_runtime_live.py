@@ -11,6 +11,7 @@ import pytest
 from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, Caller, engine_on, mixed, send, tables, until
 from runtime_cases import RandomPolicy
 
+from engine.clock import WallClock
 from engine.core.columns import Kind
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass
 from engine.core.state import Batching, RequestState, Role
@@ -136,6 +137,17 @@ def test_own_targets_and_stamps_reach_the_record() -> None:
     assert (record["ttft_slo"], record["tpot_slo"]) == (25 * 10**10, 3 * 10**10)
     assert record["arrival"] <= record["placed"] <= record["prefill_start"] < record["first_token"]
     assert record["first_token"] < record["last_token"] <= record["finished"]
+
+
+def test_timers_that_are_always_due_do_not_starve_what_threads_post_nor_the_other_way() -> None:
+    clock = WallClock()
+    for k in range(20):
+        clock.post(7, k)
+    seen = []
+    for _ in range(10):
+        clock.at(3, 0)
+        seen.append(clock.next().slot)
+    assert seen.count(3) == seen.count(7) == 5
 
 
 class Broken:
