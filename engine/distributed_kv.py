@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -54,15 +54,15 @@ class _GroupPipe:
 
     def __init__(self, backend: str, store: dist.Store, rank: int, host: str) -> None:
         self._other, self._on_host = 1 - rank, backend == "gloo"
-        if backend == "gloo":
-            options = dist.ProcessGroupGloo._Options()
-            options._timeout = timedelta(seconds=_OPEN_S)
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-            self._group = dist.ProcessGroupGloo(store, rank, 2, options)
+        kind: Any = dist.ProcessGroupGloo if self._on_host else dist.ProcessGroupNCCL
+        options = kind._Options() if self._on_host else kind.Options()
+        options._timeout = timedelta(seconds=_OPEN_S)
+        if self._on_host:
+            options._devices = [kind.create_device(hostname=host)]
         else:
             # A timeout must end the waiting thread, not the process.
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-            self._group = dist.ProcessGroupNCCL(store, rank, 2, timedelta(seconds=_OPEN_S))
+        self._group = kind(store, rank, 2, options)
 
     def send(self, tensor: Tensor, timeout_s: float) -> None:
         staged = tensor.cpu() if self._on_host else tensor

@@ -22,14 +22,14 @@ from engine.core import interrupt
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.core.state import NEVER, ClusterState, RequestState, Role
 from engine.errors import SlalomError
+from engine.hosts import LocalExecutor, LocalHost, local_hosts
 from engine.integrity import faults
 from engine.model import SamplingParams, load_model, load_tokenizer
 from engine.modelled import ModelledInstances
 from engine.quick_profile import measure
 from engine.request import Delta, Request
-from engine.runner import LocalExecutor, LocalHost
 from engine.runtime import Runtime
-from engine.service import Engine, Overloaded, Unavailable, build_state, local_hosts
+from engine.service import Engine, Overloaded, Unavailable, build_state
 from engine.transfer import CopyTransport, Transfer
 from env.cluster import arena_of, build_trace, horizon_s
 from env.scenario import Scenario, list_scenarios
@@ -94,20 +94,23 @@ class _Trouble:
             return hit
 
 
-class _Host(LocalHost):
-    def __init__(self, host: LocalHost, trouble: _Trouble) -> None:
-        super().__init__(host._runner)
-        self._trouble = trouble
+class _Host:
+    """A host whose steps fail and whose lanes' threads end, now and then."""
 
-    def executor(self) -> LocalExecutor:
-        executor, run, trouble = super().executor(), LocalExecutor.run, self._trouble
+    def __init__(self, host: LocalHost, trouble: _Trouble) -> None:
+        self._host, self._trouble = host, trouble
+        self.pool, self.close = host.pool, host.close
+
+    def executor(self, l: int) -> LocalExecutor:
+        executor, trouble = self._host.executor(l), self._trouble
+        run = executor.run
 
         def unreliable(*args: Any) -> list[int]:
             if trouble.happens("thread_deaths", 0.0005):
                 raise SystemExit
             if trouble.happens("step_failures", 0.002):
                 raise RuntimeError("injected")
-            return run(executor, *args)
+            return run(*args)
 
         executor.run = unreliable  # type: ignore[method-assign, assignment]
         return executor

@@ -35,16 +35,16 @@ def test_prefill_beside_decode_on_two_lanes(batching: Batching, monkeypatch: pyt
 
     def watched(self: LaneRunner, step: Step) -> Any:
         if step.partition != WHOLE:
-            seen.add((self._l, step.partition))
-        busy[self._l] += 1
-        overlaps.append(busy[1 - self._l] > 0)
+            seen.add((self.executor._l, step.partition))
+        busy[self.executor._l] += 1
+        overlaps.append(busy[1 - self.executor._l] > 0)
         try:
             result = run(self, step)
             if step.partition != WHOLE:
-                bound.add((self._l, frozenset(os.sched_getaffinity(0))))
+                bound.add((self.executor._l, frozenset(os.sched_getaffinity(0))))
             return result
         finally:
-            busy[self._l] -= 1
+            busy[self.executor._l] -= 1
 
     monkeypatch.setattr(LaneRunner, "run", watched)
     role = {"role": Role.MULTIPLEXED, "batching": batching, "chunk_tokens": 24, "split": 0}
