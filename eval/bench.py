@@ -24,6 +24,7 @@ NAMES = {
     "training": "frames learned from per second and core, interleaved with stock MaskablePPO",
     "engine-cpu": "tokens per second of the engine on one core, beside transformers in the same run",
     "rules": "microseconds per decision of every rule, compiled, 16 instances",
+    "ray": "rollout rate of two Ray nodes on this machine against one",
     "startup": "seconds of a small eval-policy command, cold and warm",
     "soak": "random faults on live and modelled instances for --minutes; exit code 1 if anything is lost or leaks",
 }

@@ -70,6 +70,9 @@ def evaluate(
     warmup: Annotated[float, typer.Option(help="Share of arrivals left out at the start.")] = 0.05,
     drain: Annotated[float, typer.Option(help="Share of arrivals left out at the end.")] = 0.0,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that simulate.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Simulate on a Ray cluster: auto (else started here) or HOST:PORT.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for points, result, report and pictures.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the points found in --out.")] = False,
     as_json: Annotated[
@@ -104,6 +107,7 @@ def evaluate(
         tune=tune,
         jobs=jobs,
         out=out,
+        ray=ray,
     )
     console = Console(stderr=True)
     if not is_warm():

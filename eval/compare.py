@@ -9,6 +9,7 @@ beyond the bootstrap's own seed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -63,6 +64,7 @@ def compare(
     tolerance: float = 0.01,
     resamples: int = 2000,
     on_policy: Callable[[str], None] | None = None,
+    parallel: int = 1,
 ) -> dict[str, Any]:
     """Measure every contender and compare each with each.
 
@@ -70,6 +72,7 @@ def compare(
     :param start: first rate of the search
     :param resamples: bootstrap resamples
     :param on_policy: called with a contender's name before its points
+    :param parallel: contenders measured at the same time, for evaluators whose points run elsewhere
     :return: JSON-ready dict: ``mode``, ``policies`` (points, goodput with intervals), ``pairs``, ``at_rate``
     :raises SlalomError: no contender, names not unique, or whatever the evaluator raises
     """
@@ -78,19 +81,25 @@ def compare(
         raise SlalomError("policies", labels, "name at least one policy, each with its own label")
     if not seeds or len(set(seeds)) != len(seeds):
         raise SlalomError("seeds", list(seeds), "give at least one seed, each once")
-    curves = []
-    for contender in contenders:
+
+    def curve(contender: Contender) -> Curve:
         if on_policy is not None:
             on_policy(contender.name)
-        curves.append(_curve(evaluator, contender, seeds, rates, start, targets, tolerance))
+        return _curve(evaluator, contender, seeds, rates, start, targets, tolerance)
+
+    if parallel > 1:
+        with ThreadPoolExecutor(parallel) as threads:
+            curves = list(threads.map(curve, contenders))
+    else:
+        curves = [curve(contender) for contender in contenders]
     at_rate = None
     if rates is None:
-        at_rate = max(_goodput(curve, targets[0]) for curve in curves)
-        for curve in curves:
-            if at_rate > 0.0 and at_rate not in curve.points:
-                curve.points[at_rate] = evaluator.points(curve.contender, at_rate, seeds)
+        at_rate = max(_goodput(found, targets[0]) for found in curves)
+        for found in curves:
+            if at_rate > 0.0 and at_rate not in found.points:
+                found.points[at_rate] = evaluator.points(found.contender, at_rate, seeds)
     weights = bootstrap_weights(len(seeds), evaluator.settings.n_blocks, resamples, seed=0)
-    resampled = [_Resampled(curve, weights, targets) for curve in curves]
+    resampled = [_Resampled(found, weights, targets) for found in curves]
     return {
         "mode": "goodput" if rates is None else "rates",
         "targets": list(targets),

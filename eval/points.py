@@ -13,7 +13,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
@@ -159,6 +159,7 @@ class Evaluator:
     :param folder: finished points are kept here and read back; None keeps them in memory only
     :param on_point: called after each point that was simulated or read back
     :param measure: replaces the simulator (tests; a module-level function when ``jobs`` > 1)
+    :param pool: simulates there instead of in ``jobs`` processes of its own; stays the caller's
     """
 
     def __init__(
@@ -170,12 +171,14 @@ class Evaluator:
         folder: Path | None = None,
         on_point: Callable[[Point], None] | None = None,
         measure: Callable[..., Point] = measure,
+        pool: Executor | None = None,
     ) -> None:
         self.scenario, self.settings = scenario, settings
         self.simulated_requests = 0
         self._jobs, self._folder, self._on_point, self._measure = jobs, folder, on_point, measure
         self._known: dict[str, Point] = {}
         self._pool: ProcessPoolExecutor | None = None
+        self._given_pool = pool
         self._base = [code_sha256(), scenario_hash(scenario), settings.__dict__]
 
     def __enter__(self) -> Evaluator:
@@ -224,19 +227,25 @@ class Evaluator:
             self._on_point(self._known[key])
         return True
 
-    def _simulate(self, contender: Contender, rate: float, seeds: Sequence[int]) -> Iterator[Point]:
-        if self._jobs <= 1 or len(seeds) <= 1:
-            for seed in seeds:
-                yield self._measure(self.scenario, contender, rate, seed, self.settings)
-            return
+    def _executor(self, work: int) -> Executor | None:
+        """Where ``work`` simulations run; None: here."""
+        if self._given_pool is not None:
+            return self._given_pool
+        if self._jobs <= 1 or work <= 1:
+            return None
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self._jobs, mp_context=get_context("spawn"), initializer=_quiet_worker
             )
-        waiting = {
-            self._pool.submit(self._measure, self.scenario, contender, rate, seed, self.settings)
-            for seed in seeds
-        }
+        return self._pool
+
+    def _simulate(self, contender: Contender, rate: float, seeds: Sequence[int]) -> Iterator[Point]:
+        pool = self._executor(len(seeds))
+        if pool is None:
+            for seed in seeds:
+                yield self._measure(self.scenario, contender, rate, seed, self.settings)
+            return
+        waiting = {pool.submit(self._measure, self.scenario, contender, rate, seed, self.settings) for seed in seeds}
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:

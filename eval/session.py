@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,6 +46,7 @@ class Request:
     :param seeds: number of seeds, 0 upwards
     :param tune: trials per rule; 0 compares untuned rules only
     :param out: folder of all files; None keeps nothing
+    :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
     """
 
     scenario: Any
@@ -55,6 +57,7 @@ class Request:
     tune: int = 0
     jobs: int = 1
     out: Path | None = None
+    ray: str | None = None
 
 
 def open_folder(out: Path | None, resume: bool) -> None:
@@ -122,10 +125,11 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             label = f"{found['policy']} (tuned)"
             contenders.append(Contender(found["rule"], found["values"], label, tuned=True))
     seeds = list(range(request.seeds))
+    pool, width = _pool(request)
     folder = None if request.out is None else request.out / "points"
     per_policy = len(seeds) * (len(request.rates) if request.rates else 25)
     with Evaluator(
-        request.scenario, request.settings, jobs=request.jobs, folder=folder, on_point=watcher.point
+        request.scenario, request.settings, jobs=request.jobs, folder=folder, on_point=watcher.point, pool=pool
     ) as evaluator:
         result = compare(
             evaluator,
@@ -134,9 +138,20 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             rates=request.rates,
             start=request.scenario.reference_rate,
             on_policy=lambda name: watcher.phase(name, per_policy),
+            parallel=width,
         )
     result["settings"] = _settings(request, seeds, tuning)
     return result
+
+
+def _pool(request: Request) -> tuple[Executor | None, int]:
+    """Where points are simulated (None: here or in ``jobs`` processes), and how many policies are measured at once."""
+    if request.ray is None:
+        return None, 1
+    from eval.ray_pool import RayExecutor, connect, cores
+
+    connect(request.ray)
+    return RayExecutor(), max(1, -(-cores() // request.seeds))
 
 
 def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any]]) -> dict[str, Any]:
@@ -169,6 +184,7 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
         return []
     from eval.tune import KNEE, knee_rate, tune
 
+    pool, width = _pool(request)
     watcher.phase("knee", None)
     knee = knee_rate(request.scenario, request.settings, start=request.scenario.reference_rate)
     rates = tuple(factor * knee for factor in KNEE)
@@ -189,6 +205,8 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
             settings=request.settings,
             jobs=request.jobs,
             on_trial=_trial_watcher(watcher, contender.name, request.tune),
+            pool=pool,
+            width=2 * width,
         )
         entry = {"policy": contender.policy, **best.as_dict()}
         if stored is not None:

@@ -4,29 +4,35 @@ A learned policy is only compared with rules tuned like this. All trials see the
 (common random numbers); the score is the mean attainment over rates around the knee, where policies differ.
 Search runs on the ``train`` split. The best few, and the defaults, are then ranked again on fresh seeds of
 the ``valid`` split, so that luck in the search does not decide; the ``test`` split is never touched.
+
+Pruning uses the common random numbers: rates are simulated from the highest down, and a trial ends as soon as it
+would miss the best few even if it did as well at every rate left as any trial ever did on the same arrivals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from engine.errors import SlalomError
 from eval.goodput import find_goodput
-from eval.points import Contender, Evaluator, PointSettings, measure
+from eval.points import Contender, Evaluator, PointSettings, code_sha256, measure, scenario_hash
 from policies.registry import get, parse
 from policies.rule import Rule, Value
 
 if TYPE_CHECKING:
-    import optuna
+    from eval.studies import Outcome, Record
 
 __all__ = ["KNEE", "Finalist", "TuneResult", "knee_rate", "tune"]
 
 #: Rates of the objective as multiples of the knee (goodput at 90 % of the reference rule).
 KNEE = (0.85, 1.0, 1.15, 1.3)
-_CMA_FROM = 9  # continuous parameters; below, TPE is at least as good at equal budget
 _VALID_SEED = 1_000  # seeds of the final ranking start here, away from the search's
 
 
@@ -47,6 +53,7 @@ class TuneResult:
     :param score: score of ``values`` in the final ranking
     :param trials: trials of the search
     :param simulated_requests: requests simulated in the search and in the final ranking
+    :param pruned: trials that ended early
     :param sampler: which Optuna sampler drew the values
     :param ranking: values, search score and final score of every finalist, best first
     """
@@ -60,6 +67,7 @@ class TuneResult:
     sampler: str
     rates: tuple[float, ...]
     ranking: tuple[Finalist, ...]
+    pruned: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,9 +93,7 @@ def knee_rate(
         )
     rate = found.goodput[0].rate
     if rate <= 0.0:
-        raise SlalomError(
-            "scenario", policy, "its targets are met at no rate; loosen them or change the cluster"
-        )
+        raise SlalomError("scenario", policy, "its targets are met at no rate; loosen them or change the cluster")
     return rate
 
 
@@ -103,7 +109,12 @@ def tune(
     finalists: int = 5,
     seed: int = 0,
     jobs: int = 1,
-    storage: Path | None = None,
+    storage: str | Path | None = None,
+    sampler: str = "auto",
+    prune: bool = False,
+    pool: Executor | None = None,
+    width: int = 1,
+    stop: Callable[[], bool] = lambda: False,
     on_trial: Callable[[int, float], None] | None = None,
     measure: Callable[..., Any] = measure,
 ) -> TuneResult:
@@ -112,7 +123,12 @@ def tune(
     :param rule_name: name of a rule, or ``name:param=value``: parameters given there stay as given
     :param trials: budget; one trial simulates ``len(rates) * len(seeds) * settings.n_requests`` requests
     :param rates: requests per second of the objective, e.g. ``KNEE`` × :func:`knee_rate`
-    :param storage: journal file that makes the search resumable; None keeps it in memory
+    :param storage: journal file or URL of a database that makes the search resumable; None keeps it in memory
+    :param sampler: one of ``eval.studies.SAMPLERS``
+    :param prune: end hopeless trials early
+    :param pool: where trials run, each as one job; ``width`` of them are asked for at a time, and the same width
+        gives the same search
+    :param stop: asked before each simulation; once true, the search ends and the final ranking follows
     :param on_trial: called with (trials done, best score so far)
     :raises SlalomError: unknown rule, or a budget below one trial
     """
@@ -124,13 +140,19 @@ def tune(
     free = [p for p in rule.params if p.name not in given]
     if not free:
         return TuneResult(name, rule.values(given), 0.0, 0.0, 0, 0, "none", tuple(rates), ())
-    search = Evaluator(scenario, replace(settings, split="train"), jobs=jobs, measure=measure)
-    with search:
-        study, sampler = _study(free, name, seed, storage)
-        _run(study, rule, given, search, trials, rates, seeds, on_trial)
-    best = _distinct_best(study, rule, given, finalists)
+    from eval.studies import Record, choose_sampler, new_sampler
+
+    chosen = new_sampler(choose_sampler(sampler, free), seed)
+    inside = replace(settings, split="train")
+    identity = [code_sha256(), scenario_hash(scenario), inside.__dict__, given, list(rates), list(seeds), seed]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    record = Record(storage, f"{name}-{type(chosen).__name__}-{digest}" if storage is not None else name)
+    with Evaluator(scenario, inside, jobs=jobs, measure=measure) as here:
+        objective = _Objective(rule, given, here, tuple(rates), tuple(seeds), finalists if prune else 0, stop)
+        done = _search(objective, chosen, record, trials, pool, width, on_trial)
+    best = _distinct_best(objective, finalists)
     fresh = range(_VALID_SEED, _VALID_SEED + valid_seeds)
-    valid = Evaluator(scenario, replace(settings, split="valid"), jobs=jobs, measure=measure)
+    valid = Evaluator(scenario, replace(settings, split="valid"), jobs=jobs, measure=measure, pool=pool)
     with valid:
         ranking: list[Finalist] = [
             {"values": values, "search": score, "final": _score(valid, name, values, rates, fresh)}
@@ -143,70 +165,164 @@ def tune(
         values=ranking[0]["values"],
         default=default,
         score=ranking[0]["final"],
-        trials=len(study.trials),
-        simulated_requests=search.simulated_requests + valid.simulated_requests,
-        sampler=sampler,
+        trials=done,
+        simulated_requests=objective.simulated_requests + valid.simulated_requests,
+        sampler=type(chosen).__name__,
         rates=tuple(rates),
         ranking=tuple(ranking),
+        pruned=objective.pruned,
     )
 
 
-def _study(free: Sequence[Any], name: str, seed: int, storage: Path | None) -> tuple[optuna.Study, str]:
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
+class _Objective:
+    """What a trial is worth, and what is known from the trials before it.
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = None
-    if storage is not None:
-        storage.parent.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.JournalStorage(JournalFileBackend(str(storage)))
-    continuous = all(p.choices is None and not p.integer for p in free)
-    # CMA-ES keeps a pickled optimiser in its storage and unpickles it on resume: never from a file.
-    if storage is None and continuous and len(free) >= _CMA_FROM:
-        sampler: optuna.samplers.BaseSampler = optuna.samplers.CmaEsSampler(seed=seed)
-    else:
-        sampler = optuna.samplers.TPESampler(seed=seed)
-    study = optuna.create_study(
-        direction="maximize", sampler=sampler, storage=backend, study_name=name, load_if_exists=True
-    )
-    return study, type(sampler).__name__
+    :param keep: how many of the best must not be pruned; 0: no pruning
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        given: Mapping[str, Any],
+        here: Evaluator,
+        rates: tuple[float, ...],
+        seeds: tuple[int, ...],
+        keep: int,
+        stop: Callable[[], bool],
+    ) -> None:
+        self.rule, self.given, self.stop = rule, given, stop
+        self.rates = tuple(sorted(rates, reverse=True))
+        self.finished: list[tuple[dict[str, Value], float]] = []  # trials simulated at every rate
+        self.pruned = self.simulated_requests = 0
+        self._here, self._seeds, self._keep = here, seeds, keep
+        self._highest = [0.0] * len(rates)
+
+    def suggest(self, trial: Any) -> dict[str, Value]:
+        drawn = {p.name: p.suggest(trial) for p in self.rule.params if p.name not in self.given}
+        return self.rule.values({**self.given, **drawn})
+
+    def outlook(self) -> tuple[tuple[float, ...], float]:
+        """The best attainment seen at each rate, and the score a trial has to be able to reach."""
+        if not self._keep or len(self.finished) < self._keep:
+            return self.rates, -1.0
+        scores = sorted((score for _, score in self.finished), reverse=True)
+        return tuple(self._highest), scores[self._keep - 1]
+
+    def evaluate(self, drawn: Sequence[dict[str, Value]], pool: Executor | None) -> Iterator[Outcome | None]:
+        """One outcome per setting, in order; None where the time was up."""
+        outlook, first = self.outlook(), not self.finished
+        if pool is None:
+            for values in drawn:
+                before = self._here.simulated_requests
+                found = _trial(self._here, self.rule.name, values, self.rates, self._seeds, outlook, first, self.stop)
+                self.simulated_requests += self._here.simulated_requests - before
+                yield found
+            return
+        fixed = (self._here.scenario, self._here.settings, self.rule.name)
+        jobs = [pool.submit(_remote_trial, *fixed, values, self.rates, self._seeds, outlook, first) for values in drawn]
+        for job in jobs:
+            outcome: Any = job.result()
+            self.simulated_requests += len(outcome.cells) * len(self._seeds) * self._here.settings.n_requests
+            yield outcome
+
+    def told(self, values: dict[str, Value], outcome: Outcome) -> None:
+        """Take note of a finished trial."""
+        for place, share in enumerate(outcome.cells):
+            self._highest[place] = max(self._highest[place], share)
+        if outcome.cells and len(outcome.cells) < len(self.rates):
+            self.pruned += 1
+        else:
+            self.finished.append((values, outcome.value))
 
 
-def _run(
-    study: optuna.Study,
-    rule: Rule,
-    given: Mapping[str, Any],
+def _trial(
     evaluator: Evaluator,
-    trials: int,
+    name: str,
+    values: Mapping[str, Value],
     rates: Sequence[float],
     seeds: Sequence[int],
+    outlook: tuple[Sequence[float], float],
+    first: bool,
+    stop: Callable[[], bool],
+) -> Outcome | None:
+    """Simulate one setting, hardest rate first, as long as it may still get among the best.
+
+    :return: no cells for a setting that does not fit the cluster: it serves nobody
+    """
+    from eval.studies import Outcome
+
+    highest, floor = outlook
+    cells: list[float] = []
+    for rate in rates:
+        if stop():
+            return None
+        try:
+            cells.append(evaluator.attainment(Contender(name, values), rate, seeds))
+        except SlalomError:
+            if first:
+                raise  # not even the defaults fit this scenario
+            return Outcome(0.0, ())
+        most = (sum(cells) + sum(highest[len(cells) :])) / len(rates)
+        if floor >= 0.0 and most < floor:
+            return Outcome(most, tuple(cells))
+    return Outcome(sum(cells) / len(rates), tuple(cells))
+
+
+def _remote_trial(
+    scenario: Any,
+    settings: PointSettings,
+    name: str,
+    values: Mapping[str, Value],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    outlook: tuple[Sequence[float], float],
+    first: bool,
+) -> Outcome | None:
+    """As :func:`_trial`, as a job of its own."""
+    with Evaluator(scenario, settings) as here:
+        return _trial(here, name, values, rates, seeds, outlook, first, lambda: False)
+
+
+def _search(
+    objective: _Objective,
+    sampler: Any,
+    record: Record,
+    trials: int,
+    pool: Executor | None,
+    width: int,
     on_trial: Callable[[int, float], None] | None,
-) -> None:
-    """Ask and tell until ``trials`` are finished, defaults first."""
+) -> int:
+    """Ask and tell until ``trials`` are finished, defaults first; what is on record is not simulated again.
+
+    :return: how many were finished before the time was up
+    """
     import optuna
 
-    complete = (optuna.trial.TrialState.COMPLETE,)
-    done = len(study.get_trials(deepcopy=False, states=complete))
-    if done == 0:
-        defaults = rule.values(given)
-        study.enqueue_trial({p.name: defaults[p.name] for p in rule.params if p.name not in given})
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    rule, given = objective.rule, objective.given
+    defaults = rule.values(given)
+    study.enqueue_trial({p.name: defaults[p.name] for p in rule.params if p.name not in given})
+    done = 0
     while done < trials:
-        trial = study.ask()
-        try:
-            score = _score(evaluator, rule.name, _suggest(rule, given, trial), rates, seeds)
-        except SlalomError:
-            if not study.get_trials(deepcopy=False, states=complete):
-                raise  # not even the defaults fit this scenario
-            score = 0.0  # this setting does not fit the cluster: it serves nobody
-        study.tell(trial, score)
-        done += 1
-        if on_trial is not None:
-            on_trial(done, study.best_value)
-
-
-def _suggest(rule: Rule, given: Mapping[str, Any], trial: Any) -> dict[str, Value]:
-    drawn = {p.name: p.suggest(trial) for p in rule.params if p.name not in given}
-    return rule.values({**given, **drawn})
+        # the defaults alone first: if they do not fit the scenario, nothing does
+        asked = [study.ask() for _ in range(min(width if done else 1, trials - done))]
+        drawn = [objective.suggest(trial) for trial in asked]
+        known = [record.find(trial.params) for trial in asked]
+        begin = time.perf_counter()
+        fresh = objective.evaluate([v for v, old in zip(drawn, known, strict=True) if old is None], pool)
+        for trial, values, old in zip(asked, drawn, known, strict=True):
+            outcome = next(fresh) if old is None else old
+            if outcome is None:
+                return done
+            if old is None:
+                record.add(trial, outcome, time.perf_counter() - begin)
+                begin = time.perf_counter()
+            study.tell(trial, outcome.value)
+            objective.told(values, outcome)
+            done += 1
+            if on_trial is not None:
+                on_trial(done, max(score for _, score in objective.finished))
+    return done
 
 
 def _score(
@@ -216,19 +332,13 @@ def _score(
     return sum(evaluator.attainment(contender, rate, seeds) for rate in rates) / len(rates)
 
 
-def _distinct_best(
-    study: optuna.Study, rule: Rule, given: Mapping[str, Any], finalists: int
-) -> list[tuple[dict[str, Value], float]]:
-    """The best different settings of the search, with the defaults among them."""
-    import optuna
-
-    finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-    scored = [(rule.values({**given, **t.params}), float(t.value or 0.0)) for t in finished]
-    defaults = rule.values(given)
+def _distinct_best(objective: _Objective, finalists: int) -> list[tuple[dict[str, Value], float]]:
+    """The best different settings that were simulated at every rate, with the defaults among them."""
+    defaults = objective.rule.values(objective.given)
     chosen: list[tuple[dict[str, Value], float]] = []
-    for values, score in sorted(scored, key=lambda entry: -entry[1]):
+    for values, score in sorted(objective.finished, key=lambda entry: -entry[1]):
         if len(chosen) < finalists and all(values != other for other, _ in chosen):
             chosen.append((values, score))
     if all(values != defaults for values, _ in chosen):
-        chosen.append(next(entry for entry in scored if entry[0] == defaults))
+        chosen.append(next(entry for entry in objective.finished if entry[0] == defaults))
     return chosen

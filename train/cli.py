@@ -40,6 +40,10 @@ def train_policy(
         str | None,
         typer.Option(help="spread rollouts and trials over a Ray cluster: auto (else started here) or HOST:PORT"),
     ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="where the search keeps its trials: a journal file or postgresql://...; default in OUT"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")] = False,
 ) -> None:
     """Learn a dispatch policy and keep the best as a deployable checkpoint in OUT/best."""
@@ -60,7 +64,7 @@ def train_policy(
     from train.run import Interrupted, Request, run
 
     try:
-        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config, ray))
+        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config, ray, storage))
     except Interrupted as stopped:
         print(f"train-policy: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None

@@ -1,7 +1,7 @@
 """The folder of one run, laid out as in the RL zoo.
 
 config.yml command.txt system.json   what was asked, where it ran
-base.json                            the tuned base rule
+study.journal base.json              trials of the search (Optuna), the tuned base rule
 tb/ log.jsonl evaluations.npz        what happened
 train_state/state.safetensors        to resume from
 snapshots/                           every judged network, deployable
@@ -42,6 +42,10 @@ class RunFolder:
     @property
     def base(self) -> Path:
         return self.root / "base.json"
+
+    @property
+    def study(self) -> Path:
+        return self.root / "study.journal"
 
     @property
     def request(self) -> Path:

@@ -21,7 +21,7 @@ from env.scenario import Scenario
 from env.simulate import bind_policy
 from env.vector_env import SlalomVecEnv
 from eval.points import Contender, PointSettings, measure
-from eval.ray_pool import connect, cores
+from eval.ray_pool import RayExecutor, connect, cores
 from eval.store import read_json, write_json
 from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
@@ -59,6 +59,7 @@ class Request:
     :param rule: the searched rule, or the one PPO starts from (``linear_score``)
     :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
     :param ray: ``auto`` or the address of a Ray cluster that collects rollouts and runs trials; None: this process
+    :param storage: journal file or URL of the database that keeps the search; None: ``study.journal`` in the folder
     """
 
     scenario: str
@@ -70,6 +71,7 @@ class Request:
     resume: bool = False
     config: Path | None = None
     ray: str | None = None
+    storage: str | None = None
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -157,6 +159,9 @@ def _base(
         trials=None if search_only else config.tune_trials,
         requests=budget.frames if search_only else None,
         seed=request.seed,
+        storage=request.storage or folder.study,
+        pool=RayExecutor() if request.ray is not None else None,
+        width=2 * cores() if request.ray is not None else 1,
     )
     write_json(folder.base, asdict(found))
     return found

@@ -7,13 +7,15 @@ number of trials, and the outcome something a later stage, or a resumed run, can
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from eval.goodput import find_goodput
-from eval.points import Contender, Evaluator, Point, PointSettings, measure
+from eval.points import Contender, Evaluator, PointSettings
 from eval.tune import KNEE, TuneResult, tune
 from policies import registry
 from policies.rule import Value
@@ -72,6 +74,9 @@ def search_rule(
     trials: int | None = None,
     requests: int | None = None,
     seed: int = 0,
+    storage: str | Path | None = None,
+    pool: Executor | None = None,
+    width: int = 1,
 ) -> SearchResult:
     """Tune ``rule`` until the first of the limits; the knee of its goodput is measured before and after.
 
@@ -83,6 +88,8 @@ def search_rule(
     :param seconds: wall time, the final ranking included as far as can be foreseen
     :param trials: of the search
     :param requests: simulated requests of the search
+    :param storage: journal file or URL of a database; a search that was killed goes on from there
+    :param pool: where trials run, ``width`` at a time; None: here
     :raises SlalomError: unknown rule, or a scenario whose targets it meets at no rate
     """
     start = time.monotonic()
@@ -100,7 +107,7 @@ def search_rule(
     watch = _Watch(display, budget)
     for free, part, ranking, until in _rounds(rule, budget):
         values = found[-1].values if found else registry.get(rule).values()
-        watch.deadline = start + until * seconds
+        watch.begin(start + until * seconds)
         found.append(
             tune(
                 f"{rule}:" + ",".join(f"{n}={v}" for n, v in values.items() if n not in free),
@@ -112,8 +119,12 @@ def search_rule(
                 valid_seeds=ranking.seeds,
                 finalists=ranking.finalists,
                 seed=seed,
+                storage=storage,
+                prune=True,
+                pool=pool,
+                width=width,
+                stop=watch.out_of_time,
                 on_trial=watch.trial,
-                measure=watch.measure,
             )
         )
     best = max(found, key=lambda result: result.score)
@@ -124,7 +135,7 @@ def search_rule(
         default_score=found[0].default,
         score=best.score,
         trials=watch.trials,
-        requests=watch.requests,
+        requests=sum(result.simulated_requests for result in found),
         seconds=round(time.monotonic() - start, 2),
         sampler=", ".join(result.sampler for result in found),
     )
@@ -134,30 +145,28 @@ class _Watch:
     """Keeps a search within its time and shows it.
 
     What a trial costs varies tenfold with the rule's values (a rule that holds requests decides often), so no
-    number of trials fits a time. Past the deadline trials of the search end at once with nothing attained,
-    while the ranking on ``valid`` that follows is always carried out.
+    number of trials fits a time. Past the deadline the search ends, while the ranking on ``valid`` that follows is
+    always carried out.
     """
 
     def __init__(self, display: Display, budget: int) -> None:
-        self.trials = self.requests = 0
+        self.trials = 0
         self.deadline = float("inf")
-        self._display, self._budget = display, budget
+        self._display, self._budget, self._any = display, budget, False
 
-    def measure(
-        self, scenario: Scenario, contender: Contender, rate: float, seed: int, settings: PointSettings
-    ) -> Point:
-        """As ``eval.points.measure``."""
-        if settings.split == "train" and time.monotonic() > self.deadline:
-            return Point(rate, seed, {}, [1], [0])
-        self.requests += settings.n_requests
-        return measure(scenario, contender, rate, seed, settings)
+    def out_of_time(self) -> bool:
+        """Whether to end this round of the search; never before its first trial."""
+        return self._any and time.monotonic() > self.deadline
+
+    def begin(self, deadline: float) -> None:
+        """A round begins."""
+        self.deadline, self._any = deadline, False
 
     def trial(self, number: int, best: float) -> None:
         """A trial is finished."""
-        if time.monotonic() <= self.deadline:
-            self.trials += 1
-            note = f"trial {self.trials}  best {100 * best:.2f} %"
-            self._display.update(min(self.trials / self._budget, 1.0), note)
+        self.trials += 1
+        self._any = True
+        self._display.update(min(self.trials / self._budget, 1.0), f"trial {self.trials}  best {100 * best:.2f} %")
 
 
 def _rounds(rule: str, budget: int) -> list[tuple[set[str], int, _Ranking, float]]:

@@ -1,5 +1,8 @@
 """The search on an objective whose optimum is known, and its budget."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from eval_cases import Scenario, synthetic_measure, true_goodput
 
@@ -8,6 +11,7 @@ from engine.errors import SlalomError
 from eval.points import PointSettings
 from policies.rule import Param, Rule
 
+KEYWORDS = tuning.Evaluator.__init__.__kwdefaults__
 SETTINGS = PointSettings(n_requests=2_000)
 
 
@@ -17,9 +21,7 @@ def fake_rule(monkeypatch, *params):
 
 
 def run(measure=synthetic_measure, **options):
-    return tuning.tune(
-        "weighted", Scenario(), 25, rates=(30.0, 40.0), settings=SETTINGS, measure=measure, **options
-    )
+    return tuning.tune("weighted", Scenario(), 25, rates=(30.0, 40.0), settings=SETTINGS, measure=measure, **options)
 
 
 WEIGHT = Param("weight", 0.0, 1.0, 0.9)
@@ -60,21 +62,68 @@ def test_the_same_seed_gives_the_same_search(monkeypatch):
     assert run(seed=3) == run(seed=3)
 
 
-def test_a_journal_resumes_where_it_stopped(monkeypatch, tmp_path):
-    fake_rule(monkeypatch, WEIGHT)
-    done = []
-    storage = tmp_path / "weighted.journal"
+@pytest.mark.parametrize("sampler", ["tpe", "cma"])
+def test_a_killed_search_ends_as_if_it_had_never_been_killed(monkeypatch, tmp_path, sampler):
+    fake_rule(monkeypatch, WEIGHT, Param("other", 0.0, 2.0, 1.0))
+    whole, calls = run(sampler=sampler), []
 
     def stop(number, best):
-        done.append(number)
         if number == 10:
             raise KeyboardInterrupt
 
+    def spy(scenario, contender, rate, seed, settings):
+        calls.append(settings.split)
+        return synthetic_measure(scenario, contender, rate, seed, settings)
+
+    storage = tmp_path / "weighted.journal"
     with pytest.raises(KeyboardInterrupt):
-        run(storage=storage, on_trial=stop)
-    found = run(storage=storage, on_trial=lambda number, best: done.append(number))
-    assert done == list(range(1, 26))
-    assert found.trials == 25
+        run(sampler=sampler, storage=storage, on_trial=stop)
+    found = run(spy, sampler=sampler, storage=storage)
+    assert (found.ranking, found.trials) == (whole.ranking, 25)
+    assert calls.count("train") == (25 - 10) * 2 * 2
+    assert run(sampler=sampler, storage=storage, seed=1).ranking != found.ranking  # another study
+
+
+def test_an_unusable_storage_is_one_clear_error_without_the_password(monkeypatch, tmp_path):
+    fake_rule(monkeypatch, WEIGHT)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(SlalomError, match=r"slalom\[postgresql\]") as caught:
+        run(storage="postgresql://me:secret@127.0.0.1:1/none")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SlalomError, match="does not answer"):
+        run(storage=f"sqlite:///{tmp_path}/missing/folder/file.db")
+    (tmp_path / "text").write_text("not a journal")
+    with pytest.raises(SlalomError, match="journal"):
+        run(storage=tmp_path / "text")
+
+
+def test_pruning_saves_simulations_and_keeps_the_winner(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT)
+    whole, pruned = run(), run(prune=True, finalists=2)
+    assert pruned.pruned > 0
+    assert pruned.trials == whole.trials
+    assert pruned.simulated_requests < whole.simulated_requests
+    assert pruned.values["weight"] == pytest.approx(0.3, abs=0.1)
+    assert pruned.score >= whole.score - 0.02
+
+
+def test_trials_in_parallel_are_a_search_of_their_own_that_repeats(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT)
+    monkeypatch.setattr(tuning, "measure", synthetic_measure)
+    monkeypatch.setattr(tuning.Evaluator.__init__, "__kwdefaults__", KEYWORDS | {"measure": synthetic_measure})
+    with ThreadPoolExecutor(4) as pool:
+        found = [run(pool=pool, width=4) for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0].trials == 25
+    assert found[0].values["weight"] == pytest.approx(0.3, abs=0.1)
+
+
+def test_a_search_out_of_time_ranks_what_it_has(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT)
+    left = iter([False] * 7 + [True] * 100)
+    found = run(stop=lambda: next(left))
+    assert found.trials == 3  # two rates each, the fourth had one left
+    assert found.ranking
 
 
 def test_many_continuous_parameters_go_to_cma_es(monkeypatch):
