@@ -1,7 +1,7 @@
 # Shortcuts; everything here is one command that also works without make.
 PY := .venv/bin/python
 
-.PHONY: setup test lint type format bench
+.PHONY: setup test lint type format bench gpu-check
 setup:
 	python3 run.py setup
 test:
@@ -14,3 +14,5 @@ format:
 	.venv/bin/ruff format .
 bench:
 	$(PY) -m eval.bench surrogate && $(PY) -m eval.bench scale && $(PY) -m eval.bench env && $(PY) -m eval.bench startup
+gpu-check:  # everything that needs a GPU, into one file; under nine minutes
+	$(PY) -m eval.gpu_check --json gpu-check.json

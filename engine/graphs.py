@@ -49,6 +49,7 @@ class CudaCapturer:
 
     def capture(self, lane: Lane, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         stream: Any = getattr(lane, "stream")  # noqa: B009  (a lane of a GPU has one)
+        torch.cuda.synchronize(self._index)  # weights, KV and static inputs were made on another stream
         with lane.open():
             function()  # outside the graph: kernels are compiled and libraries get their workspaces
         lane.wait()
