@@ -26,6 +26,7 @@ PUBLISHED = (
     "dynamo_kv",
     "llmd_latency",
     "llmd_token_load",
+    "lodestar",
     "mooncake",
     "sglang_cache_aware",
     "splitwise",
