@@ -16,7 +16,7 @@ from engine.core import live
 from engine.core.policy import Policy
 from engine.core.rows import addresses
 from engine.core.state import NEVER, ClusterState, RequestState
-from engine.runtime import Runtime
+from engine.runtime import Guard, Runtime
 
 __all__ = ["ModelledInstances", "play"]
 
@@ -111,15 +111,17 @@ def play(
     n_roots: int,
     true_profile: np.ndarray | None = None,
     true_share: np.ndarray | None = None,
+    guard: Guard | None = None,
 ) -> Runtime:
     """Serve the requests of ``state`` under ``policy``; their records then hold the timeline.
 
-    See :class:`ModelledInstances` for the parameters. The run ends at the cluster's ``horizon_ticks``.
+    See :class:`ModelledInstances` and, for ``guard``, :class:`engine.runtime.Runtime` for the parameters.
+    The run ends at the cluster's ``horizon_ticks``.
     """
     horizon = int(state.cluster[0]["horizon_ticks"])
     clock = VirtualClock(3 * len(state.inst) + len(state.link) + 3, horizon)
     instances = ModelledInstances(state, clock, n_roots, true_profile, true_share)
-    runtime = Runtime(state, policy, instances, clock)
+    runtime = Runtime(state, policy, instances, clock, guard)
     instances.attach(runtime)
     runtime.run()
     return runtime

@@ -23,10 +23,12 @@ from engine.core.lists import HELD
 from engine.core.policy import Policy
 from engine.core.rows import addresses
 from engine.core.state import ClusterState
+from engine.guard_report import GuardReport
 
-__all__ = ["Instances", "Runtime", "safe_choice"]
+__all__ = ["Guard", "Instances", "Runtime", "safe_choice"]
 
 _log = logging.getLogger("slalom.runtime")
+_KINDS = tuple(kind.name.lower() for kind in Kind)
 
 
 class Instances(Protocol):
@@ -65,6 +67,57 @@ class Instances(Protocol):
         ...
 
 
+class Guard(Protocol):
+    """Stands between the scheduler and a policy (``policies.guard``). All of it belongs to the loop's thread."""
+
+    #: Answers in the policy's place, by reason.
+    fallbacks: Counter[str]
+
+    @property
+    def needs(self) -> int:
+        """What to compute for the next decision (bit mask of Need)."""
+        ...
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force."""
+        ...
+
+    def adopt(self, ready: Any) -> None:
+        """Let another policy answer from the next decision on."""
+        ...
+
+    def attach(self, runtime: Runtime) -> None:
+        """Work for ``runtime``."""
+        ...
+
+    def report(self, recent: int = 0) -> GuardReport:
+        """How things stand; any thread may ask. ``recent``: decisions to include."""
+        ...
+
+    def prepare(self, policy: Policy, *, rehearse: bool = False) -> Any:
+        """What :meth:`adopt` takes, made in any thread; ``rehearse`` refuses a policy that fails at once."""
+        ...
+
+    def freeze(self, *, restore: bool = False) -> None:
+        """At once: the fallback rule places and nothing else changes, or goes back to the start."""
+        ...
+
+    def thaw(self, *, advisory: bool | None = None) -> None:
+        """Let the policy decide again, or only advise."""
+        ...
+
+    def close(self) -> None:
+        """The engine has ended."""
+        ...
+
+    def choose(
+        self, kind: int, subject: int, now: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray
+    ) -> int:
+        """The row to carry out; always an allowed one."""
+        ...
+
+
 def safe_choice(kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
     """An answer that is never wrong: change nothing, or place where the fewest tokens wait."""
     if kind in (Kind.REALLOCATE, Kind.TUNE):
@@ -80,24 +133,41 @@ class Runtime:
     :param policy: answers the decisions; what it gets wrong, :func:`safe_choice` answers instead
     :param instances: where steps and transfers run
     :param clock: shared with ``instances``, which set or post the ends of what they start
+    :param guard: asks the policy in the runtime's place, and has its own
     """
 
-    def __init__(self, state: ClusterState, policy: Policy, instances: Instances, clock: Clock) -> None:
+    def __init__(
+        self,
+        state: ClusterState,
+        policy: Policy,
+        instances: Instances,
+        clock: Clock,
+        guard: Guard | None = None,
+    ) -> None:
         n = len(state.inst)
         self.state, self.instances, self.clock = state, instances, clock
         self.slots = Slots(n, len(state.link))
         self.words = addresses(state)
         self.decisions: Counter[str] = Counter()  # by kind
-        self.fallbacks: Counter[str] = Counter()  # by reason
+        self.fallbacks: Counter[str] = guard.fallbacks if guard else Counter()  # by reason
         self._started = np.zeros(self.slots.control, np.int32)
         rows = max_candidates(n)
         self._context = np.zeros(N_CONTEXT)
         self._candidates = np.zeros((rows, N_CANDIDATE))
         self._mask = np.zeros(rows, np.uint8)
-        self.set_policy(policy)
+        self.guard = guard
+        if guard is None:
+            self.set_policy(policy)
+        else:
+            self.policy = guard.policy
+            guard.attach(self)
 
-    def set_policy(self, policy: Policy) -> None:
-        """Let ``policy`` answer from now on; it starts with fresh memory. Loop thread only."""
+    def set_policy(self, policy: Any) -> None:
+        """Let ``policy`` (or what the guard made of it) answer from now on; its memory is fresh. Loop thread only."""
+        if self.guard is not None:
+            self.guard.adopt(policy)
+            self.policy = self.guard.policy
+            return
         self.policy = policy
         self._memory = policy.memory.copy()
         self._needs = int(policy.needs) | int(Need.LOAD)
@@ -136,13 +206,18 @@ class Runtime:
 
     def _decide(self, now: int) -> None:
         """Ask the policy until nothing is left to decide."""
+        guard = self.guard
         while True:
-            kind, subject, k = live.ask(self.words, now, self._needs, self._context, self._candidates, self._mask)
+            needs = self._needs if guard is None else guard.needs
+            kind, subject, k = live.ask(self.words, now, needs, self._context, self._candidates, self._mask)
             if kind < 0:
                 return
-            action = self._choose(kind, self._candidates[:k], self._mask[:k])
+            if guard is None:
+                action = self._choose(kind, self._candidates[:k], self._mask[:k])
+            else:
+                action = guard.choose(kind, subject, now, self._context, self._candidates[:k], self._mask[:k])
             live.answer(self.words, kind, subject, action, now)
-            self.decisions[Kind(kind).name.lower()] += 1
+            self.decisions[_KINDS[kind]] += 1
 
     def _choose(self, kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
         policy = self.policy

@@ -25,6 +25,7 @@ from engine.errors import SlalomError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from engine.runtime import Guard
     from engine.service import Engine
 
 __all__ = ["Options", "app", "build", "main"]
@@ -58,6 +59,11 @@ class Options:
     dtype: str = "float32"
     kernels: str = "auto"
     drain_s: float = 30.0
+    fallback: str = ""
+    deadline_us: float = 0.0
+    advisory: bool = False
+    guard_config: str = ""
+    decision_log: str = ""
 
 
 def find_policy(spec: str, state: ClusterState) -> Policy:
@@ -69,6 +75,24 @@ def find_policy(spec: str, state: ClusterState) -> Policy:
     setting = importlib.import_module("policies.setting").Setting.of_state(state)
     policy: Policy = registry.load_policy(spec, setting)
     return policy
+
+
+def find_guard(options: Options, state: ClusterState, policy: Policy, *, log: bool = True) -> Guard:
+    """The guard that the options ask for, around ``policy``.
+
+    :param log: False leaves the decision log out
+    :raises SlalomError: a bad configuration, an unknown fallback, a log that cannot be written
+    """
+    make = importlib.import_module("policies.guard.build").build_guard
+    given = {
+        "fallback": options.fallback or None,
+        "deadline_us": options.deadline_us or None,
+        "advisory": options.advisory or None,
+    }
+    guard: Guard = make(
+        state, policy, options.guard_config or None, given, options.decision_log or None, log=log
+    )
+    return guard
 
 
 def parse_roles(roles: str, instances: int) -> list[Role]:
@@ -153,8 +177,10 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
         state = state_of(specs)
     small = state_of([replace(spec, kv_tokens=_WARM_UP_TOKENS) for spec in specs])
-    _warm_up(Engine(model, tokenizer, small, find_policy(options.policy, small)))
-    engine = Engine(model, tokenizer, state, policy, max_tokens=options.max_tokens or None).start()
+    scratch = find_policy(options.policy, small)
+    _warm_up(Engine(model, tokenizer, small, scratch, guard=find_guard(options, small, scratch, log=False)))
+    guard = find_guard(options, state, policy)
+    engine = Engine(model, tokenizer, state, policy, max_tokens=options.max_tokens or None, guard=guard).start()
     application = create_app(
         engine,
         options.model,
@@ -211,8 +237,19 @@ def serve(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
     drain_s: Annotated[float, typer.Option(min=0, help="seconds that open requests get at shutdown")] = 30.0,
+    fallback: Annotated[
+        str, typer.Option(help="rule that answers where the policy may not; default: the checkpoint's, or least_tokens")
+    ] = "",
+    deadline_us: Annotated[float, typer.Option(min=0, help="deadline of a decision, microseconds; 0: 2000")] = 0.0,
+    advisory: Annotated[bool, typer.Option("--advisory", help="ask and log the policy, act by the fallback")] = False,
+    guard_config: Annotated[str, typer.Option(help="YAML or JSON file with the guard's other settings")] = "",
+    decision_log: Annotated[str, typer.Option(help="write one JSON line a decision to this file")] = "",
 ) -> None:
-    """Serve MODEL behind /v1/completions and /v1/chat/completions, dispatched by POLICY."""
+    """Serve MODEL behind /v1/completions and /v1/chat/completions, dispatched by POLICY behind a guard.
+
+    /dashboard shows it live, /metrics counts it, and clients on this machine may change policy, roles and mode under
+    /admin.
+    """
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -220,6 +257,7 @@ def serve(
         Options(
             model, instances, roles, policy, profile, shared_kv, kv_tokens, max_tokens, max_batch, chunk_tokens,
             max_requests, ttft_ms, tpot_ms, shed, reallocate, tune, prefix_cache, device, dtype, kernels, drain_s,
+            fallback, deadline_us, advisory, guard_config, decision_log,
         )
     )  # fmt: skip
     print(f"serving {model} on http://{host}:{port} with policy {engine.runtime.policy.name}", file=sys.stderr)

@@ -28,7 +28,7 @@ from engine.model.llama import Llama
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
 from engine.request import ABORT, ERROR, Delta, Request
-from engine.runtime import Runtime
+from engine.runtime import Guard, Runtime
 from engine.transfer import CopyTransport, Transport
 
 __all__ = ["Engine", "Overloaded", "Unavailable", "build_state"]
@@ -85,6 +85,7 @@ class Engine:
     :param transport: moves KV between the pools of those hosts
     :param max_tokens: tokens of the longest request, prompt and answer (at most what model and pools hold)
     :param transfer_timeout_s: a KV transfer may take in each of its states
+    :param guard: stands between scheduler and policy, and already has ``policy``
     :raises SlalomError: the cluster asks for what this device or model cannot do
     """
 
@@ -99,6 +100,7 @@ class Engine:
         hosts: Sequence[Host] | None = None,
         transport: Transport | None = None,
         transfer_timeout_s: float = 10.0,
+        guard: Guard | None = None,
     ) -> None:
         _check_layers(model, state)
         self.tokenizer, self.state, self.clock = tokenizer, state, WallClock()
@@ -115,7 +117,7 @@ class Engine:
             salt=secrets.randbits(63),
             timeout_s=transfer_timeout_s,
         )
-        self.runtime = Runtime(state, policy, self.instances, self.clock)
+        self.runtime = Runtime(state, policy, self.instances, self.clock, guard)
         self.instances.attach(self.runtime)
         self._lock = threading.Lock()
         self._open = 0
@@ -176,6 +178,8 @@ class Engine:
         if ended:
             for host in self._hosts:
                 host.close()
+            if self.runtime.guard is not None:
+                self.runtime.guard.close()
         return ended
 
     def _serve(self) -> None:
@@ -292,8 +296,8 @@ class Engine:
         except TimeoutError as error:
             raise Unavailable("the engine did not answer in time") from error
 
-    def set_policy(self, policy: Policy) -> None:
-        """Let ``policy`` decide from now on."""
+    def set_policy(self, policy: Any) -> None:
+        """Let ``policy`` decide from now on, or what a guard has prepared of it."""
         self.call(lambda: self.runtime.set_policy(policy))
 
     def set_role(self, instance: int, role: Role) -> None:

@@ -101,7 +101,7 @@ class LoadedPolicy:
             base = replace(base, arrangement=[p.plan() for p in plans])
         network, normal = self.manifest.network, self.manifest.normalisation
         if network is None or normal is None:
-            return replace(base, name=self.name)
+            return replace(base, name=self.name, fallback=self.manifest.fallback)
         rows = compiled.rows_of(setting)
         return BoundPolicy(
             name=self.name,
@@ -112,6 +112,8 @@ class LoadedPolicy:
             arrangement=base.arrangement,
             values={"base": record.name, "sha256": network.sha256},
             kind="network",
+            bounds=self.bounds(),
+            fallback=self.manifest.fallback,
         )
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:

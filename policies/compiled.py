@@ -23,7 +23,7 @@ from policies.features import N_CONTEXT_FEATURES, N_FEATURES, cut, feature
 from policies.normalise import Normalisation
 from policies.setting import Setting
 
-__all__ = ["check_weights", "decide", "logits", "memory_cells", "pack", "rows_of", "weight_shapes"]
+__all__ = ["check_weights", "decide", "logits", "memory_cells", "pack", "rows_of", "score_cells", "weight_shapes"]
 
 # header cells
 _HIDDEN, _ROWS, _SCALE, _BOUND = 0, 1, 2, 3
@@ -232,6 +232,11 @@ def logits(context, candidates, mask, params, memory):
     _relu(mixed)
     _add_residual(mixed, last[0], mask, out)
     return out[:rows]
+
+
+def score_cells(params: np.ndarray) -> int:
+    """How many cells at the end of ``memory`` hold the logits of the last decision, row by row."""
+    return int(params[_ROWS])
 
 
 @kernel(fastmath={"contract", "reassoc"})

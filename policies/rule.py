@@ -88,7 +88,8 @@ class BoundPolicy:
     """A rule with its values, for one scenario; satisfies :class:`engine.core.policy.Policy`.
 
     ``python`` marks the slow path: ``decide`` calls back into the interpreter and takes the GIL. ``kind`` is
-    ``rule`` or ``network``; a network's ``values`` name its base rule and the digest of its weights.
+    ``rule`` or ``network``; a network's ``values`` name its base rule and the digest of its weights. A checkpoint
+    adds what its guard needs: ``bounds`` of training, float64 (2, context) and (2, candidate), and its ``fallback``.
     """
 
     name: str
@@ -100,6 +101,8 @@ class BoundPolicy:
     values: Mapping[str, Value]
     python: bool = False
     kind: str = "rule"
+    bounds: tuple[np.ndarray, np.ndarray] | None = None
+    fallback: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Plain data (JSON) that says which policy this is and with which values."""

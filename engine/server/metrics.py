@@ -56,7 +56,13 @@ class Metrics:
         self._decode = self._histogram("vllm:request_decode_time_seconds", "First to last token.", _E2E)
         self._prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens.", _TOKENS)
         self._generated = self._histogram("vllm:request_generation_tokens", "Generated tokens.", _TOKENS)
-        engine.instances.on_end = self.observe
+        before = engine.instances.on_end
+
+        def on_end(request: Request, record: np.void, finish: str) -> None:
+            before(request, record, finish)
+            self.observe(request, record, finish)
+
+        engine.instances.on_end = on_end
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
         family = Histogram(name, text, ["model_name", "engine"], buckets=buckets, registry=self.registry)

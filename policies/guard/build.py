@@ -1,0 +1,53 @@
+"""A guard from names and files, as ``serve`` makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.core.policy import Policy
+from engine.core.state import ClusterState
+from engine.decision_log import DecisionLog
+from engine.errors import SlalomError
+from policies.guard.config import GuardConfig
+from policies.guard.guard import Guard
+from policies.guard.snapshot import is_ours
+from policies.registry import load_policy
+from policies.setting import Setting
+
+__all__ = ["build_guard"]
+
+
+def build_guard(
+    state: ClusterState,
+    policy: Policy,
+    file: str | Path | None = None,
+    given: Mapping[str, Any] | None = None,
+    log_path: str | Path | None = None,
+    *,
+    log: bool = True,
+) -> Guard:
+    """The guard of ``policy`` on ``state``.
+
+    :param file: a :class:`GuardConfig` as YAML or JSON; ``given`` wins over it where not None
+    :param log_path: where the decision log goes, instead of what the file says; ``log`` False: nowhere
+    :raises SlalomError: see :meth:`GuardConfig.load` and :class:`Guard`; a fallback that is no rule of this package
+    """
+    config = GuardConfig.load(file, **(given or {}))
+    name = config.fallback or getattr(policy, "fallback", None) or "least_tokens"
+    fallback = load_policy(name, Setting.of_state(state))
+    if not is_ours(fallback):
+        raise SlalomError("fallback", name, "name a rule of this package: it is what must not fail")
+    path, options = log_path or config.log.path, config.log
+    if not log or path is None:
+        return Guard(state, policy, fallback, config)
+    decisions = DecisionLog(
+        Path(path),
+        max_bytes=int(options.max_mb * 1e6),
+        keep=options.keep,
+        features=options.features,
+        ring_mb=options.ring_mb,
+        writer=options.writer,
+    )
+    return Guard(state, policy, fallback, config, decisions)

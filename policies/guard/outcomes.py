@@ -1,0 +1,78 @@
+"""What became of the requests, beside what was predicted when they were placed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from engine.core.columns import Col, Kind
+from engine.core.state import RequestState
+from engine.decision_log import DecisionLog
+from engine.latency.evaluate import TICKS_PER_S
+from policies.guard.config import DriftConfig
+from policies.guard.drift import Drift
+
+__all__ = ["Outcomes"]
+
+_log = logging.getLogger("slalom.guard")
+_PLACE_PREFILL = int(Kind.PLACE_PREFILL)
+_INSTANCE, _TTFT_S, _STEP_WITH_S = int(Col.INSTANCE), int(Col.TTFT_S), int(Col.STEP_WITH_S)
+
+
+class Outcomes:
+    """:param slots: request slots of the cluster"""
+
+    def __init__(self, slots: int, config: DriftConfig, log: DecisionLog | None) -> None:
+        self._log = log
+        self._ttft_s, self._tpot_s = [0.0] * slots, [0.0] * slots
+        self.ttft, self.tpot = Drift("ttft", config), Drift("tpot", config)
+
+    @property
+    def alarm(self) -> bool:
+        """Whether either metric has drifted."""
+        return self.ttft.alarm or self.tpot.alarm
+
+    def predict(self, kind: int, slot: int, candidates: np.ndarray, action: int) -> None:
+        """Keep what was predicted for the candidate that was chosen."""
+        if candidates.item(action, _INSTANCE) < 0.0:
+            return
+        if kind == _PLACE_PREFILL:
+            self._ttft_s[slot] = candidates.item(action, _TTFT_S)
+        self._tpot_s[slot] = candidates.item(action, _STEP_WITH_S)
+
+    def observe(self, number: int, slot: int, record: Any, finish: str) -> None:
+        """A request ended; ``record`` is its REQUEST record."""
+        predicted_ttft, predicted_tpot = self._ttft_s[slot], self._tpot_s[slot]
+        self._ttft_s[slot] = self._tpot_s[slot] = 0.0
+        ttft = tpot = None
+        finished = record["state"] == RequestState.FINISHED and not finish
+        if finished:
+            first, gaps = int(record["first_token"]), int(record["generated"]) - 1
+            ttft = (first - int(record["arrival"])) / TICKS_PER_S
+            self._drifts(self.ttft, ttft, predicted_ttft)
+            if gaps > 0:
+                tpot = (int(record["last_token"]) - first) / TICKS_PER_S / gaps
+                self._drifts(self.tpot, tpot, predicted_tpot)
+        if self._log is not None:
+            self._log.note(
+                "outcome",
+                request=number,
+                finish=finish or "done",
+                instance=int(record["first_inst"]),
+                ttft_s=ttft,
+                predicted_ttft_s=predicted_ttft or None,
+                ttft_ok=bool(record["ttft_ok"] == 1),
+                tpot_s=tpot,
+                predicted_tpot_s=predicted_tpot or None,
+                tpot_ok=bool(record["tpot_ok"] == 1),
+            )
+
+    def _drifts(self, drift: Drift, actual_s: float, predicted_s: float) -> None:
+        if not drift.observe(actual_s, predicted_s):
+            return
+        state = "on" if drift.alarm else "off"
+        _log.warning("drift alarm %s: actual %s is %.2f times what was predicted", state, drift.metric, drift.ratio)
+        if self._log is not None:
+            self._log.note("drift", metric=drift.metric, alarm=drift.alarm, ratio=drift.ratio, requests=drift.n)
