@@ -263,14 +263,20 @@ def serve(
     print(f"serving {model} on http://{host}:{port} with policy {engine.runtime.policy.name}", file=sys.stderr)
     # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
     signal.signal(signal.SIGTERM, _done)
-    uvicorn.run(
-        application,
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=max(1, int(drain_s)),
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=max(1, int(drain_s)),
+        )
     )
+    application.state.server = server  # open dashboards end when it does
+    server.run()
+    if not server.started:
+        sys.exit(3)  # it has said why
 
 
 def _done(number: int, frame: FrameType | None) -> None:

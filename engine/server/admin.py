@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,12 @@ class _RoleChange(BaseModel):
 class _PolicyChange(BaseModel):
     model_config = ConfigDict(extra="forbid")
     policy: str
+
+
+class _ModeChange(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    mode: Literal["active", "advisory", "frozen"]
+    restore: bool = False
 
 
 def _local(http: Request) -> None:
@@ -56,7 +62,20 @@ def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy]
     def policy(change: _PolicyChange) -> dict[str, Any]:
         if load_policy is None:
             raise SlalomError("policy", change.policy, "this server was started without a way to find policies")
-        engine.set_policy(load_policy(change.policy))
+        found, guard = load_policy(change.policy), engine.runtime.guard
+        engine.set_policy(found if guard is None else guard.prepare(found, rehearse=True))
+        return engine.call(lambda: _describe(engine))
+
+    @app.post("/admin/mode", dependencies=local)
+    def mode(change: _ModeChange) -> dict[str, Any]:
+        """Frozen: at once the fallback places and nothing else changes; ``restore`` leads back to the start."""
+        guard = engine.runtime.guard
+        if guard is None:
+            raise SlalomError("mode", change.mode, "this server runs without a guard")
+        if change.mode == "frozen":
+            engine.call(lambda: guard.freeze(restore=change.restore))
+        else:
+            engine.call(lambda: guard.thaw(advisory=change.mode == "advisory"))
         return engine.call(lambda: _describe(engine))
 
     @app.post("/admin/drain", dependencies=local)
@@ -70,6 +89,16 @@ def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy]
         return engine.call(lambda: _describe(engine))
 
 
+def _guard(engine: Engine) -> dict[str, Any] | None:
+    guard = engine.runtime.guard
+    if guard is None:
+        return None
+    report = guard.report()
+    names = ("mode", "generation", "fallback", "isolated", "deadline_us", "breaker", "breaker_trips", "reasons")
+    drift = {d.metric: {"ratio": d.ratio, "alarm": d.alarm} for d in report.drift}
+    return {name: getattr(report, name) for name in names} | {"drift": drift}
+
+
 def _describe(engine: Engine) -> dict[str, Any]:
     """The cluster as plain data. A role change shows as ``target_role`` until it is done and counts in ``switches``."""
     state = engine.state
@@ -80,6 +109,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "policy": engine.runtime.policy.describe() | {"name": engine.runtime.policy.name},
         "decisions": dict(engine.runtime.decisions),
         "fallbacks": dict(engine.runtime.fallbacks),
+        "guard": _guard(engine),
         "switches": int(state.cluster[0]["n_switches"]),
         "instances": [
             {

@@ -19,6 +19,7 @@ from engine.core.policy import Policy
 from engine.errors import SlalomError
 from engine.request import SHED, UNPLACEABLE, Delta
 from engine.server.admin import add_admin
+from engine.server.dashboard import add_dashboard
 from engine.server.metrics import Metrics
 from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, error_body, targets_of
 from engine.server.streams import Mailroom, Stream, unanswered
@@ -57,6 +58,7 @@ def create_app(
     app = FastAPI(title="Slalom", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
     add_admin(app, engine, load_policy)
+    add_dashboard(app, engine, model, metrics.met)
 
     @app.get("/health")
     def health() -> Response:

@@ -24,6 +24,8 @@ from engine.core.slo import itl_edges_s
 from engine.core.state import RequestState, Role
 from engine.latency.evaluate import TICKS_PER_S
 from engine.request import Request
+from engine.server.guard_metrics import guard_metrics
+from engine.server.view import Attainment, sm_shares
 from engine.service import Engine
 
 __all__ = ["Metrics"]
@@ -44,6 +46,7 @@ class Metrics:
         self._engine, self._model = engine, model
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        self.met = Attainment(len(engine.state.cls))
         self._ends: dict[str, int] = {}
         self._prompt_tokens = 0
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", _TTFT)
@@ -73,6 +76,7 @@ class Metrics:
         reason = finish or request.finish or "length"
         self._ends[reason] = self._ends.get(reason, 0) + 1
         self._prompt_tokens += request.n_prompt
+        self.met.observe(record, finish)
         if record["state"] != RequestState.FINISHED:
             return
         arrival, first, last = int(record["arrival"]), int(record["first_token"]), int(record["last_token"])
@@ -121,11 +125,17 @@ class Metrics:
         failures = self._engine.instances.transfer_failures
         yield self._total("slalom:migration_failures", "KV transfers that failed.", failures)
         yield self._total("slalom:role_switches", "Role changes done.", float(cluster["n_switches"]))
-        sealed = max(int(cluster["sealed"]), 1)
-        good = float(sum(c["good"] for c in self._engine.state.cls))
-        attained = GaugeMetricFamily("slalom:slo_attainment_ratio", "Share of judged requests that met both targets.")
-        attained.add_metric([], good / sealed)
-        yield attained
+        yield self._attainment()
+
+    def _attainment(self) -> Metric:
+        """Per class, over ended requests: both targets, and each by itself."""
+        family = GaugeMetricFamily(
+            "slalom:slo_attainment_ratio", "Share of requests that met their target.", labels=["class", "metric"]
+        )
+        for c in range(len(self._engine.state.cls)):
+            for metric, share in self.met.total(c).items():
+                family.add_metric([str(c), metric], share)
+        return family
 
     def _instances(self) -> Iterator[Metric]:
         """Per instance, label ``engine`` its index; what waits for a decision counts to instance 0."""
@@ -135,6 +145,7 @@ class Metrics:
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests before their first token.", labels=labels)
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Referenced KV blocks, 0 to 1.", labels=labels)
         role = GaugeMetricFamily("slalom:instance_role", "1 for the role in force.", labels=["instance", "role"])
+        share = GaugeMetricFamily("slalom:sm_share", "Share of SMs for decode beside prefill.", labels=["instance"])
         blocks = InfoMetricFamily("vllm:cache_config", "KV blocks.", labels=labels)
         undecided = int(state.lists[[PLACING, HANDOVER, HELD], 2].sum())
         for i, instance in enumerate(state.inst):
@@ -144,9 +155,10 @@ class Metrics:
             usage.add_metric(who, 1.0 - float(pool["free"]) / float(pool["n_blocks"]))
             for r in Role:
                 role.add_metric([str(i), r.name.lower()], float(instance["role"] == r))
+            share.add_metric([str(i)], sm_shares(state, i)[1])
             size = str(int(state.cluster[0]["block_tokens"]))
             blocks.add_metric(who, {"block_size": size, "num_gpu_blocks": str(int(pool["n_blocks"]))})
-        yield from (running, waiting, usage, role, blocks)
+        yield from (running, waiting, usage, role, share, blocks)
 
     def _token_gaps(self) -> Metric:
         """The core counts every gap between two tokens in 2 % bins; here in vLLM's coarser ones."""
@@ -172,3 +184,5 @@ class Metrics:
         policy = InfoMetricFamily("slalom:policy", "The policy in force.", labels=["id"])
         policy.add_metric([runtime.policy.name], {})
         yield from (decisions, fallbacks, policy)
+        if runtime.guard is not None:
+            yield from guard_metrics(runtime.guard.report())

@@ -252,7 +252,8 @@ def test_full_shedding_and_draining_servers_say_so() -> None:
             full = server.post("/v1/completions", {"prompt": PROMPT, **GREEDY})
             assert (full.status_code, full.headers["retry-after"]) == (429, "1")
         until(lambda: server.engine.n_open == 0)
-        server.engine.call(lambda: setattr(server.engine.runtime, "_choose", lambda kind, rows, mask: len(mask) - 1))
+        guard = server.engine.runtime.guard
+        server.engine.call(lambda: setattr(guard, "choose", lambda *question: len(question[-1]) - 1))
         shed = server.post("/v1/completions", {"prompt": PROMPT, **GREEDY})
         assert (shed.status_code, shed.headers["retry-after"]) == (429, "1")
         assert server.post("/admin/drain", {}).json()["accepting"] is False

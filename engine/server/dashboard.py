@@ -1,0 +1,51 @@
+"""``/dashboard``: one self-contained page, and the server-sent events that keep it up to date. It only shows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, StreamingResponse
+
+from engine.server.view import Attainment, view
+from engine.service import Engine
+
+__all__ = ["add_dashboard"]
+
+_PERIOD_S = 1.0
+_PAGE = Path(__file__).with_name("dashboard.html")
+
+
+def add_dashboard(app: FastAPI, engine: Engine, model: str, met: Attainment) -> None:
+    """Add ``/dashboard``, ``/dashboard/state`` (JSON, once) and ``/dashboard/events`` (every second)."""
+    page = _PAGE.read_text(encoding="utf-8")
+
+    def now() -> bytes:
+        return orjson.dumps({"model": model, **view(engine, met)}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    @app.get("/dashboard", response_class=HTMLResponse)
+    def dashboard() -> str:
+        return page
+
+    @app.get("/dashboard/state")
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = orjson.loads(now())
+        return found
+
+    @app.get("/dashboard/events")
+    async def events() -> StreamingResponse:
+        return StreamingResponse(
+            _events(app, now), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+
+async def _events(app: FastAPI, now: Any) -> AsyncIterator[bytes]:
+    """One event a period, until the client leaves or the server stops (an open page must not delay that)."""
+    yield b"retry: 1000\n\n"
+    while not getattr(getattr(app.state, "server", None), "should_exit", False):
+        yield b"data: " + now() + b"\n\n"
+        await asyncio.sleep(_PERIOD_S)
