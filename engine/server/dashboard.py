@@ -17,6 +17,7 @@ from engine.service import Engine
 __all__ = ["add_dashboard"]
 
 _PERIOD_S = 1.0
+_UNATTENDED = 10  # events
 _PAGE = Path(__file__).with_name("dashboard.html")
 
 
@@ -44,8 +45,14 @@ def add_dashboard(app: FastAPI, engine: Engine, model: str, met: Attainment) -> 
 
 
 async def _events(app: FastAPI, now: Any) -> AsyncIterator[bytes]:
-    """One event a period, until the client leaves or the server stops (an open page must not delay that)."""
-    yield b"retry: 1000\n\n"
-    while not getattr(getattr(app.state, "server", None), "should_exit", False):
+    """One event a period, until the client leaves or the server stops: an open page must not delay that.
+
+    ``app.state.server`` says so; where nobody set it, the page connects anew now and then.
+    """
+    yield b"retry: 500\n\n"
+    server = getattr(app.state, "server", None)
+    sent = 0
+    while not server.should_exit if server is not None else sent < _UNATTENDED:
         yield b"data: " + now() + b"\n\n"
+        sent += 1
         await asyncio.sleep(_PERIOD_S)

@@ -103,6 +103,7 @@ class Guard:
         self._seq = 0
         self._requests: Any = None
         self._now = 0
+        self._snapshot: Snapshot
         self.adopt(self.prepare(policy))
         self._compile()
 
@@ -271,9 +272,7 @@ class Guard:
         if self.breaker.state != before:
             self._said_breaker()
 
-    def _instead(
-        self, reason: int, kind: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray
-    ) -> int:
+    def _instead(self, reason: int, kind: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray) -> int:
         """The fallback's answer, which is allowed whatever happens."""
         if reason != _ADVISORY:
             self.fallbacks[REASONS[reason]] += 1

@@ -189,7 +189,8 @@ def test_bad_options_are_one_line(option: str, value: str, named: str) -> None:
 
 
 def test_dashboard_state_and_events(served: Served) -> None:
-    with load(served):
+    with load(served) as statuses:
+        until(lambda: len(statuses) > 0)
         state = served.client.get("/dashboard/state").json()
         assert [x["role"] for x in state["instances"]] == ["mixed", "mixed"]
         assert state["guard"]["recent"]
