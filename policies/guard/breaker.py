@@ -1,8 +1,7 @@
-"""The circuit breaker: who fails too often is not asked for a while::
+"""The circuit breaker: who fails too often is not asked for a while.
 
-closed ── failures within a window ──► open ── cooldown ──► half-open ── probes good ──► closed
-                                         ▲                     │
-                                         └── one bad, cooldown × 2
+closed ── failures within a window ──► open ── cooldown ──► half-open ── probes good ──► closed; from half-open, one bad
+answer leads back to open, with twice the cooldown.
 """
 
 from __future__ import annotations
