@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +340,8 @@ def test_sigterm_under_load_drains() -> None:
         clients = [threading.Thread(target=load) for _ in range(8)]
         for client in clients:
             client.start()
-        time.sleep(0.3)
+        state = partial(httpx.get, f"{base}/admin/state", trust_env=False, timeout=60.0)
+        until(lambda: state().json()["open_requests"] + len(results) == 8)
         process.send_signal(signal.SIGTERM)
         for client in clients:
             client.join(60)
