@@ -50,23 +50,26 @@ def parse_rates(text: str) -> tuple[float, ...]:
 
 @app.command()
 def evaluate(
-    scenario: Annotated[str, typer.Option(help="Name of a shipped scenario, or a YAML file.")],
-    policy: Annotated[
-        list[str],
-        typer.Option(help="Rule, rule:param=value, checkpoint folder, or 'all' rules. Repeat to compare."),
-    ],
-    env: Annotated[str, typer.Option(help="Where policies run: surrogate or gpu.")] = "surrogate",
-    rates: Annotated[
-        str | None, typer.Option(help="START:STOP:STEP or a,b,c in requests per second.")
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a shipped scenario, or a YAML file. Several (repeated, or with commas) or 'all' for the "
+            "eight traffic regimes: one table."
+        ),
     ] = None,
-    goodput: Annotated[
-        bool, typer.Option("--goodput", help="Search each policy's goodput (default).")
-    ] = False,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rule, rule:param=value, checkpoint folder, static_plan (the best fixed arrangement, searched), or "
+            "'all'. Repeat to compare."
+        ),
+    ] = None,
+    env: Annotated[str, typer.Option(help="Where policies run: surrogate or gpu.")] = "surrogate",
+    rates: Annotated[str | None, typer.Option(help="START:STOP:STEP or a,b,c in requests per second.")] = None,
+    goodput: Annotated[bool, typer.Option("--goodput", help="Search each policy's goodput (default).")] = False,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds, the same for every policy.")] = 3,
     requests: Annotated[int | None, typer.Option(min=20, help="Requests of one run.")] = None,
-    tune: Annotated[
-        int, typer.Option(min=0, help="Also compare every rule tuned with this many trials.")
-    ] = 0,
+    tune: Annotated[int, typer.Option(min=0, help="Also compare every rule tuned with this many trials.")] = 0,
     warmup: Annotated[float, typer.Option(help="Share of arrivals left out at the start.")] = 0.05,
     drain: Annotated[float, typer.Option(help="Share of arrivals left out at the end.")] = 0.0,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that simulate.")] = 1,
@@ -75,14 +78,31 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for points, result, report and pictures.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the points found in --out.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Several scenarios: print the table as Markdown.")
     ] = False,
+    reproduce: Annotated[
+        str | None,
+        typer.Option(help="Published results beside ours: 'all' or S1, S2, S4, S5, S6. Needs no other option."),
+    ] = None,
 ) -> None:
     """Compare policies on a scenario: paired runs, bootstrap 95 % intervals, HTML report.
 
     Example: eval-policy --scenario NAME --policy least_tokens --policy runs/my-policy --goodput --out report
+
+    All of them: eval-policy --scenario all --policy all --tune 40 --jobs 2 --out table
+
+    Published results: eval-policy --reproduce all --out reproduced
     """
+    if reproduce is not None:
+        from eval.reproduce import run as run_claims
+
+        run_claims(reproduce, out, as_json)
+        return
+    if not scenario or not policy:
+        missing = "--policy" if scenario else "--scenario"
+        raise SlalomError(missing, None, "give --scenario and --policy, or --reproduce")
     if env != "surrogate":
         fix = "use surrogate; the gpu backend is not in this version yet" if env == "gpu" else "use surrogate"
         raise SlalomError("--env", env, fix)
@@ -90,6 +110,12 @@ def evaluate(
         raise SlalomError("--rates", rates, "give either --rates or --goodput")
     from rich.console import Console
 
+    if len(scenario) > 1 or scenario[0] == "all" or "," in scenario[0]:
+        if rates is not None:
+            raise SlalomError("--rates", rates, "several scenarios have no rate in common; leave it out")
+        counts = {"requests": requests, "seeds": seeds, "tune": tune, "warmup": warmup, "drain": drain}
+        _table_of(scenario, policy, counts, jobs, out, resume, "json" if as_json else "md" if markdown else "")
+        return
     from engine.core.jit import is_warm
     from env.scenario import Scenario
     from eval.points import PointSettings
@@ -97,7 +123,7 @@ def evaluate(
     from eval.session import evaluate as run
 
     open_folder(out, resume)
-    chosen = Scenario.load(scenario)
+    chosen = Scenario.load(scenario[0])
     request = Request(
         scenario=chosen,
         policies=tuple(policy),
@@ -128,6 +154,44 @@ def evaluate(
         sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
     else:
         _print(result, Console(width=None if sys.stdout.isatty() else 120))
+
+
+def _table_of(
+    scenarios: list[str], policies: list[str], counts: dict[str, Any], jobs: int, out: Path | None, resume: bool,
+    form: str,
+) -> None:  # fmt: skip
+    """Every policy on every scenario, see ``eval.table``; ``form``: json, md or nothing for a terminal's table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from eval.progress import CellBar
+    from eval.session import open_folder
+    from eval.table import TableRequest, run_table, scenario_names
+    from eval.table_page import markdown, summary, write_table
+
+    open_folder(out, resume, "cells")
+    request = TableRequest(scenario_names(scenarios), tuple(policies), **counts)
+    console = Console(stderr=True)
+    try:
+        with CellBar(console) as bar:
+            result = run_table(request, jobs=jobs, out=out, on_start=bar.start, on_cell=bar.cell)
+    except KeyboardInterrupt:
+        kept = f"; finished cells are in {out}, go on with --resume" if out is not None else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for path in (write_table(result, out) if out is not None else {}).values():
+        console.print(f"wrote {path}", highlight=False)
+    if form:
+        text = json.dumps(result, allow_nan=False) if form == "json" else markdown(result)
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        return
+    head, rows = summary(result)
+    table = Table(title="goodput at 90 % [requests/s], tuned (untuned)")
+    for at, name in enumerate(head):
+        table.add_column(name, no_wrap=at == 0, justify="left" if at == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _write(result: dict[str, Any], out: Path | None) -> dict[str, Path]:

@@ -22,10 +22,10 @@ from eval.goodput import TARGETS, find_goodput, goodput_of_curve
 from eval.points import Contender, Evaluator, Point, policy_sha256
 from eval.stats import antitonic, bootstrap_attainment, bootstrap_weights, crossing, interval, stratified_iqm
 
-__all__ = ["Curve", "compare"]
+__all__ = ["Curve", "compare", "measured_goodput"]
 
 Floats = NDArray[np.float64]
-_POOLED = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_tpot_ms", "p90_itl_ms", "p90_e2el_ms")
+_POOLED = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_tpot_ms", "p90_itl_ms", "p99_itl_ms", "p90_e2el_ms")
 _MEANS = ("request_goodput", "goodput_per_gpu", "token_goodput", "output_throughput", "prefix_hit_rate")
 _COUNTS = ("shed", "failed", "unfinished", "preemptions", "migrations", "role_switches")
 
@@ -133,6 +133,36 @@ def _curve(
     return curve
 
 
+def measured_goodput(
+    evaluator: Evaluator,
+    contender: Contender,
+    seeds: Sequence[int],
+    *,
+    start: float,
+    target: float = 0.9,
+    tolerance: float = 0.02,
+    step: float = 1.35,
+    widest: float = 64.0,
+) -> dict[str, Any]:
+    """Goodput of one contender at one target, with its interval, from few runs: the search starts close by.
+
+    :param start: requests per second, the goodput of a neighbour (another rule, or this one before tuning)
+    :param step: see :func:`eval.goodput.find_goodput`, with ``widest``
+    :return: ``rate``, ``low``, ``high`` (bootstrap 95 %), ``per_gpu``, ``rates`` and ``attainment`` as measured
+    """
+    curve = Curve(contender)
+
+    def attainment(rate: float) -> float:
+        curve.points[rate] = evaluator.points(contender, rate, seeds)
+        return float(curve.attainment([rate])[0])
+
+    find_goodput(attainment, start, targets=(target,), tolerance=tolerance, step=step, widest=widest)
+    weights = bootstrap_weights(len(seeds), evaluator.settings.n_blocks, 1000, seed=0)
+    found = _Resampled(curve, weights, (target,)).as_dict(None)
+    figures = {key: found["goodput"][f"{target:g}"][key] for key in ("rate", "low", "high", "per_gpu")}
+    return figures | {"rates": curve.rates, "attainment": curve.attainment(curve.rates).tolist()}
+
+
 def _goodput(curve: Curve, target: float) -> float:
     return goodput_of_curve(curve.rates, curve.attainment(curve.rates).tolist(), target).rate
 
@@ -172,6 +202,7 @@ class _Resampled:
             "policy_sha256": policy_sha256(contender),
             "values": dict(contender.values),
             "tuned": contender.tuned,
+            "cluster": [dict(group) for group in contender.cluster],
             "goodput": goodput,
             "points": [self._point(k) for k in range(len(self.rates))],
         }
@@ -217,9 +248,7 @@ def _pair(a: _Resampled, b: _Resampled, rates: Sequence[float] | None) -> dict[s
         "a": a.curve.contender.name,
         "b": b.curve.contender.name,
         "goodput": goodput,
-        "attainment": [
-            {"rate": rate, **_difference(float(gap[k]), samples[:, k])} for k, rate in enumerate(common)
-        ],
+        "attainment": [{"rate": rate, **_difference(float(gap[k]), samples[:, k])} for k, rate in enumerate(common)],
     }
     if rates is not None:
         result["mean_attainment"] = _difference(float(gap.mean()), samples.mean(axis=1))

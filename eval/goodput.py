@@ -77,6 +77,8 @@ def find_goodput(
     *,
     targets: Sequence[float] = TARGETS,
     tolerance: float = 0.01,
+    step: float = 2.0,
+    widest: float = _WIDEST,
 ) -> GoodputResult:
     """Search the goodput at every target.
 
@@ -84,6 +86,9 @@ def find_goodput(
     :param start: first rate tried, requests per second
     :param targets: shares of requests, each between 0 and 1
     :param tolerance: relative width of the final bracket of each target
+    :param step: first factor between rates while bracketing, squared each time up to 2: below 2 where a
+        neighbour's goodput is known
+    :param widest: the search stays within this factor of ``start``; who fails there has goodput 0
     :return: bracket and interpolated rate per target, with all points evaluated
     """
     known: dict[float, float] = {}
@@ -94,12 +99,12 @@ def find_goodput(
         return known[rate]
 
     ordered = sorted(targets)
-    rate = start
-    while ask(rate) >= ordered[0] and rate < start * _WIDEST:
-        rate *= 2.0
-    rate = start
-    while ask(rate) < ordered[-1] and rate > start / _WIDEST and not _unloaded(known, rate):
-        rate /= 2.0
+    rate, factor = start, step
+    while ask(rate) >= ordered[0] and rate < start * widest:
+        rate, factor = rate * factor, min(factor**2, 2.0)
+    rate, factor = start, step
+    while ask(rate) < ordered[-1] and rate > start / widest and not _unloaded(known, rate):
+        rate, factor = rate / factor, min(factor**2, 2.0)
     for target in ordered:
         _bisect(known, ask, target, tolerance)
     rates = sorted(known)
@@ -114,13 +119,11 @@ def _unloaded(known: dict[float, float], rate: float) -> bool:
 
     Deep overload is flat as well, but there next to nobody is served in time.
     """
-    before = known.get(8.0 * rate)
-    return before is not None and known[rate] > 0.05 and known[rate] - before < _FLAT
+    above = [r for r in known if r >= 8.0 * rate]
+    return bool(above) and known[rate] > 0.05 and known[rate] - known[min(above)] < _FLAT
 
 
-def _bisect(
-    known: dict[float, float], ask: Callable[[float], float], target: float, tolerance: float
-) -> None:
+def _bisect(known: dict[float, float], ask: Callable[[float], float], target: float, tolerance: float) -> None:
     """Halve the bracket of one target until it is narrow; a new point may move it either way."""
     for _ in range(64):
         rates = sorted(known)

@@ -15,10 +15,12 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 from engine.errors import SlalomError
 from eval.metrics import block_counts, outcomes, summarize
@@ -26,6 +28,7 @@ from eval.store import read_json, write_json
 from policies.rule import Value
 
 __all__ = [
+    "STATIC_PLAN",
     "Contender",
     "Evaluator",
     "Point",
@@ -34,6 +37,9 @@ __all__ = [
     "policy_sha256",
     "scenario_hash",
 ]
+
+#: The policy that is searched instead of named: the best fixed arrangement of a scenario, see ``eval.static``.
+STATIC_PLAN = "static_plan"
 
 Split = Literal["train", "valid", "test"]
 _ROOT = Path(__file__).resolve().parents[1]
@@ -48,12 +54,14 @@ class Contender:
     :param values: parameter values that replace the rule's defaults
     :param label: how the report calls it (unique within a comparison)
     :param tuned: its parameters come from a search
+    :param cluster: instance groups that replace the scenario's, with every lever but placement off (a fixed plan)
     """
 
     policy: str
     values: Mapping[str, Value] = field(default_factory=dict)
     label: str = ""
     tuned: bool = False
+    cluster: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -104,7 +112,9 @@ def code_sha256() -> str:
 
 def policy_sha256(contender: Contender) -> str:
     """Digest of what decides: every file of a checkpoint folder, or the name and values of a rule."""
-    digest = hashlib.sha256(json.dumps([contender.policy, sorted(contender.values.items())]).encode())
+    parts: list[Any] = [contender.policy, sorted(contender.values.items())]
+    parts += [contender.cluster] if contender.cluster else []
+    digest = hashlib.sha256(json.dumps(parts).encode())
     folder = Path(contender.policy)
     if os.path.isdir(folder):  # unlike Path.is_dir, answers False for a spec longer than a file name
         digest = hashlib.sha256(json.dumps(sorted(contender.values.items())).encode())
@@ -115,17 +125,54 @@ def policy_sha256(contender: Contender) -> str:
 
 
 def scenario_hash(scenario: Any) -> str:
-    """Digest of a scenario's content and of the latency profiles it names."""
+    """Digest of a scenario's content, of the latency profiles it names and of the trace files it replays."""
     digest = hashlib.sha256(scenario.hash().encode())
     for profile in scenario.load_profiles():
         digest.update(profile.model_dump_json().encode())
+    for path in _files_of(yaml.safe_load(scenario.to_yaml()).get("workload")):
+        digest.update(file_sha256(path, path.stat().st_mtime_ns).encode())
     return digest.hexdigest()
+
+
+def _files_of(spec: Any) -> Iterator[Path]:
+    """Existing files that a workload section names: every ``path``, ``rates_path``, ... at any depth."""
+    if isinstance(spec, dict):
+        for key, value in spec.items():
+            if isinstance(value, str) and (key == "path" or key.endswith("_path")):
+                if os.path.isfile(value):  # a missing one is reported by whoever reads it
+                    yield Path(value)
+            else:
+                yield from _files_of(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from _files_of(value)
+
+
+@lru_cache(maxsize=64)
+def file_sha256(path: Path, stamp: int) -> str:
+    """Digest of a file's content; ``stamp`` (modification time, ns) makes a changed file be read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_ARRANGED: dict[tuple[str, str], Any] = {}
+
+
+def _arranged(scenario: Any, cluster: Sequence[Mapping[str, Any]]) -> Any:
+    """The scenario on a fixed arrangement, made once per content."""
+    key = (scenario.hash(), json.dumps(cluster))
+    if key not in _ARRANGED:
+        fixed = {"cluster": list(cluster), "decisions": {}, "min_prefill": 1, "min_decode": 1}
+        _ARRANGED[key] = scenario.with_overrides(fixed)
+    return _ARRANGED[key]
 
 
 def measure(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
     """Simulate one point."""
     from env.simulate import simulate
 
+    if contender.cluster:
+        scenario = _arranged(scenario, contender.cluster)
     run = simulate(
         scenario,
         contender.policy,

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from eval.points import Point
 from eval.session import Watcher
 
-__all__ = ["Bar"]
+__all__ = ["Bar", "CellBar"]
 
 
 class Bar(Watcher):
@@ -55,3 +62,39 @@ class Bar(Watcher):
 
     def note(self, text: str) -> None:
         self._console.print(escape(text), highlight=False)
+
+
+class CellBar:
+    """A bar over the cells of a table on a terminal, with the time left; elsewhere one line per cell."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        left = TimeRemainingColumn(elapsed_when_finished=False)
+        # the estimate looks back over everything so far: cells of one scenario differ less than scenarios do
+        self._progress = Progress(*columns, left, console=console, transient=True, speed_estimate_period=1e9)
+        self._task = self._progress.add_task("knees", total=None)
+        self._since, self._done, self._total = time.perf_counter(), 0, 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def start(self, cells: int) -> None:
+        """``cells`` are to be measured or read back."""
+        self._total = cells
+        self._progress.update(self._task, total=cells)
+
+    def cell(self, cell: dict[str, Any]) -> None:
+        """One is finished."""
+        self._done += 1
+        title = f"{cell['scenario']}: {cell['label']}"
+        self._progress.update(self._task, advance=1, description=escape(title))
+        if not self._console.is_terminal:
+            spent = time.perf_counter() - self._since
+            left = spent / self._done * (self._total - self._done)
+            line = f"{self._done}/{self._total} {title} ({spent:.0f} s, about {left:.0f} s left)"
+            self._console.print(escape(line), highlight=False)

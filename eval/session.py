@@ -17,11 +17,12 @@ from typing import Any
 from engine.errors import SlalomError
 from eval.compare import compare
 from eval.goodput import TARGETS
+from eval.points import STATIC_PLAN as STATIC
 from eval.points import Contender, Evaluator, Point, PointSettings, code_sha256, scenario_hash
 from eval.provenance import commit, machine, versions
 from eval.store import read_json, write_json
 
-__all__ = ["Request", "Watcher", "contenders_of", "evaluate", "open_folder"]
+__all__ = ["Request", "Watcher", "contenders_of", "evaluate", "label_of", "open_folder"]
 
 
 class Watcher:
@@ -41,10 +42,11 @@ class Watcher:
 class Request:
     """What is to be evaluated.
 
-    :param policies: names, ``name:param=value``, checkpoint folders, or ``all`` for every known rule
+    :param policies: names, ``name:param=value``, checkpoint folders, ``static_plan`` for the best fixed arrangement,
+        or ``all`` for every known rule and the static plan
     :param rates: requests per second; None searches the goodput
     :param seeds: number of seeds, 0 upwards
-    :param tune: trials per rule; 0 compares untuned rules only
+    :param tune: trials per rule and for the static plan; 0 compares untuned rules only (the plan takes 40 trials)
     :param out: folder of all files; None keeps nothing
     :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
     """
@@ -60,8 +62,8 @@ class Request:
     ray: str | None = None
 
 
-def open_folder(out: Path | None, resume: bool) -> None:
-    """Refuse to mix results: a folder with points is only used again when asked to.
+def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
+    """Refuse to mix results: a folder with points (or what ``kept`` names) is only used again when asked to.
 
     :raises SlalomError: the folder holds results and ``resume`` is false, or it is no folder
     """
@@ -71,7 +73,7 @@ def open_folder(out: Path | None, resume: bool) -> None:
         return
     if out.exists() and not out.is_dir():
         raise SlalomError("--out", str(out), "this is a file; name a folder")
-    if not resume and (out / "points").exists() and any((out / "points").iterdir()):
+    if not resume and (out / kept).exists() and any((out / kept).iterdir()):
         raise SlalomError("--out", str(out), "it holds results already; add --resume or name another folder")
 
 
@@ -86,8 +88,11 @@ def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
     probe = replace(request.settings, n_requests=max(64, request.settings.n_blocks))
     with Evaluator(request.scenario, probe) as evaluator:
         for policy in dict.fromkeys(request.policies):
-            for name in names() if policy == "all" else [policy]:
-                label = _label(name)
+            for name in (*names(), STATIC) if policy == "all" else [policy]:
+                label = label_of(name)
+                if name == STATIC:
+                    chosen.setdefault(name, Contender(name))
+                    continue
                 try:
                     evaluator.points(Contender(name), request.scenario.reference_rate, [0])
                 except SlalomError as error:
@@ -97,13 +102,11 @@ def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
                     continue
                 chosen.setdefault(label if label not in chosen else name, Contender(name, label=label))
     if not chosen:
-        raise SlalomError(
-            "--policy", list(request.policies), "name at least one policy that fits the scenario"
-        )
+        raise SlalomError("--policy", list(request.policies), "name at least one policy that fits the scenario")
     return list(chosen.values())
 
 
-def _label(policy: str) -> str:
+def label_of(policy: str) -> str:
     """A folder's own name; of a run's ``best`` folder the run's name, since every run has one."""
     folder = Path(policy)
     if not folder.is_dir():
@@ -121,7 +124,11 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
     contenders = contenders_of(request, watcher)
     tuning = _tune_all(request, contenders, watcher)
     for found in tuning:
-        if found["trials"]:
+        if "cluster" in found:
+            place = next(i for i, c in enumerate(contenders) if c.policy == STATIC)
+            groups = tuple(found["cluster"])
+            contenders[place] = Contender(found["rule"], found["values"], STATIC, tuned=True, cluster=groups)
+        elif found["trials"]:
             label = f"{found['policy']} (tuned)"
             contenders.append(Contender(found["rule"], found["values"], label, tuned=True))
     seeds = list(range(request.seeds))
@@ -179,9 +186,11 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
 
 
 def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher) -> list[dict[str, Any]]:
-    """Tune every rule with the same number of trials; finished searches are read back from ``out``."""
-    if request.tune == 0:
+    """Tune every rule, and find the static plan, with the same number of trials; read back what is in ``out``."""
+    asked = [c for c in contenders if request.tune > 0 or c.policy == STATIC]
+    if not asked:
         return []
+    from eval.static import TRIALS, search_static
     from eval.tune import KNEE, knee_rate, tune
 
     pool, width = _pool(request)
@@ -189,7 +198,7 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
     knee = knee_rate(request.scenario, request.settings, start=request.scenario.reference_rate)
     rates = tuple(factor * knee for factor in KNEE)
     found = []
-    for contender in contenders:
+    for contender in asked:
         if Path(contender.policy).is_dir():
             continue
         watcher.phase(f"tune {contender.name}", None)
@@ -197,18 +206,16 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
         if stored is not None and stored.exists():
             found.append(read_json(stored))
             continue
-        best = tune(
-            contender.policy,
-            request.scenario,
-            request.tune,
-            rates=rates,
-            settings=request.settings,
-            jobs=request.jobs,
-            on_trial=_trial_watcher(watcher, contender.name, request.tune),
-            pool=pool,
-            width=2 * width,
-        )
-        entry = {"policy": contender.policy, **best.as_dict()}
+        trials = request.tune or TRIALS
+        told = _trial_watcher(watcher, contender.name, trials)
+        effort: dict[str, Any] = {"settings": request.settings, "jobs": request.jobs, "on_trial": told}
+        if contender.policy == STATIC:
+            entry = search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
+        else:
+            best = tune(
+                contender.policy, request.scenario, trials, rates=rates, pool=pool, width=2 * width, **effort
+            )
+            entry = {"policy": contender.policy, **best.as_dict()}
         if stored is not None:
             write_json(stored, entry)
         found.append(entry)

@@ -29,11 +29,11 @@ from policies.rule import Rule, Value
 if TYPE_CHECKING:
     from eval.studies import Outcome, Record
 
-__all__ = ["KNEE", "Finalist", "TuneResult", "knee_rate", "tune"]
+__all__ = ["KNEE", "VALID_SEED", "Finalist", "TuneResult", "knee_rate", "tune"]
 
 #: Rates of the objective as multiples of the knee (goodput at 90 % of the reference rule).
 KNEE = (0.85, 1.0, 1.15, 1.3)
-_VALID_SEED = 1_000  # seeds of the final ranking start here, away from the search's
+VALID_SEED = 1_000  # seeds of the final ranking start here, away from the search's
 
 
 class Finalist(TypedDict):
@@ -151,7 +151,7 @@ def tune(
         objective = _Objective(rule, given, here, tuple(rates), tuple(seeds), finalists if prune else 0, stop)
         done = _search(objective, chosen, record, trials, pool, width, on_trial)
     best = _distinct_best(objective, finalists)
-    fresh = range(_VALID_SEED, _VALID_SEED + valid_seeds)
+    fresh = range(VALID_SEED, VALID_SEED + valid_seeds)
     valid = Evaluator(scenario, replace(settings, split="valid"), jobs=jobs, measure=measure, pool=pool)
     with valid:
         ranking: list[Finalist] = [

@@ -57,7 +57,7 @@ def synthetic_measure(scenario, contender, rate, seed, settings) -> Point:
     good = luck < true_attainment(rate, capacity_of(scenario, contender))
     block = np.arange(len(good)) * settings.n_blocks // len(good)
     share = float(good.mean())
-    figures = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_tpot_ms", "p90_itl_ms", "p90_e2el_ms")
+    figures = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_tpot_ms", "p90_itl_ms", "p99_itl_ms", "p90_e2el_ms")
     means = ("request_goodput", "goodput_per_gpu", "token_goodput", "output_throughput", "prefix_hit_rate")
     counts = ("shed", "failed", "unfinished", "preemptions", "migrations", "role_switches")
     metrics = {

@@ -1,0 +1,142 @@
+"""The table of policies and scenarios, and the static plan that stands in it as a baseline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import SlalomError
+from env.scenario import Scenario
+from eval import table
+from eval.placement import arrangements
+from eval.points import Contender, Evaluator, PointSettings, scenario_hash
+from eval.static import as_contender, place_to_beat, score_of, search_static, spread
+from eval.table_page import markdown, page, summary
+
+CHAT = "azure-conv-4xa100"
+
+
+def test_scenarios_are_named_with_commas_or_all_and_come_once() -> None:
+    assert table.scenario_names(["all", CHAT]) == table.TRAFFIC
+    assert table.scenario_names([f"{CHAT}, tiny-4xa100", CHAT]) == (CHAT, "tiny-4xa100")
+    assert len({Scenario.load(name).regime for name in table.TRAFFIC}) == 8
+
+
+def test_runs_are_long_against_the_time_a_request_may_take() -> None:
+    writing = Scenario.load("creation-pd-4xa100")
+    slow, fast = (table.steady_requests(writing, rate) for rate in (0.1, 13.0))
+    assert slow == writing.n_requests
+    assert fast / 13.0 > 200.0  # seconds; an answer of 1,000 tokens may take 30
+    assert table.steady_requests(writing, 1e6) == table.MOST_REQUESTS
+
+
+def test_a_hopeless_trial_stops_early_at_a_bound_that_cannot_win() -> None:
+    class Curve:
+        asked = 0
+
+        def attainment(self, contender: Any, rate: float, seeds: Sequence[int]) -> float:
+            self.asked += 1
+            return {1.0: 0.3, 2.0: 0.2, 3.0: 0.1}[rate]
+
+    curve: Any = Curve()
+    rates = (2.0, 1.0, 3.0)
+    assert score_of(curve, Contender("x"), rates, (0,)) == pytest.approx(0.2)
+    curve.asked = 0
+    bound = score_of(curve, Contender("x"), rates, (0,), floor=0.5)
+    assert curve.asked == 1
+    assert 0.2 <= bound < 0.5
+    assert place_to_beat([0.1, 0.9, 0.5], 2) == 0.5
+    assert place_to_beat([0.9], 2) == 0.0
+
+
+def test_few_trials_still_look_at_every_family() -> None:
+    listed = list(arrangements(Scenario.load("shift-pd-8xa100"), 8))
+    families: dict[str, list[Any]] = {}
+    for a in listed:
+        families.setdefault(a.family, []).append(a)
+    few = spread(list(families.values()), 6)
+    assert len(few) == len({a.label for a in few}) <= 6
+    assert {a.family for a in few} == set(families)
+    assert len(spread(list(families.values()), 1000)) == len(listed)
+
+
+def test_the_static_plan_keeps_to_its_budget_and_is_no_worse_than_what_it_looked_at() -> None:
+    scenario = Scenario.load(CHAT)
+    settings = PointSettings(n_requests=200)
+    found = search_static(
+        scenario, 10, knee=20.0, factors=(1.0, 1.3), settings=settings, seeds=(0,), valid_seeds=1, finalists=2
+    )
+    assert found.trials == 10
+    assert found.contender.name == "static_plan"
+    assert found.score == max(entry["final"] for entry in found.ranking)
+    with Evaluator(scenario, settings) as evaluator:
+        point = evaluator.points(found.contender, 20.0, [0])[0]
+        mixed = as_contender(next(iter(arrangements(scenario, 4))))
+        assert point.metrics["n_gpus"] == 4
+        assert evaluator.points(mixed, 20.0, [0])[0].metrics["policy_sha256"] != point.metrics["policy_sha256"]
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[table.TableRequest, dict[str, Any], Path]:
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp())
+    policies = ("static_split", "pdmux_table", "static_plan", "least_tokens")
+    request = table.TableRequest((CHAT, "azure-code-mux-4xa100"), policies, requests=100, seeds=1, tune=2)
+    return request, table.run_table(request, out=folder), folder
+
+
+def test_every_cell_has_its_figures_or_a_reason(small: tuple[Any, dict[str, Any], Path]) -> None:
+    cells = {(c["scenario"], c["policy"]): c for c in small[1]["cells"]}
+    json.dumps(small[1], allow_nan=False)
+    assert len(cells) == 8
+    assert "tune" in cells[CHAT, "pdmux_table"]["refused"]
+    split = cells[CHAT, "static_split"]
+    assert split["tuned"]["search"]["trials"] == 2
+    for kind in ("untuned", "tuned"):
+        goodput = split[kind]["goodput"]
+        assert goodput["low"] <= goodput["rate"] <= goodput["high"]
+        assert split[kind]["decisions_per_second"] > 0
+        assert split[kind]["rate"] == Scenario.load(CHAT).reference_rate
+    assert cells[CHAT, "least_tokens"]["tuned"] is None  # nothing to tune
+    assert cells[CHAT, "static_plan"]["tuned"]["search"]["trials"] == 2
+
+
+def test_a_table_resumes_from_its_cells(
+    small: tuple[Any, dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, first, folder = small
+    monkeypatch.setattr(table, "run_cell", None)
+    again = table.run_table(request, out=folder)
+    assert again["cells"] == first["cells"]
+
+
+def test_pages_show_every_policy_and_why_one_is_missing(small: tuple[Any, dict[str, Any], Path]) -> None:
+    result = small[1]
+    text, html = markdown(result), page(result)
+    head, rows = summary(result)
+    assert len(rows) == 4
+    assert all(len(row) == len(head) for row in rows)
+    for word in ("static_plan: ", "Left out: pdmux_table", "P99 ITL", "100 requests per run"):
+        assert word in text
+        assert word in html
+
+
+def test_a_changed_trace_file_changes_the_scenarios_digest(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("a\n")
+    source = {"path": str(file), "format": "azure", "columns": {"arrival": "t"}}
+    scenario = Scenario.load(CHAT).with_overrides({"workload": {"kind": "trace", "source": source}})
+    before = scenario_hash(scenario)
+    assert scenario_hash(scenario) == before
+    file.write_text("a\nb\n")
+    assert scenario_hash(scenario) != before
+
+
+def test_a_named_policy_that_fits_nowhere_is_refused() -> None:
+    with pytest.raises(SlalomError, match="nobody"):
+        table.run_table(table.TableRequest((CHAT,), ("nobody",), requests=100, seeds=1))
