@@ -30,7 +30,7 @@ _FIRST_LIVE, _LAST_LIVE = int(RequestState.PLACING), int(RequestState.RUNNING)
 class Buffers(NamedTuple):
     """Arrays that ``advance_many`` reads and fills, for B clusters and K candidates."""
 
-    observation: np.ndarray  # float32 (B, C + K · F)
+    observation: np.ndarray  # float32 (B, C + K · F), with advice K columns more
     mask: np.ndarray  # bool (B, K)
     reward: np.ndarray  # float64 (B,)
     elapsed_s: np.ndarray  # float64 (B,): from the last decision to this one
@@ -42,10 +42,13 @@ class Buffers(NamedTuple):
     allowed: np.ndarray  # uint8 (K max,)
 
 
-def new_buffers(n: int, k: int, k_max: int) -> Buffers:
-    """Buffers for ``n`` clusters; ``k`` candidates in observations, ``k_max`` in any decision."""
+def new_buffers(n: int, k: int, k_max: int, advise: bool = False) -> Buffers:
+    """Buffers for ``n`` clusters; ``k`` candidates in observations, ``k_max`` in any decision.
+
+    :param advise: with room for the rule's answer behind the candidates
+    """
     return Buffers(
-        observation=np.zeros((n, _NARROW + k * _WIDE), np.float32),
+        observation=np.zeros((n, _NARROW + k * (_WIDE + advise)), np.float32),
         mask=np.zeros((n, k), np.bool_),
         reward=np.zeros(n),
         elapsed_s=np.zeros(n),
@@ -59,8 +62,8 @@ def new_buffers(n: int, k: int, k_max: int) -> Buffers:
 
 
 @kernel
-def _observe(q, k, row, mask):
-    """Copy the dimensionless columns of the decision at hand into an observation row."""
+def _observe(q, k, row, mask, advice):
+    """Copy the dimensionless columns of the decision at hand, and a 1 at ``advice``, into an observation row."""
     for j in range(_NARROW):
         row[j] = np.float32(q.context[j])
     at = _NARROW
@@ -74,17 +77,23 @@ def _observe(q, k, row, mask):
                 row[at + j] = np.float32(0.0)
             mask[c] = False
         at += _WIDE
+    for c in range(row.shape[0] - at):
+        row[at + c] = np.float32(1.0 if c == advice else 0.0)
 
 
 @kernel
-def _to_next(s, q, kinds, needs, decide, params, memory, context, candidates, allowed):
-    """Run one cluster to the next decision of a kind in ``kinds``; its number of candidates, 0 at the end."""
+def _to_next(s, q, kinds, advise, needs, decide, params, memory, context, candidates, allowed):
+    """Run one cluster to the next decision of a kind in ``kinds``: its number of candidates, 0 at the end, and what
+    the rule would answer (-1 where ``advise`` is off)."""
     while True:
         kind = advance(s, q)
         if kind < 0:
-            return 0
+            return 0, -1
         if (kinds >> kind) & 1 == 1:
-            return describe(s, q, _DIMENSIONLESS)
+            if not advise:
+                return describe(s, q, _DIMENSIONLESS), -1
+            k = describe(s, q, needs | _DIMENSIONLESS)
+            return k, decide(context, candidates[:k], allowed[:k], params, memory)
         k = describe(s, q, needs)
         answer(s, q, decide(context, candidates[:k], allowed[:k], params, memory))
 
@@ -100,8 +109,9 @@ def advance_many(
     :param actions: int64 (B,); -1 starts an episode (nothing is pending yet)
     :param chosen: int64, indices of the clusters to advance
     :param kinds: bit mask of the kinds the learner answers
-    :param decide: rule for the other kinds, with its ``params``, ``memory`` (B, M) and ``needs``
+    :param decide: rule for the other kinds, and for advice where ``observation`` has room for it, with its ``params``, ``memory`` (B, M) and ``needs``
     """
+    advise = observation.shape[1] > _NARROW + mask.shape[1] * _WIDE
     for c in range(chosen.shape[0]):
         b = chosen[c]
         s, q = attach(state_words[b]), attach_sim(sim_words[b])
@@ -113,7 +123,7 @@ def advance_many(
                 while not mask[b, action]:
                     action += 1
             answer(s, q, action)
-        k = _to_next(s, q, kinds, needs, decide, params, memory[b], context, candidates, allowed)
+        k, advice = _to_next(s, q, kinds, advise, needs, decide, params, memory[b], context, candidates, allowed)
         reward[b] = -q.sim[0].missed
         elapsed_s[b] = (q.sim[0].now - asked_at) * 1e-12
         good[b] = s.cluster[0].good_weight
@@ -124,7 +134,7 @@ def advance_many(
         if k == 0:
             status[b] = 2
         else:
-            _observe(q, k, observation[b], mask[b])
+            _observe(q, k, observation[b], mask[b], advice)
             everyone = s.cluster[0].n_sent == s.cluster[0].n_requests
             status[b] = 1 if everyone else 0
 

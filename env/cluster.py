@@ -37,6 +37,7 @@ class Arena:
     :param specs: the instances as the scenario starts them
     :param profile: PROFILE (n,) and ``share`` SHARE (n, M) of the profiles in use
     :param error: relative spread of step times to train with
+    :param n_gpus: what goodput per GPU divides by
     """
 
     scenario: Scenario
@@ -48,6 +49,7 @@ class Arena:
     share: np.ndarray
     error: float
     setting: Setting
+    n_gpus: int
 
     def arranged(self, plan: Sequence[InstancePlan] | None) -> tuple[InstanceSpec, ...]:
         """The instances after a policy's static arrangement was applied."""
@@ -158,6 +160,7 @@ def arena_of(scenario: Scenario) -> Arena:
             share=share,
             error=_jitter(scenario),
             setting=Setting.of_state(empty, *_mean_lengths(scenario)),
+            n_gpus=scenario.n_gpus(),
         )
     return _ARENAS[key]
 

@@ -105,11 +105,11 @@ def simulate(
         FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), 0,
     )  # fmt: skip
     wall = time.perf_counter() - begin
-    return _result(scenario, state, sim, rate, seed, bound.name, wall)
+    return _result(scenario, state, sim, rate, seed, bound.name, wall, arena.n_gpus)
 
 
 def _result(
-    scenario: Scenario, state: ClusterState, sim: Any, rate: float, seed: int, policy: str, wall_s: float
+    scenario: Scenario, state: ClusterState, sim: Any, rate: float, seed: int, policy: str, wall_s: float, n_gpus: int
 ) -> RunResult:
     return RunResult(
         req=state.req,
@@ -118,7 +118,7 @@ def _result(
         cls=state.cls,
         itl=state.itl,
         class_names=tuple(c.name for c in scenario.classes),
-        n_gpus=scenario.n_gpus(),
+        n_gpus=n_gpus,
         duration_s=float(sim.sim[0]["now"]) / TICKS_PER_S,
         wall_s=wall_s,
         decisions=int(sim.sim[0]["decisions"]),

@@ -68,6 +68,7 @@ class SlalomVecEnv(VecEnv):
     :param groups: clusters of a group share arrivals and jitter
     :param beta: discount rate, 1/s (default: a horizon of 8 TTFT targets)
     :param jitter: train on step times that stray from the profile by its held-out error
+    :param advise: observations end with K columns more, 1 at what ``policy`` would answer
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class SlalomVecEnv(VecEnv):
         groups: int | None = None,
         beta: float | None = None,
         jitter: bool = True,
+        advise: bool = False,
     ) -> None:
         arena = arena_of(scenario)
         n = len(arena.specs)
@@ -93,7 +95,7 @@ class SlalomVecEnv(VecEnv):
         self.n_features, self.n_context = CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
         self.beta = beta if beta is not None else 1.0 / (8.0 * max(max(c.ttft_s for c in arena.classes), 0.25))
         self.policy = bind_policy(policy, scenario)
-        self.buffers = new_buffers(n_envs, self.n_candidates, max_candidates(n))
+        self.buffers = new_buffers(n_envs, self.n_candidates, max_candidates(n), advise)
         reference = scenario.reference_rate
         self.episodes = Episodes(
             scenario,

@@ -26,15 +26,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
-from engine.core.columns import Need
+from engine.core.columns import Kind, Need
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
-from policies import compiled, registry
+from policies import compiled, guided, registry
+from policies.arrangement import resized
 from policies.card import model_card
+from policies.features import N_CONTEXT_FEATURES, N_FEATURES
 from policies.golden import golden_vectors, verify
 from policies.manifest import (
     FORMAT,
     VERSION,
+    Architecture,
     Bounds,
     Manifest,
     NetworkRecord,
@@ -43,14 +46,16 @@ from policies.manifest import (
     RuleRecord,
     column_hash,
 )
+from policies.normalise import Normalisation
 from policies.rule import BoundPolicy, Value
 from policies.setting import Setting
 
 if TYPE_CHECKING:
     from policies.network import ScoringNetwork
 
-__all__ = ["Facts", "LoadedPolicy", "load", "save_network", "save_rule"]
+__all__ = ["Facts", "LoadedPolicy", "bind_network", "load", "save_network", "save_rule"]
 
+_GATE = (N_CONTEXT_FEATURES, N_FEATURES)
 _MANIFEST, _WEIGHTS, _PROFILE, _CARD = "policy.json", "weights.safetensors", "profile.json", "README.md"
 
 
@@ -92,26 +97,20 @@ class LoadedPolicy:
     def bind(self, setting: Setting) -> BoundPolicy:
         """The policy ready to run in ``setting``, which may have another number of instances.
 
-        The stored arrangement is used where the number of instances agrees; else that of the base rule.
+        The stored arrangement is stretched or shrunk to the number of instances, see :func:`resized`.
         """
         record = self.manifest.rule
         base = registry.get(record.name).bind(record.values, setting)
         plans = self.manifest.arrangement
-        if plans is not None and len(plans) == setting.n_instances:
-            base = replace(base, arrangement=[p.plan() for p in plans])
+        if plans is not None:
+            base = replace(base, arrangement=resized([p.plan() for p in plans], setting.n_instances))
         network, normal = self.manifest.network, self.manifest.normalisation
         if network is None or normal is None:
             return replace(base, name=self.name, fallback=self.manifest.fallback)
-        rows = compiled.rows_of(setting)
-        return BoundPolicy(
-            name=self.name,
-            decide=compiled.decide,
-            needs=int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS),
-            params=compiled.pack(self.arrays, normal.constants(), rows),
-            memory=np.zeros(compiled.memory_cells(network.hidden, rows)),
-            arrangement=base.arrangement,
+        bound = bind_network(base, self.arrays, normal.constants(), setting, self.name)
+        return replace(
+            bound,
             values={"base": record.name, "sha256": network.sha256},
-            kind="network",
             bounds=self.bounds(),
             fallback=self.manifest.fallback,
         )
@@ -120,6 +119,31 @@ class LoadedPolicy:
         """Out-of-distribution bounds as float64 (2, context) and (2, candidate): least and greatest value per
         dimensionless column, ±inf where none is known."""
         return self.manifest.bounds.arrays()
+
+
+def bind_network(
+    base: BoundPolicy,
+    arrays: Mapping[str, np.ndarray],
+    normal: Normalisation,
+    setting: Setting,
+    name: str,
+) -> BoundPolicy:
+    """A network ready to run in ``setting``; ``base`` gives the arrangement and, where the network has a bonus for
+    it, the advice."""
+    rows = compiled.rows_of(setting)
+    params = compiled.pack(arrays, normal, rows)
+    cells = compiled.memory_cells(arrays["context.bias"].shape[0], rows)
+    advised = bool(arrays["bonus"].any())
+    return BoundPolicy(
+        name=name,
+        decide=guided.decide if advised else compiled.decide,
+        needs=int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS),
+        params=guided.pack(base, arrays["bonus"], params) if advised else params,
+        memory=np.zeros(cells + (len(base.memory) if advised else 0)),
+        arrangement=base.arrangement,
+        values={"base": base.name},
+        kind="network",
+    )
 
 
 def save_network(
@@ -289,6 +313,8 @@ def _read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         arrays = parse_safetensors(blob)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise SlalomError(where, str(error), "not a safetensors file") from error
+    if network.architecture is Architecture.SCORING:  # made before there were gates and advice
+        arrays |= {"gate": np.zeros((len(Kind), *_GATE), np.float32), "bonus": np.zeros(len(Kind), np.float32)}
     compiled.check_weights(arrays, network.hidden, where)
     verify(manifest.golden, arrays, normal.constants(), str(folder / _MANIFEST))
     return arrays

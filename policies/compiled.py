@@ -26,16 +26,17 @@ from policies.setting import Setting
 __all__ = ["check_weights", "decide", "logits", "memory_cells", "pack", "rows_of", "score_cells", "weight_shapes"]
 
 # header cells
-_HIDDEN, _ROWS, _SCALE, _BOUND = 0, 1, 2, 3
-_HEADER = 4
-# after the header, float64: scale and log flag per context and candidate feature, then the base weights
+_HIDDEN, _ROWS, _SCALE, _BOUND, _GATED, _RESIDUAL = range(6)
+_HEADER = 6
+# after the header, float64: scale and log flag per context and candidate feature, the base weights, the gates
 _C, _F = N_CONTEXT_FEATURES, N_FEATURES
 _CTX_SCALE = _HEADER
 _CTX_LOG = _CTX_SCALE + _C
 _ROW_SCALE = _CTX_LOG + _C
 _ROW_LOG = _ROW_SCALE + _F
 _BASE = _ROW_LOG + _F
-_WEIGHTS = _BASE + len(Kind) * _F
+_GATE = _BASE + len(Kind) * _F  # (kind, context feature, candidate feature)
+_WEIGHTS = _GATE + len(Kind) * _C * _F
 
 
 def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
@@ -43,6 +44,8 @@ def weight_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     h = hidden
     return {
         "base": (len(Kind), _F),
+        "gate": (len(Kind), _C, _F),
+        "bonus": (len(Kind),),
         "log_scale": (1,),
         "context.weight": (h, _C),
         "context.bias": (h,),
@@ -70,7 +73,7 @@ _X = _F + _PAD
 def memory_cells(hidden: int, rows: int) -> int:
     """Float64 cells that ``decide`` needs for decisions of up to ``rows`` candidates."""
     floats = rows * (_X + 2 * hidden) + _C + 4 * hidden
-    return (floats + 1) // 2 + rows
+    return (floats + 1) // 2 + rows + _F
 
 
 def rows_of(setting: Setting) -> int:
@@ -91,11 +94,13 @@ def pack(arrays: Mapping[str, np.ndarray], normal: Normalisation, rows: int) -> 
     return np.concatenate(
         [
             [hidden, rows, float(np.exp(arrays["log_scale"][0])), normal.bound],
+            [float(arrays["gate"].any()), float(arrays["out.weight"].any())],
             normal.context_scale,
             normal.context_log.astype(np.float64),
             normal.candidate_scale,
             normal.candidate_log.astype(np.float64),
             arrays["base"].astype(np.float64).ravel(),
+            arrays["gate"].astype(np.float64).ravel(),
             flat.view(np.float64),
         ]
     )
@@ -139,13 +144,31 @@ def _kind(context):
     return best
 
 
-@kernel
-def _read(context, candidates, mask, params, c, x, out):
-    """Normalised features into ``c`` (1, C) and, packed without gaps, ``x`` (allowed, F + pad); costs of the
-    base rule, as logits, into ``out``. Returns how many rows are allowed."""
-    bound, base = params[_BOUND], _BASE + _kind(context) * _F
+@kernel(fastmath={"contract"})
+def _weigh(context, params, c, w):
+    """Normalised context into ``c`` (1, C); the cost weights of this decision, base + c · gate, into ``w`` (F,)."""
+    kind = _kind(context)
     for f in range(_C):
-        c[0, f] = _normal(cut(context[f]), params[_CTX_SCALE + f], params[_CTX_LOG + f], bound)
+        c[0, f] = _normal(cut(context[f]), params[_CTX_SCALE + f], params[_CTX_LOG + f], params[_BOUND])
+    base = _BASE + kind * _F
+    w[:] = params[base : base + _F]
+    if params[_GATED] == 0.0:
+        return
+    for i in range(_C):
+        by = float(c[0, i])
+        if by == 0.0:
+            continue
+        at = _GATE + (kind * _C + i) * _F
+        row = params[at : at + _F]
+        for f in range(_F):
+            w[f] += by * row[f]
+
+
+@kernel
+def _read(candidates, mask, params, w, x, out):
+    """Normalised features, packed without gaps, into ``x`` (allowed, F + pad); costs under the weights ``w``, as
+    logits, into ``out``. Returns how many rows are allowed."""
+    bound = params[_BOUND]
     n = 0
     for k in range(candidates.shape[0]):
         if mask[k] == 0:
@@ -157,7 +180,7 @@ def _read(context, candidates, mask, params, c, x, out):
         for f in range(_F):
             raw = feature(candidates, k, f)
             if raw != 0.0:
-                cost += params[base + f] * raw
+                cost += w[f] * raw
                 row[f] = _normal(raw, params[_ROW_SCALE + f], params[_ROW_LOG + f], bound)
         out[k] = -params[_SCALE] * cost
         n += 1
@@ -197,6 +220,7 @@ def logits(context, candidates, mask, params, memory):
     if rows > capacity:
         raise ValueError("more candidates than this policy was bound for")
     out = memory[memory.shape[0] - capacity :]
+    w = memory[memory.shape[0] - capacity - _F : memory.shape[0] - capacity]
 
     scratch = memory.view(np.float32)
     x, at = _take(scratch, 0, capacity, _X)
@@ -216,7 +240,10 @@ def logits(context, candidates, mask, params, memory):
     head_weight, at = _take(weights, at, hidden, hidden)
     last, at = _take(weights, at, 1, hidden)
 
-    n = _read(context, candidates, mask, params, c, x, out)
+    _weigh(context, params, c, w)
+    n = _read(candidates, mask, params, w, x, out)
+    if params[_RESIDUAL] == 0.0:
+        return out[:rows]
     from_context[:] = context_bias
     _affine(c, context_weight, from_context)
     encoded, mixed = encoded[:n], mixed[:n]

@@ -44,6 +44,7 @@ class Architecture(StrEnum):
     """The networks that ``policies.compiled`` can run."""
 
     SCORING = "scoring-v1"
+    GUIDED = "scoring-v2"  # with gates and a bonus for the base rule's answer
 
 
 class Feature(_Strict):
@@ -118,7 +119,7 @@ class PlanRecord(_Strict):
 class NetworkRecord(_Strict):
     """Shape of a learned policy and the digest of its weights."""
 
-    architecture: Architecture = Architecture.SCORING
+    architecture: Architecture = Architecture.GUIDED
     hidden: Annotated[int, Field(ge=4, le=1024, multiple_of=4)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 

@@ -8,14 +8,25 @@ discount).
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
-from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer, MaskableRolloutBufferSamples
+from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 
-__all__ = ["SMDPRolloutBuffer", "arrival_baseline"]
+__all__ = ["Batch", "SMDPRolloutBuffer", "arrival_baseline"]
+
+
+class Batch(NamedTuple):
+    """A minibatch of B frames. ``inputs``: (observations, masks), or what stands for them."""
+
+    inputs: tuple[th.Tensor, ...]
+    actions: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
 
 
 class SMDPRolloutBuffer(MaskableRolloutBuffer):
@@ -101,25 +112,24 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
         if self.slice_s > 0.0:
             self.advantages -= arrival_baseline(self.advantages, self.trace, self.clock_s, self.slice_s)
 
+    def flat(self, name: str) -> th.Tensor:
+        """One of the arrays as a tensor of T x N frames; shares memory."""
+        array = getattr(self, name)
+        return th.from_numpy(array.reshape(-1, *array.shape[2:]))
+
     def batches(
-        self, batch_size: int, generator: th.Generator
-    ) -> Generator[MaskableRolloutBufferSamples, None, None]:
-        """Minibatches of a random permutation of all T x N frames; the last one may be smaller."""
-        flat = [
-            th.from_numpy(array.reshape(-1, *array.shape[2:]))
-            for array in (
-                self.observations,
-                self.actions,
-                self.values,
-                self.log_probs,
-                self.advantages,
-                self.returns,
-                self.action_masks,
-            )
-        ]
+        self, batch_size: int, generator: th.Generator, prepared: tuple[th.Tensor, ...] | None = None
+    ) -> Generator[Batch, None, None]:
+        """Minibatches of a random permutation of all T x N frames; the last one may be smaller.
+
+        :param prepared: tensors of T x N frames that take the place of observations and masks
+        """
+        inputs = prepared or (self.flat("observations"), self.flat("action_masks"))
+        rest = [self.flat(name) for name in ("actions", "log_probs", "advantages", "returns")]
         order = th.randperm(self.buffer_size * self.n_envs, generator=generator)
         for chunk in order.split(batch_size):
-            yield MaskableRolloutBufferSamples(*(part[chunk].to(self.device) for part in flat))
+            taken = [part[chunk] for part in inputs]
+            yield Batch(type(prepared)(*taken) if prepared else tuple(taken), *(part[chunk] for part in rest))
 
 
 def arrival_baseline(

@@ -18,11 +18,12 @@ __all__ = ["ScoringPolicy"]
 class ScoringPolicy(MaskableActorCriticPolicy):
     """Actor and critic around a network that scores candidates.
 
-    The observation is ``[context (C) | candidates (K x F)]`` in float32, the action an index below K.
+    The observation is ``[context (C) | candidates (K x F) | advice (K), where given]`` in float32, the action an index below K.
 
     :param make_network: builds a module called as ``network(observations, mask (B, K))`` whose answer has
         ``logits`` (B, K), masked rows far below the others, and ``value`` (B,) on a unit scale;
-        :class:`policies.network.ScoringNetwork` is one
+        :class:`policies.network.ScoringNetwork` is one. With ``prepare`` and ``score`` (forward in two parts) updates
+        are faster
     :param n_context: C
     :param n_features: F
     :param seed: of the exploration noise and minibatch order, kept apart from torch's global generator so
@@ -70,19 +71,45 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self.value_scale.fill_(scale)
 
     def note_seen(self, obs: th.Tensor) -> None:
-        """Widen the bounds of what the policy was trained on by observations (B, C + K·F)."""
-        rows = obs[:, self.n_context :].reshape(-1, self.n_features)
-        for side, extreme in ((0, th.amin), (1, th.amax)):
+        """Widen the bounds of what the policy was trained on by observations (B, C + K·F [+ K])."""
+        rows = self._rows(obs).reshape(-1, self.n_features)
+        rows = rows[rows.any(-1)]  # padding was not seen
+        for side, extreme in ((0, th.amin), (1, th.amax)) if len(rows) else ():
             now = th.cat([extreme(obs[:, : self.n_context], 0), extreme(rows, 0)])
             self.seen[side] = extreme(th.stack([self.seen[side], now]), 0)
 
     def _scores(self, obs: th.Tensor, mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
         """Logits (B, K) and values (B,). Without a mask, rows of all zeros count as padding."""
         if mask is None:
-            rows = obs[:, self.n_context :].view(-1, self.n_candidates, self.n_features)
-            mask = (rows != 0).any(-1)
-        scores = self.network(obs, th.as_tensor(mask, dtype=th.bool))
+            mask = (self._rows(obs) != 0).any(-1)
+        return self._scaled(self.network(obs, th.as_tensor(mask, dtype=th.bool)))
+
+    def _rows(self, obs: th.Tensor) -> th.Tensor:
+        """The candidates (B, K, F) of observations."""
+        end = self.n_context + self.n_candidates * self.n_features
+        return obs[:, self.n_context : end].reshape(-1, self.n_candidates, self.n_features)
+
+    def _scaled(self, scores: Any) -> tuple[th.Tensor, th.Tensor]:
         return scores.logits, self.value_shift + self.value_scale * scores.value
+
+    def prepare(self, obs: th.Tensor, masks: th.Tensor, chunk: int = 4096) -> tuple[th.Tensor, ...] | None:
+        """What of the network's work no update changes, for a whole rollout; None where the network has no such part.
+
+        :param chunk: frames prepared at a time; the intermediate tensors of a chunk should fit the cache
+        """
+        if not hasattr(self.network, "prepare"):
+            return None
+        with th.no_grad():
+            parts = [
+                self.network.prepare(o, m) for o, m in zip(obs.split(chunk), masks.split(chunk), strict=True)
+            ]
+        return type(parts[0])(*(th.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def evaluate_prepared(
+        self, prepared: tuple[th.Tensor, ...], actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """:meth:`evaluate_actions` of frames that :meth:`prepare` has seen."""
+        return self._evaluated(*self._scaled(self.network.score(prepared)), actions)
 
     def forward(  # type: ignore[override]
         self, obs: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None
@@ -101,7 +128,12 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self, obs: th.Tensor, actions: th.Tensor, action_masks: th.Tensor | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Value, log-probability of ``actions`` and entropy in nats, each (B,)."""
-        logits, values = self._scores(obs, action_masks)
+        return self._evaluated(*self._scores(obs, action_masks), actions)
+
+    @staticmethod
+    def _evaluated(
+        logits: th.Tensor, values: th.Tensor, actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         log_all = logits.log_softmax(-1)
         entropy = -(log_all.exp() * log_all).sum(-1)
         return values, log_all.gather(1, actions.unsqueeze(1)).squeeze(1), entropy

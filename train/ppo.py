@@ -275,8 +275,10 @@ class DispatchPPO(MaskablePPO):
             advantages = self.rollout_buffer.advantages
             advantages -= advantages.mean()
             advantages /= advantages.std() + 1e-8
+            buffer = self.rollout_buffer
+            prepared = self.policy.prepare(buffer.flat("observations"), buffer.flat("action_masks"))
             for _ in range(self.n_epochs):
-                if not self._epoch(stats):
+                if not self._epoch(stats, prepared):
                     break
             self._n_updates += 1
         for name, values in stats.items():
@@ -293,16 +295,18 @@ class DispatchPPO(MaskablePPO):
         first, last = self.config.ent_coef, self.config.ent_coef_final
         return last + (first - last) * self._current_progress_remaining
 
-    def _epoch(self, stats: dict[str, list[float]]) -> bool:
+    def _epoch(self, stats: dict[str, list[float]], prepared: tuple[th.Tensor, ...] | None) -> bool:
         """One pass over the rollout; False when the policy moved past 1.5 target_kl."""
         assert self.batch_size is not None
         clip = self.config.clip_range
         entropy_coefficient = self.entropy_coefficient()
         warming_up = self._n_updates < self.config.critic_warmup
-        for batch in self.rollout_buffer.batches(self.batch_size, self.policy.generator):
-            values, log_prob, entropy = self.policy.evaluate_actions(
-                batch.observations, batch.actions, batch.action_masks
-            )
+        for batch in self.rollout_buffer.batches(self.batch_size, self.policy.generator, prepared):
+            if prepared is not None:
+                values, log_prob, entropy = self.policy.evaluate_prepared(batch.inputs, batch.actions)
+            else:
+                observations, masks = batch.inputs
+                values, log_prob, entropy = self.policy.evaluate_actions(observations, batch.actions, masks)
             value_loss = ((batch.returns - values) / self.policy.value_scale).square().mean()
             loss = self.vf_coef * value_loss
             stats["value_loss"].append(value_loss.item())

@@ -67,7 +67,9 @@ def test_a_loaded_network_decides_like_the_one_that_was_saved(saved: Path) -> No
         assert choose(policy, ctx, rows) == want
     assert policy.describe()["kind"] == "network"
     assert policy.arrangement[3].chunk_tokens == 256
-    assert registry.load_policy(saved, setting(9)).arrangement is None
+    larger = registry.load_policy(saved, setting(9)).arrangement
+    assert larger is not None
+    assert [plan.chunk_tokens for plan in larger] == [256] * 9
     with pytest.raises(SlalomError, match="fixed"):
         registry.load_policy(saved, setting(4), {"p_ttft": 1.0})
 

@@ -57,7 +57,7 @@ def test_batches_hold_every_frame_once() -> None:
     buffer.observations[..., 0] = buffer.actions
     seen = []
     for batch in buffer.batches(7, th.Generator().manual_seed(1)):
-        assert (batch.observations[:, 0] == batch.actions).all()
+        assert (batch.inputs[0][:, 0] == batch.actions).all()
         seen += batch.actions.tolist()
     assert sorted(seen) == list(range(30))
 

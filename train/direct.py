@@ -1,0 +1,228 @@
+"""The learner ``direct``: search over published rules, arrangements and a context-conditioned score.
+
+    explore   successive halving over random designs: rules as published, rules on other arrangements, linear
+              scores; the survivors' neighbours join the next round
+    refine    CMA-ES (Hansen 2016) from each of the best designs over the offsets of ``train.space``: all weights,
+              their slopes in the context, budgets of the arrangement. A rule starts as itself, plus deviations
+
+Every generation meets fresh arrivals, the same for all its members; rates follow the knee of the best so far.
+With a budget in requests the outcome depends on the seed alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from cmaes import CMA
+
+from env.cluster import arena_of
+from env.scenario import Scenario
+from policies import registry
+from train.fitness import Fitness
+from train.space import Design, Space, random_design, varied
+
+__all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
+
+#: Rates of the objective, as multiples of the knee of the best design so far.
+_LOADS = (0.97, 1.08, 1.2)
+_FIRST_SEED, _CMA_SEED = 10_000, 20_000
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    """Sizes of the search.
+
+    :param designs: drawn for the first round
+    :param rounds: of exploration; each keeps ``parents`` and adds half as many neighbours and newcomers as before
+    :param starts: designs refined by CMA-ES
+    :param share: of the budget for exploration
+    :param n_requests: of one simulation in CMA-ES
+    """
+
+    designs: int = 300
+    rounds: int = 2
+    parents: int = 10
+    starts: int = 2
+    share: float = 0.3
+    n_requests: int = 2000
+    seeds: int = 1
+    population: int = 14
+    sigma: float = 0.6
+
+
+@dataclass(frozen=True, eq=False)
+class DirectResult:
+    """What the search found.
+
+    :param design: the best; ``best_rule`` the best among published rules as they are
+    :param knee: goodput of ``design`` at 90 % on the ``train`` split
+    :param scores: of design, best rule on the fresh validation windows
+    """
+
+    design: Design
+    best_rule: Design
+    finalists: tuple[Design, ...]
+    knee: float
+    requests: int
+    seconds: float
+    history: tuple[dict[str, float], ...]
+
+
+Report = Callable[[str, float, str], None]
+
+
+def rules_of(scenario: Scenario) -> list[str]:
+    """Published rules that run in ``scenario`` as compiled code, the linear score left out."""
+    setting, found = arena_of(scenario).setting, []
+    for name in registry.names():
+        rule = registry.get(name)
+        if rule.python or name == "linear_score":
+            continue
+        try:
+            rule.bind({}, setting)
+        except Exception:  # noqa: BLE001, S112  (a rule may refuse a scenario; another package's in any way)
+            continue
+        found.append(name)
+    return found
+
+
+class _Search:
+    def __init__(self, scenario: Scenario, config: DirectConfig, seed: int, requests: float, seconds: float, report: Report):
+        self.setting = arena_of(scenario).setting
+        self.fitness = Fitness(scenario, self.setting)
+        self.config, self.report = config, report
+        self.rng = np.random.default_rng([seed, 1])
+        self.seed = seed
+        self.rules = rules_of(scenario)
+        self.most_requests, self.most_seconds = requests, seconds
+        self.begin = time.monotonic()
+        self.knee = 0.0
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def used(self) -> float:
+        """Share of the budget spent."""
+        return max(self.fitness.requests / self.most_requests, (time.monotonic() - self.begin) / self.most_seconds)
+
+    def note(self, phase: str, done: float, best: float) -> None:
+        text = f"{self.fitness.requests / 1e6:.1f} M requests  knee {self.knee:.4g}/s  best {100 * best:.2f} %"
+        self.report(phase, min(done, 1.0), text)
+        self.history.append({"requests": self.fitness.requests, "knee": self.knee, "score": best})
+
+    # -- explore ---------------------------------------------------------------------------------------------
+
+    def explore(self) -> list[Design]:
+        """The best designs of successive halving, best first."""
+        config, reference = self.config, self.fitness.scenario.reference_rate
+        pool = [Design(name) for name in (*self.rules, "linear_score")]
+        knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1), i) for i, d in enumerate(pool)]
+        self.knee = max(knees)[0]
+        n = config.designs
+        survivors: list[Design] = []
+        for turn in range(config.rounds):
+            fresh = [random_design(self.rules, self.setting, self.rng) for _ in range(n if turn == 0 else n // 4)]
+            if turn:
+                fresh += [varied(survivors[i % len(survivors)], self.rng) for i in range(n // 2)]
+            survivors = self._halve([*pool, *survivors, *fresh] if turn == 0 else [*survivors, *fresh], turn)
+            limit = config.share * (turn + 1) / config.rounds
+            if self.used > limit * 1.5:
+                break
+        return survivors
+
+    def _halve(self, designs: list[Design], turn: int) -> list[Design]:
+        keep = self.config.parents
+        rungs = ((1.0, (1.15,), 1, 1000), (0.35, (1.0, 1.2), 1, 1500), (0.12, (0.95, 1.1, 1.25), 2, 2000), (0.0, _LOADS, 4, 2500))
+        total = len(designs)
+        for rung, (share, loads, seeds, n) in enumerate(rungs):
+            designs = designs[: max(int(share * total), keep if rung < 3 else keep, 1)] if rung else designs
+            first = _FIRST_SEED + 100 * turn + 10 * rung
+            rates = [load * self.knee for load in loads]
+            scored = []
+            for i, design in enumerate(designs):
+                scored.append((self.fitness.score(design, rates, range(first, first + seeds), n), -i))
+                if i % 8 == 0:
+                    self.note("explore", (turn + (rung + i / len(designs)) / len(rungs)) / self.config.rounds, max(scored)[0])
+            designs = [designs[-i] for _, i in sorted(scored, reverse=True)]
+            self.recentre(designs[0], first)
+        return designs[:keep]
+
+    def recentre(self, design: Design, seed: int) -> None:
+        """Move the rates to the knee of ``design``, if it has one."""
+        knee = self.fitness.knee(design, max(self.knee, 1e-3), (seed, seed + 1), 2000, 0.03)
+        self.knee = knee if knee > 0.0 else self.knee
+
+    # -- refine ----------------------------------------------------------------------------------------------
+
+    def refine(self, design: Design, until: float, number: int) -> Design:
+        """CMA-ES around a design until the share ``until`` of the budget is spent; the mean of the last generations."""
+        config = self.config
+        space = Space(self.setting, design)
+        optimiser = CMA(
+            mean=np.zeros(len(space)), sigma=config.sigma, population_size=config.population,
+            seed=(self.seed * 31 + number) % 2**31,
+        )  # fmt: skip
+        self.recentre(design, _FIRST_SEED)
+        start, generation, mean = self.used, 0, np.zeros(len(space))
+        while self.used < until and not optimiser.should_stop():
+            first = _CMA_SEED + 1000 * number + generation * config.seeds
+            rates = [load * self.knee for load in _LOADS[:2]] if generation % 2 else [load * self.knee for load in _LOADS[1:]]
+            told, best = [], -1.0
+            for _ in range(optimiser.population_size):
+                theta = optimiser.ask()
+                score = self.fitness.score(
+                    replace(design, theta=theta), rates, range(first, first + config.seeds), config.n_requests
+                )
+                told.append((theta, -score))
+                best = max(best, score)
+            optimiser.tell(told)
+            generation += 1
+            mean = optimiser.mean.copy()
+            if generation % 12 == 0:
+                self.recentre(replace(design, theta=mean), first + 500)
+            self.note(f"refine {number + 1}", (self.used - start) / max(until - start, 1e-9), best)
+        return replace(design, theta=mean)
+
+
+def direct_search(
+    scenario: Scenario,
+    config: DirectConfig,
+    *,
+    requests: float = float("inf"),
+    seconds: float = float("inf"),
+    seed: int = 0,
+    report: Report = lambda phase, done, note: None,
+) -> DirectResult:
+    """Search until ``requests`` were simulated or ``seconds`` have passed; at least one of them is finite.
+
+    :param report: called with (phase, share done, note)
+    """
+    search = _Search(scenario, config, seed, requests, seconds, report)
+    survivors = search.explore()
+    starts = _different(survivors, config.starts)
+    refined = []
+    left = 1.0 - search.used
+    for number, design in enumerate(starts):
+        until = search.used + left / len(starts) * 0.95 if number + 1 < len(starts) else 0.97
+        refined.append(search.refine(design, until, number))
+    rules = [d for d in survivors if d.plans is None] or [Design("linear_score")]
+    finalists = [*refined, *starts, rules[0]]
+    rates = [load * search.knee for load in _LOADS]
+    ranked = [(search.fitness.score(d, rates, range(5_000, 5_006), 2500), -i) for i, d in enumerate(finalists)]
+    best = finalists[-max(ranked)[1]]
+    search.recentre(best, 6_000)
+    return DirectResult(
+        best, rules[0], tuple(finalists), search.knee, search.fitness.requests,
+        round(time.monotonic() - search.begin, 2), tuple(search.history),
+    )  # fmt: skip
+
+
+def _different(designs: Sequence[Design], n: int) -> list[Design]:
+    """The first ``n`` designs that differ in rule or in the roles of their instances."""
+    found: dict[tuple[object, ...], Design] = {}
+    for design in designs:
+        roles = None if design.plans is None else tuple(p.role for p in design.plans)
+        found.setdefault((design.rule, roles), design)
+    return list(found.values())[:n]

@@ -1,0 +1,89 @@
+"""How good a bound policy is, for the direct search: attainment over common arrivals, cheap and repeatable.
+
+Traces are built once and shared by every policy (common random numbers). The score is the mean attainment of
+requests sent, less what the worst SLO class lacks to its floor, so that no class is starved for the others.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from engine.core.policy import Policy
+from engine.errors import SlalomError
+from env.cluster import build_trace
+from env.scenario import Scenario
+from env.simulate import simulate
+from env.workload import Trace
+from eval.goodput import find_goodput
+from eval.metrics import outcomes
+from policies.setting import Setting
+from train.space import Design
+
+__all__ = ["Fitness"]
+
+_TRACES = 64
+_WARMUP = 0.05
+
+
+class Fitness:
+    """Scores designs on one scenario and counts what that cost.
+
+    :param class_floor: attainment below which a class costs extra, per point as much as the mean itself
+    """
+
+    def __init__(
+        self, scenario: Scenario, setting: Setting, split: Literal["train", "valid"] = "train", class_floor: float = 0.5
+    ) -> None:
+        self.scenario, self.setting, self.split, self.class_floor = scenario, setting, split, class_floor
+        self.requests = 0
+        self._traces: OrderedDict[tuple[float, int, int], Trace] = OrderedDict()
+
+    def trace(self, rate: float, seed: int, n: int) -> Trace:
+        """Arrivals of (rate, seed), built once while they are in use."""
+        key = (rate, seed, n)
+        if key not in self._traces:
+            self._traces[key] = build_trace(self.scenario, rate, n, seed, self.split)
+            if len(self._traces) > _TRACES:
+                self._traces.popitem(last=False)
+        self._traces.move_to_end(key)
+        return self._traces[key]
+
+    def attainment(self, policy: Policy, rate: float, seed: int, n: int) -> float:
+        """Share of requests sent that met both targets, less the lack of the worst class."""
+        run = simulate(
+            self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n)
+        )
+        self.requests += n
+        found = outcomes(run, warmup=_WARMUP)
+        good = found.good
+        score = float(good.mean())
+        if len(self.scenario.classes) > 1:
+            cls = run.req["cls"][found.rows]
+            worst = min((float(good[cls == c].mean()) for c in np.unique(cls)), default=1.0)
+            score -= max(0.0, self.class_floor - worst)
+        return score
+
+    def score(self, design: Design, rates: Sequence[float], seeds: Sequence[int], n: int) -> float:
+        """Mean over rates and seeds; 0 where the rule does not fit the scenario."""
+        try:
+            policy = design.bind(self.setting)
+            cells = [self.attainment(policy, rate, seed, n) for rate in rates for seed in seeds]
+        except SlalomError:
+            return 0.0
+        return sum(cells) / len(cells)
+
+    def knee(self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
+        """Goodput at 90 %, requests per second; 0 where the targets are met at no rate."""
+        try:
+            policy = design.bind(self.setting)
+        except SlalomError:
+            return 0.0
+
+        def attainment(rate: float) -> float:
+            return sum(self.attainment(policy, rate, seed, n) for seed in seeds) / len(seeds)
+
+        return find_goodput(attainment, start, targets=(0.9,), tolerance=tolerance).goodput[0].rate

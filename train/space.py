@@ -1,0 +1,294 @@
+"""What the direct search varies: arrangements of the instances, and the weights of a context-conditioned score.
+
+A point of the search is a :class:`Design`: a published rule (or the linear score) with its parameters, an
+arrangement, and an offset ``theta`` in the coordinates of :class:`Space`. ``theta = None`` is the rule itself, so
+whatever the search starts from is one of its points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from engine.core.columns import Col, Ctx, Kind
+from engine.core.policy import InstancePlan
+from engine.core.state import Batching, Role
+from policies import linear_score, registry
+from policies.checkpoint import bind_network
+from policies.features import N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS
+from policies.network import ScoringNetwork
+from policies.normalise import default_normalisation
+from policies.rule import BoundPolicy, Param, Value
+from policies.setting import Setting
+
+__all__ = ["Coordinate", "Design", "Space", "random_design", "random_plans", "random_values", "varied"]
+
+_HIDDEN = 4  # the least a checkpoint may have; its residual is zero and is skipped when it runs
+_NO_HOLD = 8.0  # where the cost of HOLD and SHED starts when the rule never does either: out of reach, but not far
+_NEEDED = (Ctx.SIZE, Ctx.AGE, Ctx.LOAD_MEAN, Ctx.LOAD_MIN, Ctx.BATCH_MEAN, Ctx.KV_MEAN, Ctx.HELD, Ctx.PROMPT_RATIO)
+_HEALTH = (Ctx.TTFT_OK, Ctx.TPOT_OK)
+_ROLE_COLUMNS = {
+    Role.PREFILL: Col.ROLE_PREFILL,
+    Role.DECODE: Col.ROLE_DECODE,
+    Role.MIXED: Col.ROLE_MIXED,
+    Role.MULTIPLEXED: Col.ROLE_MULTIPLEXED,
+}
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One number of the search. Exactly one of (kind, feature) and ``plan`` is set.
+
+    :param context: None moves the weight itself, else its slope in this (normalised) context feature
+    :param step: what one unit of ``theta`` means
+    :param plan: field of :class:`InstancePlan` that is multiplied by 2 ** (step · theta)
+    """
+
+    step: float
+    kind: int = -1
+    feature: int = -1
+    context: int | None = None
+    plan: str = ""
+    bonus: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """A policy as the search sees it.
+
+    :param rule: advisor, or ``linear_score``, whose weights are then the start of the score
+    :param plans: arrangement; None: the rule's
+    :param theta: offsets in the coordinates of :class:`Space`; None: the rule as it is
+    """
+
+    rule: str
+    values: dict[str, Value] = field(default_factory=dict)
+    plans: tuple[InstancePlan, ...] | None = None
+    theta: np.ndarray | None = None
+
+    def bind(self, setting: Setting) -> BoundPolicy:
+        """Ready to run.
+
+        :raises SlalomError: the rule does not fit this scenario
+        """
+        base = self.base(setting)
+        if self.theta is None:
+            return base
+        space = Space(setting, self)
+        base = replace(base, arrangement=space.plans(self.theta))
+        return bind_network(base, space.network(self.theta).arrays(), default_normalisation(), setting, self.rule)
+
+    def base(self, setting: Setting) -> BoundPolicy:
+        """The rule alone, on this arrangement."""
+        base = registry.get(self.rule).bind(self.values, setting)
+        return base if self.plans is None else replace(base, arrangement=list(self.plans))
+
+
+class Space:
+    """The coordinates around a design, as far as its scenario and arrangement can feel them."""
+
+    def __init__(self, setting: Setting, design: Design) -> None:
+        self.design = design
+        self.start = design.base(setting).arrangement
+        self.advised = design.rule != "linear_score"
+        roles = {p.role if p.role is not None else r for p, r in zip(self.start, setting.roles, strict=True)} if (
+            self.start is not None
+        ) else set(setting.roles)
+        self.coordinates = (
+            *_prefill(setting, roles),
+            *_decode(roles),
+            *(_reallocate() if Kind.REALLOCATE in setting.kinds else ()),
+            *(_tune() if Kind.TUNE in setting.kinds else ()),
+            *_plan_coordinates(self.start or ()),
+        )
+        self._base = np.zeros((len(Kind), N_FEATURES))
+        if not self.advised:
+            self._base = linear_score.weights(registry.get("linear_score").values(design.values))
+        for column in (Col.IS_HOLD, Col.IS_SHED):
+            # an advisor's HOLD is as good as any other advice; without one, holding back has a price
+            if not self.advised and self._base[Kind.PLACE_PREFILL, column] >= linear_score.NEVER:
+                self._base[Kind.PLACE_PREFILL, column] = _NO_HOLD
+
+    def __len__(self) -> int:
+        return len(self.coordinates)
+
+    def network(self, theta: np.ndarray, hidden: int = _HIDDEN, scale: float = 1.0) -> ScoringNetwork:
+        """The score at ``theta``; its residual is zero."""
+        base, gate = self._base.copy(), np.zeros((len(Kind), N_CONTEXT_FEATURES, N_FEATURES))
+        for c, offset in zip(self.coordinates, theta, strict=True):
+            if c.kind < 0:
+                continue
+            if c.context is None:
+                base[c.kind, c.feature] += c.step * offset
+            else:
+                gate[c.kind, c.context, c.feature] += c.step * offset
+        bonus = np.full(len(Kind), scale) if self.advised else None
+        return ScoringNetwork(base, hidden=hidden, scale=scale, gate=gate, bonus=bonus)
+
+    def plans(self, theta: np.ndarray) -> list[InstancePlan] | None:
+        """The arrangement at ``theta``."""
+        if self.start is None:
+            return None
+        factors = {c.plan: 2.0 ** (c.step * x) for c, x in zip(self.coordinates, theta, strict=True) if c.plan}
+        return [replace(plan, **_scaled(plan, factors)) for plan in self.start]
+
+
+def _scaled(plan: InstancePlan, factors: dict[str, float]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for name, factor in factors.items():
+        value = getattr(plan, name)
+        if value is None:
+            continue
+        if name == "headroom":
+            changes[name] = float(np.clip(value * factor, 0.1, 2.0))
+        else:
+            changes[name] = int(np.clip(round(value * factor), 64, 65536))
+    return changes
+
+
+def _prefill(setting: Setting, roles: set[int]) -> list[Coordinate]:
+    kind = int(Kind.PLACE_PREFILL)
+    columns = {entry[0]: 0.1 * (entry[2] - entry[1]) for entry in linear_score._PREFILL.values()}
+    present = [column for role, column in _ROLE_COLUMNS.items() if role in roles]
+    for column in _ROLE_COLUMNS.values():
+        if column not in present or len(present) < 2:
+            columns.pop(column, None)
+    found = [Coordinate(step, kind, int(column)) for column, step in columns.items()]
+    for allowed, column in ((setting.allow_hold, Col.IS_HOLD), (setting.allow_shed, Col.IS_SHED)):
+        if allowed:
+            found.append(Coordinate(1.0, kind, int(column)))
+            found += [Coordinate(0.5, kind, int(column), int(c)) for c in (*_NEEDED, *_HEALTH)]
+    slopes = [Col.TTFT, Col.QUEUE_WORK, SLACK_MISS, Col.STEP_WITH, Col.BATCH, Col.CHUNK, Col.CACHED]
+    slopes += present if len(present) > 1 else []
+    found += [Coordinate(0.3, kind, int(column), int(c)) for column in slopes for c in (Ctx.SIZE, Ctx.AGE)]
+    return found
+
+
+def _decode(roles: set[int]) -> list[Coordinate]:
+    kind = int(Kind.PLACE_DECODE)
+    columns = {entry[0]: 0.1 * (entry[2] - entry[1]) for entry in linear_score._DECODE.values()}
+    found = [Coordinate(step, kind, int(column)) for column, step in columns.items()]
+    return found + [Coordinate(0.5, kind, int(Col.IN_PLACE), int(c)) for c in (Ctx.BATCH_MEAN, Ctx.LOAD_MEAN, Ctx.SIZE)]
+
+
+def _reallocate() -> list[Coordinate]:
+    """Slopes of the new role in what tells which phase is short; KEEP starts 5 below every change."""
+    kind = int(Kind.REALLOCATE)
+    signals = (Ctx.LOAD_MEAN, Ctx.BATCH_MEAN, Ctx.KV_MEAN, Ctx.PREFILL_RHO, Ctx.TTFT_OK, Ctx.TPOT_OK, Ctx.PREFILL_SHARE)
+    found = [Coordinate(1.0, kind, int(Col.IS_KEEP))]
+    for column in (Col.TO_PREFILL, Col.TO_DECODE, Col.TO_MIXED):
+        found += [Coordinate(1.0, kind, int(column))] + [Coordinate(1.0, kind, int(column), int(c)) for c in signals]
+    return found
+
+
+def _tune() -> list[Coordinate]:
+    kind = int(Kind.TUNE)
+    found = [Coordinate(1.0, kind, int(Col.IS_KEEP))]
+    for column in (Col.SPLIT_DELTA, Col.CHUNK_DELTA):
+        found += [
+            Coordinate(1.0, kind, int(column), int(c))
+            for c in (Ctx.LOAD_MEAN, Ctx.BATCH_MEAN, Ctx.TTFT_OK, Ctx.TPOT_OK, Ctx.DECODE_RHO)
+        ]
+    return found
+
+
+def _plan_coordinates(plans: Sequence[InstancePlan]) -> list[Coordinate]:
+    steps = {"chunk_tokens": 0.3, "prefill_tokens": 0.3, "headroom": 0.1}
+    return [Coordinate(step, plan=n) for n, step in steps.items() if any(getattr(p, n) is not None for p in plans)]
+
+
+# -- where the search begins -----------------------------------------------------------------------------------
+
+
+def random_values(params: Sequence[Param], rng: np.random.Generator) -> dict[str, Value]:
+    """A value for every parameter, uniform over its range (in the logarithm where it says so)."""
+    values: dict[str, Value] = {}
+    for p in params:
+        if p.choices is not None:
+            values[p.name] = p.choices[int(rng.integers(len(p.choices)))]
+            continue
+        u = rng.random()
+        x = p.low * (p.high / p.low) ** u if p.log else p.low + u * (p.high - p.low)
+        values[p.name] = int(round(x)) if p.integer else float(x)
+    return values
+
+
+def _random_plan(role: Role, rng: np.random.Generator) -> InstancePlan:
+    order = int(rng.integers(2))
+    chunk, prefill = int(2 ** rng.uniform(7, 13)), int(2 ** rng.uniform(9, 14))
+    if role is Role.DECODE:  # its chunks matter where a policy lets it prefill
+        return InstancePlan(role=role, chunk_tokens=chunk, prefill_tokens=prefill, order=order)
+    if role is Role.PREFILL:
+        return InstancePlan(role=role, prefill_tokens=prefill, order=order)
+    if role is Role.MIXED:
+        batching = Batching.CHUNKED if rng.random() < 0.8 else Batching.PREFILL_FIRST
+        return InstancePlan(role=role, chunk_tokens=chunk, prefill_tokens=prefill, batching=batching, order=order)
+    headroom = float(rng.uniform(0.6, 1.2))
+    return InstancePlan(
+        role=role, split=-1, headroom=headroom, prefill_tokens=prefill, chunk_tokens=chunk,
+        batching=Batching.LAYERED, order=order,
+    )  # fmt: skip
+
+
+def random_plans(setting: Setting, rng: np.random.Generator) -> tuple[InstancePlan, ...] | None:
+    """The scenario's own arrangement, one role for all, or two groups of different roles or budgets."""
+    roles = [Role.MIXED, Role.PREFILL, Role.DECODE]
+    if int(setting.profile["n_shares"].min()) > 1:
+        roles.append(Role.MULTIPLEXED)
+    n = setting.n_instances
+    draw = rng.random()
+    if draw < 0.1:
+        return None
+    whole = [role for role in roles if role not in (Role.PREFILL, Role.DECODE)]
+    if draw < 0.4 or n < 2:
+        return (_random_plan(whole[int(rng.integers(len(whole)))], rng),) * n
+    while True:
+        first, second = (roles[int(rng.integers(len(roles)))] for _ in range(2))
+        if {first, second} not in ({Role.PREFILL}, {Role.DECODE}):
+            break
+    size = int(rng.integers(1, n))
+    return (_random_plan(first, rng),) * size + (_random_plan(second, rng),) * (n - size)
+
+
+def random_design(rules: Sequence[str], setting: Setting, rng: np.random.Generator) -> Design:
+    """A third published rules as they arrange themselves, a third on other arrangements, a third linear scores."""
+    draw = rng.random()
+    if draw < 0.66:
+        rule = rules[int(rng.integers(len(rules)))]
+        plans = None if draw < 0.33 else random_plans(setting, rng)
+        return Design(rule, random_values(registry.get(rule).params, rng), plans)
+    params = registry.get("linear_score").params
+    values = registry.get("linear_score").values()
+    if rng.random() < 0.7:
+        for p in params:
+            if p.choices is None and rng.random() < 0.4:
+                values[p.name] = random_values((p,), rng)[p.name]
+    return Design("linear_score", values, random_plans(setting, rng))
+
+
+def varied(design: Design, rng: np.random.Generator) -> Design:
+    """A neighbour: some parameters drawn anew or moved, budgets of the arrangement moved."""
+    rule = registry.get(design.rule)
+    values = rule.values(design.values)
+    for p in rule.params:
+        if rng.random() >= min(0.5, 3.0 / len(rule.params)):
+            continue
+        if p.choices is not None or rng.random() < 0.3:
+            values[p.name] = random_values((p,), rng)[p.name]
+            continue
+        old, width = float(values[p.name]), 0.15
+        new = old * (p.high / p.low) ** (width * rng.normal()) if p.log else old + width * (p.high - p.low) * rng.normal()
+        new = float(np.clip(new, p.low, p.high))
+        values[p.name] = int(round(new)) if p.integer else new
+    plans = design.plans
+    if plans is not None:
+        factors = {n: 2.0 ** rng.normal(0.0, s) for n, s in (("chunk_tokens", 0.7), ("prefill_tokens", 0.7), ("headroom", 0.15))}
+        flip = rng.random() < 0.15
+        plans = tuple(
+            replace(p, **_scaled(p, factors), **({"order": 1 - p.order} if flip and p.order is not None else {}))
+            for p in plans
+        )
+    return Design(design.rule, values, plans)
