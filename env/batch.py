@@ -109,7 +109,8 @@ def advance_many(
     :param actions: int64 (B,); -1 starts an episode (nothing is pending yet)
     :param chosen: int64, indices of the clusters to advance
     :param kinds: bit mask of the kinds the learner answers
-    :param decide: rule for the other kinds, and for advice where ``observation`` has room for it, with its ``params``, ``memory`` (B, M) and ``needs``
+    :param decide: rule for the other kinds, and for advice where ``observation`` has room for it, with its
+        ``params``, ``memory`` (B, M) and ``needs``
     """
     advise = observation.shape[1] > _NARROW + mask.shape[1] * _WIDE
     for c in range(chosen.shape[0]):

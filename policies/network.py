@@ -93,9 +93,10 @@ class ScoringNetwork(nn.Module):
         for name in ("context_log", "candidate_log"):
             self.register_buffer(name, torch.tensor(getattr(self.normalisation, name), dtype=torch.bool))
         self.register_buffer("base", torch.tensor(base, dtype=torch.float32))
-        self.register_buffer("bonus", torch.zeros(len(Kind)) if bonus is None else torch.tensor(bonus, dtype=torch.float32))
-        shape = (len(Kind), N_CONTEXT_FEATURES, N_FEATURES)
-        self.register_buffer("gate", torch.zeros(shape) if gate is None else torch.tensor(gate, dtype=torch.float32))
+        zeros = np.zeros((len(Kind), N_CONTEXT_FEATURES, N_FEATURES))
+        given_bonus = np.zeros(len(Kind)) if bonus is None else bonus
+        for name, given in (("gate", zeros if gate is None else gate), ("bonus", given_bonus)):
+            self.register_buffer(name, torch.tensor(given, dtype=torch.float32))
         self.log_scale = nn.Parameter(torch.tensor([float(np.log(scale))]))
         self.context = nn.Linear(N_CONTEXT_FEATURES, hidden)
         self.candidate = nn.Linear(N_FEATURES, hidden, bias=False)

@@ -26,11 +26,11 @@ def train_policy(
     ] = "azure-conv-4xa100",
     env: Annotated[str, typer.Option(help="where to practise: surrogate")] = "surrogate",
     algo: Annotated[
-        str, typer.Option(help="ppo: a network on top of the tuned base rule; search: a rule's parameters")
+        str, typer.Option(help="ppo: a network on top of a direct search; direct: that search alone; search: one rule")
     ] = "ppo",
     rule: Annotated[
-        str, typer.Option(help="rule whose parameters are searched (--algo search)")
-    ] = "linear_score",
+        str, typer.Option(help="only this rule: searched (--algo search), or what ppo starts from; auto: all of them")
+    ] = "auto",
     budget: Annotated[str, typer.Option(help="wall time (90s, 2m, 1h) or frames (500k, 2M)")] = "2m",
     seed: Annotated[int, typer.Option(min=0, help="of everything random")] = 0,
     out: Annotated[Path | None, typer.Option(help="run folder; default runs/SCENARIO-ALGO-SEED")] = None,
@@ -44,6 +44,10 @@ def train_policy(
         str | None,
         typer.Option(help="where the search keeps its trials: a journal file or postgresql://...; default in OUT"),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="train a shipped checkpoint again: sets all of the above but --out"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")] = False,
 ) -> None:
     """Learn a dispatch policy and keep the best as a deployable checkpoint in OUT/best."""
@@ -53,18 +57,25 @@ def train_policy(
         raise SlalomError("--env", env, "training on a real engine is not in this version yet; use surrogate")
     if env != "surrogate":
         raise SlalomError("--env", env, "use surrogate")
-    if algo not in ("ppo", "search"):
-        raise SlalomError("--algo", algo, "choose ppo or search")
-    if algo == "ppo" and rule != "linear_score":
-        raise SlalomError(
-            "--rule", rule, "ppo learns on top of linear_score; --rule belongs to --algo search"
-        )
+    overrides: dict[str, object] = {}
+    if recipe is not None:
+        from train.recipe import load_recipe
+
+        found = load_recipe(recipe)
+        scenario, algo, rule, budget, seed = found.scenario, found.algorithm, found.rule, found.budget, found.seed
+        overrides, out = found.config, out or Path("runs") / Path(recipe).stem
+    if algo not in ("ppo", "direct", "search"):
+        raise SlalomError("--algo", algo, "choose ppo, direct or search")
+    if algo == "direct" and rule != "auto":
+        raise SlalomError("--rule", rule, "direct searches all rules; --rule belongs to --algo search or ppo")
+    if algo == "search" and rule == "auto":
+        rule = "linear_score"
     spent = parse_budget(budget)
 
     from train.run import Interrupted, Request, run
 
     try:
-        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config, ray, storage))
+        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config, ray, storage, overrides))
     except Interrupted as stopped:
         print(f"train-policy: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None

@@ -19,7 +19,13 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # -- budget
-    tune_share: float = Field(0.3, ge=0, le=0.9, description="share of the budget to tune the base rule")
+    tune_share: float = Field(0.3, ge=0, le=0.9, description="share of the budget to tune one base rule")
+    direct_share: float = Field(0.6, ge=0, le=1, description="share of ppo's budget for the direct search before it")
+    direct_requests: int | None = Field(
+        None, ge=1000, description="requests of the direct search instead: reproducible runs need it"
+    )
+    designs: int = Field(300, ge=2, description="random rules, arrangements and scores that the direct search draws")
+    starts: int = Field(2, ge=1, description="designs that CMA-ES refines")
     tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")
     tune_requests: int = Field(
         3000,

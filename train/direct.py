@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from cmaes import CMA
 
+from engine.errors import SlalomError
 from env.cluster import arena_of
 from env.scenario import Scenario
 from policies import registry
@@ -28,6 +29,13 @@ __all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
 
 #: Rates of the objective, as multiples of the knee of the best design so far.
 _LOADS = (0.97, 1.08, 1.2)
+#: Successive halving: share of the designs still in, loads, seeds, requests of one simulation (for one of 2000).
+_RUNGS = (
+    (1.0, (1.15,), 1, 1000),
+    (0.35, (1.0, 1.2), 1, 1500),
+    (0.12, (0.95, 1.1, 1.25), 2, 2000),
+    (0.0, _LOADS, 4, 2500),
+)
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
 
 
@@ -39,7 +47,7 @@ class DirectConfig:
     :param rounds: of exploration; each keeps ``parents`` and adds half as many neighbours and newcomers as before
     :param starts: designs refined by CMA-ES
     :param share: of the budget for exploration
-    :param n_requests: of one simulation in CMA-ES
+    :param n_requests: of one simulation in CMA-ES; None: as many as the scenario's own runs, 2000 to 4000
     """
 
     designs: int = 300
@@ -47,7 +55,7 @@ class DirectConfig:
     parents: int = 10
     starts: int = 2
     share: float = 0.3
-    n_requests: int = 2000
+    n_requests: int | None = None
     seeds: int = 1
     population: int = 14
     sigma: float = 0.6
@@ -83,20 +91,25 @@ def rules_of(scenario: Scenario) -> list[str]:
             continue
         try:
             rule.bind({}, setting)
-        except Exception:  # noqa: BLE001, S112  (a rule may refuse a scenario; another package's in any way)
+        except SlalomError:  # refuses this scenario
             continue
         found.append(name)
     return found
 
 
 class _Search:
-    def __init__(self, scenario: Scenario, config: DirectConfig, seed: int, requests: float, seconds: float, report: Report):
+    """The state of one search: budget spent, where the knee is."""
+
+    def __init__(
+        self, scenario: Scenario, config: DirectConfig, seed: int, requests: float, seconds: float, report: Report
+    ) -> None:
         self.setting = arena_of(scenario).setting
         self.fitness = Fitness(scenario, self.setting)
         self.config, self.report = config, report
         self.rng = np.random.default_rng([seed, 1])
         self.seed = seed
         self.rules = rules_of(scenario)
+        self.n_requests = config.n_requests or min(max(scenario.n_requests, 2000), 4000)
         self.most_requests, self.most_seconds = requests, seconds
         self.begin = time.monotonic()
         self.knee = 0.0
@@ -120,7 +133,9 @@ class _Search:
         pool = [Design(name) for name in (*self.rules, "linear_score")]
         knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1), i) for i, d in enumerate(pool)]
         self.knee = max(knees)[0]
-        n = config.designs
+        # a round costs about 4000 requests a design; a small budget draws fewer
+        afford = 0.25 * config.share * self.most_requests / self.n_requests
+        n = int(max(min(config.designs, afford), 8))
         survivors: list[Design] = []
         for turn in range(config.rounds):
             fresh = [random_design(self.rules, self.setting, self.rng) for _ in range(n if turn == 0 else n // 4)]
@@ -134,24 +149,25 @@ class _Search:
 
     def _halve(self, designs: list[Design], turn: int) -> list[Design]:
         keep = self.config.parents
-        rungs = ((1.0, (1.15,), 1, 1000), (0.35, (1.0, 1.2), 1, 1500), (0.12, (0.95, 1.1, 1.25), 2, 2000), (0.0, _LOADS, 4, 2500))
         total = len(designs)
-        for rung, (share, loads, seeds, n) in enumerate(rungs):
-            designs = designs[: max(int(share * total), keep if rung < 3 else keep, 1)] if rung else designs
+        for rung, (share, loads, seeds, n) in enumerate(_RUNGS):
+            designs = designs[: max(int(share * total), keep)]
             first = _FIRST_SEED + 100 * turn + 10 * rung
             rates = [load * self.knee for load in loads]
             scored = []
             for i, design in enumerate(designs):
-                scored.append((self.fitness.score(design, rates, range(first, first + seeds), n), -i))
+                score = self.fitness.score(design, rates, range(first, first + seeds), n * self.n_requests // 2000)
+                scored.append((score, -i))
                 if i % 8 == 0:
-                    self.note("explore", (turn + (rung + i / len(designs)) / len(rungs)) / self.config.rounds, max(scored)[0])
+                    done = turn + (rung + i / len(designs)) / len(_RUNGS)
+                    self.note("explore", done / self.config.rounds, max(scored)[0])
             designs = [designs[-i] for _, i in sorted(scored, reverse=True)]
             self.recentre(designs[0], first)
         return designs[:keep]
 
     def recentre(self, design: Design, seed: int) -> None:
         """Move the rates to the knee of ``design``, if it has one."""
-        knee = self.fitness.knee(design, max(self.knee, 1e-3), (seed, seed + 1), 2000, 0.03)
+        knee = self.fitness.knee(design, max(self.knee, 1e-3), (seed, seed + 1), self.n_requests, 0.03)
         self.knee = knee if knee > 0.0 else self.knee
 
     # -- refine ----------------------------------------------------------------------------------------------
@@ -168,12 +184,12 @@ class _Search:
         start, generation, mean = self.used, 0, np.zeros(len(space))
         while self.used < until and not optimiser.should_stop():
             first = _CMA_SEED + 1000 * number + generation * config.seeds
-            rates = [load * self.knee for load in _LOADS[:2]] if generation % 2 else [load * self.knee for load in _LOADS[1:]]
+            rates = [load * self.knee for load in (_LOADS[:2] if generation % 2 else _LOADS[1:])]
             told, best = [], -1.0
             for _ in range(optimiser.population_size):
                 theta = optimiser.ask()
                 score = self.fitness.score(
-                    replace(design, theta=theta), rates, range(first, first + config.seeds), config.n_requests
+                    replace(design, theta=theta), rates, range(first, first + config.seeds), self.n_requests
                 )
                 told.append((theta, -score))
                 best = max(best, score)
@@ -210,8 +226,8 @@ def direct_search(
     rules = [d for d in survivors if d.plans is None] or [Design("linear_score")]
     finalists = [*refined, *starts, rules[0]]
     rates = [load * search.knee for load in _LOADS]
-    ranked = [(search.fitness.score(d, rates, range(5_000, 5_006), 2500), -i) for i, d in enumerate(finalists)]
-    best = finalists[-max(ranked)[1]]
+    scores = [search.fitness.score(d, rates, range(5_000, 5_006), search.n_requests) for d in finalists]
+    best = finalists[scores.index(max(scores))]
     search.recentre(best, 6_000)
     return DirectResult(
         best, rules[0], tuple(finalists), search.knee, search.fitness.requests,

@@ -11,11 +11,12 @@ from typing import Any
 import torch as th
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
+from env.cluster import arena_of
 from env.scenario import Scenario
 from eval import provenance
-from policies import linear_score, registry
 from policies.checkpoint import Facts, load, save_network, save_rule
 from policies.network import ScoringNetwork
+from policies.setting import Setting
 from train.config import TrainConfig
 from train.ppo import DispatchPPO
 from train.search import SearchResult
@@ -36,19 +37,21 @@ class Publisher:
     seed: int
 
     def new_network(self) -> ScoringNetwork:
-        """An untrained network: its decisions are the base rule's."""
-        values = registry.get(self.base.rule).values(self.base.values)
-        return ScoringNetwork(linear_score.weights(values), hidden=self.config.hidden, scale=self.config.base_scale)
+        """An untrained network: its decisions are the base's."""
+        return self.base.design.network(self._setting, self.config.hidden, self.config.base_scale)
 
-    def rule(self, folder: Path, evaluation: Sequence[dict[str, Any]] = ()) -> None:
-        """The base rule as a checkpoint."""
-        save_rule(
-            folder,
-            rule=self.base.rule,
-            values=self.base.values,
-            profile=self._profile(),
-            facts=self._facts({}, evaluation, {}),
-        )
+    def start(self, folder: Path, evaluation: Sequence[dict[str, Any]] = ()) -> None:
+        """The base, which learning starts from, as a checkpoint."""
+        design = self.base.design
+        if design.theta is None:
+            facts = self._facts({}, evaluation, {})
+            save_rule(folder, rule=self.base.rule, values=self.base.values, profile=self._profile(), facts=facts)
+        else:
+            self._save(folder, design.network(self._setting, 4, 1.0), {}, evaluation, {})
+
+    @property
+    def _setting(self) -> Setting:
+        return arena_of(self.scenario).setting
 
     def network(self, folder: Path, model: DispatchPPO) -> None:
         """The network as it is now, with the bounds of what it has seen."""
@@ -65,7 +68,6 @@ class Publisher:
             "frames": model.num_timesteps,
             "updates": model._n_updates,
             "episodes_requests": self.config.n_requests,
-            "wall_s": round(model.trained_s, 1),
         }
         self._save(folder, network, learned, (), bounds)
 
@@ -108,16 +110,17 @@ class Publisher:
             "seed": self.seed,
             "search_trials": self.base.trials,
             "search_requests": self.base.requests,
-            "search_s": self.base.seconds,
             "commit": provenance.commit() or "unknown",
             "versions": provenance.versions(),
             "hyper_parameters": self.config.model_dump(mode="json"),
         }
+        own = self.base.plans is None and self.base.theta is None  # then it follows from the rule, for any cluster
         return Facts(
-            name=f"{self.scenario.name}-{'ppo' if learned else 'search'}-{self.seed}",
+            name=f"{self.scenario.name}-{'ppo' if learned else self.base.sampler.lower()}-{self.seed}",
             scenario=self.scenario.name,
             scenario_sha256=self.scenario.hash(),
             training=training | learned,
             evaluation=evaluation,
             bounds=bounds,
+            arrangement=None if own else self.base.design.arrangement(self._setting),
         )

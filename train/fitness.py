@@ -36,7 +36,7 @@ class Fitness:
     """
 
     def __init__(
-        self, scenario: Scenario, setting: Setting, split: Literal["train", "valid"] = "train", class_floor: float = 0.5
+        self, scenario: Scenario, setting: Setting, split: Literal["train", "valid"] = "train", class_floor: float = 0.6
     ) -> None:
         self.scenario, self.setting, self.split, self.class_floor = scenario, setting, split, class_floor
         self.requests = 0
@@ -54,9 +54,7 @@ class Fitness:
 
     def attainment(self, policy: Policy, rate: float, seed: int, n: int) -> float:
         """Share of requests sent that met both targets, less the lack of the worst class."""
-        run = simulate(
-            self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n)
-        )
+        run = simulate(self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n))
         self.requests += n
         found = outcomes(run, warmup=_WARMUP)
         good = found.good

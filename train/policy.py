@@ -18,7 +18,8 @@ __all__ = ["ScoringPolicy"]
 class ScoringPolicy(MaskableActorCriticPolicy):
     """Actor and critic around a network that scores candidates.
 
-    The observation is ``[context (C) | candidates (K x F) | advice (K), where given]`` in float32, the action an index below K.
+    The observation is ``[context (C) | candidates (K x F) | advice (K), where given]`` in float32, the action an
+    index below K.
 
     :param make_network: builds a module called as ``network(observations, mask (B, K))`` whose answer has
         ``logits`` (B, K), masked rows far below the others, and ``value`` (B,) on a unit scale;

@@ -1,15 +1,16 @@
 """One training from request to checkpoint.
 
-    base     tune the base rule with Optuna on split ``train``              -> base.json, best/ (the rule)
+    base     search rules, arrangements and scores on split ``train``       -> base.json, base/, best/
     learn    PPO on top of it, snapshots judged on split ``valid``          -> snapshots/, best/
-    select   base rule and the best snapshots again, on fresh ``valid`` windows -> best/, result.json
+    select   base and the best snapshots again, on fresh ``valid`` windows  -> best/, result.json
 
-``--algo search`` stops after the first stage. Every stage resumes.
+``--algo direct`` stops after the first stage; so does ``--algo search``, which tunes one rule. Every stage resumes.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from env.cluster import arena_of
 from env.scenario import Scenario
-from env.simulate import bind_policy
 from env.vector_env import SlalomVecEnv
 from eval.points import Contender, PointSettings, measure
 from eval.ray_pool import RayExecutor, connect, cores
@@ -27,8 +28,10 @@ from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
 from train.collector import ProcessVecEnv
 from train.config import TrainConfig, load_config
+from train.direct import rules_of
 from train.export import Publisher
 from train.folder import RunFolder
+from train.foundation import AUTO, search_all
 from train.judge import SimulatorJudge
 from train.learn import learn, monitor_seeds
 from train.progress import Display
@@ -55,9 +58,10 @@ class Request:
     """What ``train-policy`` was asked for.
 
     :param scenario: shipped name or YAML file
-    :param algorithm: ``ppo`` or ``search``
-    :param rule: the searched rule, or the one PPO starts from (``linear_score``)
+    :param algorithm: ``ppo``, ``direct`` or ``search``
+    :param rule: the searched rule, or the one PPO starts from; ``auto``: all of them, arrangements and scores
     :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
+    :param overrides: hyper-parameters, above those of ``config``
     :param ray: ``auto`` or the address of a Ray cluster that collects rollouts and runs trials; None: this process
     :param storage: journal file or URL of the database that keeps the search; None: ``study.journal`` in the folder
     """
@@ -72,6 +76,7 @@ class Request:
     config: Path | None = None
     ray: str | None = None
     storage: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def run(request: Request) -> dict[str, Any]:
     scenario = Scenario.load(request.scenario)
     if request.ray is not None:
         connect(request.ray)
-    config = load_config(request.config, scenario.name)
+    config = load_config(request.config, scenario.name, **request.overrides)
     torch.set_num_threads(config.torch_threads)
     root = request.out or Path("runs") / f"{scenario.name}-{request.algorithm}-{request.seed}"
     folder = RunFolder(root)
@@ -116,11 +121,15 @@ def _stages(
         table.append(
             {"policy": f"{base.rule} (defaults)", "attainment": base.default_score, "split": "valid"}
         )
-        publisher.rule(folder.best, table)
+        publisher.start(folder.best, table)
         return _finish(summary, folder, display, base.score, base.default_score)
+    publisher = replace(publisher, base=_published(publisher, folder.root / "base"))
     if not folder.best.exists():
-        publisher.rule(folder.best)  # something deployable from here on, whatever happens
+        publisher.start(folder.best)  # something deployable from here on, whatever happens
     log.write("base", **asdict(base))
+    if request.algorithm == "direct":
+        publisher.start(folder.best, _table(base))
+        return _finish(summary, folder, display, base.score, base.default_score)
     rates = tuple(load * base.knee for load in config.eval_loads)
     judge = SimulatorJudge(scenario, rates, config.eval_requests)
     try:
@@ -134,11 +143,29 @@ def _stages(
     return _finish(summary | facts | chosen, folder, display, chosen["attainment"], chosen["base_attainment"])
 
 
+def _table(base: SearchResult) -> list[dict[str, Any]]:
+    """What the model card says of a direct search."""
+    rows = [("this policy", base.score), ("best published rule, searched with it", base.default_score)]
+    return [{"policy": name, "attainment": round(score, 5), "split": "valid"} for name, score in rows]
+
+
+def _published(publisher: Publisher, folder: Path) -> SearchResult:
+    """The base, as a checkpoint where it is more than a rule with values."""
+    base = publisher.base
+    if base.plans is None and base.theta is None:
+        return base
+    publisher.start(folder)
+    return replace(base, folder=str(folder))
+
+
 def _warm_up(scenario: Scenario, rule: str, display: Display) -> None:
     """Compile the kernels (once per version and machine) before any clock of the budget runs."""
     display.phase("compile")
     display.update(0.0, "kernels, the first time on this machine only")
-    measure(scenario, Contender(rule), 1.0, 0, PointSettings(n_requests=20, split="train"))
+    rules = [rule] if rule != AUTO else rules_of(scenario)
+    for number, name in enumerate(rules):
+        measure(scenario, Contender(name), scenario.reference_rate, 0, PointSettings(n_requests=20, split="train"))
+        display.update((number + 1) / len(rules), name)
     display.update(1.0, "ready")
 
 
@@ -148,6 +175,10 @@ def _base(
     """The tuned rule, from an earlier part of this run if there is one."""
     if folder.base.exists():
         return SearchResult(**read_json(folder.base))
+    if request.rule == AUTO:
+        found = search_all(scenario, config, display, request.budget, request.algorithm == "direct", request.seed)
+        write_json(folder.base, asdict(found))
+        return found
     search_only = request.algorithm == "search"
     budget, share = request.budget, 1.0 if search_only else config.tune_share
     found = search_rule(
@@ -201,8 +232,12 @@ def _learn(
 
 def _environments(worker: int, base: SearchResult, scenario: Scenario, seed: int, **settings: Any) -> VecEnv:
     """The environments of one process; a compiled rule does not travel, so it is bound here."""
-    policy = bind_policy(base.rule, scenario, base.values)
-    return SlalomVecEnv(scenario, seed=seed + 100_003 * worker, split="train", policy=policy, **settings)
+    design, setting = base.design, arena_of(scenario).setting
+    policy = replace(design.base(setting), arrangement=design.arrangement(setting))
+    advise = bool(design.network(setting, 4, 1.0).bonus.any())
+    return SlalomVecEnv(
+        scenario, seed=seed + 100_003 * worker, split="train", policy=policy, advise=advise, **settings
+    )
 
 
 def make_env(publisher: Publisher, ray: str | None = None) -> VecEnv:

@@ -10,8 +10,11 @@ import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from eval.goodput import find_goodput
@@ -21,6 +24,7 @@ from policies import registry
 from policies.rule import Value
 from train.config import TrainConfig
 from train.progress import Display
+from train.space import Design
 
 __all__ = ["SearchResult", "search_rule"]
 
@@ -42,6 +46,7 @@ _MOST_TRIALS = 20_000
 class SearchResult:
     """A rule with the best parameters found.
 
+    :param plans: arrangement, where it is not the rule's own; ``theta``: see ``train.space``
     :param knee: its goodput at 90 % in requests per second on the ``train`` split
     :param default_score: score of the untuned rule in the final ranking, 0 to 1
     :param score: score of ``values`` there
@@ -58,10 +63,20 @@ class SearchResult:
     requests: int
     seconds: float
     sampler: str
+    plans: list[dict[str, Any]] | None = None
+    theta: list[float] | None = None
+    folder: str = ""
 
     @property
     def contender(self) -> Contender:
-        return Contender(self.rule, self.values, tuned=True)
+        """The rule with its values; for more than that (``plans``, ``theta``) its checkpoint, ``folder``."""
+        return Contender(self.folder) if self.folder else Contender(self.rule, self.values, tuned=True)
+
+    @property
+    def design(self) -> Design:
+        """The same for the direct search and for networks."""
+        plans = None if self.plans is None else tuple(InstancePlan(**plan) for plan in self.plans)
+        return Design(self.rule, self.values, plans, None if self.theta is None else np.array(self.theta))
 
 
 def search_rule(

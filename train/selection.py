@@ -1,4 +1,4 @@
-"""Which checkpoint leaves the training: base rule or a snapshot, on validation windows nobody saw yet."""
+"""Which checkpoint leaves the training: the base or a snapshot, on validation windows nobody saw yet."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def select(
     judge: Judge,
     display: Display,
 ) -> dict[str, Any]:
-    """Judge the base rule and the best snapshots again on fresh windows; write the winner to ``best/``.
+    """Judge the base and the best snapshots again on fresh windows; write the winner to ``best/``.
 
     The windows watched in training chose the snapshots, so their scores are too good; these are not.
 
-    :returns: the table, the winner and its gain over the base rule with the standard error over windows
+    :returns: the table, the winner and its gain over the base with the standard error over windows
     """
     display.phase("select")
     finalists = sorted(evaluations, key=lambda e: -e.score)[: config.finalists]
     seeds = range(_FIRST_SEED, _FIRST_SEED + config.final_seeds)
-    contenders: list[tuple[str, Contender]] = [("base rule", publisher.base.contender)]
+    contenders: list[tuple[str, Contender]] = [("base", publisher.base.contender)]
     for entry in finalists:
         contenders.append((entry.name, Contender(str(folder.root / "snapshots" / entry.name))))
     verdicts: list[Verdict] = []
@@ -46,7 +46,7 @@ def select(
         display.update(index / len(contenders), name)
         verdicts.append(judge.submit(contender, seeds).result())
     display.update(1.0, "done")
-    # ties go to the simpler policy, the rule, which comes first
+    # ties go to the simpler policy, the base, which comes first
     winner = max(range(len(contenders)), key=lambda i: verdicts[i].score)
     per_window = np.mean(np.array(verdicts[winner].attainment) - np.array(verdicts[0].attainment), axis=0)
     error = float(np.std(per_window, ddof=1) / np.sqrt(len(per_window))) if len(per_window) > 1 else 0.0
@@ -55,7 +55,7 @@ def select(
         for (name, _), verdict in zip(contenders, verdicts, strict=True)
     ]
     if winner == 0:
-        publisher.rule(folder.best, table)
+        publisher.start(folder.best, table)
     else:
         publisher.finished(Path(contenders[winner][1].policy), folder.best, table)
     return {

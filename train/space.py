@@ -17,6 +17,7 @@ from engine.core.columns import Col, Ctx, Kind
 from engine.core.policy import InstancePlan
 from engine.core.state import Batching, Role
 from policies import linear_score, registry
+from policies.arrangement import resized
 from policies.checkpoint import bind_network
 from policies.features import N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS
 from policies.network import ScoringNetwork
@@ -84,7 +85,22 @@ class Design:
     def base(self, setting: Setting) -> BoundPolicy:
         """The rule alone, on this arrangement."""
         base = registry.get(self.rule).bind(self.values, setting)
-        return base if self.plans is None else replace(base, arrangement=list(self.plans))
+        return base if self.plans is None else replace(base, arrangement=resized(self.plans, setting.n_instances))
+
+    def network(self, setting: Setting, hidden: int, scale: float) -> ScoringNetwork:
+        """A network that decides as this design does, for PPO to go on from."""
+        space = Space(setting, self)
+        if self.theta is not None or space.advised:
+            return space.network(np.zeros(len(space)) if self.theta is None else self.theta, hidden, scale)
+        weights = linear_score.weights(registry.get("linear_score").values(self.values))
+        return ScoringNetwork(weights, hidden=hidden, scale=scale)
+
+    def arrangement(self, setting: Setting) -> list[InstancePlan] | None:
+        """The plans it runs on; None: the scenario's."""
+        if self.theta is not None:
+            return Space(setting, self).plans(self.theta)
+        found = self.base(setting).arrangement
+        return None if found is None else list(found)
 
 
 class Space:
@@ -94,9 +110,11 @@ class Space:
         self.design = design
         self.start = design.base(setting).arrangement
         self.advised = design.rule != "linear_score"
-        roles = {p.role if p.role is not None else r for p, r in zip(self.start, setting.roles, strict=True)} if (
-            self.start is not None
-        ) else set(setting.roles)
+        roles = (
+            {p.role if p.role is not None else r for p, r in zip(self.start, setting.roles, strict=True)}
+            if (self.start is not None)
+            else set(setting.roles)
+        )
         self.coordinates = (
             *_prefill(setting, roles),
             *_decode(roles),
@@ -116,7 +134,10 @@ class Space:
         return len(self.coordinates)
 
     def network(self, theta: np.ndarray, hidden: int = _HIDDEN, scale: float = 1.0) -> ScoringNetwork:
-        """The score at ``theta``; its residual is zero."""
+        """The score at ``theta``; its residual is zero.
+
+        :param scale: factor of all logits: how sure a policy that draws its answers is of them
+        """
         base, gate = self._base.copy(), np.zeros((len(Kind), N_CONTEXT_FEATURES, N_FEATURES))
         for c, offset in zip(self.coordinates, theta, strict=True):
             if c.kind < 0:
@@ -212,7 +233,7 @@ def random_values(params: Sequence[Param], rng: np.random.Generator) -> dict[str
             continue
         u = rng.random()
         x = p.low * (p.high / p.low) ** u if p.log else p.low + u * (p.high - p.low)
-        values[p.name] = int(round(x)) if p.integer else float(x)
+        values[p.name] = round(x) if p.integer else float(x)
     return values
 
 
@@ -280,12 +301,14 @@ def varied(design: Design, rng: np.random.Generator) -> Design:
             values[p.name] = random_values((p,), rng)[p.name]
             continue
         old, width = float(values[p.name]), 0.15
-        new = old * (p.high / p.low) ** (width * rng.normal()) if p.log else old + width * (p.high - p.low) * rng.normal()
+        move = width * rng.normal()
+        new = old * (p.high / p.low) ** move if p.log else old + (p.high - p.low) * move
         new = float(np.clip(new, p.low, p.high))
-        values[p.name] = int(round(new)) if p.integer else new
+        values[p.name] = round(new) if p.integer else new
     plans = design.plans
     if plans is not None:
-        factors = {n: 2.0 ** rng.normal(0.0, s) for n, s in (("chunk_tokens", 0.7), ("prefill_tokens", 0.7), ("headroom", 0.15))}
+        spreads = {"chunk_tokens": 0.7, "prefill_tokens": 0.7, "headroom": 0.15}
+        factors = {name: 2.0 ** rng.normal(0.0, spread) for name, spread in spreads.items()}
         flip = rng.random() < 0.15
         plans = tuple(
             replace(p, **_scaled(p, factors), **({"order": 1 - p.order} if flip and p.order is not None else {}))

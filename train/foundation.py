@@ -1,0 +1,75 @@
+"""What learning starts from when no rule is named: the direct search, and the choice among what it found.
+
+The finalists (refined scores, the designs they came from, the best published rule) are ranked on validation windows
+that the search has not seen, so the outcome is never below the best rule there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from env.cluster import arena_of
+from env.scenario import Scenario
+from train.budget import Budget
+from train.config import TrainConfig
+from train.direct import DirectConfig, direct_search
+from train.fitness import Fitness
+from train.progress import Display
+from train.search import SearchResult
+from train.space import Design
+
+__all__ = ["AUTO", "rank", "search_all"]
+
+AUTO = "auto"
+_FIRST_SEED = 1_000  # as in eval.tune
+_RANKING_SHARE = 0.12  # of the search's time for the choice
+
+
+def rank(scenario: Scenario, designs: list[Design], rates: list[float], seeds: int, n: int) -> list[float]:
+    """Mean attainment of each design over fresh validation windows."""
+    fitness = Fitness(scenario, arena_of(scenario).setting, "valid")
+    return [fitness.score(design, rates, range(_FIRST_SEED, _FIRST_SEED + seeds), n) for design in designs]
+
+
+def search_all(
+    scenario: Scenario, config: TrainConfig, display: Display, budget: Budget, alone: bool, seed: int
+) -> SearchResult:
+    """The best design within a budget.
+
+    :param alone: the search is the whole training; otherwise it gets ``config.direct_share`` of the time
+    """
+    share = 1.0 if alone else config.direct_share
+    requests: float = config.direct_requests or (budget.frames if alone and budget.frames else float("inf"))
+    phase = ""
+
+    def report(name: str, done: float, note: str) -> None:
+        nonlocal phase
+        if name != phase:
+            display.phase(name)
+            phase = name
+        display.update(done, note)
+
+    if requests == float("inf") and budget.seconds == float("inf"):
+        requests = 2.0 * (budget.frames or 0)  # ppo with a budget in frames: two simulated requests a frame
+    seconds = budget.seconds * share * (1.0 - _RANKING_SHARE) if requests == float("inf") else float("inf")
+    sizes = DirectConfig(designs=config.designs, starts=config.starts)
+    found = direct_search(scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report)
+    display.phase("choose")
+    rates = [load * found.knee for load in config.eval_loads]
+    scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests)
+    display.update(1.0, "done")
+    best = max(range(len(scores)), key=lambda i: (scores[i], -i))
+    design = found.finalists[best]
+    return SearchResult(
+        rule=design.rule,
+        values=dict(design.values),
+        knee=found.knee,
+        default_score=scores[-1],
+        score=scores[best],
+        trials=len(found.history),
+        requests=found.requests,
+        seconds=found.seconds,
+        sampler="direct",
+        plans=None if design.plans is None else [asdict(plan) for plan in design.plans],
+        theta=None if design.theta is None else design.theta.tolist(),
+    )

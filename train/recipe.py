@@ -1,0 +1,60 @@
+"""Recipes: the exact request behind every shipped checkpoint, by name.
+
+``train-policy --recipe NAME`` trains what stands in ``checkpoints/policies/NAME`` again, from nothing. Budgets are in
+requests or frames, not in seconds, so the outcome follows from the recipe alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine.errors import SlalomError
+
+__all__ = ["Recipe", "load_recipe", "recipe_names"]
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+class Recipe(BaseModel):
+    """What ``train-policy`` is asked for.
+
+    :param budget: as on the command line
+    :param config: hyper-parameters of :class:`train.config.TrainConfig`
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scenario: str
+    algorithm: Literal["ppo", "direct", "search"]
+    rule: str = "auto"
+    budget: str
+    seed: int = 0
+    config: dict[str, Any] = {}
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or any YAML file by path.
+
+    :raises SlalomError: no such recipe, or one with unknown or impossible fields
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fix = f"give a YAML file, or one of: {', '.join(recipe_names())}"
+        raise SlalomError("--recipe", name, fix) from error
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise SlalomError(f"{path.name}: {where}", first.get("input"), first["msg"]) from error
