@@ -25,6 +25,13 @@ class TrainConfig(BaseModel):
         None, ge=1000, description="requests of the direct search instead: reproducible runs need it"
     )
     designs: int = Field(300, ge=2, description="random rules, arrangements and scores that the direct search draws")
+    direct_size: int | None = Field(
+        None, ge=20, description="requests of its simulations; default: the scenario's, 2000 to 4000"
+    )
+    direct_seeds: int = Field(1, ge=1, description="arrival sequences per rate and generation of CMA-ES")
+    wait_limit_s: float | None = Field(
+        None, gt=0, description="in the direct search, who waits longer for a first token counts as two misses"
+    )
     starts: int = Field(2, ge=1, description="designs that CMA-ES refines")
     tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")
     tune_requests: int = Field(

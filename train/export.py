@@ -47,7 +47,10 @@ class Publisher:
             facts = self._facts({}, evaluation, {})
             save_rule(folder, rule=self.base.rule, values=self.base.values, profile=self._profile(), facts=facts)
         else:
-            self._save(folder, design.network(self._setting, 4, 1.0), {}, evaluation, {})
+            with th.random.fork_rng(devices=[]):
+                th.manual_seed(self.seed)  # the residual is zero, but its hidden weights are in the file
+                network = design.network(self._setting, 4, 1.0)
+            self._save(folder, network, {}, evaluation, {})
 
     @property
     def _setting(self) -> Setting:

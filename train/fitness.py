@@ -33,12 +33,19 @@ class Fitness:
     """Scores designs on one scenario and counts what that cost.
 
     :param class_floor: attainment below which a class costs extra, per point as much as the mean itself
+    :param wait_limit_s: whoever waits longer for a first token counts as two misses; None: no such limit
     """
 
     def __init__(
-        self, scenario: Scenario, setting: Setting, split: Literal["train", "valid"] = "train", class_floor: float = 0.6
+        self,
+        scenario: Scenario,
+        setting: Setting,
+        split: Literal["train", "valid"] = "train",
+        class_floor: float = 0.6,
+        wait_limit_s: float | None = None,
     ) -> None:
         self.scenario, self.setting, self.split, self.class_floor = scenario, setting, split, class_floor
+        self.wait_limit_s = wait_limit_s
         self.requests = 0
         self._traces: OrderedDict[tuple[float, int, int], Trace] = OrderedDict()
 
@@ -59,6 +66,8 @@ class Fitness:
         found = outcomes(run, warmup=_WARMUP)
         good = found.good
         score = float(good.mean())
+        if self.wait_limit_s is not None:
+            score -= float(np.mean(~(found.ttft_s <= self.wait_limit_s)))  # NaN: never served
         if len(self.scenario.classes) > 1:
             cls = run.req["cls"][found.rows]
             worst = min((float(good[cls == c].mean()) for c in np.unique(cls)), default=1.0)

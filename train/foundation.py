@@ -25,9 +25,11 @@ _FIRST_SEED = 1_000  # as in eval.tune
 _RANKING_SHARE = 0.12  # of the search's time for the choice
 
 
-def rank(scenario: Scenario, designs: list[Design], rates: list[float], seeds: int, n: int) -> list[float]:
-    """Mean attainment of each design over fresh validation windows."""
-    fitness = Fitness(scenario, arena_of(scenario).setting, "valid")
+def rank(
+    scenario: Scenario, designs: list[Design], rates: list[float], seeds: int, n: int, wait_limit_s: float | None = None
+) -> list[float]:
+    """Score of each design over fresh validation windows; see :class:`train.fitness.Fitness`."""
+    fitness = Fitness(scenario, arena_of(scenario).setting, "valid", wait_limit_s=wait_limit_s)
     return [fitness.score(design, rates, range(_FIRST_SEED, _FIRST_SEED + seeds), n) for design in designs]
 
 
@@ -52,11 +54,17 @@ def search_all(
     if requests == float("inf") and budget.seconds == float("inf"):
         requests = 2.0 * (budget.frames or 0)  # ppo with a budget in frames: two simulated requests a frame
     seconds = budget.seconds * share * (1.0 - _RANKING_SHARE) if requests == float("inf") else float("inf")
-    sizes = DirectConfig(designs=config.designs, starts=config.starts)
+    sizes = DirectConfig(
+        designs=config.designs,
+        starts=config.starts,
+        n_requests=config.direct_size,
+        seeds=config.direct_seeds,
+        wait_limit_s=config.wait_limit_s,
+    )
     found = direct_search(scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report)
     display.phase("choose")
     rates = [load * found.knee for load in config.eval_loads]
-    scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests)
+    scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests, config.wait_limit_s)
     display.update(1.0, "done")
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     design = found.finalists[best]

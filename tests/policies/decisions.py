@@ -88,6 +88,6 @@ def network(hidden: int = 16, seed: int = 0) -> ScoringNetwork:
     torch.manual_seed(seed)
     net = ScoringNetwork(BASE, hidden)
     with torch.no_grad():
-        for parameter in (net.out.weight, net.context.bias, net.pool.bias, net.value[2].bias):
+        for parameter in (net.gate, net.out.weight, net.context.bias, net.pool.bias, net.value[2].bias):
             parameter.normal_(0.0, 0.5)
     return net

@@ -110,6 +110,7 @@ def test_gradients_reach_every_trainable_weight() -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
     assert not net.base.requires_grad
+    assert not net.gate.requires_grad
 
 
 def test_more_candidates_than_bound_for_is_an_error_not_an_overrun() -> None:

@@ -22,10 +22,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         (["--env", "gpu"], "not in this version yet"),
         (["--env", "moon"], "use surrogate"),
-        (["--algo", "dqn"], "choose ppo or search"),
+        (["--algo", "dqn"], "choose ppo, direct or search"),
         (["--budget", "soon"], "write a time"),
         (["--budget", "0s"], "write a time"),
-        (["--rule", "round_robin"], "belongs to --algo search"),
+        (["--algo", "direct", "--rule", "round_robin"], "belongs to --algo search"),
         (["--seed", "-1"], "seed"),
         (["--sped", "3"], "sped"),
     ],
