@@ -23,7 +23,10 @@ VENV = Path(os.environ.get("SLALOM_VENV", ROOT / ".venv"))
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 SCENARIO = "azure-conv-4xa100"
 OUT = ROOT / "runs" / SCENARIO
-RULES = ("round_robin", "power_of_two", "least_tokens", "static_split", "chunked", "splitwise", "muxwise", "linear_score")
+RULES = (
+    *("round_robin", "power_of_two", "least_tokens", "static_split"),
+    *("chunked", "splitwise", "muxwise", "linear_score"),
+)
 #: Users with a GPU bring the torch build of their CUDA version; without one this version is enough.
 CPU_TORCH = "torch==2.13.0"
 #: A package that carries SmolLM2-135M-Instruct: the real model of the tests. Its dependencies are not needed.
