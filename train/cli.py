@@ -58,13 +58,14 @@ def train_policy(
     if env != "surrogate":
         raise SlalomError("--env", env, "use surrogate")
     overrides: dict[str, object] = {}
+    also: tuple[str, ...] = ()
     if recipe is not None:
         from train.recipe import load_recipe
 
         found = load_recipe(recipe)
         scenario, algo, rule, budget, seed = found.scenario, found.algorithm, found.rule, found.budget, found.seed
-        overrides, out = found.config, out or Path("runs") / Path(recipe).stem
-    if algo not in ("ppo", "direct", "search"):
+        also, overrides, out = found.also, found.config, out or Path("runs") / Path(recipe).stem
+    if algo not in ("ppo", "direct", "search") and recipe is None:
         raise SlalomError("--algo", algo, "choose ppo, direct or search")
     if algo == "direct" and rule != "auto":
         raise SlalomError("--rule", rule, "direct searches all rules; --rule belongs to --algo search or ppo")
@@ -75,7 +76,7 @@ def train_policy(
     from train.run import Interrupted, Request, run
 
     try:
-        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config, ray, storage, overrides))
+        result = run(Request(scenario, algo, rule, spent, seed, out, resume, config, ray, storage, overrides, also))
     except Interrupted as stopped:
         print(f"train-policy: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None

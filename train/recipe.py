@@ -22,6 +22,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 class Recipe(BaseModel):
     """What ``train-policy`` is asked for.
 
+    :param also: further scenarios of a generalist, ``NAME`` or ``NAME@16`` for 16 mixed instances of its first group
     :param budget: as on the command line
     :param config: hyper-parameters of :class:`train.config.TrainConfig`
     """
@@ -29,7 +30,8 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scenario: str
-    algorithm: Literal["ppo", "direct", "search"]
+    also: tuple[str, ...] = ()
+    algorithm: Literal["ppo", "direct", "search", "generalist"]
     rule: str = "auto"
     budget: str
     seed: int = 0

@@ -32,6 +32,7 @@ from train.direct import rules_of
 from train.export import Publisher
 from train.folder import RunFolder
 from train.foundation import AUTO, search_all
+from train.generalist import named, train_generalist
 from train.judge import SimulatorJudge
 from train.learn import learn, monitor_seeds
 from train.progress import Display
@@ -58,9 +59,10 @@ class Request:
     """What ``train-policy`` was asked for.
 
     :param scenario: shipped name or YAML file
-    :param algorithm: ``ppo``, ``direct`` or ``search``
+    :param algorithm: ``ppo``, ``direct``, ``search`` or ``generalist``
     :param rule: the searched rule, or the one PPO starts from; ``auto``: all of them, arrangements and scores
     :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
+    :param also: further scenarios of a generalist, see :class:`train.recipe.Recipe`
     :param overrides: hyper-parameters, above those of ``config``
     :param ray: ``auto`` or the address of a Ray cluster that collects rollouts and runs trials; None: this process
     :param storage: journal file or URL of the database that keeps the search; None: ``study.journal`` in the folder
@@ -77,6 +79,7 @@ class Request:
     ray: str | None = None
     storage: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -111,6 +114,8 @@ def run(request: Request) -> dict[str, Any]:
 def _stages(
     request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display
 ) -> dict[str, Any]:
+    if request.algorithm == "generalist":
+        return _generalist(request, scenario, config, folder, display)
     log = JsonLog(folder.root / "log.jsonl")
     _warm_up(scenario, request.rule, display)
     base = _base(request, scenario, config, folder, display)
@@ -141,6 +146,30 @@ def _stages(
         judge.close()
     log.write("selected", **chosen)
     return _finish(summary | facts | chosen, folder, display, chosen["attainment"], chosen["base_attainment"])
+
+
+def _generalist(
+    request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display
+) -> dict[str, Any]:
+    """One policy for ``scenario`` and those of ``request.also``."""
+    several = [scenario, *(named(name) for name in request.also)]
+    display.phase("generalist")
+    design, requests, seconds = train_generalist(
+        several,
+        requests=request.budget.frames or 10_000_000,
+        seed=request.seed,
+        report=lambda phase, done, note: display.update(done, note),
+    )
+    assert design.plans is not None
+    assert design.theta is not None
+    plans, theta = [asdict(plan) for plan in design.plans], design.theta.tolist()
+    base = SearchResult(
+        design.rule, {}, 0.0, 0.0, 0.0, 0, requests, seconds, "generalist", plans, theta, universal=True
+    )  # fmt: skip
+    write_json(folder.base, asdict(base))
+    Publisher(scenario, base, config, request.seed).start(folder.best)
+    display.say(f"{folder.best}: one policy for {len(several)} scenarios")
+    return {"checkpoint": str(folder.best), "base": asdict(base)}
 
 
 def _table(base: SearchResult) -> list[dict[str, Any]]:

@@ -66,6 +66,7 @@ class SearchResult:
     plans: list[dict[str, Any]] | None = None
     theta: list[float] | None = None
     folder: str = ""
+    universal: bool = False
 
     @property
     def contender(self) -> Contender:
@@ -76,7 +77,8 @@ class SearchResult:
     def design(self) -> Design:
         """The same for the direct search and for networks."""
         plans = None if self.plans is None else tuple(InstancePlan(**plan) for plan in self.plans)
-        return Design(self.rule, self.values, plans, None if self.theta is None else np.array(self.theta))
+        theta = None if self.theta is None else np.array(self.theta)
+        return Design(self.rule, self.values, plans, theta, self.universal)
 
 
 def search_rule(

@@ -63,12 +63,14 @@ class Design:
     :param rule: advisor, or ``linear_score``, whose weights are then the start of the score
     :param plans: arrangement; None: the rule's
     :param theta: offsets in the coordinates of :class:`Space`; None: the rule as it is
+    :param universal: the coordinates are those of every scenario, so that ``theta`` means the same in all of them
     """
 
     rule: str
     values: dict[str, Value] = field(default_factory=dict)
     plans: tuple[InstancePlan, ...] | None = None
     theta: np.ndarray | None = None
+    universal: bool = False
 
     def bind(self, setting: Setting) -> BoundPolicy:
         """Ready to run.
@@ -115,11 +117,12 @@ class Space:
             if (self.start is not None)
             else set(setting.roles)
         )
+        every = design.universal  # levers that this scenario lacks have their place all the same
         self.coordinates = (
-            *_prefill(setting, roles),
-            *_decode(roles),
-            *(_reallocate() if Kind.REALLOCATE in setting.kinds else ()),
-            *(_tune() if Kind.TUNE in setting.kinds else ()),
+            *_prefill(roles, hold=every or setting.allow_hold, shed=every or setting.allow_shed),
+            *_decode(),
+            *(_reallocate() if Kind.REALLOCATE in setting.kinds and not every else ()),
+            *(_tune() if Kind.TUNE in setting.kinds and not every else ()),
             *_plan_coordinates(self.start or ()),
         )
         self._base = np.zeros((len(Kind), N_FEATURES))
@@ -170,7 +173,7 @@ def _scaled(plan: InstancePlan, factors: dict[str, float]) -> dict[str, Any]:
     return changes
 
 
-def _prefill(setting: Setting, roles: set[int]) -> list[Coordinate]:
+def _prefill(roles: set[int], *, hold: bool, shed: bool) -> list[Coordinate]:
     kind = int(Kind.PLACE_PREFILL)
     columns = {entry[0]: 0.1 * (entry[2] - entry[1]) for entry in linear_score._PREFILL.values()}
     present = [column for role, column in _ROLE_COLUMNS.items() if role in roles]
@@ -178,7 +181,7 @@ def _prefill(setting: Setting, roles: set[int]) -> list[Coordinate]:
         if column not in present or len(present) < 2:
             columns.pop(column, None)
     found = [Coordinate(step, kind, int(column)) for column, step in columns.items()]
-    for allowed, column in ((setting.allow_hold, Col.IS_HOLD), (setting.allow_shed, Col.IS_SHED)):
+    for allowed, column in ((hold, Col.IS_HOLD), (shed, Col.IS_SHED)):
         if allowed:
             found.append(Coordinate(1.0, kind, int(column)))
             found += [Coordinate(0.5, kind, int(column), int(c)) for c in (*_NEEDED, *_HEALTH)]
@@ -188,7 +191,7 @@ def _prefill(setting: Setting, roles: set[int]) -> list[Coordinate]:
     return found
 
 
-def _decode(roles: set[int]) -> list[Coordinate]:
+def _decode() -> list[Coordinate]:
     kind = int(Kind.PLACE_DECODE)
     columns = {entry[0]: 0.1 * (entry[2] - entry[1]) for entry in linear_score._DECODE.values()}
     found = [Coordinate(step, kind, int(column)) for column, step in columns.items()]

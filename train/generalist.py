@@ -1,0 +1,102 @@
+"""One policy for many scenarios: CMA-ES on their mean, each at its own knee.
+
+A generalist is a context-conditioned score on one arrangement that fits clusters of any size (every instance alike),
+with no published rule behind it. Each generation draws a few of the scenarios; a scenario may appear in several
+sizes. What a scenario contributes is its attainment around the knee that the starting score has there, so all of
+them count alike, whatever their rates.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from cmaes import CMA
+
+from engine.core.policy import InstancePlan
+from engine.core.state import Batching, Role
+from engine.errors import SlalomError
+from env.cluster import arena_of
+from env.scenario import Scenario
+from train.fitness import Fitness
+from train.space import Design, Space
+
+__all__ = ["generalist_design", "named", "sized", "train_generalist"]
+
+_DRAWN = 3  # scenarios of one generation
+_LOADS = ((0.97, 1.1), (1.05, 1.2))
+_SEED, _KNEE_EVERY = 40_000, 25
+
+Report = Callable[[str, float, str], None]
+
+
+def generalist_design() -> Design:
+    """Where it starts: both phases on every instance on SM shares, shortest prompts first, the default score."""
+    plan = InstancePlan(
+        role=Role.MULTIPLEXED, batching=Batching.LAYERED, split=-1, headroom=1.0, order=1, prefill_tokens=2048
+    )
+    return Design("linear_score", plans=(plan,), universal=True)
+
+
+def sized(scenario: Scenario, n: int) -> Scenario:
+    """The scenario on ``n`` instances of its first group, rates in proportion."""
+    before = len(scenario.placements())
+    groups = [scenario.cluster[0].model_dump(mode="json") | {"count": n, "role": "mixed", "batching": "chunked"}]
+    rates = {"low": scenario.rates.low * n / before / 4, "high": scenario.rates.high * n / before * 4}
+    changes = {"cluster": groups, "rates": rates, "reference_rate": scenario.reference_rate * n / before}
+    return scenario.with_overrides(changes | {"decisions.reallocate": False, "decisions.roles": []})
+
+
+def named(text: str) -> Scenario:
+    """``NAME``, or ``NAME@16`` for 16 instances."""
+    name, _, size = text.partition("@")
+    scenario = Scenario.load(name)
+    if not size:
+        return scenario
+    if not size.isdigit() or not 2 <= int(size) <= 64:
+        raise SlalomError("scenario", text, "write NAME@SIZE with 2 to 64 instances")
+    return sized(scenario, int(size))
+
+
+def train_generalist(
+    scenarios: Sequence[Scenario],
+    *,
+    requests: float,
+    seed: int = 0,
+    population: int = 16,
+    sigma: float = 0.6,
+    report: Report = lambda phase, done, note: None,
+) -> tuple[Design, int, float]:
+    """The design, the requests simulated for it, and the wall seconds."""
+    begin, design = time.monotonic(), generalist_design()
+    fits = [Fitness(s, arena_of(s).setting) for s in scenarios]
+    rng = np.random.default_rng([seed, 4])
+    space = Space(fits[0].setting, design)
+    optimiser = CMA(mean=np.zeros(len(space)), sigma=sigma, population_size=population, seed=seed)
+    sizes = [min(max(s.n_requests, 2000), 3000) for s in scenarios]
+    knees = [s.reference_rate for s in scenarios]
+    generation, used = 0, 0
+    while used < requests:
+        if generation % _KNEE_EVERY == 0:
+            now = replace(design, theta=optimiser.mean.copy())
+            found = [f.knee(now, k, (_SEED, _SEED + 1), n) for f, k, n in zip(fits, knees, sizes, strict=True)]
+            knees = [new if new > 0.0 else old for new, old in zip(found, knees, strict=True)]
+        drawn = rng.choice(len(fits), size=min(_DRAWN, len(fits)), replace=False)
+        loads = _LOADS[generation % 2]
+        told = []
+        for _ in range(optimiser.population_size):
+            theta = optimiser.ask()
+            candidate = replace(design, theta=theta)
+            scores = [
+                fits[i].score(candidate, [x * knees[i] for x in loads], (_SEED + 10 + generation,), sizes[i])
+                for i in drawn
+            ]
+            told.append((theta, -sum(scores) / len(scores)))
+        optimiser.tell(told)
+        generation += 1
+        used = sum(f.requests for f in fits)
+        note = f"{used / 1e6:.1f} M requests  best {-100 * min(v for _, v in told):.2f} %"
+        report("generalist", min(used / requests, 1.0), note)
+    return replace(design, theta=optimiser.mean.copy()), used, round(time.monotonic() - begin, 2)
