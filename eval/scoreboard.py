@@ -132,7 +132,7 @@ def score(name: str, out: Path, jobs: int, all_rules: bool, share: float, seeds:
     scenario, checkpoint = Scenario.load(name), CHECKPOINTS / name
     settings = PointSettings(n_requests=scenario.n_requests)
     trials = max(1, round(share * trials_for(checkpoint, settings.n_requests)))
-    rivals = ("all",) if all_rules else (*OPPONENTS[name], *(() if "chunked" in OPPONENTS[name] else ("chunked",)))
+    rivals = ("all",) if all_rules else (*OPPONENTS[name], "static_plan")
     request = Request(scenario, (*rivals, str(checkpoint)), None, seeds, settings, trials, jobs, out / name)
     result = evaluate(request, _Bar(name))
     write_json(out / name / "result.json", result)

@@ -83,6 +83,16 @@ class Fitness:
             return 0.0
         return sum(cells) / len(cells)
 
+    def worst_wait_s(self, design: Design, rate: float, seed: int, n: int) -> float:
+        """Longest time to a first token among the requests that got one; 0 where the design does not fit."""
+        try:
+            policy = design.bind(self.setting)
+        except SlalomError:
+            return 0.0
+        run = simulate(self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n))
+        waits = outcomes(run, warmup=_WARMUP).ttft_s
+        return float(np.nanmax(waits)) if np.isfinite(waits).any() else 0.0
+
     def knee(self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
         """Goodput at 90 %, requests per second; 0 where the targets are met at no rate."""
         try:

@@ -100,9 +100,10 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         """
         if not hasattr(self.network, "prepare"):
             return None
+        network: Any = self.network
         with th.no_grad():
             parts = [
-                self.network.prepare(o, m) for o, m in zip(obs.split(chunk), masks.split(chunk), strict=True)
+                network.prepare(o, m) for o, m in zip(obs.split(chunk), masks.split(chunk), strict=True)
             ]
         return type(parts[0])(*(th.cat(columns) for columns in zip(*parts, strict=True)))
 
@@ -110,7 +111,8 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self, prepared: tuple[th.Tensor, ...], actions: th.Tensor
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """:meth:`evaluate_actions` of frames that :meth:`prepare` has seen."""
-        return self._evaluated(*self._scaled(self.network.score(prepared)), actions)
+        network: Any = self.network
+        return self._evaluated(*self._scaled(network.score(prepared)), actions)
 
     def forward(  # type: ignore[override]
         self, obs: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None
