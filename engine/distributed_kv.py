@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -30,7 +31,6 @@ __all__ = ["PIPES", "Pipe", "Puller", "check_pipe", "serve_pulls"]
 
 #: Blocks that travel together; also what is staged at both ends.
 _CHUNK = 64
-_OPEN_S = 20.0  # to open a pair
 
 
 class Pipe(Protocol):
@@ -52,11 +52,11 @@ class Pipe(Protocol):
 class _GroupPipe:
     """A torch.distributed process group of two; the sender is rank 0."""
 
-    def __init__(self, backend: str, store: dist.Store, rank: int, host: str) -> None:
+    def __init__(self, backend: str, store: dist.Store, rank: int, host: str, timeout_s: float) -> None:
         self._other, self._on_host = 1 - rank, backend == "gloo"
         kind: Any = dist.ProcessGroupGloo if self._on_host else dist.ProcessGroupNCCL
         options = kind._Options() if self._on_host else kind.Options()
-        options._timeout = timedelta(seconds=_OPEN_S)
+        options._timeout = timedelta(seconds=timeout_s)
         if self._on_host:
             options._devices = [kind.create_device(hostname=host)]
         else:
@@ -84,9 +84,10 @@ class _GroupPipe:
         del self._group
 
 
-PIPES: dict[str, Callable[[dist.Store, int, str], Pipe]] = {
-    "gloo": lambda store, rank, host: _GroupPipe("gloo", store, rank, host),
-    "nccl": lambda store, rank, host: _GroupPipe("nccl", store, rank, host),
+#: By name: from (store shared by the two, rank, own address, seconds to open) to a path. The sender is rank 0.
+PIPES: dict[str, Callable[[dist.Store, int, str, float], Pipe]] = {
+    "gloo": partial(_GroupPipe, "gloo"),
+    "nccl": partial(_GroupPipe, "nccl"),
 }
 
 
@@ -115,26 +116,28 @@ def _scatter(pool: KVPool, blocks: Sequence[int], parts: Tensor) -> None:
 class _Pair:
     """The receiver's end of one pair."""
 
-    def __init__(self, sender: tuple[str, int], pipe: str, host: str) -> None:
+    def __init__(self, sender: tuple[str, int], pipe: str, host: str, timeout_s: float) -> None:
         name = uuid.uuid4().hex
         self._connection = connect(sender)
         try:
-            answer = ask(self._connection, {"do": "serve_pulls", "name": name, "pipe": pipe}, _OPEN_S)
-            store = dist.TCPStore(sender[0], answer["store"], is_master=False, timeout=timedelta(seconds=_OPEN_S))
-            self._pipe = PIPES[pipe](dist.PrefixStore(name, store), 1, host)
+            opening = {"do": "serve_pulls", "name": name, "pipe": pipe, "timeout_s": timeout_s}
+            answer = ask(self._connection, opening, timeout_s)
+            store = dist.TCPStore(sender[0], answer["store"], is_master=False, timeout=timedelta(seconds=timeout_s))
+            self._pipe = PIPES[pipe](dist.PrefixStore(name, store), 1, host, timeout_s)
         except BaseException:
             self._connection.close()
             raise
 
-    def fetch(self, source: int, pool: KVPool, blocks: Sequence[tuple[int, int]], timeout_s: float) -> None:
-        until = time.monotonic() + timeout_s
+    def fetch(self, source: int, pool: KVPool, blocks: Sequence[tuple[int, int]], until: float) -> None:
         theirs, ours = zip(*blocks, strict=True)
-        send(self._connection, {"pool": source, "blocks": theirs, "timeout_s": timeout_s})
+        send(self._connection, {"pool": source, "blocks": theirs, "timeout_s": max(until - time.monotonic(), 0.001)})
         for k in range(0, len(ours), _CHUNK):
             chunk = ours[k : k + _CHUNK]
             first = pool.layers[0]
             parts = first.new_empty((len(pool.layers), 2, len(chunk), *first.shape[2:]))
             self._pipe.receive(parts, max(until - time.monotonic(), 0.001))
+            if time.monotonic() > until:  # this process was asleep: the blocks may be somebody else's by now
+                raise TimeoutError("too late")
             _scatter(pool, chunk, parts)
 
     def close(self) -> None:
@@ -161,10 +164,11 @@ class Puller:
         """
         if not blocks:
             return
+        until = time.monotonic() + timeout_s
         try:
             if sender not in self._pairs:
-                self._pairs[sender] = _Pair(sender, self._pipe, self._host)
-            self._pairs[sender].fetch(source, pool, blocks, timeout_s)
+                self._pairs[sender] = _Pair(sender, self._pipe, self._host, timeout_s)
+            self._pairs[sender].fetch(source, pool, blocks, until)
         except BaseException:
             if sender in self._pairs:
                 self._pairs.pop(sender).close()
@@ -177,14 +181,15 @@ class Puller:
 
 
 def serve_pulls(
-    connection: Connection, name: str, pipe: str, pools: dict[int, KVPool], store: dist.TCPStore, host: str
+    connection: Connection, opening: dict[str, Any], pools: dict[int, KVPool], store: dist.TCPStore, host: str
 ) -> None:
     """The sender's end of one pair, until the receiver hangs up: answers each question with the blocks it names.
 
+    :param opening: the receiver's first message
     :param store: lives in this process, and the receiver's process connects to it to find the pair
     """
     send(connection, {"store": store.port})
-    path = PIPES[pipe](dist.PrefixStore(name, store), 0, host)
+    path = PIPES[opening["pipe"]](dist.PrefixStore(opening["name"], store), 0, host, opening["timeout_s"])
     try:
         while True:
             wanted = receive(connection)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any
 
 from engine.errors import SlalomError
 from engine.kernels import Span
 from engine.model.sampling import SamplingParams
 
-__all__ = ["KEY", "ask", "connect", "listen", "parse_address", "receive", "send", "step_from", "step_message"]
+__all__ = ["KEY", "admit", "ask", "connect", "listen", "parse_address", "receive", "send", "step_from", "step_message"]
 
 #: Environment variable with the secret that all processes of an engine share.
 KEY = "SLALOM_KEY"
@@ -37,8 +38,21 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def listen(address: tuple[str, int]) -> Listener:
-    """:raises OSError: the address cannot be listened on"""
-    return Listener(address, backlog=64, authkey=_secret())
+    """Whoever is accepted must be :func:`admit`-ted before anything else.
+
+    :raises OSError: the address cannot be listened on
+    """
+    _secret()
+    return Listener(address, backlog=64)
+
+
+def admit(connection: Connection) -> None:
+    """Let the caller prove that it knows the secret, and prove it to the caller (in the connection's own thread).
+
+    :raises multiprocessing.AuthenticationError: it does not
+    """
+    deliver_challenge(connection, _secret())
+    answer_challenge(connection, _secret())
 
 
 def connect(address: tuple[str, int]) -> Connection:
@@ -75,16 +89,15 @@ def ask(connection: Connection, message: dict[str, Any], timeout_s: float | None
 
 
 def step_message(
-    pool: int, spans: list[Span], layers: tuple[int, int], params: list[SamplingParams], steps: list[int]
+    spans: Sequence[Span], layers: tuple[int, int], params: Sequence[SamplingParams], steps: Sequence[int]
 ) -> dict[str, Any]:
-    """The arguments of :meth:`engine.runner.Executor.run`, and the pool that the step works on."""
+    """The arguments of :meth:`engine.hosts.Executor.run`."""
     return {
         "do": "step",
-        "pool": pool,
         "spans": [(list(s.tokens), s.start, list(s.blocks), s.sample) for s in spans],
         "layers": layers,
         "params": [asdict(p) for p in params],
-        "steps": steps,
+        "steps": list(steps),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -62,6 +62,10 @@ class Host(Protocol):
 
     def executor(self, l: int) -> Executor:
         """That of lane ``l``."""
+        ...
+
+    def watch(self, gone: Callable[[Exception], None]) -> None:
+        """Call ``gone``, from any thread, as soon as it is clear that nothing will ever run here again."""
         ...
 
     def close(self) -> None:
@@ -169,6 +173,9 @@ class LocalHost:
     def executor(self, l: int) -> LocalExecutor:
         """See :class:`Host`."""
         return LocalExecutor(self.runner, self.lanes, l, self._graphs)
+
+    def watch(self, gone: Callable[[Exception], None]) -> None:
+        """See :class:`Host`. This process hears of its own end from its lanes."""
 
     def close(self) -> None:
         """See :class:`Host`."""

@@ -76,7 +76,7 @@ class LiveInstances:
         timeout_s: float = 10.0,
     ) -> None:
         self._state, self._clock = state, clock
-        self._pools = [host.pool for host in hosts]
+        self._hosts, self._pools = hosts, [host.pool for host in hosts]
         slots = len(state.req)
         self.requests: list[Request | None] = [None] * slots
         self._free = list(range(slots - 1, -1, -1))
@@ -107,6 +107,12 @@ class LiveInstances:
 
     def attach(self, runtime: Runtime) -> None:
         self._runtime, self._words, self._slots = runtime, runtime.words, runtime.slots
+        for i, host in enumerate(self._hosts):
+            host.watch(partial(self._hear_of_loss, i))
+
+    def _hear_of_loss(self, i: int, error: Exception) -> None:
+        """Any thread: instance ``i`` is gone."""
+        self._clock.post(self._slots.arrival, partial(self.lose, i, error))
 
     def stop(self, timeout_s: float = 5.0) -> bool:
         """End every thread, lanes first; False when one did not end in time. After the loop has ended."""

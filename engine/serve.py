@@ -12,10 +12,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
@@ -25,6 +27,7 @@ from engine.errors import SlalomError
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from engine.distributed import Workers
     from engine.runtime import Guard
     from engine.service import Engine
 
@@ -64,6 +67,38 @@ class Options:
     advisory: bool = False
     guard_config: str = ""
     decision_log: str = ""
+    classes: str = ""
+    workers: str = ""
+    kv_transport: str = "gloo"
+    transfer_timeout_s: float = 10.0
+
+
+def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]:
+    """SLO classes by name: those of the ``classes`` list in YAML file ``path`` (a scenario, for example).
+
+    :param ttft_s: target of the only class, called ``default``, where no file is given; ``tpot_s`` likewise
+    :raises SlalomError: no such file, or an entry that is no class
+    """
+    if not path:
+        return {"default": SloClass(ttft_s, tpot_s)}
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SlalomError("--classes", path, f"give a YAML file: {error}") from error
+    entries = content.get("classes") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise SlalomError("--classes", path, "the file needs a list `classes`")
+    found: dict[str, SloClass] = {}
+    for k, entry in enumerate(entries):
+        try:
+            numbers = {x: float(entry[x]) for x in ("ttft_s", "tpot_s", "ttft_factor", "weight") if x in entry}
+            if any(not 0.0 <= number < 86400.0 for number in numbers.values()) or entry["name"] in found:
+                raise ValueError
+            found[str(entry["name"])] = SloClass(**numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            fix = "give every class its own name, ttft_s and tpot_s, and if you like weight and ttft_factor"
+            raise SlalomError(f"{path}: classes[{k}]", entry, fix) from error
+    return found
 
 
 def find_policy(spec: str, state: ClusterState) -> Policy:
@@ -117,14 +152,17 @@ def parse_roles(roles: str, instances: int) -> list[Role]:
     return found
 
 
-def specs_of(options: Options, roles: Sequence[Role]) -> list[InstanceSpec]:
-    """The instances as the options start them."""
+def specs_of(options: Options, roles: Sequence[Role], n_workers: int = 1) -> list[InstanceSpec]:
+    """The instances as the options start them, spread over the workers (``gpu``) in order."""
+    if n_workers > len(roles):
+        raise SlalomError("--workers", n_workers, f"there are only {len(roles)} instances; every worker needs one")
+    homes = [i * n_workers // len(roles) for i in range(len(roles))]
     return [
         InstanceSpec(
             role=role,
-            pool=0 if options.shared_kv else i,
+            pool=homes[i] if options.shared_kv else i,
             kv_tokens=options.kv_tokens,
-            gpu=0,
+            gpu=homes[i],
             link=i,
             batching=Batching.LAYERED if role == Role.MULTIPLEXED else Batching.CHUNKED,
             chunk_tokens=options.chunk_tokens,
@@ -143,7 +181,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     roles = parse_roles(options.roles, options.instances)
     import torch
 
-    from engine.model import load_model, load_tokenizer
+    from engine.model import load_tokenizer
     from engine.server import create_app
     from engine.service import Engine, build_state
 
@@ -152,8 +190,14 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     if options.dtype not in kinds:
         raise SlalomError("--dtype", options.dtype, f"use one of {', '.join(kinds)}")
     tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, device=options.device, dtype=kinds[options.dtype], kernels=options.kernels)
-    profile, share = _profile(options, model)
+    classes = load_classes(options.classes, options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)
+    model, workers = _weights(options, kinds[options.dtype])
+    try:
+        profile, share = _profile(options, workers or model)
+    except BaseException:
+        if workers is not None:
+            workers.close()
+        raise
     plain = tuple(r for r in Role if r != Role.MULTIPLEXED or options.device != "cpu")
 
     def state_of(specs: Sequence[InstanceSpec]) -> ClusterState:
@@ -161,7 +205,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
             specs,
             profile,
             share,
-            classes=[SloClass(options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)],
+            classes=list(classes.values()),
             options=ClusterOptions(
                 shed=options.shed, reallocate=options.reallocate, tune=options.tune, roles=plain, hold=True
             ),
@@ -170,46 +214,83 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
             prefix_cache=options.prefix_cache,
         )
 
-    specs = specs_of(options, roles)
+    specs = specs_of(options, roles, len(workers.workers) if workers is not None else 1)
     state = state_of(specs)
     policy = find_policy(options.policy, state)
     if not options.roles and policy.arrangement is not None:
         specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
         state = state_of(specs)
-    small = state_of([replace(spec, kv_tokens=_WARM_UP_TOKENS) for spec in specs])
-    scratch = find_policy(options.policy, small)
-    _warm_up(Engine(model, tokenizer, small, scratch, guard=find_guard(options, small, scratch, log=False)))
+    remote: dict[str, Any] = {"transfer_timeout_s": options.transfer_timeout_s}
+    if workers is not None:
+        remote |= {"hosts": workers.hosts(state), "transport": workers.transport}
+    else:
+        small = state_of([replace(spec, kv_tokens=_WARM_UP_TOKENS) for spec in specs])
+        scratch = find_policy(options.policy, small)
+        guard = find_guard(options, small, scratch, log=False)
+        with_little = Engine(model, tokenizer, small, scratch, guard=guard).start()
+        _warm_up(with_little)
+        with_little.close()
     guard = find_guard(options, state, policy)
-    engine = Engine(model, tokenizer, state, policy, max_tokens=options.max_tokens or None, guard=guard).start()
+    longest = options.max_tokens or None
+    engine = Engine(model, tokenizer, state, policy, max_tokens=longest, guard=guard, **remote).start()
+    if workers is not None:
+        _warm_up(engine)
     application = create_app(
         engine,
         options.model,
+        classes=list(classes),
         load_policy=lambda spec: find_policy(spec, state),
         drain_s=options.drain_s,
     )
     return engine, application
 
 
-def _warm_up(scratch: Engine) -> None:
+def _weights(options: Options, dtype: Any) -> tuple[Any, Workers | None]:
+    """The weights in this process and no workers; or what describes the model, and the workers that hold it."""
+    from engine.model import load_model, open_checkpoint
+
+    if not options.workers:
+        return load_model(options.model, device=options.device, dtype=dtype, kernels=options.kernels), None
+    from engine.distributed import Workers
+
+    checkpoint = open_checkpoint(options.model)
+    more: dict[str, Any] = {"pipe": options.kv_transport, "transfer_timeout_s": options.transfer_timeout_s}
+    if options.workers.isdigit():
+        n = int(options.workers)
+        if not 0 < n <= options.instances:
+            raise SlalomError("--workers", n, f"every worker needs one of the {options.instances} instances")
+        workers = Workers.start(n, options.model, options.device, options.dtype, options.kernels, **more)
+    else:
+        workers = Workers.join(options.workers.split(","), **more)
+    try:
+        workers.check(checkpoint.config, options.dtype)
+    except SlalomError:
+        workers.close()
+        raise
+    return checkpoint, workers
+
+
+def _warm_up(engine: Engine) -> None:
     """Serve one request and hang up on another, so that everything is compiled before a client waits for it."""
     from engine.model import SamplingParams
 
     greedy = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
-    scratch.start()
-    scratch.generate([0], greedy)
-    scratch.abort(scratch.submit([0], replace(greedy, max_tokens=_WARM_UP_TOKENS // 2), lambda delta: None))
-    scratch.close()
+    engine.generate([0], greedy)
+    engine.abort(engine.submit([0], replace(greedy, max_tokens=_WARM_UP_TOKENS // 2), lambda delta: None))
 
 
-def _profile(options: Options, model: Any) -> tuple[Any, Any]:
-    """The profile that policies predict with."""
+def _profile(options: Options, source: Any) -> tuple[Any, Any]:
+    """The profile that policies predict with; where none is named, measured on ``source``, weights or workers."""
     if options.profile:
         from engine.latency import Profile, pack
 
         return pack([Profile.load(options.profile)])
+    if options.workers:
+        profile, share = source.measured()
+        return profile, share
     from engine.quick_profile import measure
 
-    return measure(model)
+    return measure(source)
 
 
 @app.command()
@@ -244,6 +325,16 @@ def serve(
     advisory: Annotated[bool, typer.Option("--advisory", help="ask and log the policy, act by the fallback")] = False,
     guard_config: Annotated[str, typer.Option(help="YAML or JSON file with the guard's other settings")] = "",
     decision_log: Annotated[str, typer.Option(help="write one JSON line a decision to this file")] = "",
+    classes: Annotated[
+        str, typer.Option(help="YAML file (a scenario, for example) with SLO classes; x-slo-class names one")
+    ] = "",
+    workers: Annotated[
+        str, typer.Option(help="processes that hold the instances: a number to start here, or HOST:PORT,HOST:PORT")
+    ] = "",
+    kv_transport: Annotated[str, typer.Option(help="KV between workers: gloo, nccl or nixl")] = "gloo",
+    transfer_timeout_s: Annotated[
+        float, typer.Option(min=0.01, help="a KV transfer may take that long in each of its states")
+    ] = 10.0,
 ) -> None:
     """Serve MODEL behind /v1/completions and /v1/chat/completions, dispatched by POLICY behind a guard.
 
@@ -258,6 +349,7 @@ def serve(
             model, instances, roles, policy, profile, shared_kv, kv_tokens, max_tokens, max_batch, chunk_tokens,
             max_requests, ttft_ms, tpot_ms, shed, reallocate, tune, prefix_cache, device, dtype, kernels, drain_s,
             fallback, deadline_us, advisory, guard_config, decision_log,
+            classes, workers, kv_transport, transfer_timeout_s,
         )
     )  # fmt: skip
     print(f"serving {model} on http://{host}:{port} with policy {engine.runtime.policy.name}", file=sys.stderr)

@@ -27,6 +27,7 @@ from engine.latency.evaluate import to_ticks
 from engine.model.llama import Llama
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
+from engine.model.weights import Checkpoint
 from engine.request import ABORT, ERROR, Delta, Request
 from engine.runtime import Guard, Runtime
 from engine.transfer import CopyTransport, Transport
@@ -79,6 +80,7 @@ def build_state(
 class Engine:
     """Serves requests until :meth:`close`. Every method may be called from any thread.
 
+    :param model: the weights; where ``hosts`` are given its description will do
     :param state: an idle cluster, see :func:`build_state`
     :param policy: answers its decisions
     :param hosts: where the instances run, one for each; in this process if not given
@@ -91,7 +93,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Llama,
+        model: Llama | Checkpoint,
         tokenizer: Tokenizer,
         state: ClusterState,
         policy: Policy,
@@ -108,7 +110,10 @@ class Engine:
         room = min(int(p["n_blocks"]) for p in state.pool) * int(state.cluster[0]["block_tokens"]) - 1
         self.max_tokens = min(room, config.max_tokens, max_tokens or room)
         self.vocab_size = config.vocab
-        self._hosts = hosts or local_hosts(model, state, tokenizer.eos_ids, self.max_tokens)
+        if hosts is None:
+            assert isinstance(model, Llama), "without hosts the weights are needed here"
+            hosts = local_hosts(model, state, tokenizer.eos_ids, self.max_tokens)
+        self._hosts = hosts
         self.instances = LiveInstances(
             state,
             self.clock,
@@ -344,7 +349,7 @@ def _target(name: str, seconds: float | None) -> int:
     return int(to_ticks(seconds))
 
 
-def _check_layers(model: Llama, state: ClusterState) -> None:
+def _check_layers(model: Llama | Checkpoint, state: ClusterState) -> None:
     """Slices of layers need a profile of this very model."""
     layers = model.config.n_layers
     for k, instance in enumerate(state.inst):

@@ -54,8 +54,8 @@ class Transfer:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the copy should stop where it is."""
-        return self._state == TransferState.CANCELLING
+        """Whether the copy should stop where it is; also when it looks so late that it counts as lost."""
+        return self._state in (TransferState.CANCELLING, TransferState.LOST)
 
     def move_to(self, new: TransferState, *, only_from: tuple[TransferState, ...]) -> bool:
         """Change state if the present one is among ``only_from``; both sides may try at once."""

@@ -26,6 +26,7 @@ NAMES = {
     "rules": "microseconds per decision of every rule, compiled, 16 instances",
     "ray": "rollout rate of two Ray nodes on this machine against one",
     "startup": "seconds of a small eval-policy command, cold and warm",
+    "scheduling": "microseconds of the live scheduler per iteration at batch 64, and of a placement on 16 instances",
     "soak": "random faults on live and modelled instances for --minutes; exit code 1 if anything is lost or leaks",
 }
 

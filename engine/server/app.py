@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from engine.request import SHED, UNPLACEABLE, Delta
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
 from engine.server.metrics import Metrics
-from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, error_body, targets_of
+from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, class_of, error_body, targets_of
 from engine.server.streams import Mailroom, Stream, unanswered
 from engine.service import Engine, Overloaded, Unavailable
 
@@ -38,12 +38,14 @@ def create_app(
     engine: Engine,
     model: str,
     *,
+    classes: Sequence[str] = ("default",),
     load_policy: Callable[[str], Policy] | None = None,
     drain_s: float = 30.0,
 ) -> FastAPI:
     """The HTTP application around a started engine; it closes the engine when the server stops.
 
     :param model: name shown to clients
+    :param classes: names of the cluster's SLO classes, in order; requests that name none belong to the first
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
     """
@@ -51,7 +53,7 @@ def create_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        app.state.mailroom = Mailroom(engine, asyncio.get_running_loop())
+        app.state.mailroom, app.state.classes = Mailroom(engine, asyncio.get_running_loop()), list(classes)
         yield
         await asyncio.to_thread(engine.close, drain_s)
 
@@ -64,7 +66,7 @@ def create_app(
     def health() -> Response:
         return Response(status_code=200 if engine.accepting else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])  # AIPerf probes with HEAD
     def scrape() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -115,7 +117,8 @@ async def _answer(
     """Serve one request, streamed or whole. The status is known once its first token, or its end, is."""
     params = body.sampling(_DEFAULT_CHAT_TOKENS if chat else _DEFAULT_TOKENS)
     stream = Stream(engine, http.app.state.mailroom)
-    stream.submit(tokens, params, targets_of(http.headers))
+    cls = class_of(http.headers, body.slo_class, http.app.state.classes)
+    stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority)
     assert stream.request is not None
     shape = Shape(stream.request.number, model, chat=chat)
     gone = asyncio.ensure_future(_hung_up(http))
@@ -164,7 +167,8 @@ def _refusal(delta: Delta) -> JSONResponse:
         body = error_body("the request was shed: its targets cannot be met now", "overloaded", 429)
         return JSONResponse(body, 429, headers=_RETRY_AFTER)
     if delta.finish == UNPLACEABLE:
-        return JSONResponse(error_body("no instance can hold this request", "unavailable", 503), 503)
+        body = error_body("no instance can hold this request", "unavailable", 503)
+        return JSONResponse(body, 503, headers=_RETRY_AFTER)
     message = "the engine is shutting down" if delta.finish == "abort" else "the request failed in the engine"
     code = 503 if delta.finish == "abort" else 500
     return JSONResponse(error_body(message, "unavailable" if code == 503 else "server_error", code), code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.errors import SlalomError
 from engine.model.sampling import SamplingParams
 
-__all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "error_body", "targets_of"]
+__all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "class_of", "error_body", "targets_of"]
 
 #: Header names of the two targets, in milliseconds; the first one present counts.
 _HEADERS = {
@@ -32,7 +32,11 @@ class StreamOptions(_Lenient):
 
 
 class _Generate(_Lenient):
-    """What both kinds of request share. ``priority`` is accepted and has no effect: targets and classes decide."""
+    """What both kinds of request share.
+
+    ``priority``: prompts of a lower value start first on the instance where they are placed (vLLM's sense; SGLang's
+    default is the other way round). ``slo_class``: one of the server's classes, as the header ``x-slo-class``.
+    """
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -47,7 +51,8 @@ class _Generate(_Lenient):
     n: Literal[1] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    priority: int = 0
+    priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] = 0
+    slo_class: str | None = None
 
     def limit(self) -> int | None:
         """Tokens to generate at most, None when the client leaves it open."""
@@ -155,6 +160,20 @@ def targets_of(headers: Mapping[str, str]) -> Targets:
             raise SlalomError(name, headers[name], "give a positive number of milliseconds")
         found[field] = milliseconds * 1e-3
     return Targets(**found)
+
+
+def class_of(headers: Mapping[str, str], field: str | None, names: Sequence[str]) -> int:
+    """The SLO class that a request names, the first one when it names none.
+
+    :param field: ``slo_class`` of its body; the header counts where both are there
+    :raises SlalomError: no such class
+    """
+    name = headers.get("x-slo-class", field)
+    if name is None:
+        return 0
+    if name not in names:
+        raise SlalomError("slo_class", name, f"this server has {', '.join(names)}")
+    return list(names).index(name)
 
 
 class Usage(BaseModel):

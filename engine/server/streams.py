@@ -25,13 +25,17 @@ class Stream:
         self.request: Request | None = None
         self.n_tokens = 0
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, targets: Targets) -> None:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, targets: Targets, *, cls: int = 0, priority: int = 0
+    ) -> None:
         """Hand the request in; raises as :meth:`Engine.submit`."""
 
         def sink(delta: Delta) -> None:
             self._mailroom.put(self, delta)
 
-        self.request = self._engine.submit(prompt, params, sink, ttft_s=targets.ttft_s, tpot_s=targets.tpot_s)
+        self.request = self._engine.submit(
+            prompt, params, sink, cls=cls, ttft_s=targets.ttft_s, tpot_s=targets.tpot_s, priority=priority
+        )
 
     async def next(self) -> Delta:
         """The next delta."""

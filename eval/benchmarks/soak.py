@@ -99,7 +99,7 @@ class _Host:
 
     def __init__(self, host: LocalHost, trouble: _Trouble) -> None:
         self._host, self._trouble = host, trouble
-        self.pool, self.close = host.pool, host.close
+        self.pool, self.watch, self.close = host.pool, host.watch, host.close
 
     def executor(self, l: int) -> LocalExecutor:
         executor, trouble = self._host.executor(l), self._trouble
@@ -325,10 +325,10 @@ def run(minutes: float = 30.0) -> dict[str, Any]:
     for name in ("slalom.instance", "slalom.runtime"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # thousands of injected faults
     begin, live, modelled = time.monotonic(), _Live(), Counter[str]()
-    wrong: list[str] = []
+    wrong = live.wrong
     memory: list[float] = []
     threads = threading.active_count()
-    rounds, shown = 0, begin
+    rounds, shown, told = 0, begin, 0
     while rounds < 3 or time.monotonic() - begin < 60.0 * minutes:
         live.round(rounds, min(_ROUND_S, 60.0 * minutes / 4))
         for k in range(4):
@@ -337,14 +337,16 @@ def run(minutes: float = 30.0) -> dict[str, Any]:
         if threading.active_count() != threads:
             wrong.append(f"round {rounds}: {threading.active_count()} threads, {threads} at the start")
         rounds += 1
+        for sentence in wrong[told:]:
+            print(f"soak: {sentence}", file=sys.stderr, flush=True)
+        told = len(wrong)
         if time.monotonic() - shown > 60.0:
             shown = time.monotonic()
             done = f"{(shown - begin) / 60:.0f} of {minutes:.0f} min, {live.counts['requests']} live requests"
-            print(f"soak: {done}, {len(live.wrong + wrong)} faults, {memory[-1]:.0f} MB", file=sys.stderr, flush=True)
+            print(f"soak: {done}, {len(wrong)} faults, {memory[-1]:.0f} MB", file=sys.stderr, flush=True)
     settled = memory[len(memory) // 5]
     if memory[-1] - settled > _MOST_GROWTH_MB:
         wrong.append(f"resident memory grew from {settled:.0f} to {memory[-1]:.0f} MB")
-    wrong = live.wrong + wrong
     return {
         "ok": not wrong,
         "wrong": wrong[:20],

@@ -23,7 +23,7 @@ from live_cases import TOKENIZER, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import SlalomError
-from engine.serve import Options, build, parse_roles
+from engine.serve import Options, build, load_classes, parse_roles
 from engine.server.protocol import targets_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,8 +181,35 @@ def test_target_headers() -> None:
             targets_of({"x-slo-ttft-ms": bad})
 
 
+def test_classes_and_priorities_of_requests_reach_the_core(served: Served, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+    scenario = ROOT / "env/scenarios/classes-6xa100.yaml"
+    server = Served(classes=str(scenario))
+    server.engine.instances.on_end = lambda request, record, finish: seen.append(
+        (int(record["cls"]), int(record["ttft_slo"]) // 10**9, int(record["priority"]))
+    )
+    try:
+        body = {"prompt": PROMPT, **GREEDY}
+        server.post("/v1/completions", body)
+        server.post("/v1/completions", body | {"slo_class": "summary", "priority": -2})
+        server.post("/v1/completions", body, headers={"x-slo-class": "code", "x-slo-ttft-ms": "70"})
+        bad = server.post("/v1/completions", body, headers={"x-slo-class": "gold"})
+        assert (bad.status_code, "chat, code, summary" in bad.text) == (400, True)
+        assert server.post("/v1/completions", body | {"priority": 2**40}).status_code == 400
+    finally:
+        server.close()
+    assert seen == [(0, 1000, 0), (2, 8000, -2), (1, 70, 0)]
+    for text in ("", "classes: []", "classes: [{name: a}]", "classes: [3]", "classes: {", "- 1"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(SlalomError, match="classes"):
+            load_classes(str(tmp_path / "bad.yaml"), 1.0, 1.0)
+    with pytest.raises(SlalomError, match="--classes"):
+        load_classes("nowhere.yaml", 1.0, 1.0)
+
+
 def test_metrics_speak_as_vllm(served: Served) -> None:
     served.post("/v1/completions", {"prompt": PROMPT, **GREEDY})
+    assert served.client.head("/metrics").status_code == 200
     text = served.client.get("/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     for name in (

@@ -76,6 +76,9 @@ def test_a_cancelled_copy_stops_half_way() -> None:
     transfer.timed_out()
     CopyTransport().copy(transfer)
     assert not target.layers[0].any()
+    assert transfer.timed_out() == TransferState.LOST
+    CopyTransport().copy(transfer)  # it looks up only now
+    assert not target.layers[0].any()
 
 
 class Faulty(CopyTransport):

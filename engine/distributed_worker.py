@@ -1,0 +1,156 @@
+"""``serve-worker``: a process that holds the weights and KV of some instances of a ``serve`` in another process.
+
+It computes what it is told to and moves KV with its peers; all decisions are made in the process of ``serve``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from datetime import timedelta
+from functools import partial
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+
+from engine.distributed_kv import Puller, serve_pulls
+from engine.distributed_wire import admit, listen, parse_address, receive, send, step_from
+from engine.errors import SlalomError
+from engine.hosts import LocalExecutor
+from engine.lanes import Lanes, make_device
+from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
+from engine.quick_profile import measure
+
+__all__ = ["DTYPES", "Worker", "app", "main"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Worker:
+    """Answers the questions of one ``serve`` and of its other workers, a thread for each connection.
+
+    :param host: this process's address for its peers
+    """
+
+    def __init__(self, model: Llama, eos_ids: frozenset[int], host: str) -> None:
+        self._model, self._eos_ids, self._host = model, eos_ids, host
+        weights = model.embed.weight
+        self._device = make_device(weights.device.type, weights.device.index or 0)
+        self._pools: dict[int, KVPool] = {}
+        self._store = dist.TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60), use_libuv=False
+        )
+
+    def converse(self, connection: Connection) -> None:
+        """Answer until the other side hangs up."""
+        puller, lane = None, None
+        try:
+            admit(connection)
+            while True:
+                message = receive(connection)
+                do = message["do"]
+                if do == "serve_pulls":
+                    serve_pulls(connection, message, self._pools, self._store, self._host)
+                    return
+                try:
+                    if do == "fetch":
+                        puller = puller or Puller(message["pipe"], self._host)
+                        answer = self._fetch(puller, message)
+                    elif do == "lane":
+                        lane = self._lane(message)
+                        answer = {"n_layers": lane.n_layers}
+                    elif do == "step" and lane is not None:
+                        answer = {"tokens": lane.run(*step_from(message))}
+                    else:
+                        answer = self._administer(message)
+                except Exception as error:  # told to whoever asked; the next question may be answered again
+                    answer = {"error": f"{type(error).__name__}: {error}"}
+                send(connection, answer)
+        except (EOFError, OSError, AuthenticationError):
+            return
+        finally:
+            if puller is not None:
+                puller.close()
+            connection.close()
+
+    def _administer(self, message: dict[str, Any]) -> dict[str, Any]:
+        weights = self._model.embed.weight
+        if message["do"] == "describe":
+            config = self._model.config
+            shape = {name: getattr(config, name) for name in ("vocab", "n_layers", "n_kv_heads", "head_dim", "width")}
+            return shape | {"dtype": str(weights.dtype).removeprefix("torch."), "device": weights.device.type}
+        if message["do"] == "measure":
+            profile, share = measure(self._model)
+            return {"profile": profile.tobytes().hex(), "share": share.tobytes().hex(), "shares": share.shape[1]}
+        if message["do"] == "pools":
+            make = partial(KVPool, self._model.config, block_tokens=message["block_tokens"])
+            self._pools = {
+                int(p): make(blocks=n, dtype=weights.dtype, device=weights.device) for p, n in message["blocks"].items()
+            }
+            return {}
+        raise ValueError(f"unknown message {message['do']!r}")
+
+    def _lane(self, message: dict[str, Any]) -> LocalExecutor:
+        runner = ModelRunner(self._model, self._pools[message["pool"]], eos_ids=self._eos_ids)
+        return LocalExecutor(runner, Lanes(self._device, [self._device.total]), message["lane"])
+
+    def _fetch(self, puller: Puller, message: dict[str, Any]) -> dict[str, Any]:
+        target, blocks = self._pools[message["to"]], [(a, b) for a, b in message["blocks"]]
+        if message["sender"] is None:  # another pool of this process
+            target.copy_from(self._pools[message["from"]], [a for a, _ in blocks], [b for _, b in blocks])
+        else:
+            host, port = message["sender"]
+            puller.fetch((host, port), message["from"], target, blocks, message["timeout_s"])
+        return {}
+
+
+@app.command()
+def work(
+    model: Annotated[str, typer.Option(help="as serve's; the same file on every machine")],
+    listen_on: Annotated[
+        str, typer.Option("--listen", help="HOST:PORT by which serve and the other workers reach this process")
+    ] = "127.0.0.1:0",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; as serve's")] = "float32",
+    kernels: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
+    once: Annotated[bool, typer.Option("--once", help="end when standard input does")] = False,
+) -> None:
+    """Hold weights and KV for a serve started with --workers HOST:PORT. Both need the same secret in SLALOM_KEY."""
+    if dtype not in DTYPES:
+        raise SlalomError("--dtype", dtype, f"use one of {', '.join(DTYPES)}")
+    torch.set_num_threads(1)
+    address = parse_address(listen_on)
+    listener = listen(address)
+    eos_ids = load_tokenizer(model).eos_ids
+    worker = Worker(load_model(model, device=device, dtype=DTYPES[dtype], kernels=kernels), eos_ids, address[0])
+    if once:
+        threading.Thread(target=_end_with_input, daemon=True).start()
+    print(json.dumps({"listening": listener.address}), flush=True)
+    while True:
+        connection = listener.accept()
+        threading.Thread(target=worker.converse, args=(connection,), daemon=True).start()
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except SlalomError as error:
+        print(f"serve-worker: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Instances in other processes: same tokens, KV pulled over gloo, nothing lost when one is killed or stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
+from typing import Any
+
+import pytest
+import torch
+from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, engine_on, mixed, send, until
+from runtime_cases import tables
+
+from engine import distributed_kv
+from engine.core.setup import InstanceSpec, LinkSpec, SloClass
+from engine.core.state import Role
+from engine.distributed import Workers
+from engine.distributed_kv import Puller, check_pipe
+from engine.distributed_wire import KEY, ask, connect, listen, parse_address, step_from, step_message
+from engine.distributed_worker import Worker
+from engine.errors import SlalomError
+from engine.kernels import Span
+from engine.model import KVPool, SamplingParams, open_checkpoint
+from engine.service import Engine, build_state
+
+LONG = replace(GREEDY, max_tokens=60)
+PD = [InstanceSpec(Role.PREFILL, 0, KV), InstanceSpec(Role.DECODE, 1, KV, gpu=1, link=1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def secret() -> Iterator[None]:
+    before = os.environ.get(KEY)
+    os.environ[KEY] = "only for these tests"
+    yield
+    os.environ.pop(KEY) if before is None else os.environ.update({KEY: before})
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    with engine_on(mixed()) as engine:
+        return [send(engine, prompt, LONG).wait().tokens for prompt in PROMPTS]
+
+
+class InThread(Worker):
+    """A worker in threads of this process: everything but the process is real."""
+
+    def __init__(self) -> None:
+        super().__init__(MODEL, TOKENIZER.eos_ids, "127.0.0.1")
+        self._listener = listen(("127.0.0.1", 0))
+        self.address = self._listener.address
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            connection = self._listener.accept()
+            threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
+
+    def text(self) -> str:
+        return "{}:{}".format(*self.address)
+
+
+@contextmanager
+def served_by(workers: Workers, specs: Sequence[InstanceSpec], timeout_s: float = 10.0) -> Iterator[Engine]:
+    checkpoint = open_checkpoint("dummy:tiny")
+    workers.check(checkpoint.config, "float32")
+    state = build_state(
+        specs, *tables(), classes=[SloClass(1.0, 0.1)], links=[LinkSpec() for _ in specs], max_requests=32,
+        prefix_cache=False,
+    )  # fmt: skip
+    engine = Engine(
+        checkpoint, TOKENIZER, state, FirstAllowed(), hosts=workers.hosts(state), transport=workers.transport,
+        transfer_timeout_s=timeout_s,
+    ).start()  # fmt: skip
+    try:
+        yield engine
+    finally:
+        closed = engine.close(20.0)
+    assert engine.failure is None
+    assert closed
+    assert engine.integrity_faults() == []
+    assert (engine.state.pool["free"] == engine.state.pool["n_blocks"]).all()
+
+
+def test_requests_migrated_over_gloo_give_the_same_tokens(expected: list[list[int]]) -> None:
+    with served_by(Workers.join([InThread().text(), InThread().text()]), PD) as engine:
+        callers = [send(engine, prompt, LONG) for prompt in PROMPTS * 2]
+        assert [caller.wait().tokens for caller in callers] == expected * 2
+        assert engine.state.cluster[0]["n_migrated"] == len(callers)
+        assert engine.instances.transfer_failures == 0
+
+
+def test_two_instances_in_one_worker_copy_without_a_peer(expected: list[list[int]]) -> None:
+    specs = [replace(spec, gpu=0) for spec in PD]
+    with served_by(Workers.join([InThread().text()]), specs) as engine:
+        assert send(engine, PROMPTS[5], LONG).wait().tokens == expected[5]
+        assert engine.state.cluster[0]["n_migrated"] == 1
+
+
+def test_drawn_tokens_and_slices_of_layers_cross_the_wire(expected: list[list[int]]) -> None:
+    drawn = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, stop=("zzz",), stop_token_ids=(3,))
+    spans = [Span([1, 2, 3], 0, [4, 5], True), Span([9], 17, [1, 2], False)]
+    message = step_message(spans, (0, 4), [drawn], [5])
+    assert step_from(message) == (spans, (0, 4), [drawn], [5])
+
+
+@pytest.mark.parametrize("state", ["at the door", "while it opens", "while it sends"])
+def test_a_sender_that_says_nothing_costs_a_timeout_and_the_next_pull_a_new_pair(
+    state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, target = InThread(), KVPool(MODEL.config, blocks=100, block_tokens=16)
+    control = connect(sender.address)
+    ask(control, {"do": "pools", "blocks": {"0": 100}, "block_tokens": 16})
+    for layer in sender._pools[0].layers:
+        layer.normal_()
+    stalls, hold = [True], threading.Event()
+
+    def stall(real: Any) -> Any:
+        def slow(*args: Any) -> Any:
+            if stalls:
+                stalls.pop()
+                hold.wait(3.0)
+                raise ConnectionError("too late")
+            return real(*args)
+
+        return slow
+
+    if state == "at the door":
+        monkeypatch.setattr("engine.distributed_worker.serve_pulls", stall(distributed_kv.serve_pulls))
+    elif state == "while it opens":
+        monkeypatch.setitem(
+            distributed_kv.PIPES, "gloo",
+            lambda store, rank, *rest: (stall(REAL) if rank == 0 else REAL)(store, rank, *rest),
+        )  # fmt: skip
+    else:
+        monkeypatch.setattr(distributed_kv, "_gather", stall(distributed_kv._gather))
+    puller, pairs = Puller("gloo", "127.0.0.1"), [(k, 99 - k) for k in range(100)]
+    begin = time.monotonic()
+    with pytest.raises(Exception, match=r"(?i)time|answer"):
+        puller.fetch(sender.address, 0, target, pairs, 0.5)
+    assert time.monotonic() - begin < 2.9  # it did not wait for the sender
+    hold.set()
+    assert not any(layer.any() for layer in target.layers)
+    puller.fetch(sender.address, 0, target, pairs, 20.0)
+    for mine, theirs in zip(target.layers, sender._pools[0].layers, strict=True):
+        assert torch.equal(mine.flip(1), theirs)
+    puller.close()
+
+
+REAL = distributed_kv.PIPES["gloo"]
+
+
+def test_pulls_that_break_are_recomputed(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    gather, left = distributed_kv._gather, [2]
+
+    def broken(*args: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise ConnectionError("cable")
+        return gather(*args)
+
+    monkeypatch.setattr(distributed_kv, "_gather", broken)
+    with served_by(Workers.join([InThread().text(), InThread().text()]), PD) as engine:
+        callers = [send(engine, prompt, LONG) for prompt in PROMPTS]
+        assert [caller.wait().tokens for caller in callers] == expected
+        assert engine.instances.transfer_failures == 2
+
+
+def test_what_cannot_be_joined_is_refused() -> None:
+    worker = InThread()
+    with pytest.raises(SlalomError, match="HOST:PORT"):
+        parse_address("somewhere")
+    with pytest.raises(SlalomError, match="cannot use it"):
+        Workers.join(["127.0.0.1:1"])
+    with pytest.raises(SlalomError, match="bfloat16"):
+        Workers.join([worker.text()]).check(open_checkpoint("dummy:tiny").config, "bfloat16")
+    with pytest.raises(SlalomError, match="kv-transport"):
+        check_pipe("pigeon")
+    if not torch.cuda.is_available():
+        with pytest.raises(SlalomError, match="no GPU"):
+            check_pipe("nccl")
+    with pytest.raises(AuthenticationError):
+        Client(worker.address, authkey=b"another secret")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "by"), [(0, "SIGKILL"), (1, "SIGKILL"), (1, "SIGSTOP")])
+def test_a_worker_killed_or_stopped_under_load_loses_no_request(
+    victim: int, by: str, expected: list[list[int]]
+) -> None:
+    workers = Workers.start(
+        2, "dummy:tiny", "cpu", "float32", transfer_timeout_s=2.0, step_timeout_s=15.0 if by == "SIGSTOP" else 120.0
+    )
+    with served_by(workers, PD, timeout_s=2.0) as engine:
+        callers = [send(engine, prompt, LONG) for prompt in PROMPTS]
+        until(lambda: any(len(caller.tokens) > 3 for caller in callers), 90.0)
+        process = workers.workers[victim].process
+        assert process is not None
+        process.send_signal(signal.Signals[by])
+        callers += [send(engine, prompt, LONG) for prompt in PROMPTS]
+        assert [caller.wait().tokens for caller in callers] == expected * 2
+        assert engine.instances.lost == {victim}
+        assert send(engine, PROMPTS[3], LONG).wait().tokens == expected[3]
