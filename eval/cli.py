@@ -70,6 +70,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds, the same for every policy.")] = 3,
     requests: Annotated[int | None, typer.Option(min=20, help="Requests of one run.")] = None,
     tune: Annotated[int, typer.Option(min=0, help="Also compare every rule tuned with this many trials.")] = 0,
+    slo_scale: Annotated[float, typer.Option(help="Multiply every TTFT and TPOT target by this.")] = 1.0,
     warmup: Annotated[float, typer.Option(help="Share of arrivals left out at the start.")] = 0.05,
     drain: Annotated[float, typer.Option(help="Share of arrivals left out at the end.")] = 0.0,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that simulate.")] = 1,
@@ -113,17 +114,18 @@ def evaluate(
     if len(scenario) > 1 or scenario[0] == "all" or "," in scenario[0]:
         if rates is not None:
             raise SlalomError("--rates", rates, "several scenarios have no rate in common; leave it out")
-        counts = {"requests": requests, "seeds": seeds, "tune": tune, "warmup": warmup, "drain": drain}
+        counts: dict[str, Any] = {"requests": requests, "seeds": seeds, "tune": tune, "warmup": warmup, "drain": drain}
+        counts["slo_scale"] = slo_scale
         _table_of(scenario, policy, counts, jobs, out, resume, "json" if as_json else "md" if markdown else "")
         return
     from engine.core.jit import is_warm
     from env.scenario import Scenario
     from eval.points import PointSettings
-    from eval.session import Request, open_folder
+    from eval.session import Request, open_folder, scaled
     from eval.session import evaluate as run
 
     open_folder(out, resume)
-    chosen = Scenario.load(scenario[0])
+    chosen = scaled(Scenario.load(scenario[0]), slo_scale)
     request = Request(
         scenario=chosen,
         policies=tuple(policy),
@@ -134,6 +136,7 @@ def evaluate(
         jobs=jobs,
         out=out,
         ray=ray,
+        slo_scale=slo_scale,
     )
     console = Console(stderr=True)
     if not is_warm():

@@ -14,12 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from eval.plots_shadow import decisions, timeline
 from eval.verdict import meeting_point, ranking
 
 __all__ = ["figures"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
+_STRICTER = ("D", "v", "s")  # goodput at the second, third, ... target
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 Result = Mapping[str, Any]
@@ -33,7 +35,15 @@ def figures(result: Result) -> dict[str, tuple[Figure, str]]:
         "breakdown": (_breakdown(result), "Attainment per target and per SLO class, one bar per policy"),
     }
     if result["mode"] == "goodput":
-        drawn["goodput"] = (_goodput(result), "Goodput of every policy with 95 % intervals, best on top")
+        caption = "Goodput of every policy with 95 % intervals, best on top; marks: at stricter shares"
+        drawn["goodput"] = (_goodput(result), caption)
+    if watched := result.get("shadow"):
+        where = f"seed {watched['seed']} at {watched['rate']:.4g} requests/s"
+        caption = f"One run over time ({where}): attainment by time of arrival, load, roles of {watched['subject']}"
+        drawn["timeline"] = (timeline(watched), caption)
+        if watched["differing"]["ways"]:
+            caption = f"Requests that {watched['subject']} placed otherwise than {watched['rival']} would have"
+            drawn["decisions"] = (decisions(watched), caption)
     return drawn
 
 
@@ -125,11 +135,17 @@ def _goodput(result: Result) -> Figure:
         axis.barh(index, found["rate"], color=colour, hatch=hatch, edgecolor="white", height=0.7)
         axis.errorbar(found["rate"], index, xerr=error, color="black", capsize=3, linewidth=1.2)
         end = max(found["rate"], found["high"])
+        for mark, target in zip(_STRICTER, result["targets"][1:], strict=False):
+            rate = policy["goodput"][f"{target:g}"]["rate"]
+            label = f"at {100 * target:g} %" if index == 0 else None
+            axis.plot(rate, index, mark, color="white", markeredgecolor="black", markersize=6, label=label)
         axis.annotate(
             f"{found['rate']:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9
         )
     axis.margins(x=0.12)
     axis.set_xlim(left=0)
+    if len(result["targets"]) > 1:
+        figure.legend(loc="outside upper right", fontsize=9, frameon=False, ncols=3)
     axis.set_yticks(range(len(order)), [p["label"] for p in order])
     axis.set_xlabel(f"goodput at {100 * result['targets'][0]:g} % [requests/s]; hatched: tuned")
     return figure
@@ -140,6 +156,8 @@ def _breakdown(result: Result) -> Figure:
     order = ranking(result)
     rows = [(policy["label"], meeting_point(result, policy)) for policy in order]
     classes = list(dict.fromkeys(name for _, p in rows for name in p["slo_attainment_by_class"]))
+    if len(classes) == 1:
+        classes = []  # they are all the requests there are
     groups = ["both", "TTFT", "TPOT", *(f"class {name}" for name in classes)]
     figure, (axis,) = _figure(width=max(8.0, 1.6 * len(groups) + 3.0))
     width = 0.8 / len(rows)

@@ -6,6 +6,7 @@ Every node needs this package in the same version: the digest of the sources is 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -32,7 +33,7 @@ def connect(address: str, *, cores: int | None = None) -> None:
         raise SlalomError("--ray", address, "install it first: pip install 'slalom[ray]'") from None
     if ray.is_initialized():
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:

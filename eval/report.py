@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval.report_parts import cards, starved, watched_sentences, way_rows
 from eval.store import write_bytes, write_json, write_text
 from eval.verdict import ranking, verdict
 
@@ -24,9 +25,14 @@ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; } h1 { font-size: 1.6rem; 
 margin-top: 2.2rem; } table { border-collapse: collapse;
 font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; } th:first-child,
-td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; } .wide { overflow-x: auto; }
+td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; } .wide { overflow-x: auto;
+margin-bottom: 1.4rem; } .text td, .text th { text-align: left; overflow-wrap: anywhere; }
 pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .85rem; } figure { margin: 1rem 0; }
 figure svg { max-width: 100%; height: auto; } figcaption { color: #444; font-size: .9rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1rem 0; }
+.card { border: 1px solid #ddd; border-radius: .5rem; padding: .6rem .8rem; } .card b { display: block;
+font-size: 1.45rem; font-variant-numeric: tabular-nums; } .card span { color: #444; font-size: .85rem; }
+.card.win { border-left: .35rem solid #009E73; } .card.loss { border-left: .35rem solid #D55E00; }
 li.win { list-style: "\\25B2  "; } li.loss { list-style: "\\25BC  "; } li.tie { list-style: "=  "; }
 """
 
@@ -42,14 +48,15 @@ def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
     written = {"result": folder / "result.json", "report": folder / "report.html"}
     write_json(written["result"], result)
-    embedded = []
+    stems, embedded = [], []
     for stem, (figure, caption) in figures(result).items():
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
         written[stem] = folder / f"{stem}.png"
         write_bytes(written[stem], png.getvalue())
+        stems.append(stem)
         embedded.append(_embed(figure, caption, stem))
-    write_text(written["report"], _page(result, embedded))
+    write_text(written["report"], _page(result, stems, embedded))
     return written
 
 
@@ -65,17 +72,26 @@ def _embed(figure: Any, caption: str, stem: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _page(result: Mapping[str, Any], pictures: Sequence[str]) -> str:
+def _page(result: Mapping[str, Any], stems: Sequence[str], pictures: Sequence[str]) -> str:
     settings = result["settings"]
     title = f"Slalom: {settings['scenario']}"
+    if settings.get("slo_scale", 1.0) != 1.0:
+        title += f", targets times {settings['slo_scale']:g}"
+    drawn = dict(zip(stems, pictures, strict=True))
+    order = ["goodput", "attainment", "latency"]
     parts = [
         f"<h1>{escape(title)}</h1>",
+        _cards(result),
         "<ul>" + "".join(_sentence(s) for s in verdict(result)) + "</ul>",
-        *pictures,
+        *(drawn[stem] for stem in order if stem in drawn),
+        "<h2>Targets and classes: is anyone starved?</h2>",
+        _starved(result),
+        drawn["breakdown"],
+        _per_class_table(result),
+        *_watched(result, drawn),
         "<h2>Numbers</h2>",
         _goodput_table(result) if result["mode"] == "goodput" else "",
         _point_table(result),
-        _per_class_table(result),
         _tuning(result),
         "<h2>Settings</h2>",
         _definitions(settings),
@@ -90,6 +106,36 @@ def _page(result: Mapping[str, Any], pictures: Sequence[str]) -> str:
     )
 
 
+def _cards(result: Mapping[str, Any]) -> str:
+    """The figures that a reader looks for first."""
+    boxes = (
+        f'<div class="card {kind}"><b>{escape(figure)}</b><span>{escape(text)}</span></div>'
+        for figure, text, kind in cards(result)
+    )
+    return f'<div class="cards">{"".join(boxes)}</div>'
+
+
+def _starved(result: Mapping[str, Any]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in starved(result)) + "</ul>"
+
+
+def _watched(result: Mapping[str, Any], drawn: Mapping[str, str]) -> list[str]:
+    """Timeline and differing decisions, where a run was watched."""
+    watched = result.get("shadow")
+    if watched is None:
+        return []
+    head = ["placed", "requests", "good", "good under the rival's own run", "gained", "lost"]
+    sentences = "".join(f"<li>{escape(text)}</li>" for text in watched_sentences(watched))
+    return [
+        "<h2>One run over time</h2>",
+        drawn["timeline"],
+        f"<h2>Where {escape(watched['subject'])} decides otherwise than {escape(watched['rival'])}</h2>",
+        f"<ul>{sentences}</ul>",
+        drawn.get("decisions", ""),
+        _table(head, way_rows(watched)),
+    ]
+
+
 def _sentence(text: str) -> str:
     kind = (
         "win" if " beats " in text else "loss" if " loses to " in text else "tie" if "No diff" in text else ""
@@ -97,11 +143,11 @@ def _sentence(text: str) -> str:
     return f'<li class="{kind}">{escape(text)}</li>'
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
     cells = "".join(f"<th>{escape(h)}</th>" for h in head)
     lines = ("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     body = f"<thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table>{body}</table></div>'
+    return f'<div class="wide {kind}"><table>{body}</table></div>'
 
 
 def _figure(value: float | None, digits: int = 4) -> str:
@@ -170,6 +216,8 @@ def _per_class_table(result: Mapping[str, Any]) -> str:
             for name, share in p["slo_attainment_by_class"].items():
                 figures = [_share(share[key]) for key in ("slo_attainment", "ttft", "tpot")]
                 rows.append([policy["label"], _figure(p["rate"]), name, *figures])
+    if len({row[2] for row in rows}) <= 1:
+        return ""  # one class is all the requests there are
     return _table(["policy", "rate [1/s]", "class", "both [%]", "TTFT [%]", "TPOT [%]"], rows)
 
 
@@ -210,4 +258,4 @@ def _settings_table(settings: Mapping[str, Any]) -> str:
         for key, value in settings.items()
         if key not in skip
     ]
-    return _table(["setting", "value"], rows)
+    return _table(["setting", "value"], rows, "text")

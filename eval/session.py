@@ -21,8 +21,18 @@ from eval.points import STATIC_PLAN as STATIC
 from eval.points import Contender, Evaluator, Point, PointSettings, code_sha256, scenario_hash
 from eval.provenance import commit, machine, versions
 from eval.store import read_json, write_json
+from eval.verdict import is_learned, meeting_point, ranking
 
-__all__ = ["Request", "Watcher", "contenders_of", "evaluate", "label_of", "open_folder"]
+__all__ = [
+    "Request",
+    "Watcher",
+    "closest_pair",
+    "contenders_of",
+    "evaluate",
+    "label_of",
+    "open_folder",
+    "scaled",
+]
 
 
 class Watcher:
@@ -49,6 +59,7 @@ class Request:
     :param tune: trials per rule and for the static plan; 0 compares untuned rules only (the plan takes 40 trials)
     :param out: folder of all files; None keeps nothing
     :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
+    :param slo_scale: what the TTFT and TPOT targets of ``scenario`` were multiplied by (see :func:`scaled`); told only
     """
 
     scenario: Any
@@ -60,6 +71,7 @@ class Request:
     jobs: int = 1
     out: Path | None = None
     ray: str | None = None
+    slo_scale: float = 1.0
 
 
 def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
@@ -148,7 +160,53 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             parallel=width,
         )
     result["settings"] = _settings(request, seeds, tuning)
+    pair = closest_pair(result, contenders)
+    if pair is not None:
+        from eval.shadow import shadow
+
+        watcher.phase("timeline", None)
+        label = pair[0].name
+        point = meeting_point(result, next(p for p in result["policies"] if p["label"] == label))
+        seed = _usual_seed(point, seeds)
+        result["shadow"] = shadow(request.scenario, *pair, point["rate"], seed, request.settings)
     return result
+
+
+def scaled(scenario: Any, factor: float) -> Any:
+    """The scenario with every TTFT and TPOT target multiplied by ``factor``.
+
+    :raises SlalomError: not a positive number
+    """
+    if not 0.0 < factor < 1e3:
+        raise SlalomError("--slo-scale", factor, "give a positive factor, e.g. 0.5 or 2")
+    if factor == 1.0:
+        return scenario
+    changed = {}
+    for place, found in enumerate(scenario.classes):
+        for name in ("ttft_s", "ttft_factor", "tpot_s"):
+            changed[f"classes.{place}.{name}"] = getattr(found, name) * factor
+    return scenario.with_overrides(changed)
+
+
+def closest_pair(result: dict[str, Any], contenders: Sequence[Contender]) -> tuple[Contender, Contender] | None:
+    """Whose decisions are worth comparing: the best learned policy (else the best of all) and the best other rule.
+
+    A static plan is no part of it: it decides about other instances.
+    """
+    by_name = {contender.name: contender for contender in contenders if not contender.cluster}
+    order = [p for p in ranking(result) if p["label"] in by_name]
+    subject = next((p for p in order if is_learned(p)), order[0] if order else None)
+    rival = next((p for p in order if p is not subject and not is_learned(p)), None)
+    if subject is None or rival is None:
+        return None
+    return by_name[subject["label"]], by_name[rival["label"]]
+
+
+def _usual_seed(point: dict[str, Any], seeds: Sequence[int]) -> int:
+    """The seed with the (lower) median attainment, so that the run shown is neither the luckiest nor the worst."""
+    shares = [run["slo_attainment"] for run in point["runs"]]
+    order = sorted(range(len(seeds)), key=lambda i: (shares[i], i))
+    return seeds[order[(len(order) - 1) // 2]]
 
 
 def _pool(request: Request) -> tuple[Executor | None, int]:
@@ -168,6 +226,7 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
         "scenario_sha256": scenario_hash(scenario),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": "surrogate",
+        "slo_scale": request.slo_scale,
         "rates": None if request.rates is None else list(request.rates),
         "seeds": list(seeds),
         "requests_per_run": request.settings.n_requests,

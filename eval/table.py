@@ -33,6 +33,7 @@ from eval.compare import measured_goodput
 from eval.points import STATIC_PLAN as STATIC
 from eval.points import Contender, Evaluator, PointSettings, code_sha256, policy_sha256, scenario_hash
 from eval.provenance import commit, machine, versions
+from eval.session import label_of, scaled
 from eval.static import TRIALS, search_static
 from eval.store import read_json, write_json
 from eval.tune import tune
@@ -75,6 +76,7 @@ class TableRequest:
     :param scenarios: names or files; ``policies``: names, specs, checkpoint folders, ``static_plan`` or ``all``
     :param requests: per run (None: the scenario's)
     :param seeds: of the ``test`` split; ``tune``: trials per policy and scenario, 0 compares untuned policies
+    :param slo_scale: multiplies every TTFT and TPOT target
     """
 
     scenarios: tuple[str, ...]
@@ -84,6 +86,7 @@ class TableRequest:
     tune: int = 0
     warmup: float = 0.05
     drain: float = 0.0
+    slo_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ class _Task:
     requests: int = 0  # per run; 0: the request's or the scenario's
 
     def loaded(self) -> tuple[Any, PointSettings]:
-        scenario = Scenario.load(self.scenario)
         asked = self.request
+        scenario = scaled(Scenario.load(self.scenario), asked.slo_scale)
         n = self.requests or asked.requests or scenario.n_requests
         return scenario, PointSettings(n_requests=n, warmup=asked.warmup, drain=asked.drain)
 
@@ -111,14 +114,8 @@ class _Task:
         ]
         parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS)]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        label = _label(self.policy).split(":")[0]
+        label = label_of(self.policy).split(":")[0]
         return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest}.json"
-
-
-def _label(policy: str) -> str:
-    from eval.session import label_of
-
-    return label_of(policy)
 
 
 def scenario_names(asked: Sequence[str]) -> tuple[str, ...]:
@@ -176,7 +173,7 @@ def _reference(scenario: Any, settings: PointSettings, start: float) -> float:
 def run_cell(task: _Task) -> dict[str, Any]:
     """One policy on one scenario; ``refused`` holds the reason where it does not fit."""
     scenario, settings = task.loaded()
-    cell: dict[str, Any] = {"scenario": scenario.name, "policy": task.policy, "label": _label(task.policy)}
+    cell: dict[str, Any] = {"scenario": scenario.name, "policy": task.policy, "label": label_of(task.policy)}
     try:
         with Evaluator(scenario, settings) as evaluator:
             if task.policy == STATIC:
@@ -310,7 +307,7 @@ def run_table(
         "mode": "table",
         "target": 0.9,
         "scenarios": [_about(name, knees[name]) for name in request.scenarios],
-        "policies": [_label(policy) for policy in policies],
+        "policies": [label_of(policy) for policy in policies],
         "cells": [cells[task.scenario, task.policy] for task in tasks],
         "settings": {
             **asdict(request),

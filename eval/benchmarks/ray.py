@@ -6,6 +6,7 @@ collecting whole rollouts as training does it, weights out and columns back. One
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from functools import partial
@@ -31,7 +32,7 @@ def run() -> dict[str, Any]:
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)  # an actor claims one core, so each node gets one
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         return _measure()
     finally:
         ray.shutdown()
@@ -64,7 +65,8 @@ def _measure() -> dict[str, Any]:
         rate([one, two])
         rates = np.array([[rate([one]), rate([one, two])] for _ in range(ROUNDS)])
     finally:
-        one.close(), two.close()
+        one.close()
+        two.close()
     ratios = rates[:, 1] / rates[:, 0]
     return {
         "frames_per_second_one_node": float(np.median(rates[:, 0])),

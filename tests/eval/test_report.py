@@ -57,6 +57,68 @@ def test_report_is_one_offline_file_with_all_numbers(result, tmp_path):
     assert read_json(written["result"]) == result
 
 
+WATCHED = {
+    "subject": "x1.2 <i>",
+    "rival": "x1",
+    "rate": 30.0,
+    "seed": 1,
+    "timeline": {
+        "at_s": [0.0, 1.0, 2.0],
+        "roles": {"prefill": [2, 1, 1], "decode": [2, 3, 3]},
+        "decode_sm_share": [0.5, 0.25, 0.5],
+        "attained_at_s": [0.5, 1.5],
+        "subject": [1.0, 0.25],
+        "rival": [1.0, None],
+        "arrivals_per_s": [3.0, 5.0],
+    },
+    "kinds": {"PLACE_PREFILL": {"decisions": 1000, "differing": 250}},
+    "differing": {
+        "groups": {
+            "placed differently": {"requests": 250, "good": 200, "good_under_rival": 190, "gained": 17, "lost": 7}
+        },
+        "ways": {
+            "hold instead of a mixed instance": {
+                "requests": 9,
+                "good": 1,
+                "good_under_rival": 8,
+                "gained": 0,
+                "lost": 7,
+            }
+        },
+    },
+}
+
+
+def test_a_watched_run_is_told_with_its_losses(result, tmp_path):
+    written = write_report(result | {"shadow": WATCHED}, tmp_path)
+    page = Page(written["report"].read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert page.outside == []
+    assert {"timeline", "decisions"} <= set(written)
+    for needed in (
+        "250 of 1,000 decisions differ (25.0 %)",
+        "17 gained, 7 lost",
+        "hold instead of a mixed instance",
+        "x1.2 <i>",
+        "longest wait for a first token",
+    ):
+        assert needed in text, needed
+
+
+def test_scaled_targets_stand_in_the_title(result, tmp_path):
+    result["settings"]["slo_scale"] = 0.5
+    assert "targets times 0.5</h1>" in write_report(result, tmp_path)["report"].read_text()
+
+
+def test_the_worst_class_is_named(result, tmp_path):
+    for policy in result["policies"]:
+        for point in policy["points"]:
+            shares = {"slo_attainment": 0.25, "ttft": 0.5, "tpot": 0.5}
+            point["slo_attainment_by_class"] = {"chat": shares | {"slo_attainment": 0.9}, "batch <b>": shares}
+    text = " ".join(Page(write_report(result, tmp_path)["report"].read_text()).text)
+    assert "its worst class, batch <b>, meets its targets for 25.0 %" in text
+
+
 def test_pictures_lie_beside_the_report_and_ids_do_not_clash(result, tmp_path):
     written = write_report(result, tmp_path)
     for name, path in written.items():
