@@ -120,11 +120,16 @@ def _options(scenario: Scenario) -> ClusterOptions:
 
 
 def _jitter(scenario: Scenario) -> float:
-    """Relative spread of step times: the scenario's, or the largest held-out error of its profiles."""
+    """Relative spread of step times: the scenario's, or the largest error its profiles admit.
+
+    That is the held-out error of the fit and, where surrogate and engine were compared, how far step times were off.
+    """
     if scenario.latency_jitter != "profile":
         return float(scenario.latency_jitter)
     errors = [p.fit for p in scenario.load_profiles() if p.fit is not None]
     found = [x for e in errors for x in (e.prefill_mape, e.decode_mape) if x is not None]
+    measured = [(p.fidelity or {}).get("step_spread") for p in scenario.load_profiles()]
+    found += [float(x) for x in measured if isinstance(x, int | float)]
     return max(found, default=0.03)
 
 

@@ -1,4 +1,4 @@
-"""``slalom/Dispatch-v0``: one simulated cluster as a ``gymnasium.Env``."""
+"""``slalom/Dispatch-v0``: one cluster, simulated or on the real engine, as a ``gymnasium.Env``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
     the form sb3-contrib expects. An action that is masked is replaced by the first allowed one.
 
     :param scenario: name, path or Scenario
-    :param backend: "surrogate"
+    :param backend: "surrogate", or "gpu": the engine in this process, in real time (:mod:`env.engine_env`)
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
@@ -39,13 +39,20 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         split: Literal["train", "valid", "test"] = "train",
         render_mode: None = None,
     ) -> None:
-        if backend != "surrogate":
-            raise SlalomError("backend", backend, 'use "surrogate"; the real engine is not a backend yet')
+        if backend not in ("surrogate", "gpu"):
+            raise SlalomError("backend", backend, 'use "surrogate" or "gpu"')
         self.scenario = scenario if isinstance(scenario, Scenario) else Scenario.load(scenario)
         self._options: dict[str, Any] = {
             "n_requests": n_requests, "rates": rates, "kinds": kinds, "policy": policy, "split": split
         }  # fmt: skip
-        self._env = SlalomVecEnv(self.scenario, 1, seed=0, **self._options)
+        self._backend = backend
+        self._env: Any
+        if backend == "gpu":
+            from env.engine_env import EngineVecEnv
+
+            self._env = EngineVecEnv(self.scenario, seed=0, auto_reset=False, **self._options)
+        else:
+            self._env = SlalomVecEnv(self.scenario, 1, seed=0, **self._options)
         self.observation_space = self._env.observation_space
         self.action_space = self._env.action_space
         self.render_mode = render_mode
@@ -64,7 +71,8 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
             episodes.seed = seed
             episodes.number[:] = -1
             episodes.forget()
-        episodes.number[0] += 1
+        if self._backend == "surrogate":  # the engine counts its episodes as they begin
+            episodes.number[0] += 1
         observation = self._env.reset()[0]
         self._mask = self._env.action_masks()[0].copy()
         return observation, {"action_mask": self._mask, "elapsed_s": 0.0}
@@ -80,3 +88,6 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         self._mask = self._env.action_masks()[0].copy()
         info["action_mask"] = self._mask
         return observation, float(rewards[0]), False, truncated, info
+
+    def close(self) -> None:
+        self._env.close()

@@ -64,7 +64,23 @@ def evaluate(
             "'all'. Repeat to compare."
         ),
     ] = None,
-    env: Annotated[str, typer.Option(help="Where policies run: surrogate or gpu.")] = "surrogate",
+    env: Annotated[
+        str, typer.Option(help="Where policies run: surrogate, or gpu: the real engine (on a CPU without one).")
+    ] = "surrogate",
+    model: Annotated[
+        str, typer.Option(help="With --env gpu: model to serve; default: that of the scenario's profile.")
+    ] = "",
+    fidelity: Annotated[
+        bool, typer.Option("--fidelity", help="Run surrogate and engine beside each other and compare them.")
+    ] = False,
+    loads: Annotated[
+        str, typer.Option(help="With --fidelity: loads as shares of the median goodput of the policies.")
+    ] = "0.5,0.65,0.8",
+    repetitions: Annotated[
+        int, typer.Option(min=2, max=100, help="With --fidelity: engine runs of each case.")
+    ] = 3,
+    run_s: Annotated[float, typer.Option(min=1.0, help="With --fidelity: seconds of arrivals of one run.")] = 9.0,
+    store: Annotated[bool, typer.Option(help="With --fidelity: keep the table in the scenario's profile.")] = True,
     rates: Annotated[str | None, typer.Option(help="START:STOP:STEP or a,b,c in requests per second.")] = None,
     goodput: Annotated[bool, typer.Option("--goodput", help="Search each policy's goodput (default).")] = False,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds, the same for every policy.")] = 3,
@@ -95,6 +111,9 @@ def evaluate(
     All of them: eval-policy --scenario all --policy all --tune 40 --jobs 2 --out table
 
     Published results: eval-policy --reproduce all --out reproduced
+
+    On the engine: --env gpu plays each run in real time. With --fidelity the same arrivals go to surrogate and engine,
+    and the table says how far apart they are.
     """
     if reproduce is not None:
         from eval.reproduce import run as run_claims
@@ -104,9 +123,13 @@ def evaluate(
     if not scenario or not policy:
         missing = "--policy" if scenario else "--scenario"
         raise SlalomError(missing, None, "give --scenario and --policy, or --reproduce")
-    if env != "surrogate":
-        fix = "use surrogate; the gpu backend is not in this version yet" if env == "gpu" else "use surrogate"
-        raise SlalomError("--env", env, fix)
+    if env not in ("surrogate", "gpu"):
+        raise SlalomError("--env", env, "use surrogate or gpu")
+    if fidelity:
+        from eval.fidelity import command
+
+        command(scenario, policy, loads, repetitions, run_s, model, out, resume, store, as_json)
+        return
     if rates is not None and goodput:
         raise SlalomError("--rates", rates, "give either --rates or --goodput")
     from rich.console import Console
@@ -116,6 +139,8 @@ def evaluate(
             raise SlalomError("--rates", rates, "several scenarios have no rate in common; leave it out")
         counts: dict[str, Any] = {"requests": requests, "seeds": seeds, "tune": tune, "warmup": warmup, "drain": drain}
         counts["slo_scale"] = slo_scale
+        if env == "gpu":
+            raise SlalomError("--env", env, "the engine serves one scenario at a time: name one")
         _table_of(scenario, policy, counts, jobs, out, resume, "json" if as_json else "md" if markdown else "")
         return
     from engine.core.jit import is_warm
@@ -137,6 +162,8 @@ def evaluate(
         out=out,
         ray=ray,
         slo_scale=slo_scale,
+        backend="gpu" if env == "gpu" else "surrogate",
+        model=model,
     )
     console = Console(stderr=True)
     if not is_warm():

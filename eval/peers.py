@@ -22,22 +22,19 @@ into other choices: moved by 3e-6 or less, simdistserve's own "vllm" run at 16 r
 (p90 TPOT) and 829 to 903 ms (p99). Those two figures say no more than that.
 
 With folders of real vLLM runs (``requests.jsonl`` and ``meta.json`` as LLMServingSim publishes them in
-``bench/examples``), ``python -m eval.peers FOLDER ...`` also replays these: six coefficients are fitted to
-the times of the first half of the requests, and the second half is the comparison.
+``bench/examples``), ``python -m eval.peers FOLDER ...`` also replays these: a profile is fitted to the times
+of the first half of the requests (``calibrate --from-requests``), and the second half is the comparison.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numba
 import numpy as np
-from scipy.optimize import minimize
 
 from engine.core.columns import Kind
 from engine.core.jit import kernel
@@ -47,12 +44,11 @@ from engine.core.setup import InstanceSpec, LinkSpec, SloClass, blank_requests, 
 from engine.core.state import Batching, Role, attach
 from engine.errors import SlalomError
 from engine.latency import Profile, pack
-from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
+from engine.latency.evaluate import TICKS_PER_S
 from env.clock import attach_sim, new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate import advance, answer, run
-from policies.registry import load_policy
-from policies.setting import Setting
+from env.surrogate import advance, answer
+from eval.from_requests import compare, fit, replay
+from eval.request_log import EngineSettings, RequestLog, read_log, read_settings
 
 __all__ = [
     "DISTSERVE",
@@ -89,10 +85,6 @@ DISTSERVE: dict[tuple[Setup, float, str], tuple[_Figures, _Figures]] = {
 _PROFILES = {"2P+2D": "opt-13b-a100-tp1", "4 x vllm": "opt-13b-a100-tp1-vllm"}
 _PLACE_PREFILL = int(Kind.PLACE_PREFILL)
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
-#: Where the search starts: an 8B model on a GPU of about 1 TB/s.
-START = np.array([5e-5, 2e-3, 1e-7, 2e-5, 1.5e-2, 5e-3])
-#: For runs that do not say how much KV they had: more than they used.
-AMPLE_KV_TOKENS = 600_000
 #: More than any of these runs needs: simdistserve knows neither KV pools nor seats.
 _KV_TOKENS, _SEATS = 4_000_000, 4096
 
@@ -222,20 +214,10 @@ def distserve_reference() -> list[Row]:
 
 
 class VllmRun(NamedTuple):
-    """A recorded run of one real vLLM instance; arrays (n,) in the order of arrival.
+    """A recorded run of one real vLLM instance: its requests and the settings it ran with."""
 
-    :param arrival_s: when the engine queued the request, from the first one on
-    :param tpot_s: ``nan`` where only one token was asked for
-    """
-
-    arrival_s: np.ndarray
-    prompt: np.ndarray
-    output: np.ndarray
-    ttft_s: np.ndarray
-    tpot_s: np.ndarray
-    kv_tokens: int
-    max_batch: int
-    chunk_tokens: int
+    log: RequestLog
+    settings: EngineSettings
 
     @classmethod
     def load(cls, folder: Path) -> VllmRun:
@@ -244,107 +226,29 @@ class VllmRun(NamedTuple):
         :raises SlalomError: a file is missing, is not JSON, or lacks a key
         """
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            lines = (folder / "requests.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = sorted((json.loads(line) for line in lines), key=lambda r: float(r["queued_ts"]))
-            names = ("queued_ts", "first_token_ts", "last_token_ts", "input_toks", "output_toks")
-            queued, first, last, prompt, output = (np.array([r[name] for r in rows], float) for name in names)
-            engine = meta["engine_kwargs"]
-            limits = (engine["max_num_seqs"], engine["max_num_batched_tokens"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SlalomError(
-                "vLLM run", str(folder), f"give a folder as LLMServingSim has it ({error!r})"
-            ) from error
-        kv = (meta.get("kv_cache") or {}).get("num_kv_tokens") or AMPLE_KV_TOKENS
-        gaps = np.where(output > 1, output - 1, np.nan)
-        return cls(
-            queued - queued[0],
-            prompt.astype(np.int32),
-            output.astype(np.int32),
-            first - queued,
-            (last - first) / gaps,
-            int(kv),
-            *(int(x) for x in limits),
-        )
-
-    def replay(self, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(TTFT, TPOT) in seconds, (n,) each, of one MIXED instance under chunked prefill on the surrogate.
-
-        :param coefficients: seconds per prompt token, per prefill step, per context token, per sequence, per
-            decode step, and saved when prefill and decode share a step
-        """
-        profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
-        profile["n_layers"] = profile["n_shares"] = profile["total_sms"] = share["sms"] = 1
-        profile["regime_bs"] = 2**30
-        share["corun_prefill"] = share["corun_decode"] = share["guard"] = 1.0
-        share["prefill"][0, 0, 2:] = coefficients[:2]
-        share["decode_small"] = coefficients[2:5]
-        share["fused_shared_s"] = coefficients[5]
-        spec = InstanceSpec(
-            role=Role.MIXED,
-            pool=0,
-            kv_tokens=self.kv_tokens,
-            chunk_tokens=self.chunk_tokens,
-            max_batch=self.max_batch,
-            max_prefills=self.max_batch,
-        )
-        state = new_cluster((spec,), profile, share, classes=(SloClass(ttft_s=1.0, tpot_s=1.0),))
-        bound = load_policy("least_tokens", Setting.of_state(state))
-        req = blank_requests(len(self.prompt))
-        req["arrival"] = np.rint(self.arrival_s * TICKS_PER_S).astype(np.int64)
-        req["prompt"], req["output"] = self.prompt, self.output
-        state.cluster["n_requests"] = len(req)
-        state = state._replace(req=req)
-        sim = new_sim(state, n_roots=len(req))
-        drive = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
-        drive(
-            addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
-            FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), 0,
-        )  # fmt: skip
-        first, last = state.req["first_token"] / TICKS_PER_S, state.req["finished"] / TICKS_PER_S
-        gaps = np.where(self.output > 1, self.output - 1, np.nan)
-        return first - self.arrival_s, (last - first) / gaps
-
-    def fit(self, n: int) -> np.ndarray:
-        """Coefficients under which the first ``n`` requests come out nearest, (6,).
-
-        Least mean relative error of TPOT plus half that of TTFT (on at least 50 ms), by Nelder and Mead.
-        """
-
-        def loss(logarithms: np.ndarray) -> float:
-            ttft, tpot = self.replay(np.exp(logarithms))
-            late = np.abs(ttft - self.ttft_s)[:n] / np.maximum(self.ttft_s[:n], 0.05)
-            slow = np.abs(tpot / self.tpot_s - 1.0)[:n]
-            return float(0.5 * np.minimum(late, 3.0).mean() + np.nanmean(slow))
-
-        best = np.log(START)
-        for _ in range(2):  # a second start from the first one's end, with a fresh simplex
-            best = minimize(loss, best, method="Nelder-Mead", options={"maxiter": 400, "xatol": 1e-4}).x
-        return np.exp(best)
+            return cls(read_log(folder / "requests.jsonl"), read_settings(folder / "meta.json"))
+        except SlalomError as error:
+            fix = f"give a folder as LLMServingSim has it ({error})"
+            raise SlalomError("vLLM run", str(folder), fix) from error
 
 
 def vllm_reference(folder: Path) -> list[Row]:
-    """Mean, median and p90 of TTFT and TPOT over the second half of a real run, and ours.
+    """Mean, P50, P90 and P99 of TTFT and TPOT over the second half of a real run, and ours.
 
-    Arrivals and lengths of all requests go in; of the times that came out, the fit sees the first half.
-    ``on_grid`` is ``nan``: nothing was rounded.
+    Arrivals and lengths of all requests go in; of the times that came out, the fit sees the first half
+    (:mod:`eval.from_requests`). ``on_grid`` is ``nan``: nothing was rounded.
 
     :raises SlalomError: see :meth:`VllmRun.load`
     """
-    real = VllmRun.load(folder)
-    half = len(real.prompt) // 2
-    ours = real.replay(real.fit(half))
-    rate = len(real.prompt) / float(real.arrival_s[-1])
-    rows = []
-    for metric, theirs, mine in zip(("ttft", "tpot"), (real.ttft_s, real.tpot_s), ours, strict=True):
-        for name, statistic in (("mean", np.nanmean), ("p50", np.nanmedian), ("p90", _p90)):
-            a, b = (float(statistic(x[half:]) * 1000) for x in (theirs, mine))
-            rows.append(Row(folder.parent.name, rate, f"{metric}_{name}_ms", a, math.nan, b, b / a - 1.0))
-    return rows
-
-
-def _p90(x: np.ndarray) -> float:
-    return float(np.nanpercentile(x, 90))
+    log, settings = VllmRun.load(folder)
+    half = log.n // 2
+    fitted = fit(log, settings, half)
+    table = compare(log, replay(log, settings, fitted.coefficients, fitted.shared_kv), slice(half, None))
+    rate = log.n / float(log.arrival_s[-1])
+    return [
+        Row(folder.parent.name, rate, f"{r['metric']}_ms", r["measured_ms"], math.nan, r["modelled_ms"], r["error"])
+        for r in table
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

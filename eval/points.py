@@ -205,8 +205,9 @@ class Evaluator:
     :param jobs: 1 simulates here; more starts that many processes
     :param folder: finished points are kept here and read back; None keeps them in memory only
     :param on_point: called after each point that was simulated or read back
-    :param measure: replaces the simulator (tests; a module-level function when ``jobs`` > 1)
     :param pool: simulates there instead of in ``jobs`` processes of its own; stays the caller's
+    :param measure: replaces the simulator (the engine, tests; a module-level function when ``jobs`` > 1)
+    :param label: of what ``measure`` runs on; points of different ones are never mixed up
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class Evaluator:
         on_point: Callable[[Point], None] | None = None,
         measure: Callable[..., Point] = measure,
         pool: Executor | None = None,
+        label: str = "surrogate",
     ) -> None:
         self.scenario, self.settings = scenario, settings
         self.simulated_requests = 0
@@ -227,6 +229,7 @@ class Evaluator:
         self._pool: ProcessPoolExecutor | None = None
         self._given_pool = pool
         self._base = [code_sha256(), scenario_hash(scenario), settings.__dict__]
+        self._base += [] if label == "surrogate" else [label]
 
     def __enter__(self) -> Evaluator:
         return self

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import SlalomError
 from eval.compare import compare
@@ -60,6 +61,8 @@ class Request:
     :param out: folder of all files; None keeps nothing
     :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
     :param slo_scale: what the TTFT and TPOT targets of ``scenario`` were multiplied by (see :func:`scaled`); told only
+    :param backend: simulate, or replay on the real engine in real time
+    :param model: that the engine serves; that of the scenario's profile if empty
     """
 
     scenario: Any
@@ -72,6 +75,8 @@ class Request:
     out: Path | None = None
     ray: str | None = None
     slo_scale: float = 1.0
+    backend: Literal["surrogate", "gpu"] = "surrogate"
+    model: str = ""
 
 
 def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
@@ -146,9 +151,11 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
     seeds = list(range(request.seeds))
     pool, width = _pool(request)
     folder = None if request.out is None else request.out / "points"
+    engine = _engine(request, watcher)
     per_policy = len(seeds) * (len(request.rates) if request.rates else 25)
     with Evaluator(
-        request.scenario, request.settings, jobs=request.jobs, folder=folder, on_point=watcher.point, pool=pool
+        request.scenario, request.settings, jobs=request.jobs, folder=folder, on_point=watcher.point, pool=pool,
+        **engine,
     ) as evaluator:
         result = compare(
             evaluator,
@@ -219,13 +226,28 @@ def _pool(request: Request) -> tuple[Executor | None, int]:
     return RayExecutor(), max(1, -(-cores() // request.seeds))
 
 
+def _engine(request: Request, watcher: Watcher) -> dict[str, Any]:
+    """How points are measured when not by the surrogate: on one engine, one after the other."""
+    if request.backend == "surrogate":
+        return {}
+    from eval.on_engine import measure, park_for
+
+    if request.ray is not None:
+        raise SlalomError("--ray", request.ray, "the engine runs on this machine: leave it out with --env gpu")
+    if request.jobs > 1:
+        raise SlalomError("--jobs", request.jobs, "runs on the engine share this machine: leave it at 1")
+    park = park_for(request.scenario, request.model)
+    watcher.note(f"engine: {park.name}")
+    return {"measure": partial(measure, park=park), "label": park.name}
+
+
 def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any]]) -> dict[str, Any]:
     scenario = request.scenario
     return {
         "scenario": scenario.name,
         "scenario_sha256": scenario_hash(scenario),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "backend": "surrogate",
+        "backend": request.backend,
         "slo_scale": request.slo_scale,
         "rates": None if request.rates is None else list(request.rates),
         "seeds": list(seeds),

@@ -24,7 +24,12 @@ def train_policy(
     scenario: Annotated[
         str, typer.Option(help="name of a shipped scenario, or a YAML file")
     ] = "azure-conv-4xa100",
-    env: Annotated[str, typer.Option(help="where to practise: surrogate")] = "surrogate",
+    env: Annotated[
+        str, typer.Option(help="where to practise: surrogate, or gpu: the real engine (needs --init)")
+    ] = "surrogate",
+    init: Annotated[
+        Path | None, typer.Option(help="checkpoint folder to go on from (with --env gpu: fine-tune it)")
+    ] = None,
     algo: Annotated[
         str, typer.Option(help="ppo: a network on top of a direct search; direct: that search alone; search: one rule")
     ] = "ppo",
@@ -53,10 +58,18 @@ def train_policy(
     """Learn a dispatch policy and keep the best as a deployable checkpoint in OUT/best."""
     from train.budget import parse_budget
 
+    if env not in ("surrogate", "gpu"):
+        raise SlalomError("--env", env, "use surrogate or gpu")
     if env == "gpu":
-        raise SlalomError("--env", env, "training on a real engine is not in this version yet; use surrogate")
-    if env != "surrogate":
-        raise SlalomError("--env", env, "use surrogate")
+        from train.finetune import finetune
+
+        if init is None:
+            raise SlalomError("--init", init, "name the checkpoint that is to be fine-tuned on the engine")
+        tuned = finetune(scenario, init, parse_budget(budget).seconds, seed=seed, out=out)
+        print(json.dumps(tuned, indent=1) if as_json else tuned["text"])
+        return
+    if init is not None:
+        raise SlalomError("--init", str(init), "give it together with --env gpu")
     overrides: dict[str, object] = {}
     also: tuple[str, ...] = ()
     if recipe is not None:

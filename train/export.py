@@ -126,4 +126,10 @@ class Publisher:
             evaluation=evaluation,
             bounds=bounds,
             arrangement=None if own else self.base.design.arrangement(self._setting),
+            fidelity=self._fidelity(),
         )
+
+    def _fidelity(self) -> dict[str, Any]:
+        """How near surrogate and engine were where that was measured; by profile where there are several."""
+        found = {p.name: dict(p.fidelity) for p in self.scenario.load_profiles() if p.fidelity}
+        return next(iter(found.values())) if len(found) == 1 else dict(found)

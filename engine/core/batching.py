@@ -97,7 +97,7 @@ def _admit(s, i, r, budget, reserve, now):
     need = blocks_for(start + n, size)
     cost = need - have
     if req.blocks == 0:
-        if s.pool[p].sharers > 1:
+        if s.pool[p].sharers > 1 or s.inst[i].whole_prompt == 1:
             # Prompts started by several instances would take each other's blocks: start only what fits as a whole.
             cost = blocks_for(req.target, size) - have
         cost += reserve + evictable_cost(s, prefix, n_prefix)
@@ -145,7 +145,7 @@ def _plan_prompts(s, i, l, budget, chunked, limit, now):
     :param limit: prompts at most
     """
     lane = s.lane[i, l]
-    reserve = s.pool[s.inst[i].pool].n_blocks // 100
+    reserve = int(s.pool[s.inst[i].pool].n_blocks * s.inst[i].watermark)
     idle = s.inst[i].run_n == 0
     r = s.lists[queue_of(i), 0]
     k = 0
@@ -314,10 +314,13 @@ def _plan_mixed(s, i, now):
             return
     if s.inst[i].rotate == 1:
         _join_ready(s, i)
+    before = s.inst[i].preempted
     secure_decode(s, i, now)
     _take_running(s, i, 0)
+    paused = s.inst[i].pause_preempt == 1 and s.inst[i].preempted > before and lane.bs > 0
+    paused = paused and s.req[s.lists[queue_of(i), 0]].blocks == 0
     # Also an instance that was MULTIPLEXED, and LAYERED, before a role change.
-    if s.inst[i].batching != _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0:
+    if s.inst[i].batching != _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0 and not paused:
         _plan_queue(s, i, 0, s.inst[i].chunk_tokens - lane.bs, True, s.inst[i].max_prefills, now)
     if lane.bs > 0:
         if lane.n_prefills > 0:

@@ -53,6 +53,9 @@ class InstanceSpec:
     split: int = -1
     order: int = 0
     headroom: float = 1.0
+    watermark: float = 0.01  # vLLM V1: 0
+    whole_prompt: bool = False  # vLLM: scheduler_reserve_full_isl
+    pause_preempt: bool = False  # vLLM V1: True
 
 
 def arranged(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
@@ -149,6 +152,7 @@ def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
         for name in (
             "role", "pool", "profile", "gpu", "link", "batching", "chunk_tokens", "prefill_tokens",
             "max_batch", "max_prefills", "max_ctx", "rotate", "split", "order", "headroom",
+            "watermark", "whole_prompt", "pause_preempt",
         ):  # fmt: skip
             record[name] = getattr(spec, name)
         record["target_role"] = -1

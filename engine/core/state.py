@@ -172,6 +172,9 @@ INSTANCE = np.dtype(
         ("split", np.int32),  # share row for decode while both lanes run; -1: predictor rule
         ("order", np.int32),  # 0 FCFS, 1 shortest remaining first
         ("headroom", np.float64),  # the predictor rule aims at headroom × TPOT target
+        ("watermark", np.float64),  # share of the pool that a prompt which starts beside others must leave free
+        ("whole_prompt", np.int32),  # 1: a prompt starts when all its blocks are free, not those of a chunk
+        ("pause_preempt", np.int32),  # 1: no prompt starts in a step that preempted
         # -- prefill queue (WAITING and PREFILLING; list QUEUE)
         ("queue_tokens", np.int64),  # tokens still to compute
         ("queue_work", np.int64),  # their predicted prefill time, ticks

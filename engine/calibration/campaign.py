@@ -1,0 +1,155 @@
+"""The campaign: which measurement comes next, until the error is small enough or the time is up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+
+from engine.calibration.bench import Bench, roofline, warm_up
+from engine.calibration.design import KINDS, Space, held_out_error, next_points
+from engine.calibration.live import host_time, link_time, role_change_s
+from engine.calibration.points import Kind, Measured, Point, Store
+from engine.model.llama import Llama
+from engine.model.tokenizer import Tokenizer
+
+__all__ = ["Campaign", "Limits"]
+
+#: Points of the first, space-filling set beside the corners.
+_FIRST = {"prefill": 9, "decode": 9, "fused": 6}
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop, seconds and fractions.
+
+    :param budget_s: of measuring, everything included but loading the model
+    :param error: stop once the held-out error of every kind of step is below
+    :param least: points of a kind before its error is believed
+    """
+
+    budget_s: float = 240.0
+    error: float = 0.015
+    least: int = 24
+
+
+class Campaign:
+    """Measures into ``store`` until a limit is reached; what the store holds already is not measured again.
+
+    :param warm: meet every shape once before anything is timed
+    :param say: hears of every point and every finding, for a progress bar
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        space: Space,
+        store: Store,
+        limits: Limits,
+        *,
+        instances: int = 1,
+        bench: Bench | None = None,
+        warm: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.tokenizer, self.space, self.store, self.limits = model, tokenizer, space, store, limits
+        self.instances, self._warm, self._say, self._clock = instances, warm, say, clock
+        self._bench = bench or Bench(model, kv_tokens=space.kv_tokens)
+        self._begin = clock()
+        self._end = limits.budget_s
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._begin
+
+    @property
+    def _over(self) -> bool:
+        return self.elapsed_s > self._end
+
+    def error(self, kind: Kind) -> float:
+        """Held-out error of ``kind`` by the points so far."""
+        return held_out_error(self.store.of(kind))
+
+    def run(self) -> str:
+        """Measure; returns why it stopped."""
+        self._facts()
+        # A first run compiles the scheduling core on the way; steps get half the budget all the same.
+        self._end = max(self.limits.budget_s, self.elapsed_s + 0.5 * self.limits.budget_s)
+        self._fill()
+        seed = 1
+        while not self._over:
+            open_kinds = [kind for kind in KINDS if not self._settled(kind)]
+            if not open_kinds:
+                return f"held-out error below {100 * self.limits.error:g} %"
+            kind = max(open_kinds, key=self._urgency)
+            points = next_points(self.space, kind, self.store.of(kind), self.store.known(), _BATCH, seed)
+            seed += 1
+            if not points:
+                return "no untried points are left"
+            self._take(points)
+        return f"the budget of {self.limits.budget_s:g} s is spent"
+
+    def _settled(self, kind: Kind) -> bool:
+        return len(self.store.of(kind)) >= self.limits.least and self.error(kind) <= self.limits.error
+
+    def _urgency(self, kind: Kind) -> float:
+        """Large error and few points first."""
+        return self.error(kind) / (1.0 + len(self.store.of(kind)))
+
+    def _facts(self) -> None:
+        """Everything that is not a step time; each finding is kept as soon as it is there."""
+        notes, note = self.store.notes, self.store.note
+        if self._warm:
+            self._say("warming up")
+            warm_up(self.model, min(self.space.max_tokens + self.space.max_batch, 2048), self.space.max_batch)
+        tasks: list[tuple[str, Callable[[], object]]] = [
+            ("roofline", lambda: roofline(self.model)),
+            ("host", lambda: asdict(host_time(self.model, self.tokenizer, (1, min(8, self.space.max_batch))))),
+            ("link", lambda: asdict(link_time(self.model, self.tokenizer, self.space.max_tokens))),
+            ("switch_s", lambda: role_change_s(self.model, self.tokenizer)),
+        ]
+        if self.instances > 1:
+            tasks.append(("neighbours", self._neighbours))
+        for name, task in tasks:
+            if name in notes:
+                continue
+            self._say(f"measuring {name}")
+            try:
+                note(name, task())
+            except Exception as error:  # the profile can do without, and says so
+                note(f"{name}_failed", f"{type(error).__name__}: {error}"[:200])
+
+    def _neighbours(self) -> dict[str, float]:
+        """Slow-down of a step while every other instance of this machine computes, by the wall and by the thread."""
+        wall, cpu = [], []
+        other = Point("decode", bs=min(4, self.space.max_batch), ctx=min(64, self.space.max_context))
+        for point in (
+            Point("decode", bs=1, ctx=min(64, self.space.max_context)),
+            Point("decode", bs=min(8, self.space.max_batch), ctx=min(64, self.space.max_context)),
+            Point("prefill", n=min(64, self.space.max_tokens), prompts=1),
+        ):
+            alone = self._bench.measure(point)
+            if alone.failed:
+                continue
+            beside_wall, beside_cpu = self._bench.beside(point, self.instances - 1, other)
+            wall.append(beside_wall / alone.wall_s)
+            cpu.append(beside_cpu / alone.cpu_s if alone.cpu_s > 0 else beside_wall / alone.wall_s)
+        return {"wall": sum(wall) / len(wall), "cpu": sum(cpu) / len(cpu)}
+
+    def _fill(self) -> None:
+        known = self.store.known()
+        sets = [[*self.space.corners(kind), *self.space.scatter(kind, _FIRST[kind])] for kind in KINDS]
+        turns = [p for turn in zip_longest(*sets) for p in turn if p is not None]
+        self._take([p for p in turns if p not in known])
+
+    def _take(self, points: Sequence[Point]) -> None:
+        for point in points:
+            if self._over:
+                return
+            measured: Measured = self._bench.measure(point)
+            self.store.add(measured)
+            self._say(f"{point.kind}: {len(self.store.of(point.kind))} points")

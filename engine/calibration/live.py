@@ -1,0 +1,152 @@
+"""What only a whole engine shows: host time of a step, a KV transfer, a role change."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from engine.calibration.probe import StepProbe
+from engine.core.setup import InstanceSpec, LinkSpec, SloClass
+from engine.core.state import Batching, ClusterState, LaneKind, Role
+from engine.latency.evaluate import PROFILE, SHARE
+from engine.model.llama import Llama
+from engine.model.sampling import SamplingParams
+from engine.model.tokenizer import Tokenizer
+from engine.request import Delta
+from engine.service import Engine, build_state
+
+__all__ = ["Host", "Link", "host_time", "link_time", "role_change_s"]
+
+_PROMPTS = (32, 128, 512, 1024)
+
+
+class _First:
+    """Takes the first allowed candidate: prompts go to instance 0, and from a PREFILL instance to the next."""
+
+    name, needs, arrangement = "first", 1, None
+    params, memory = np.zeros(1), np.zeros(1)
+
+    def decide(self, context: Any, candidates: Any, mask: Any, params: Any, memory: Any) -> int:
+        return int(np.flatnonzero(mask)[0])
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds that a step costs beside its computing: ``fixed_s + per_sequence_s · bs``.
+
+    :param steps: that it was measured on
+    """
+
+    fixed_s: float
+    per_sequence_s: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """A KV transfer takes ``latency_s + bytes ÷ bytes_per_s`` (infinite: size does not show)."""
+
+    latency_s: float
+    bytes_per_s: float
+    transfers: int
+
+
+def _state(model: Llama, specs: Sequence[InstanceSpec], requests: int) -> ClusterState:
+    """A cluster for ``specs``; nothing here decides by the profile, so it says next to nothing."""
+    profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
+    profile["n_layers"], profile["n_shares"], profile["total_sms"] = model.config.n_layers, 1, 1
+    profile["regime_bs"] = 2**30
+    share["sms"] = 1
+    share["prefill"][0, 0, 2] = share["decode_small"][0, 0, 2] = 1e-3
+    for name in ("corun_prefill", "corun_decode", "guard"):
+        share[name] = 1.0
+    links = [LinkSpec() for _ in specs]
+    targets = [SloClass(60.0, 60.0)]
+    return build_state(specs, profile, share, classes=targets, links=links, max_requests=requests, prefix_cache=False)
+
+
+def _serve(engine: Engine, prompts: Sequence[int], output: int, timeout_s: float = 120.0) -> None:
+    """Serve requests of these prompt lengths together and wait for all."""
+    left = threading.Semaphore(0)
+
+    def sink(delta: Delta) -> None:
+        if delta.finish is not None:
+            left.release()
+
+    params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+    for n in prompts:
+        engine.submit([1 + k % 7 for k in range(n)], params, sink)
+    for _ in prompts:
+        if not left.acquire(timeout=timeout_s):
+            raise TimeoutError("the engine did not answer")
+
+
+def host_time(model: Llama, tokenizer: Tokenizer, batches: Sequence[int] = (1, 8), output: int = 16) -> Host:
+    """Measure :class:`Host` on the decode steps of one instance."""
+    most = max(batches)
+    spec = InstanceSpec(Role.MIXED, 0, most * (output + 48), batching=Batching.CHUNKED, max_batch=most)
+    engine = Engine(model, tokenizer, _state(model, [spec], 2 * most), _First())
+    probe = StepProbe(engine)
+    engine.start()
+    try:
+        for bs in batches:
+            _serve(engine, [16] * bs, output)
+            _serve(engine, [16] * bs, output)
+    finally:
+        engine.close()
+    decode = [s for s in probe.steps if s.lane["kind"] == LaneKind.DECODE and s.lane["bs"] in batches]
+    host = {bs: [s.host_s for s in decode if s.lane["bs"] == bs] for bs in batches}
+    middle = [(bs, float(np.median(seconds))) for bs, seconds in host.items() if seconds]
+    fixed, per = nnls(np.array([[1.0, float(bs)] for bs, _ in middle]), np.array([s for _, s in middle]))[0]
+    return Host(float(fixed), float(per), len(decode))
+
+
+def link_time(model: Llama, tokenizer: Tokenizer, longest: int = 1024, repeats: int = 4) -> Link:
+    """Measure :class:`Link` between two instances with pools of their own."""
+    sizes = [n for n in _PROMPTS if n <= longest] or [longest]
+    room = max(sizes) + 64
+    specs = [InstanceSpec(Role.PREFILL, 0, room), InstanceSpec(Role.DECODE, 1, room, link=1)]
+    engine = Engine(model, tokenizer, _state(model, specs, 4), _First())
+    probe = StepProbe(engine)
+    engine.start()
+    try:
+        for n in sizes * repeats:
+            _serve(engine, [n], 2)
+    finally:
+        engine.close()
+    by_size: dict[int, list[float]] = {}
+    for blocks, seconds in probe.transfers:
+        by_size.setdefault(blocks, []).append(seconds)
+    block_bytes = model.config.kv_elements_per_token * model.embed.weight.dtype.itemsize * 16
+    rows = np.array([[1.0, blocks * block_bytes * 1e-9] for blocks in by_size])
+    middle = np.array([float(np.median(seconds)) for seconds in by_size.values()])
+    latency, per_gb = nnls(rows / middle[:, None], np.ones(len(middle)))[0]
+    return Link(float(latency), 1e9 / float(per_gb) if per_gb > 0 else float("inf"), len(probe.transfers))
+
+
+def role_change_s(model: Llama, tokenizer: Tokenizer, repeats: int = 5) -> float:
+    """Median seconds of a role change of a drained instance, from asking to serving in the new role."""
+    specs = [InstanceSpec(Role.MIXED, i, 256, link=i) for i in range(2)]
+    state = _state(model, specs, 4)
+    engine = Engine(model, tokenizer, state, _First()).start()
+    taken = []
+    try:
+        for k in range(2 * repeats):
+            role = Role.DECODE if k % 2 == 0 else Role.MIXED
+            begin = time.perf_counter()
+            engine.set_role(1, role)
+            while engine.call(lambda: int(state.inst[1]["role"])) != role:
+                pass
+            taken.append(time.perf_counter() - begin)
+    finally:
+        engine.close()
+    return float(np.median(taken))

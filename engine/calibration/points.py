@@ -1,0 +1,136 @@
+"""Measured points: what was run, how long it took, and a file that survives being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import SlalomError
+
+__all__ = ["Kind", "Measured", "Point", "Store"]
+
+Kind = Literal["prefill", "decode", "fused"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One step to be timed.
+
+    :param prompts: equal prompts of ``n`` new tokens behind ``r`` cached ones (0 prompts: decode only)
+    :param bs: sequences that decode, each with ``ctx`` tokens of KV
+    """
+
+    kind: Kind
+    n: int = 0
+    r: int = 0
+    prompts: int = 0
+    bs: int = 0
+    ctx: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """KV tokens that the step touches: what a pool must hold."""
+        return self.prompts * (self.n + self.r) + self.bs * (self.ctx + 1)
+
+    @property
+    def rows(self) -> int:
+        """Tokens that the step computes."""
+        return self.prompts * self.n + self.bs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a point gave.
+
+    :param seconds: the figure to believe, see :func:`engine.calibration.bench.believed`
+    :param wall_s: median by the clock on the wall; ``cpu_s`` by that of the thread (0 where the device is no CPU)
+    :param spread: interquartile range ÷ median of the repeats
+    :param busy: somebody else was using the machine (wall and thread time part)
+    :param failed: why there is no figure; empty when there is one
+    """
+
+    point: Point
+    seconds: float = 0.0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    spread: float = 0.0
+    repeats: int = 0
+    busy: bool = False
+    failed: str = ""
+
+
+class Store:
+    """A file of JSON lines that is only ever appended to; a line cut off by a crash is ignored.
+
+    :param identity: what all points have in common (model, device, versions); the file's first line
+    :raises SlalomError: the file holds points of something else
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self._identity = path, json.loads(json.dumps(dict(identity)))
+        self.points: list[Measured] = []
+        self.notes: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > 0:
+            self._read()
+        else:
+            self._append({"identity": self._identity})
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # what was being written when the power went
+            text = text[: text.rfind("\n") + 1]
+            os.truncate(self.path, len(text.encode()))
+        rows = [json.loads(line) for line in text.splitlines()]
+        found = rows[0].get("identity") if rows else self._identity
+        if not rows:
+            self._append({"identity": self._identity})
+        if found != self._identity:
+            differ = sorted(k for k in {*found, *self._identity} if found.get(k) != self._identity.get(k))
+            fix = f"these points were measured with another {', '.join(differ)}; delete the file or use another --out"
+            raise SlalomError("measured points", str(self.path), fix)
+        for row in rows[1:]:
+            if "note" in row:
+                self.notes[row["note"]] = row["value"]
+            else:
+                self.points.append(Measured(**(row | {"point": Point(**row["point"])})))
+
+    def add(self, measured: Measured) -> None:
+        """Keep one more point, on disk before this returns."""
+        self.points.append(measured)
+        self._append(asdict(measured))
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a finding that is no point (host time, bandwidth); the latest of a name counts."""
+        self.notes[name] = value
+        self._append({"note": name, "value": value})
+
+    def of(self, kind: Kind) -> list[Measured]:
+        """The points of ``kind`` that gave a figure."""
+        return [m for m in self.points if m.point.kind == kind and not m.failed]
+
+    def known(self) -> set[Point]:
+        """Every point that was tried, failed ones included."""
+        return {m.point for m in self.points}
+
+    def failures(self) -> list[Measured]:
+        return [m for m in self.points if m.failed]
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, line)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def arrays(points: Iterable[Measured], *names: str) -> list[list[float]]:
+    """Columns of points: fields of :class:`Point`, or ``seconds``."""
+    rows = list(points)
+    return [[float(m.seconds if name == "seconds" else getattr(m.point, name)) for m in rows] for name in names]

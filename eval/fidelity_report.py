@@ -1,0 +1,85 @@
+"""The fidelity table for a reader, and the progress of measuring it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["Bar", "print_table"]
+
+_COLUMNS = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "tpot_p99", "goodput")
+
+
+class Bar:
+    """Engine runs done of all, with the time left; elsewhere than on a terminal a line per tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("planning", total=None)
+        self._said = -1
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str, done: int, total: int) -> None:
+        """``text`` runs now; ``done`` of ``total`` engine runs are over."""
+        self._progress.update(self._task, description=escape(text), completed=done, total=total)
+        tenth = 10 * done // max(total, 1)
+        if not self._console.is_terminal and tenth > self._said:
+            self._said = tenth
+            self._console.print(f"{done} of {total} engine runs", highlight=False)
+
+
+def print_table(result: Mapping[str, Any], console: Console) -> None:
+    """One line per case, then the summary in plain sentences."""
+    table = Table(title="surrogate ÷ engine − 1 in % (± the engine's own noise); attainment in points")
+    for head in ("scenario", "policy", "load", *_COLUMNS, "attainment"):
+        table.add_column(head, justify="left" if head in ("scenario", "policy") else "right")
+    for row in result["table"]:
+        cells = [f"{100 * row['figures'][c]['error']:+.1f} ± {100 * row['figures'][c]['noise']:.1f}" for c in _COLUMNS]
+        a = row["figures"]["attainment"]
+        cells.append(f"{100 * a['error']:+.1f} ± {100 * a['noise']:.1f}")
+        beyond = "*" if row["own_load"] > 0.8 + 1e-9 else ""
+        table.add_row(escape(row["scenario"]), escape(row["policy"]), f"{row['load']:g}{beyond}", *cells)
+    console.print(table)
+    s = result["summary"]
+    say = [
+        f"{s['cases_within']} of {s['cases']} cases are within 80 % of their policy's own goodput; the others (*) "
+        "are not part of the errors below."
+    ]
+    for name, e in s["errors"].items():
+        unit = "points" if name == "attainment" else "%"
+        say.append(
+            f"{name}: off by {100 * e['mean_abs_error']:.1f} {unit} on average (mean {100 * e['mean_error']:+.1f}, "
+            f"worst {100 * e['max_abs_error']:.1f}); engine against itself {100 * e['noise']:.1f}"
+        )
+    for name, found in s["ranking"].items():
+        tau, itself = found["tau"], found["engine_against_itself"]
+        say.append(
+            f"ranking by {name}: Kendall tau {'undefined (ties)' if tau is None else f'{tau:.2f}'}; engine against "
+            f"itself {'undefined' if itself is None else f'{itself:.2f}'}"
+        )
+    src = s["sources"]
+    say.append(
+        f"where it comes from, in % of step time: profile {100 * src['profile']:+.1f}, host {100 * src['host']:+.1f}; "
+        f"lanes waited for a core {100 * src['waited_for_core']:.1f} %; client late by {src['client_lag_ms']:.2f} ms "
+        f"(p99 {src['client_lag_p99_ms']:.2f})"
+    )
+    for sentence in say:
+        console.print(f"• {escape(sentence)}", highlight=False)

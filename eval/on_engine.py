@@ -1,0 +1,79 @@
+"""Points measured on the real engine instead of the surrogate: same figures, same files, real time."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from eval.metrics import block_counts, outcomes, summarize
+from eval.points import Contender, Point, PointSettings, policy_sha256
+
+__all__ = ["engine_facts", "measure", "open_park"]
+
+
+@cache
+def open_park(model: str, profile_model: str, dtype: str, device: str = "auto") -> Any:
+    """The loaded model: ``model`` if given, else that of the scenario's profile."""
+    from env.gpu_backend import park_of
+
+    return park_of(model or profile_model, device, dtype)
+
+
+def park_for(scenario: Any, model: str = "", device: str = "auto") -> Any:
+    """The park that ``scenario`` runs on.
+
+    :raises SlalomError: no model is named, and the profile is of another engine
+    """
+    from env.gpu_backend import model_of
+
+    named, dtype = (model, "auto") if model else model_of(scenario)
+    return open_park(model, named, dtype, device)
+
+
+def engine_facts(run: Any) -> dict[str, Any]:
+    """What an engine run tells beside the metrics: device, lateness of the client, host time of a step."""
+    lag_ms = 1e3 * run.lag_s[np.isfinite(run.lag_s)]
+    host_ms = 1e3 * np.array([step.host_s for step in run.steps] or [0.0])
+    run_s, cpu_s = sum(s.run_s for s in run.steps), sum(s.cpu_s for s in run.steps)
+    return {
+        "device": run.device,
+        "client_lag_ms": {
+            "median": float(np.median(lag_ms)) if len(lag_ms) else None,
+            "p99": float(np.percentile(lag_ms, 99)) if len(lag_ms) else None,
+            "max": float(lag_ms.max()) if len(lag_ms) else None,
+        },
+        "host_ms_per_step": {"median": float(np.median(host_ms)), "p99": float(np.percentile(host_ms, 99))},
+        "steps": len(run.steps),
+        # On a CPU lanes compute in one thread each: wall above thread time means that they waited for a core.
+        "waited_for_core": max(run_s / cpu_s - 1.0, 0.0) if "[cpu]" in run.device and cpu_s > 0 else 0.0,
+    }
+
+
+def measure(
+    scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, *, park: Any
+) -> Point:
+    """As :func:`eval.points.measure`, on the engine of ``park``."""
+    from env.gpu_backend import replay
+
+    run = replay(
+        scenario,
+        contender.policy,
+        rate=rate,
+        n_requests=settings.n_requests,
+        seed=seed,
+        split=settings.split,
+        values=dict(contender.values) or None,
+        park=park,
+    )
+    windows = {"warmup": settings.warmup, "drain": settings.drain}
+    sent, good = block_counts(outcomes(run, **windows), settings.n_blocks)
+    identity = {
+        "label": contender.name,
+        "backend": "gpu",
+        "policy_id": contender.policy,
+        "policy_sha256": policy_sha256(contender),
+        "engine": engine_facts(run),
+    }
+    return Point(rate, seed, identity | summarize(run, **windows), sent, good)
