@@ -85,7 +85,7 @@ def test_rates_that_make_no_sense_are_refused(text):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--policy", "least_tokens", "--env", "gpu"), "not in this version yet"),
+        (("--policy", "least_tokens", "--env", "gpu", "--scenario", "another"), "one scenario at a time"),
         (("--policy", "least_tokens", "--env", "moon"), "--env"),
         (("--policy", "least_tokens", "--rates", "5", "--goodput"), "either"),
         (("--policy", "least_tokens", "--rates", "x"), "--rates"),

@@ -20,7 +20,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--env", "gpu"], "not in this version yet"),
+        (["--env", "gpu"], "--init"),
+        (["--init", "somewhere"], "--env gpu"),
         (["--env", "moon"], "use surrogate"),
         (["--algo", "dqn"], "choose ppo, direct or search"),
         (["--budget", "soon"], "write a time"),
