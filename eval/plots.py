@@ -7,6 +7,7 @@ global state, so drawing works without a display and in threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from matplotlib.ticker import LogFormatter
 from eval.plots_shadow import decisions, timeline
 from eval.verdict import meeting_point, ranking
 
-__all__ = ["figures"]
+__all__ = ["claim_figure", "figures"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
@@ -98,9 +99,7 @@ def _attainment(result: Result) -> Figure:
         axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
     target = 100 * result["targets"][0]
     axis.axhline(target, color="#555555", linewidth=1)
-    axis.annotate(
-        f"{target:g} %", (0.005, target), xycoords=("axes fraction", "data"), va="bottom", fontsize=9
-    )
+    axis.annotate(f"{target:g} %", (0.005, target), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
     axis.set(xlabel="request rate [1/s]", ylabel="requests meeting both targets [% of sent]", ylim=(0, 102))
     _legend(figure, axis, len(result["policies"]))
     return figure
@@ -181,3 +180,27 @@ def _breakdown(result: Result) -> Figure:
     axis.set(ylabel="attainment [% of sent]", ylim=(0, 102), title=f"at {rows[0][1]['rate']:.4g} requests/s")
     _legend(figure, axis, len(rows))
     return figure
+
+
+def claim_figure(claim: Any) -> Figure:
+    """A reproduced result (``eval.claim.Claim``): published points as markers, ours as lines over them."""
+    figure, (axis,) = _figure()
+    systems = {label: place for place, label in enumerate(dict.fromkeys(_system(c.label) for c in claim.curves))}
+    names = [x for curve in claim.curves for x in curve.x if isinstance(x, str)]
+    order = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    for curve in claim.curves:
+        style = _style(systems[_system(curve.label)])
+        style |= {"linestyle": "none", "markersize": 8, "markerfacecolor": "none"} if curve.published else {}
+        known = [(order.get(x, x), y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        axis.plot([x for x, _ in known], [y for _, y in known], label=curve.label, **style)
+    if order:
+        axis.set_xticks(range(len(order)), list(order), rotation=20 if len(order) > 4 else 0)
+    axis.set(xlabel=claim.axes[0], ylabel=claim.axes[1], title=f"{claim.name}, published {claim.published}"[:90])
+    axis.set_ylim(bottom=0)
+    _legend(figure, axis, len(claim.curves))
+    return figure
+
+
+def _system(label: str) -> str:
+    """The system of a curve, so that published and ours share a colour."""
+    return label.removesuffix(", published").removesuffix(", ours")

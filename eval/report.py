@@ -17,7 +17,7 @@ from eval.report_parts import cards, starved, watched_sentences, way_rows
 from eval.store import write_bytes, write_json, write_text
 from eval.verdict import ranking, verdict
 
-__all__ = ["write_report"]
+__all__ = ["embed", "write_report"]
 
 _STYLE = """
 :root { color-scheme: light; } body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
@@ -55,12 +55,12 @@ def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         written[stem] = folder / f"{stem}.png"
         write_bytes(written[stem], png.getvalue())
         stems.append(stem)
-        embedded.append(_embed(figure, caption, stem))
+        embedded.append(embed(figure, caption, stem))
     write_text(written["report"], _page(result, stems, embedded))
     return written
 
 
-def _embed(figure: Any, caption: str, stem: str) -> str:
+def embed(figure: Any, caption: str, stem: str) -> str:
     """The figure as inline SVG; identifiers are salted per picture, since all share one document."""
     import matplotlib
 

@@ -1,12 +1,15 @@
-"""``python -m eval.reproduce NAME|all``: published results beside ours, with what holds and what does not.
+"""``eval-policy --reproduce NAME|all``: published results beside ours, with what holds and what does not.
 
-``all`` prints a table and writes one page, Markdown or HTML by the ending of ``--out``. The experiments are in
-``eval/claims.py``. Exit codes: 0 done (whether or not a claim holds), 2 bad input.
+One page: the published figure, ours with its interval, the pass band and a sentence on each difference, with our
+curves drawn over the published points. ``--out FOLDER`` gets ``reproduced.html``, ``.md``, ``.json`` and a PNG per
+result; ``FILE.md`` or ``FILE.html`` gets that page alone. ``python -m eval.reproduce NAME|all`` is the same command.
+The experiments are in ``eval/claims*.py``. Exit codes: 0 done (whether or not a claim holds), 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -18,11 +21,11 @@ from typing import Any
 from engine.errors import SlalomError
 from eval.claims import CLAIMS, Claim
 from eval.provenance import commit, machine
-from eval.store import write_text
+from eval.store import write_bytes, write_json, write_text
 
-__all__ = ["as_dict", "main", "page_html", "page_markdown", "reproduce"]
+__all__ = ["as_dict", "main", "page_html", "page_markdown", "reproduce", "run"]
 
-_HEAD = ("", "claim", "published", "ours", "pass band", "within")
+_HEAD = ("", "claim", "published", "ours", "interval", "pass band", "within")
 
 
 def reproduce(name: str) -> Claim:
@@ -42,7 +45,9 @@ def _number(value: float) -> str:
 def _cells(claim: Claim) -> tuple[str, ...]:
     band = f"{claim.band[0]:g} to {claim.band[1]:g}"
     ours = f"{_number(claim.value)} {claim.unit}"
-    return (claim.name, claim.title, claim.published, ours, band, "yes" if claim.holds else "no")
+    found = claim.interval
+    interval = "–" if found is None else f"{_number(found[0])} to {_number(found[1])}"
+    return (claim.name, claim.title, claim.published, ours, interval, band, "yes" if claim.holds else "no")
 
 
 def as_dict(claim: Claim) -> dict[str, Any]:
@@ -58,10 +63,16 @@ def as_dict(claim: Claim) -> dict[str, Any]:
         "published": claim.published,
         "ours": finite(claim.value),
         "unit": claim.unit,
+        "interval": None if claim.interval is None else [finite(x) for x in claim.interval],
         "band": list(claim.band),
         "holds": claim.holds,
         "note": claim.note,
         "rows": [{"label": label, "figure": finite(figure), "unit": unit} for label, figure, unit in claim.rows],
+        "curves": [
+            {"label": c.label, "published": c.published, "x": list(c.x), "y": [finite(y) for y in c.y]}
+            for c in claim.curves
+        ],
+        "axes": list(claim.axes),
         "commit": commit(),
         "machine": machine(),
     }
@@ -69,7 +80,7 @@ def as_dict(claim: Claim) -> dict[str, Any]:
 
 def page_markdown(claims: Sequence[Claim]) -> str:
     """One page: the table, then a section per claim with its note and everything measured."""
-    lines = ["# Published results, reproduced", "", f"Commit {commit()}, `python -m eval.reproduce all`.", ""]
+    lines = ["# Published results, reproduced", "", f"Commit {commit()}, `eval-policy --reproduce all`.", ""]
     lines += [_row(_HEAD), _row(["---"] * len(_HEAD)), *(_row(_cells(claim)) for claim in claims)]
     for claim in claims:
         lines += ["", f"## {claim.name}: {claim.title}", "", f"Source: {claim.source}.", "", claim.note, ""]
@@ -83,7 +94,9 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def page_html(claims: Sequence[Claim]) -> str:
-    """The same page as HTML that opens offline."""
+    """The same page as HTML that opens offline, with the pictures inside."""
+    from eval.plots import claim_figure
+    from eval.report import embed
 
     def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
@@ -95,7 +108,11 @@ def page_html(claims: Sequence[Claim]) -> str:
     for claim in claims:
         rows = [(label, _number(figure), unit) for label, figure, unit in claim.rows]
         parts += [f"<h2>{escape(claim.name)}: {escape(claim.title)}</h2>", f"<p>Source: {escape(claim.source)}.</p>"]
-        parts += [f"<p>{escape(claim.note)}</p>", table(("measured", "figure", "unit"), rows)]
+        parts.append(f"<p>{escape(claim.note)}</p>")
+        if claim.curves:
+            caption = f"{claim.name}: published points as markers, ours as lines"
+            parts.append(embed(claim_figure(claim), caption, claim.name))
+        parts.append(table(("measured", "figure", "unit"), rows))
     style = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
     style += "td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
     return (
@@ -105,9 +122,56 @@ def page_html(claims: Sequence[Claim]) -> str:
 
 
 def _print(claim: Claim) -> None:
-    _, title, published, ours, band, within = _cells(claim)
-    print(f"{claim.name}  {title}\n    published {published}\n    ours {ours}; pass band {band}: {within}")
+    _, title, published, ours, interval, band, within = _cells(claim)
+    print(f"{claim.name}  {title}\n    published {published}")
+    print(f"    ours {ours} ({interval}); pass band {band}: {within}")
     print(f"    {claim.note}")
+
+
+def _write(claims: Sequence[Claim], out: Path) -> list[Path]:
+    """The page, by the ending of ``out``; a folder gets the page in every form, and the pictures."""
+    pages = {".md": page_markdown, ".html": page_html}
+    if out.suffix in pages:
+        write_text(out, pages[out.suffix](claims))
+        return [out]
+    from eval.plots import claim_figure
+
+    written = [out / "reproduced.json"]
+    write_json(written[0], [as_dict(claim) for claim in claims])
+    for suffix, page in pages.items():
+        written.append(out / f"reproduced{suffix}")
+        write_text(written[-1], page(claims))
+    for claim in claims:
+        if claim.curves:
+            picture = io.BytesIO()
+            claim_figure(claim).savefig(picture, format="png", dpi=150)
+            written.append(out / f"{claim.name}.png")
+            write_bytes(written[-1], picture.getvalue())
+    return written
+
+
+def run(name: str, out: Path | None, as_json: bool) -> list[Claim]:
+    """Reproduce one result or ``all``, print it and write the page.
+
+    :param out: a folder, or a file ending in .md or .html; ``all`` without it writes to ``reproduced``
+    :param as_json: one JSON array on standard output and nothing else
+    :raises SlalomError: unknown name, or a place that cannot be written
+    """
+    out = out or (Path("reproduced") if name == "all" else None)
+    if out is not None and (out.is_file() or out.suffix) and out.suffix not in (".md", ".html"):
+        raise SlalomError("--out", str(out), "name a folder, or a file ending in .md or .html")
+    asked = [known for known in CLAIMS if name.lower() in ("all", known.lower())] or [name]
+    claims = []
+    for place, each in enumerate(asked, start=1):
+        print(f"running {each} ({place} of {len(asked)})", file=sys.stderr, flush=True)
+        claims.append(reproduce(each))
+        if not as_json:
+            _print(claims[-1])
+    if as_json:
+        print(json.dumps([as_dict(claim) for claim in claims], allow_nan=False))
+    for path in _write(claims, out) if out is not None else []:
+        print(f"wrote {path}", file=sys.stderr)
+    return claims
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,23 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.reproduce", description="Published results beside ours.")
     parser.add_argument("name", help=f"{', '.join(CLAIMS)} or all")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
-    parser.add_argument("--out", type=Path, help="page to write, .md or .html (all: reproduced.md)")
+    parser.add_argument("--out", type=Path, help="folder, or a page ending in .md or .html (all: reproduced)")
     options = parser.parse_args(arguments)
-    out = options.out or (Path("reproduced.md") if options.name == "all" else None)
     try:
-        if out is not None and out.suffix not in (".md", ".html"):
-            raise SlalomError("--out", str(out), "name a file ending in .md or .html")
-        claims = []
-        for name in CLAIMS if options.name == "all" else [options.name]:
-            print(f"running {name}", file=sys.stderr)
-            claims.append(reproduce(name))
-            if not options.json:
-                _print(claims[-1])
-        if options.json:
-            print(json.dumps([as_dict(claim) for claim in claims], allow_nan=False))
-        if out is not None:
-            write_text(out, page_html(claims) if out.suffix == ".html" else page_markdown(claims))
-            print(f"wrote {out}", file=sys.stderr)
+        run(options.name, options.out, options.json)
     except SlalomError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
