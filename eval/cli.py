@@ -96,6 +96,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder for points, result, report and pictures.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the points found in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    save_detailed: Annotated[
+        bool, typer.Option("--save-detailed", help="Keep every request of every run in result.json, as vLLM does.")
+    ] = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Several scenarios: print the table as Markdown.")
     ] = False,
@@ -156,7 +159,9 @@ def evaluate(
         policies=tuple(policy),
         rates=None if rates is None else parse_rates(rates),
         seeds=seeds,
-        settings=PointSettings(n_requests=requests or chosen.n_requests, warmup=warmup, drain=drain),
+        settings=PointSettings(
+            n_requests=requests or chosen.n_requests, warmup=warmup, drain=drain, detailed=save_detailed
+        ),
         tune=tune,
         jobs=jobs,
         out=out,

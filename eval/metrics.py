@@ -22,7 +22,7 @@ from engine.core.state import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 
-__all__ = ["Outcomes", "block_counts", "histogram_stats", "outcomes", "summarize"]
+__all__ = ["Outcomes", "block_counts", "detailed", "histogram_stats", "outcomes", "summarize"]
 
 PERCENTILES = (90, 95, 99)
 
@@ -58,9 +58,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
     :raises SlalomError: the windows leave nothing to measure
     """
     if not (warmup >= 0.0 and drain >= 0.0 and warmup + drain < 1.0):
-        raise SlalomError(
-            "windows", (warmup, drain), "warm-up and drain are shares of arrivals with a sum below 1"
-        )
+        raise SlalomError("windows", (warmup, drain), "warm-up and drain are shares of arrivals with a sum below 1")
     req = run.req
     sent = np.flatnonzero((req["arrival"] >= 0) & (req["state"] != RequestState.NEW))
     order = sent[np.argsort(req["arrival"][sent], kind="stable")]
@@ -160,6 +158,36 @@ def _peaks(r: NDArray[Any], finished: NDArray[np.bool_], end: int) -> tuple[int,
     return concurrent, float(per_second.max())
 
 
+def _rates(run: Any) -> dict[str, float]:
+    """``request_rate`` as asked; of a workload of sessions, whose rate is asked, the rate of requests as they came."""
+    rate, turns = float(run.rate), int((run.req["next_turn"] > 0).sum())
+    if turns == 0:
+        return {"request_rate": rate}
+    arrived = run.req["arrival"][run.req["arrival"] >= 0]
+    span = max(float(arrived.max() - arrived.min()) / TICKS_PER_S, 1e-9)
+    return {"request_rate": (len(arrived) - 1) / span, "session_rate": rate}
+
+
+def detailed(run: Any) -> dict[str, list[Any]]:
+    """Per request in order of arrival, under the names of ``vllm bench serve --save-detailed`` (seconds, tokens).
+
+    Gaps between single tokens are not kept per request (``itls``): the surrogate counts them in one histogram.
+    """
+    found = outcomes(run, warmup=0.0)
+    r = run.req[found.rows]
+    fates = zip(found.finished, r["state"], strict=True)
+    return {
+        "start_times": (r["arrival"] / TICKS_PER_S).tolist(),
+        "input_lens": r["prompt"].tolist(),
+        "output_lens": r["generated"].tolist(),
+        "ttfts": [_number(x) for x in found.ttft_s],
+        "tpots": [_number(x) for x in found.tpot_s],
+        "e2els": [_number(x) for x in found.e2el_s],
+        "good": found.good.tolist(),
+        "errors": ["" if ok else RequestState(int(state)).name.lower() for ok, state in fates],
+    }
+
+
 def _by_class(run: Any, found: Outcomes) -> dict[str, dict[str, float]]:
     cls = run.req["cls"][found.rows]
     table = {}
@@ -203,7 +231,7 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str
     concurrent, peak_tokens = _peaks(r, found.finished, end)
     return {
         "num_prompts": n,
-        "request_rate": float(run.rate),
+        **_rates(run),
         "max_concurrency": None,
         "duration": duration,
         "completed": int(found.finished.sum()),

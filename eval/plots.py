@@ -195,7 +195,7 @@ def claim_figure(claim: Any) -> Figure:
         axis.plot([x for x, _ in known], [y for _, y in known], label=curve.label, **style)
     if order:
         axis.set_xticks(range(len(order)), list(order), rotation=20 if len(order) > 4 else 0)
-    axis.set(xlabel=claim.axes[0], ylabel=claim.axes[1], title=f"{claim.name}, published {claim.published}"[:90])
+    axis.set(xlabel=claim.axes[0], ylabel=claim.axes[1], title=f"{claim.name}: published (hollow) and ours")
     axis.set_ylim(bottom=0)
     _legend(figure, axis, len(claim.curves))
     return figure

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import yaml
 
 from engine.errors import SlalomError
-from eval.metrics import block_counts, outcomes, summarize
+from eval.metrics import block_counts, detailed, outcomes, summarize
 from eval.store import read_json, write_json
 from policies.rule import Value
 
@@ -70,13 +70,14 @@ class Contender:
 
 @dataclass(frozen=True)
 class PointSettings:
-    """What every point of one comparison has in common."""
+    """What every point of one comparison has in common; ``detailed``: keep every request of a run as well."""
 
     n_requests: int = 10_000
     split: Split = "test"
     warmup: float = 0.05
     drain: float = 0.0
     n_blocks: int = 20
+    detailed: bool = False
 
     def __post_init__(self) -> None:
         if self.n_requests < self.n_blocks:
@@ -167,6 +168,20 @@ def _arranged(scenario: Any, cluster: Sequence[Mapping[str, Any]]) -> Any:
     return _ARRANGED[key]
 
 
+def _served(scenario: Any) -> dict[str, Any]:
+    """What is served, under vLLM's names; None for what a surrogate has not (tokenizer, guard)."""
+    arrival = getattr(getattr(scenario, "workload", None), "arrival", None)
+    kind, cv = getattr(arrival, "kind", None), getattr(arrival, "cv", None)
+    shape = 1.0 if kind == "poisson" else cv**-2 if kind == "gamma" and cv else None
+    return {
+        "model_id": ", ".join(dict.fromkeys(p.model for p in scenario.load_profiles())),
+        "tokenizer_id": None,
+        "burstiness": shape,
+        "fallback_rate": None,
+        **{f"{name}_decision_us": None for name in ("p50", "p90", "p99")},
+    }
+
+
 def measure(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
     """Simulate one point."""
     from env.simulate import simulate
@@ -187,10 +202,12 @@ def measure(scenario: Any, contender: Contender, rate: float, seed: int, setting
     identity = {
         "label": contender.name,
         "backend": "surrogate",
+        **_served(scenario),
         "policy_id": contender.policy,
         "policy_sha256": policy_sha256(contender),
     }
-    return Point(rate, seed, identity | summarize(run, **windows), sent, good)
+    each = {"detailed": detailed(run)} if settings.detailed else {}
+    return Point(rate, seed, identity | summarize(run, **windows) | each, sent, good)
 
 
 def _quiet_worker() -> None:
@@ -284,9 +301,7 @@ class Evaluator:
         if self._jobs <= 1 or work <= 1:
             return None
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self._jobs, mp_context=get_context("spawn"), initializer=_quiet_worker
-            )
+            self._pool = ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn"), initializer=_quiet_worker)
         return self._pool
 
     def _simulate(self, contender: Contender, rate: float, seeds: Sequence[int]) -> Iterator[Point]:

@@ -7,7 +7,7 @@ from eval_cases import request
 from engine.core.slo import ITL_BINS, itl_edges_s
 from engine.core.state import RequestState
 from engine.errors import SlalomError
-from eval.metrics import block_counts, histogram_stats, outcomes, summarize
+from eval.metrics import block_counts, detailed, histogram_stats, outcomes, summarize
 
 
 def test_four_requests_by_hand(make_run):
@@ -82,9 +82,7 @@ def test_a_run_that_sent_nothing_is_refused(make_run):
 
 def test_classes_are_reported_apart(make_run):
     rows = [request(i, i + (50 if i % 2 else 150), i + 160, out=1, cls=i % 2) for i in range(10)]
-    table = summarize(make_run(rows, class_names=("batch", "chat", "empty")), warmup=0.0)[
-        "slo_attainment_by_class"
-    ]
+    table = summarize(make_run(rows, class_names=("batch", "chat", "empty")), warmup=0.0)["slo_attainment_by_class"]
     assert table["batch"]["slo_attainment"] == 0.0
     assert table["chat"]["slo_attainment"] == 1.0
     assert "empty" not in table
@@ -114,3 +112,20 @@ def test_blocks_partition_the_measured_requests(make_run):
     sent, good = block_counts(outcomes(make_run(rows), warmup=0.0), 4)
     assert sent == [10, 10, 10, 10]
     assert good == [10, 10, 10, 0]
+
+
+def test_sessions_are_asked_by_session_and_reported_by_request(make_run):
+    run = make_run([request(0, 50, 100, next_turn=1), request(1000, 1050, 1100), request(2000, 2050, 2100)])
+    found = summarize(run, warmup=0.0)
+    assert found["session_rate"] == 5.0
+    assert found["request_rate"] == pytest.approx(1.0)
+    assert "session_rate" not in summarize(make_run([request(0, 50, 100)]), warmup=0.0)
+
+
+def test_detailed_keeps_every_request_in_order_of_arrival(make_run):
+    rows = [request(10, 60, 100, out=3), request(0, state=RequestState.SHED)]
+    found = detailed(make_run(rows))
+    assert found["start_times"] == [0.0, 0.01]
+    assert found["ttfts"] == [None, pytest.approx(0.05)]
+    assert found["errors"] == ["shed", ""]
+    assert {len(values) for values in found.values()} == {2}

@@ -131,6 +131,7 @@ def test_tool_agent_shares_the_prefixes_it_says() -> None:
     assert shared == pytest.approx(0.37 * 6144 + 0.14 * 2560, rel=0.15)
 
 
+@pytest.mark.slow
 def test_quick_experiments_give_the_published_order() -> None:
     rates = {label: rate for label, rate, _ in muxwise().rows}
     assert rates["MuxWise"] >= rates["pdmux table"] > 0.0
@@ -139,11 +140,12 @@ def test_quick_experiments_give_the_published_order() -> None:
     assert tropical().extra
 
 
+@pytest.mark.slow
 def test_the_search_chooses_the_published_parallelism() -> None:
     """TP 2 for prefill, TP 1 for decode; over 20,000 requests within the band of 1.56 ± 0.25 too."""
     claim = distserve_search()
     assert claim.extra
-    long = next(rate for label, rate, _ in claim.rows if label.startswith("20,000"))
+    long = next(rate for label, rate, _ in claim.rows if "20000" in label)
     assert long == pytest.approx(1.56, abs=0.25)
 
 
