@@ -61,7 +61,8 @@ def _decisions(scenario: Scenario, rule: str) -> tuple[Any, list[tuple[np.ndarra
     trace = build_trace(scenario, scenario.reference_rate, REQUESTS, 0, "train")
     state = arena.cluster(bound.arrangement, trace, horizon_s(trace))
     sim = new_sim(state, n_roots=trace.n_roots)
-    memory, kept = bound.memory.copy(), []
+    memory = bound.memory.copy()
+    kept: list[tuple[np.ndarray, ...]] = []
     words, clock = addresses(state), addresses(sim)
     every = max(2 * REQUESTS // KEPT, 1)
     seen = 0
@@ -85,7 +86,8 @@ def measure(rule: str, scenarios: list[Scenario]) -> dict[Kind, list[float]]:
     :raises SlalomError: the rule fits none of the scenarios
     """
     signature = (*POLICY_ARGS, numba.float64[::1], numba.float64[::1], numba.int64)
-    again, spent, refused = compiled(_again, *signature), {}, None
+    again, refused = compiled(_again, *signature), None
+    spent: dict[Kind, list[float]] = {}
     for scenario in scenarios:
         try:
             bound, kept = _decisions(scenario, rule)
