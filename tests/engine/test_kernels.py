@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.errors import SlalomError
@@ -103,6 +105,31 @@ def test_splitting_is_what_the_split_cases_exercise() -> None:
         for n, context, sms in [(1, 8192, 132), (1, 128, 132), (64, 8192, 132), (8, 8192, 132), (8, 8192, 32)]
     ]
     assert splits == [32, 1, 1, 4, 1], "few programs split, short contexts and full lanes do not"
+
+
+@given(
+    n_seqs=st.integers(1, 300),
+    max_query=st.sampled_from([1, 1, 64, 2048]),
+    context=st.integers(1, 131072),
+    sms=st.integers(1, 132),
+    more=st.integers(0, 132),
+)
+def test_splits_fill_the_lane_and_no_more(n_seqs: int, max_query: int, context: int, sms: int, more: int) -> None:
+    """Programs against the lane's SMs decide; a larger lane never gets fewer splits."""
+    pytest.importorskip("triton")
+    from engine.kernels.triton_attention import plan_attention
+
+    shape = {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "element_bytes": 2}
+    shape |= {"n_seqs": n_seqs, "max_query": max_query, "n_rows": n_seqs * max_query, "max_context": context}
+    plan = plan_attention(sm_count=sms, **shape)
+    programs = plan.query_blocks * 8
+    assert plan.splits >= 1
+    if plan.splits > 1:
+        assert programs * plan.splits <= 2 * sms, "more programs than the lane holds at once"
+        assert plan.splits * 4 * plan.block_n <= context, "splits too short to be worth a merge"
+    elif context >= 8 * plan.block_n:
+        assert programs > sms, "half of the lane is idle though the context could be split"
+    assert plan_attention(sm_count=sms + more, **shape).splits >= plan.splits
 
 
 def test_padding_rows_are_zero_and_leave_no_trace(kernels: Kernels) -> None:
