@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from engine.kernels import Batch, Kernels
 from engine.model.config import ModelConfig
 from engine.model.kv import KVPool
-from engine.model.linear import Linear, can_pack, pack, packed_linear
+from engine.model.linear import Linear, Packed, can_pack
 
 __all__ = ["Carry", "Llama"]
+
+#: A model of more parameters than this keeps its weights once, as they are.
+_MOST_PACKED = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Llama(nn.Module):
     """:param kernels: the device operations, see :class:`engine.kernels.Kernels`"""
 
     frequencies: Tensor
-    _packed_head: Tensor | None = None
+    _tied: Packed | None = None
 
     def __init__(self, config: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -71,17 +74,17 @@ class Llama(nn.Module):
         hidden, _ = self.norm(carry.hidden[rows], carry.residual[rows])
         if self.head is not None:
             return self.head(hidden)
-        if self._packed_head is not None:
-            return packed_linear(hidden, self._packed_head)
-        return F.linear(hidden, self.embed.weight)
+        return F.linear(hidden, self.embed.weight) if self._tied is None else self._tied(hidden)
 
     def pack(self) -> None:
-        """Lay the weights out for the CPU they are on (:class:`Linear`); nothing happens on a GPU."""
+        """Lay the weights out for the CPU they are on (``linear``); nothing happens on a GPU, or to a large model."""
+        if sum(p.numel() for p in self.parameters()) > _MOST_PACKED:
+            return
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
         if self.head is None and can_pack(self.embed.weight):
-            self._packed_head = pack(self.embed.weight.detach())  # the embedding itself stays: rows are read from it
+            self._tied = Packed(self.embed.weight)  # the embedding itself stays: rows are read from it
 
 
 class Layer(nn.Module):

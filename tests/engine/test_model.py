@@ -24,6 +24,7 @@ from engine.model import (
     load_model,
     load_tokenizer,
 )
+from engine.model.linear import Linear
 from engine.model.weights import resolve_model
 
 torch.set_num_threads(1)
@@ -343,3 +344,20 @@ def test_smollm2_knows_the_capital_of_france() -> None:
         text += output.push(sequence.tokens[-1])
     assert text == "The capital of France is Paris."
     assert output.finish == "stop"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_products_are_the_plain_ones(bias: bool) -> None:
+    """Any number of rows; the plain weights are gone, and what cannot be packed stays as it was."""
+    torch.manual_seed(0)
+    plain, packed = Linear(40, 56, bias=bias), Linear(40, 56, bias=bias)
+    packed.load_state_dict(plain.state_dict())
+    packed.requires_grad_(False).pack()
+    assert packed.weight is None
+    with torch.inference_mode():
+        for rows in (1, 2, 7, 64):
+            x = torch.randn(rows, 40)
+            torch.testing.assert_close(packed(x), plain(x))
+    half = Linear(40, 56).to(torch.bfloat16)
+    half.pack()
+    assert half.weight is not None
