@@ -2,7 +2,16 @@
 
 Steps go to a worker over a connection of their lane; KV goes from worker to worker, pulled by the receiver
 (``engine.distributed_kv``). When a worker dies, hangs or cannot be reached, its instances are lost and what they had
-is computed by the others; nothing else notices.
+is computed by the others; nothing else notices. A lost worker does not come back before ``serve`` is started anew.
+
+On one machine, ``serve --model M --instances 2 --roles prefill,decode --workers 2`` starts both (worker ``k`` on
+GPU ``k`` with ``--device cuda``). On several, with the same ``SLALOM_KEY`` in every environment::
+
+    host1$ serve-worker --model M --listen host1:7001 --device cuda
+    host2$ serve-worker --model M --listen host2:7001 --device cuda
+    host1$ serve --model M --instances 2 --roles prefill,decode --workers host1:7001,host2:7001
+
+The key authenticates the processes to each other; nothing is encrypted, so keep the ports inside a trusted network.
 """
 
 from __future__ import annotations

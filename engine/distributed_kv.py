@@ -4,8 +4,8 @@ Each link of a receiver keeps one connection to each sender, and with it one byt
 are opened together and closed together on the first error, so a peer that died takes nothing but its own pair along,
 and the next transfer starts with a fresh one. Every wait has an end.
 
-Pipes: ``gloo`` (torch.distributed on CPU sockets, for any device, GPU tensors through host memory), ``nccl``
-(torch.distributed between GPUs; not yet verified on GPU), ``nixl`` (one-sided reads, needs the package ``nixl``).
+Pipes: ``gloo`` (torch.distributed on CPU sockets, for any device, GPU tensors through host memory) and ``nccl``
+(torch.distributed between GPUs). What touches a GPU here is not yet verified on GPU.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any
 
+import numpy as np
+
 from engine.errors import SlalomError
 from engine.kernels import Span
 from engine.model.sampling import SamplingParams
@@ -94,7 +96,7 @@ def step_message(
     """The arguments of :meth:`engine.hosts.Executor.run`."""
     return {
         "do": "step",
-        "spans": [(list(s.tokens), s.start, list(s.blocks), s.sample) for s in spans],
+        "spans": [(np.asarray(s.tokens).tolist(), s.start, np.asarray(s.blocks).tolist(), s.sample) for s in spans],
         "layers": layers,
         "params": [asdict(p) for p in params],
         "steps": list(steps),

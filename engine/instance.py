@@ -82,7 +82,7 @@ class LiveInstances:
         self._free = list(range(slots - 1, -1, -1))
         self._blank = blank_requests(1)
         self._hash_room = len(state.hashes) // slots
-        self._salt = np.uint64(salt)
+        self._salt, self._hash_tokens = np.uint64(salt), int(state.cluster[0]["hash_tokens"])
         self._width = max(int(p["n_blocks"]) for p in state.pool)
         self._steps: list[Step | None] = [None] * (2 * len(hosts))  # in flight, by lane
         self._lanes = [self._lane(i, l, host) for i, host in enumerate(hosts) for l in range(2)]
@@ -162,9 +162,10 @@ class LiveInstances:
 
     def _hash(self, request: Request, tokens: int) -> None:
         """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
-        size = int(self._state.cluster[0]["hash_tokens"])
-        if size == 0:
+        size = self._hash_tokens
+        if size == 0 or tokens < request.hash_due:
             return
+        request.hash_due = (tokens // size + 1) * size
         record = self._state.req[request.slot]
         first, last = int(record["hash_n"]), tokens // size
         if last > first:

@@ -67,6 +67,7 @@ class Request:
         self.slot = -1  # its record in the cluster while it is there
         self.doomed: str | None = None  # why it is being ended from outside
         self.transfer_failures = 0
+        self.hash_due = 0  # tokens with which the next of its prefix hashes can be made
         self.cached_tokens = 0  # of the prompt, found in the prefix cache
         self.ended = False
         self._generation = Generation(params, tokenizer)

@@ -55,20 +55,20 @@ class LaneRunner:
         lane = self._state.lane[i, l]
         layers = (int(lane["layer_from"]), int(lane["layer_to"]) or self.executor.n_layers)
         n = live.describe_step(words, i, l, *self._columns)
-        found = [self._requests[r] for r in self._columns[0][:n].tolist()]
-        requests = [request for request in found if request is not None]
+        slots, starts, counts, sample, used = (column[:n].tolist() for column in self._columns[:5])
+        requests = [request for r in slots if (request := self._requests[r]) is not None]
         assert len(requests) == n, "a step with a request nobody knows"
         partition = self.executor.partition(self._state, i, l)
         if layers[0] > 0:
             return Step([], requests, layers, partition)
-        return Step([self._span(k, request) for k, request in enumerate(requests)], requests, layers, partition)
-
-    def _span(self, k: int, request: Request) -> Span:
-        """The tokens of the ``k``-th sequence that was described."""
-        _, starts, counts, sample, used, table = self._columns
-        start = int(starts[k])
-        tokens = request.tokens[start : start + int(counts[k])]
-        return Span(tokens.tolist(), start, table[k, : used[k]].tolist(), bool(sample[k]))
+        # Views, not copies: the table is written again only when this step has ended, tokens only behind these.
+        spans = [
+            Span(request.tokens[start : start + count], start, row[:blocks], wanted == 1)
+            for request, start, count, wanted, blocks, row in zip(
+                requests, starts, counts, sample, used, self._columns[5], strict=False
+            )
+        ]
+        return Step(spans, requests, layers, partition)
 
     def run(self, step: Step) -> StepResult:
         """Run the step; what goes wrong is part of the result."""

@@ -331,7 +331,7 @@ def serve(
     workers: Annotated[
         str, typer.Option(help="processes that hold the instances: a number to start here, or HOST:PORT,HOST:PORT")
     ] = "",
-    kv_transport: Annotated[str, typer.Option(help="KV between workers: gloo, nccl or nixl")] = "gloo",
+    kv_transport: Annotated[str, typer.Option(help="KV between workers: gloo or nccl")] = "gloo",
     transfer_timeout_s: Annotated[
         float, typer.Option(min=0.01, help="a KV transfer may take that long in each of its states")
     ] = 10.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 __all__ = ["Batch", "Span"]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """The tokens of one sequence that take part in a forward pass.
 
     :param tokens: ids whose KV does not exist yet: one for a decode step, a chunk for a prefill
     :param start: tokens of the sequence whose KV already lies in ``blocks`` (earlier chunks, prefix hits)
     :param blocks: KV blocks of the sequence in order, covering at least ``start + len(tokens)`` tokens
     :param sample: whether logits of the last token are wanted (false for all but a prompt's last chunk)
+
+    A named tuple because one is made for every sequence of every step.
     """
 
     tokens: Sequence[int]

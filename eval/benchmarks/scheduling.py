@@ -7,6 +7,7 @@ down the step for the lane (tokens and block tables), booking its 64 tokens and 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from engine.clock import Event, WallClock
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.core.state import ClusterState, Role
 from engine.hosts import local_hosts
-from engine.kernels import Span
 from engine.latency import Profile, pack
 from engine.model import SamplingParams, load_model, load_tokenizer
 from engine.request import Delta
@@ -42,9 +42,7 @@ class _Still:
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         return -1
 
-    def run(
-        self, spans: list[Span], layers: Any, params: list[SamplingParams], steps: Any, partition: int
-    ) -> list[int]:
+    def run(self, spans: Any, layers: Any, params: Sequence[SamplingParams], steps: Any, partition: int) -> list[int]:
         return [65] * len(params)
 
 
