@@ -163,9 +163,9 @@ class LiveInstances:
     def _hash(self, request: Request, tokens: int) -> None:
         """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
         size = self._hash_tokens
-        if size == 0 or tokens < request.hash_due:
+        request.hash_due = (tokens // size + 1) * size if size else NEVER
+        if size == 0:
             return
-        request.hash_due = (tokens // size + 1) * size
         record = self._state.req[request.slot]
         first, last = int(record["hash_n"]), tokens // size
         if last > first:
@@ -192,7 +192,8 @@ class LiveInstances:
         if outcome.error is not None:
             self._fail(step, outcome.error)
         for request, delta in outcome.deltas:
-            self._hash(request, request.n_tokens - 1)
+            if request.n_tokens > request.hash_due:
+                self._hash(request, request.n_tokens - 1)
             if delta.finish is not None:
                 live.last_token(self._words, request.slot)
         self._deltas.extend(outcome.deltas)

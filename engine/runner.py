@@ -48,6 +48,7 @@ class LaneRunner:
             np.zeros(rows, np.int32), np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.uint8),
             np.zeros(rows, np.int32), np.zeros((rows, width), np.int32),
         )  # fmt: skip
+        self._rows = list(self._columns[5])
         self._sampling: list[Request] = []
 
     def describe(self, words: np.ndarray, i: int, l: int) -> Step:
@@ -65,7 +66,7 @@ class LaneRunner:
         spans = [
             Span(request.tokens[start : start + count], start, row[:blocks], wanted == 1)
             for request, start, count, wanted, blocks, row in zip(
-                requests, starts, counts, sample, used, self._columns[5], strict=False
+                requests, starts, counts, sample, used, self._rows, strict=False
             )
         ]
         return Step(spans, requests, layers, partition)
