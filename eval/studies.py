@@ -127,7 +127,10 @@ def _open_database(url: str, name: str) -> optuna.Study:
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     try:
-        shown = make_url(url).render_as_string(hide_password=True)
+        parsed = make_url(url)
+        shown = parsed.render_as_string(hide_password=True)
+        if parsed.drivername == "postgresql":  # SQLAlchemy's own default driver changed with 2.1
+            url = parsed.set(drivername="postgresql+psycopg2").render_as_string(hide_password=False)
     except (ArgumentError, ValueError):
         raise SlalomError("--storage", "a URL", "write postgresql://USER:PASSWORD@HOST:PORT/DATABASE") from None
     try:
