@@ -25,6 +25,7 @@ class TrainConfig(BaseModel):
         None, ge=1000, description="requests of the direct search instead: reproducible runs need it"
     )
     designs: int = Field(300, ge=2, description="random rules, arrangements and scores that the direct search draws")
+    rules: tuple[str, ...] | None = Field(None, description="published rules it draws from; default: all that fit")
     direct_size: int | None = Field(
         None, ge=20, description="requests of its simulations; default: the scenario's, 2000 to 4000"
     )

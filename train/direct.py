@@ -12,7 +12,7 @@ With a budget in requests the outcome depends on the seed alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +46,7 @@ class DirectConfig:
     :param designs: drawn for the first round
     :param rounds: of exploration; each keeps ``parents`` and adds half as many neighbours and newcomers as before
     :param starts: designs refined by CMA-ES
+    :param rules: published rules to draw from; None: all that fit
     :param share: of the budget for exploration
     :param seeds: arrival sequences per rate and generation
     :param wait_limit_s: see :class:`train.fitness.Fitness`
@@ -62,6 +63,7 @@ class DirectConfig:
     population: int = 14
     sigma: float = 0.6
     wait_limit_s: float | None = None
+    rules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +87,15 @@ class DirectResult:
 Report = Callable[[str, float, str], None]
 
 
-def rules_of(scenario: Scenario) -> list[str]:
-    """Published rules that run in ``scenario`` as compiled code, the linear score left out."""
+def rules_of(scenario: Scenario, among: Collection[str] | None = None) -> list[str]:
+    """Published rules that run in ``scenario`` as compiled code, the linear score left out.
+
+    :param among: these only
+    """
     setting, found = arena_of(scenario).setting, []
     for name in registry.names():
         rule = registry.get(name)
-        if rule.python or name == "linear_score":
+        if rule.python or name == "linear_score" or (among is not None and name not in among):
             continue
         try:
             rule.bind({}, setting)
@@ -111,7 +116,7 @@ class _Search:
         self.config, self.report = config, report
         self.rng = np.random.default_rng([seed, 1])
         self.seed = seed
-        self.rules = rules_of(scenario)
+        self.rules = rules_of(scenario, config.rules)
         self.n_requests = config.n_requests or min(max(scenario.n_requests, 2000), 4000)
         self.most_requests, self.most_seconds = requests, seconds
         self.begin = time.monotonic()
@@ -243,9 +248,10 @@ def direct_search(
 
 
 def _different(designs: Sequence[Design], n: int) -> list[Design]:
-    """The first ``n`` designs that differ in rule or in the roles of their instances."""
+    """The first design, then others that differ in rule or in the roles of their instances, linear scores first:
+    CMA-ES moves them further than scores that have a rule to talk out of its answer."""
     found: dict[tuple[object, ...], Design] = {}
-    for design in designs:
+    for design in (*designs[:1], *sorted(designs[1:], key=lambda d: d.rule != "linear_score")):
         roles = None if design.plans is None else tuple(p.role for p in design.plans)
         found.setdefault((design.rule, roles), design)
     return list(found.values())[:n]

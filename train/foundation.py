@@ -73,6 +73,7 @@ def search_all(
         n_requests=config.direct_size,
         seeds=config.direct_seeds,
         wait_limit_s=config.wait_limit_s,
+        rules=config.rules,
     )
     found = direct_search(scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report)
     display.phase("choose")

@@ -117,7 +117,7 @@ def _stages(
     if request.algorithm == "generalist":
         return _generalist(request, scenario, config, folder, display)
     log = JsonLog(folder.root / "log.jsonl")
-    _warm_up(scenario, request.rule, display)
+    _warm_up(scenario, config, request.rule, display)
     base = _base(request, scenario, config, folder, display)
     publisher = Publisher(scenario, base, config, request.seed)
     summary: dict[str, Any] = {"checkpoint": str(folder.best), "base": asdict(base)}
@@ -187,11 +187,11 @@ def _published(publisher: Publisher, folder: Path) -> SearchResult:
     return replace(base, folder=str(folder))
 
 
-def _warm_up(scenario: Scenario, rule: str, display: Display) -> None:
+def _warm_up(scenario: Scenario, config: TrainConfig, rule: str, display: Display) -> None:
     """Compile the kernels (once per version and machine) before any clock of the budget runs."""
     display.phase("compile")
     display.update(0.0, "kernels, the first time on this machine only")
-    rules = [rule] if rule != AUTO else rules_of(scenario)
+    rules = [rule] if rule != AUTO else rules_of(scenario, config.rules)
     for number, name in enumerate(rules):
         measure(scenario, Contender(name), scenario.reference_rate, 0, PointSettings(n_requests=20, split="train"))
         display.update((number + 1) / len(rules), name)

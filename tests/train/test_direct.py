@@ -18,6 +18,7 @@ from policies.checkpoint import load
 from train.budget import Budget
 from train.config import TrainConfig
 from train.direct import DirectConfig, direct_search
+from train.generalist import named, train_generalist
 from train.ppo import DispatchPPO
 from train.recipe import load_recipe, recipe_names
 from train.run import Request, run
@@ -127,3 +128,29 @@ def test_a_recipe_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
     path.write_text("scenario: tiny-4xa100\nalgorithm: direct\nbudget: 1M\nluck: 7\n")
     with pytest.raises(SlalomError, match="luck"):
         load_recipe(str(path))
+
+
+def test_shipped_checkpoints_load_and_stand_beside_their_recipes() -> None:
+    folder = Path(__file__).resolve().parents[2] / "checkpoints" / "policies"
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    assert names
+    assert set(names) <= set(recipe_names())
+    for name in names:
+        loaded = load(folder / name)
+        assert sum(file.stat().st_size for file in loaded.folder.iterdir()) < 1_000_000
+        scenario = Scenario.load(load_recipe(name).scenario)
+        assert loaded.manifest.scenario_sha256 == scenario.hash()
+        run_ = simulate(scenario, str(loaded.folder), rate=scenario.reference_rate, n_requests=60, split="train")
+        assert run_.decisions > 0
+
+
+def test_a_generalist_takes_scenarios_of_any_size() -> None:
+    pair = [named("azure-conv-4xa100@2"), Scenario.load("classes-6xa100")]
+    assert len(pair[0].placements()) == 2
+    design, requests, _ = train_generalist(pair, requests=1000, population=4, seed=1)
+    assert requests >= 1000
+    again, _, _ = train_generalist(pair, requests=1000, population=4, seed=1)
+    np.testing.assert_array_equal(design.theta, again.theta)
+    for scenario in pair:
+        policy = design.bind(arena_of(scenario).setting)
+        assert len(policy.arrangement) == len(scenario.placements())
