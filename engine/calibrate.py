@@ -86,6 +86,9 @@ def calibrate(
     max_tokens: Annotated[int, typer.Option(min=32, help="Most prompt tokens of one step.")] = 512,
     max_batch: Annotated[int, typer.Option(min=2, help="Most sequences that decode together.")] = 32,
     max_context: Annotated[int, typer.Option(min=32, help="Longest context of a sequence.")] = 1024,
+    shares: Annotated[
+        str, typer.Option(help="Parts of the device with a row of their own: auto, none, or SMs or cores a,b,c.")
+    ] = "auto",
     kv_tokens: Annotated[int, typer.Option(min=0, help="KV capacity of an instance; 0: what fits.")] = 0,
     from_requests: Annotated[
         Path | None, typer.Option(help="Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
@@ -118,7 +121,7 @@ def calibrate(
     place = choose_device(device)
     try:
         facts = _measure(out, model, place, choose_dtype(dtype, place), seconds, error, instances, neighbour_load,
-                         (max_tokens, max_batch, max_context, kv_tokens))  # fmt: skip
+                         (max_tokens, max_batch, max_context, kv_tokens), shares)  # fmt: skip
     except KeyboardInterrupt:
         print("calibrate: stopped; the same command goes on with the points so far", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -127,7 +130,7 @@ def calibrate(
 
 def _measure(
     out: Path, model: str, device: str, dtype: Any, budget_s: float, error: float, instances: int,
-    neighbour_load: float, sizes: tuple[int, int, int, int],
+    neighbour_load: float, sizes: tuple[int, int, int, int], shares: str,
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
@@ -155,10 +158,13 @@ def _measure(
         "host": platform.machine(), "space": [space.max_tokens, space.max_reused, max_batch, space.max_context],
     }  # fmt: skip
     store = Store(out.with_suffix(".points.jsonl"), identity)
+    parts, total = _parts(shares, device)
+    store.note("device_total", total)
     with _Bar(budget_s) as say:
         campaign = Campaign(
-            loaded, load_tokenizer(model), space, store, Limits(budget_s, error), instances=instances, say=say
-        )
+            loaded, load_tokenizer(model), space, store, Limits(budget_s, error), instances=instances,
+            shares=parts, say=say,
+        )  # fmt: skip
         stopped = campaign.run()
     print(f"stopped: {stopped}", file=sys.stderr)
     found = assemble(
@@ -171,6 +177,28 @@ def _measure(
     return found.facts() | {
         "seconds": round(campaign.elapsed_s, 1), "stopped": stopped, "out": str(out), "picture": str(picture)
     }  # fmt: skip
+
+
+def _parts(shares: str, device: str) -> tuple[list[int], int]:
+    """(shares to measure, units of the device); auto: quarters of a GPU, none of a CPU."""
+    from engine.calibration.shares import share_sizes
+    from engine.lanes import make_device
+
+    whole = make_device(device)
+    total = whole.total
+    whole.close()
+    if shares == "auto":
+        return (share_sizes(total) if device == "cuda" else []), total
+    if shares == "none":
+        return [], total
+    fix = f"write auto, none, or sizes from 1 to {total - 1} with commas"
+    try:
+        found = sorted({int(part) for part in shares.split(",")})
+    except ValueError:
+        raise SlalomError("--shares", shares, fix) from None
+    if not all(0 < size < total for size in found):
+        raise SlalomError("--shares", shares, fix)
+    return found, total
 
 
 def _notes(store: Any, instances: int, load: float) -> str:

@@ -165,10 +165,11 @@ class _Client:
         trace = self._trace
         output = int(trace.output[row])
         params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-        own = {name: float(v[row]) for name, v in (("ttft_s", trace.ttft_s), ("tpot_s", trace.tpot_s))}
-        own = {name: seconds for name, seconds in own.items() if np.isfinite(seconds)}
+        ttft_s, tpot_s = (float(v[row]) if np.isfinite(v[row]) else None for v in (trace.ttft_s, trace.tpot_s))
         with self._changed:  # ``ended`` waits until the request's row is known
-            request = engine.submit(self._prompts[row], params, _ignore, cls=int(trace.cls[row]), **own)
+            request = engine.submit(
+                self._prompts[row], params, _ignore, cls=int(trace.cls[row]), ttft_s=ttft_s, tpot_s=tpot_s
+            )
             self.lag_s[row] = (time.perf_counter_ns() - when_ns) * 1e-9
             self._row[request.number] = row
             self._open += 1

@@ -127,8 +127,10 @@ def assemble(
     )
     shared, error = _fused(plain, fused)
     per_sequence = float((store.notes.get("host") or {}).get("per_sequence_s", 0.0))
-    rows = tuple(_loaded(share, shared, factor, per_sequence) for share in plain.shares)
-    profile = Profile.model_validate(plain.model_dump() | {"shares": tuple(row.model_dump() for row in rows)})
+    whole = _loaded(plain.shares[-1], shared, factor, per_sequence)
+    rows = _rows(whole, store.notes)
+    total = {"total_sms": rows[-1].sms}
+    profile = Profile.model_validate(plain.model_dump() | total | {"shares": tuple(row.model_dump() for row in rows)})
     everything = store.points
     return Calibration(
         profile=profile,
@@ -201,6 +203,34 @@ def _fused(profile: Profile, fused: Sequence[Measured]) -> tuple[float, float]:
 
     best = minimize_scalar(error, bounds=(0.0, float(y.max())), method="bounded", options={"xatol": 1e-6})
     return float(best.x), float(best.fun)
+
+
+def _rows(whole: Share, notes: Mapping[str, Any]) -> list[Share]:
+    """A row per measured part of the device, ascending, then the whole of it."""
+    parts = {int(k.removeprefix("share_")): v for k, v in notes.items() if k.startswith("share_") and "failed" not in k}
+    if not parts:
+        return [whole]
+    total = int(notes["device_total"])
+    found = []
+    for size, f in sorted(parts.items()):
+        slow, small, large = f["prefill"], whole.decode_small_s, whole.decode_large_s
+        a, b, c, d = whole.prefill_s
+        found.append(
+            whole.model_copy(
+                update={
+                    "sms": size,
+                    "prefill_s": (a * slow, b * slow, c * slow, d * slow),
+                    "knot_s": tuple(y * slow for y in whole.knot_s),
+                    "decode_small_s": (small[0] * f["decode"], small[1] * f["decode"], small[2] * f["decode"]),
+                    "decode_large_s": large
+                    and (large[0] * f["decode"], large[1] * f["decode"], large[2] * f["decode"]),
+                    "corun_prefill": f["corun_prefill"],
+                    "corun_decode": f["corun_decode"],
+                    "guard": f["guard"],
+                }
+            )
+        )
+    return [*found, whole.model_copy(update={"sms": total})]
 
 
 def _loaded(share: Share, shared: float, factor: float, per_sequence: float) -> Share:

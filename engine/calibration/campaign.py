@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 
 from engine.calibration.bench import Bench, roofline, warm_up
 from engine.calibration.design import KINDS, Space, held_out_error, next_points
 from engine.calibration.live import host_time, link_time, role_change_s
 from engine.calibration.points import Kind, Measured, Point, Store
+from engine.calibration.shares import measure_share
+from engine.lanes import make_device
 from engine.model.llama import Llama
 from engine.model.tokenizer import Tokenizer
 
@@ -38,6 +41,7 @@ class Limits:
 class Campaign:
     """Measures into ``store`` until a limit is reached; what the store holds already is not measured again.
 
+    :param shares: parts of the device that get a row of their own, SMs or cores
     :param warm: meet every shape once before anything is timed
     :param say: hears of every point and every finding, for a progress bar
     """
@@ -51,12 +55,14 @@ class Campaign:
         limits: Limits,
         *,
         instances: int = 1,
+        shares: Sequence[int] = (),
         bench: Bench | None = None,
         warm: bool = True,
         say: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.tokenizer, self.space, self.store, self.limits = model, tokenizer, space, store, limits
+        self.shares = tuple(shares)
         self.instances, self._warm, self._say, self._clock = instances, warm, say, clock
         self._bench = bench or Bench(model, kv_tokens=space.kv_tokens)
         self._begin = clock()
@@ -112,6 +118,7 @@ class Campaign:
             ("link", lambda: asdict(link_time(self.model, self.tokenizer, self.space.max_tokens))),
             ("switch_s", lambda: role_change_s(self.model, self.tokenizer)),
         ]
+        tasks += [(f"share_{size}", partial(self._share, size)) for size in self.shares]
         if self.instances > 1:
             tasks.append(("neighbours", self._neighbours))
         for name, task in tasks:
@@ -122,6 +129,14 @@ class Campaign:
                 note(name, task())
             except Exception as error:  # the profile can do without, and says so
                 note(f"{name}_failed", f"{type(error).__name__}: {error}"[:200])
+
+    def _share(self, size: int) -> dict[str, float]:
+        """A part of the device, see :mod:`engine.calibration.shares`."""
+        device = make_device(self._bench.device.type, self._bench.device.index or 0)
+        try:
+            return measure_share(self.model, device, self.space, size)
+        finally:
+            device.close()
 
     def _neighbours(self) -> dict[str, float]:
         """Slow-down of a step while every other instance of this machine computes, by the wall and by the thread."""

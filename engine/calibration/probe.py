@@ -54,7 +54,7 @@ class StepProbe:
         for name in ("start_lane", "lane_ends", "start_link", "link_ends"):
             setattr(instances, name, getattr(self, f"_on_{name}"))
         for k, lane in enumerate(instances._lanes):
-            lane.runner.run = self._timed(lane.runner.run, divmod(k, 2))  # type: ignore[method-assign]
+            lane.runner.run = self._timed(lane.runner.run, divmod(k, 2))  # type: ignore[assignment]
 
     def _timed(self, run: Callable[[Any], Any], place: tuple[int, int]) -> Callable[[Any], Any]:
         def timed(step: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from engine.calibration import Bench, Campaign, Limits, Measured, Point, Store, 
 from engine.calibration.assemble import plot, predict_s
 from engine.calibration.bench import believed
 from engine.calibration.design import KINDS, Space, doubts, held_out_error, next_points
+from engine.calibration.shares import measure_share
 from engine.errors import SlalomError
+from engine.lanes import make_device
 from engine.latency import Profile, pack
 
 SPACE = Space(max_tokens=256, max_reused=512, max_batch=16, max_context=512, kv_tokens=8192)
@@ -161,3 +164,25 @@ def test_budget_is_written_with_a_unit():
     for bad in ("", "soon", "-4m", "0s"):
         with pytest.raises(SlalomError, match="budget"):
             parse_seconds(bad)
+
+
+def test_a_part_of_the_device_is_a_row_of_its_own(tmp_path):
+    store, _ = filled(tmp_path / "p.jsonl", FakeBench())
+    store.note("device_total", 4)
+    part = {"prefill": 3.0, "decode": 1.5, "corun_prefill": 1.2, "corun_decode": 1.1, "guard": 1.3}
+    store.note("share_1", part)
+    store.note("share_3_failed", "SlalomError: cannot be cut there")
+    profile = assemble(store, MODEL, name="x", model_name="m", kv_tokens=4096, max_prompt=512).profile
+    assert [s.sms for s in profile.shares] == [1, 4]
+    assert profile.total_sms == 4
+    assert profile.prefill_s(200, sms=1) == pytest.approx(3.0 * profile.prefill_s(200), rel=1e-6)
+    assert (profile.shares[0].corun_decode, profile.shares[0].guard) == (1.1, 1.3)
+    assert "share_3" in profile.provenance.notes
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
+def test_lanes_of_a_cpu_are_measured_beside_each_other():
+    found = measure_share(MODEL, make_device("cpu"), SPACE, 1)
+    assert set(found) == {"prefill", "decode", "corun_prefill", "corun_decode", "guard"}
+    assert found["guard"] >= found["corun_decode"] >= 1.0
+    assert 0.2 < found["decode"] < 5.0

@@ -1,0 +1,112 @@
+"""Parts of a device: how much slower a phase is on some of its SMs or cores, and beside the other phase on the rest.
+
+A few steps stand for all: a share's row is the whole device's fit, prefill and decode each times one factor. Lanes and
+partitions are the engine's own (:mod:`engine.lanes`), so what is measured is what a MULTIPLEXED instance runs on. Not
+yet verified on a GPU.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from engine.calibration.bench import Bench, believed
+from engine.calibration.design import Space
+from engine.calibration.points import Point
+from engine.lanes import Device, Lane
+from engine.model.llama import Llama
+
+__all__ = ["measure_share", "measured_shares", "share_sizes"]
+
+_REPEATS = 5
+
+
+def share_sizes(total: int) -> list[int]:
+    """Shares worth a row on a device of ``total`` units: quarters, in whole eights where it has many (SM groups)."""
+    grain = 8 if total >= 32 else 1
+    found = {max(round(total * q / grain), 1) * grain for q in (0.25, 0.5, 0.75)}
+    return sorted(size for size in found if 0 < size < total)
+
+
+def _timed(bench: Bench, lane: Lane, point: Point) -> float:
+    """Believed seconds of ``point`` on ``lane``, in a thread of its own: a lane keeps the thread that opened it."""
+    found: list[float] = []
+
+    def work() -> None:
+        spans = bench.spans(point)
+        wall, cpu = [], []
+        with lane.open():
+            bench.step(spans)
+            lane.wait()
+            for _ in range(_REPEATS):
+                begin, thread = time.perf_counter(), time.thread_time()
+                bench.step(spans)
+                lane.wait()
+                wall.append(time.perf_counter() - begin)
+                cpu.append(time.thread_time() - thread)
+        found.append(believed(wall, cpu if bench.device.type == "cpu" else None)[0])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if not found:
+        raise RuntimeError("a step on the lane failed")
+    return found[0]
+
+
+def _beside(bench: Bench, lane: Lane, point: Point, other: Bench, busy: Lane, load: Point) -> float:
+    """:func:`_timed` while ``busy`` runs ``load`` over and over."""
+    stop, started = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with suppress(Exception), busy.open():
+            spans = other.spans(load)
+            while not stop.is_set():
+                other.step(spans)
+                busy.wait()
+                started.set()
+        started.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    started.wait(60.0)
+    try:
+        return _timed(bench, lane, point)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def measure_share(model: Llama, device: Device, space: Space, size: int) -> dict[str, float]:
+    """Factors of the share of ``size`` units against the whole device, and the slow-downs of running side by side.
+
+    :return: ``prefill``, ``decode`` (time ÷ that of the whole device), ``corun_prefill``, ``corun_decode`` (time beside
+        the other phase on the rest ÷ alone), ``guard`` (worst of the latter)
+    :raises SlalomError: the device cannot be cut there
+    """
+    prompt = Point("prefill", n=min(256, space.max_tokens), prompts=1)
+    context = min(256, space.max_context)
+    decodes = [Point("decode", bs=b, ctx=context) for b in sorted({1, min(8, space.max_batch)})]
+    room = max(p.tokens + 16 * (p.bs + 1) for p in (prompt, *decodes)) + 64
+    first, second = Bench(model, kv_tokens=room), Bench(model, kv_tokens=room)
+    whole, as_prefill, as_decode = device.whole(), device.split(device.total - size), device.split(size)
+    full = {p: _timed(first, whole.prefill, p) for p in (prompt, *decodes)}
+    prefill = _timed(first, as_prefill.prefill, prompt)
+    decode = {p: _timed(first, as_decode.decode, p) for p in decodes}
+    beside = _beside(first, as_prefill.prefill, prompt, second, as_prefill.decode, decodes[-1])
+    slowed = [_beside(first, as_decode.decode, p, second, as_decode.prefill, prompt) / decode[p] for p in decodes]
+    return {
+        "prefill": prefill / full[prompt],
+        "decode": statistics.median(decode[p] / full[p] for p in decodes),
+        "corun_prefill": max(beside / prefill, 1.0),
+        "corun_decode": max(statistics.median(slowed), 1.0),
+        "guard": max(*slowed, 1.0),
+    }
+
+
+def measured_shares(model: Llama, device: Device, space: Space, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    """:func:`measure_share` by size (as text, for JSON)."""
+    return {str(size): measure_share(model, device, space, size) for size in sizes}
