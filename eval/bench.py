@@ -23,6 +23,7 @@ NAMES = {
     "env": "decisions per second of the batched environment, observations handed to Python",
     "training": "frames learned from per second and core, interleaved with stock MaskablePPO",
     "engine-cpu": "tokens per second of the engine on one core, beside transformers in the same run",
+    "serving": "microseconds of a decision in the engine's scheduler, guard and log included, 16 instances",
     "rules": "microseconds per decision of every rule, compiled, 16 instances",
     "ray": "rollout rate of two Ray nodes on this machine against one",
     "startup": "seconds of a small eval-policy command, cold and warm",

@@ -1,0 +1,157 @@
+"""Reading a decision log back: one decision and what it was based on, or the log as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import SlalomError
+
+__all__ = ["explain_decision", "read_log", "summary"]
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Every line, older files (``path.2``, ``path.1``) first. A last line cut short is left out.
+
+    :raises SlalomError: no such file, or a line that is no JSON
+    """
+    older = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit()]
+    files = [*sorted(older, key=lambda p: -int(p.suffix[1:])), path]
+    if not path.is_file():
+        raise SlalomError("--log", str(path), "no such file; serve --decision-log FILE writes one")
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith("\n"):
+                    break
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    fix = f"not a line of a decision log: {error}"
+                    raise SlalomError(f"{file}:{number}", line[:60], fix) from error
+
+
+def explain_decision(path: Path, *, request: int | None = None, seq: int | None = None) -> dict[str, Any]:
+    """The decisions about a request (or the one numbered ``seq``), their policy, and the outcome.
+
+    :raises SlalomError: the log holds no such decision
+    """
+    policies: dict[int, dict[str, Any]] = {}
+    decisions, outcome = [], None
+    for line in read_log(path):
+        kind = line.get("type")
+        if kind == "policy":
+            policies[line["generation"]] = line["policy"]
+        elif kind == "decision" and (line["seq"] == seq if seq is not None else line["request"] == request):
+            decisions.append(line)
+        elif kind == "outcome" and decisions and line["request"] == decisions[-1]["request"]:
+            outcome = line
+    if not decisions:
+        what, value = ("--seq", seq) if seq is not None else ("--request", request)
+        raise SlalomError(what, value, "the log holds no such decision; it may have been rotated away")
+    for decision in decisions:
+        decision["policy"] = policies.get(decision["generation"])
+        decision["why"] = _why(decision)
+    return {"decisions": decisions, "outcome": outcome}
+
+
+def _why(decision: dict[str, Any]) -> list[str]:
+    """The decision in sentences."""
+    name = (decision["policy"] or {}).get("name", f"policy {decision['generation']}")
+    said = []
+    if decision["reason"] == "policy":
+        said.append(f"{name} chose {decision['action']} out of {len(decision['candidates'])}.")
+    elif decision["reason"] == "advisory":
+        advised = _named(decision, decision["advised"])
+        said.append(f"The fallback acted ({decision['action']}); {name} only advised {advised}.")
+    else:
+        said.append(f"The fallback answered {decision['action']}, because: {_REASONS[decision['reason']]}.")
+    if decision["margin"] is not None:
+        close = "a close call" if decision["margin"] < 0.1 else "a clear one"
+        said.append(f"Its score beat the next one's by {decision['margin']:.3g}: {close}.")
+    chosen = next((c for c in decision["candidates"] if c["row"] == decision["choice"]), None)
+    others = [c for c in decision["candidates"] if c["row"] != decision["choice"] and "outstanding" in c]
+    if chosen is None or "outstanding" not in chosen or not others:
+        return said
+    for key, text, unit in _CLAIMS:
+        mine, rest = chosen.get(key, 0.0), [c.get(key, 0.0) for c in others]
+        if not any(rest) and not mine:
+            continue
+        better = sum(r < mine for r in rest)
+        place = "the least" if better == 0 else f"{better} of {len(rest)} others were lower"
+        low, high = (f"{x * unit[0]:.4g}" for x in (min(rest), max(rest)))
+        said.append(f"{text} {mine * unit[0]:.4g} {unit[1]}: {place} (others {low} to {high}).")
+    return said
+
+
+_REASONS = {
+    "frozen": "an operator has frozen the arrangement",
+    "restore": "the arrangement of the start is being restored",
+    "breaker": "the circuit breaker is open",
+    "ood": "the situation lies outside what the policy was trained on",
+    "features": "a feature was not a number",
+    "deadline": "the policy was late",
+    "busy": "the policy was still at an earlier, abandoned question",
+    "error": "the policy raised an error",
+    "invalid": "the policy's answer was not allowed",
+    "scores": "a score of the policy was not a number",
+    "drift": "actual latencies have parted from the predicted ones",
+}
+_MS, _ONE = (1e3, "ms"), (1.0, "tokens")
+_CLAIMS = (
+    ("ttft_s", "Predicted TTFT", _MS),
+    ("step_with_s", "Decode step with it", _MS),
+    ("transfer_s", "KV transfer", _MS),
+    ("outstanding", "Outstanding", _ONE),
+)
+
+
+def _named(decision: dict[str, Any], row: int | None) -> str:
+    found = next((c["action"] for c in decision["candidates"] if c["row"] == row), None)
+    return str(found or "nothing usable")
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """Counts, latency, fallbacks by reason, agreement of advice, and predictions against what happened."""
+    kinds: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    latency, ratios, met = [], {"ttft": [], "tpot": []}, Counter()  # type: ignore[var-annotated]
+    advised = agreed = 0
+    policies, events = [], []
+    for line in read_log(path):
+        kind = line.get("type")
+        if kind == "decision":
+            kinds[line["kind"]] += 1
+            reasons[line["reason"]] += 1
+            latency.append(line["latency_us"])
+            if line["reason"] == "advisory":
+                advised += 1
+                agreed += line["advised"] == line["choice"]
+        elif kind == "outcome":
+            met["requests"] += 1
+            met["good"] += line["ttft_ok"] and line["tpot_ok"]
+            for metric, found in ratios.items():
+                actual, predicted = line[f"{metric}_s"], line[f"predicted_{metric}_s"]
+                if actual and predicted:
+                    found.append(actual / predicted)
+        elif kind == "policy":
+            policies.append(line["policy"]["name"])
+        elif kind in ("breaker", "drift", "mode", "role"):
+            events.append(line)
+    return {
+        "decisions": sum(kinds.values()),
+        "kinds": dict(kinds),
+        "reasons": dict(reasons),
+        "latency_us": {f"p{q}": float(np.percentile(latency, q)) for q in (50, 99)} if latency else {},
+        "advice_agreement": agreed / advised if advised else None,
+        "policies": policies,
+        "requests": met["requests"],
+        "attainment": met["good"] / met["requests"] if met["requests"] else None,
+        "actual_over_predicted": {m: float(np.median(v)) for m, v in ratios.items() if v},
+        "events": events[-20:],
+    }
