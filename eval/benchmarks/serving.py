@@ -110,7 +110,7 @@ def _policy(name: str, setting: Any) -> Any:
     from policies.normalise import default_normalisation
 
     torch.manual_seed(0)
-    base = load_policy("linear_score", setting)
+    base: Any = load_policy("linear_score", setting)
     network = ScoringNetwork(np.zeros(compiled.weight_shapes(HIDDEN)["base"]), hidden=HIDDEN)
     rows = compiled.rows_of(setting)
     return replace(
