@@ -13,7 +13,7 @@ from rich.table import Table
 
 __all__ = ["Bar", "print_table"]
 
-_COLUMNS = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "tpot_p99", "goodput")
+_COLUMNS = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "tpot_p99", "attainment")
 
 
 class Bar:
@@ -48,16 +48,17 @@ class Bar:
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
     """One line per case, then the summary in plain sentences."""
-    table = Table(title="surrogate ÷ engine − 1 in % (± the engine's own noise); attainment in points")
-    for head in ("scenario", "policy", "load", *_COLUMNS, "attainment"):
-        table.add_column(head, justify="left" if head in ("scenario", "policy") else "right")
-    for row in result["table"]:
-        cells = [f"{100 * row['figures'][c]['error']:+.1f} ± {100 * row['figures'][c]['noise']:.1f}" for c in _COLUMNS]
-        a = row["figures"]["attainment"]
-        cells.append(f"{100 * a['error']:+.1f} ± {100 * a['noise']:.1f}")
-        beyond = "*" if row["own_load"] > 0.8 + 1e-9 else ""
-        table.add_row(escape(row["scenario"]), escape(row["policy"]), f"{row['load']:g}{beyond}", *cells)
-    console.print(table)
+    for scenario in dict.fromkeys(row["scenario"] for row in result["table"]):
+        title = f"{scenario}: surrogate ÷ engine − 1 in % (±: the engine's own noise); attainment in points"
+        table = Table(title=escape(title))
+        for head in ("policy", "load", *_COLUMNS):
+            table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
+        for row in (r for r in result["table"] if r["scenario"] == scenario):
+            found = [row["figures"][c] for c in _COLUMNS]
+            cells = [f"{100 * f['error']:+.1f}±{100 * f['noise']:.1f}" for f in found]
+            beyond = "*" if row["own_load"] > 0.8 + 1e-9 else ""
+            table.add_row(escape(row["policy"]), f"{row['load']:g}{beyond}", *cells)
+        console.print(table)
     s = result["summary"]
     say = [
         f"{s['cases_within']} of {s['cases']} cases are within 80 % of their policy's own goodput; the others (*) "
