@@ -37,7 +37,8 @@ def numbers(value: object) -> list[float]:
 
 def test_shipped_files_are_what_the_tables_give() -> None:
     made = published()
-    assert list_profiles() == sorted(made)
+    calibrated = {n for n in list_profiles() if Profile.load(n).provenance.source.startswith("slalom calibrate")}
+    assert sorted({*list_profiles()} - calibrated) == sorted(made)
     for name, profile in made.items():
         shipped = json.loads((profiles_dir() / f"{name}.json").read_text())
         fresh = json.loads(profile.to_json())
