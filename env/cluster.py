@@ -13,8 +13,16 @@ import numpy as np
 
 from engine.core.jit import is_warm
 from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE, InstancePlan
-from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged, blank_requests, new_cluster
-from engine.core.state import Batching, ClusterState, Role
+from engine.core.setup import (
+    ClusterOptions,
+    InstanceSpec,
+    LinkSpec,
+    SloClass,
+    arranged,
+    blank_requests,
+    new_cluster,
+)
+from engine.core.state import Batching, ClusterState, Order, Role, Split
 from engine.latency import pack
 from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario
@@ -26,6 +34,9 @@ __all__ = ["Arena", "FirstClass", "arena_of", "build_trace", "compiled", "jitter
 #: Simulated seconds that requests still running at the last arrival are given to end.
 DRAIN_S = 300.0
 SESSION_DRAIN_S = 3600.0
+
+_SPLITS = {"auto": Split.AUTO, "on_demand": Split.ON_DEMAND}
+_ORDERS = {"fcfs": Order.FCFS, "srf": Order.SHORTEST, "srf_preemptive": Order.SHORTEST_PREEMPTIVE}
 
 _WORDS = numba.types.Array(numba.int64, 1, "C")
 
@@ -93,8 +104,8 @@ def _specs(scenario: Scenario, n_links: int) -> tuple[InstanceSpec, ...]:
                 prefill_tokens=group.prefill_tokens,
                 max_batch=group.max_batch,
                 max_prefills=group.max_prefills,
-                split=-1 if group.split == "auto" else profile.row(group.split),
-                order=1 if group.order == "srf" else 0,
+                split=_SPLITS[group.split] if isinstance(group.split, str) else profile.row(group.split),
+                order=_ORDERS[group.order],
                 headroom=group.headroom,
             )
         )

@@ -72,9 +72,11 @@ class InstanceGroup(_Strict):
     :param prefill_tokens: token budget of a whole-prompt prefill batch
     :param max_batch: running sequences
     :param max_prefills: prompts in one prefill batch
-    :param split: SMs for decode while both lanes run; "auto": the predictor's choice
+    :param split: SMs for decode while both lanes run; "auto": the predictor's choice; "on_demand": fused steps on
+        all SMs, split only while one would miss the target (chunked)
     :param headroom: the predictor aims at this part of the TPOT target
-    :param order: prefill queue first come first served, or shortest remaining first
+    :param order: prefill queue first come first served, or shortest remaining first; preemptive: at every chunk
+        (a prefill instance then computes chunks of ``chunk_tokens``)
     :param kv_tokens: KV capacity of one instance (None: the profile's); of the GPU when shared
     """
 
@@ -88,9 +90,9 @@ class InstanceGroup(_Strict):
     prefill_tokens: Count = 8192
     max_batch: Count = 256
     max_prefills: Count = 128
-    split: Literal["auto"] | Count = "auto"
+    split: Literal["auto", "on_demand"] | Count = "auto"
     headroom: Annotated[float, Field(gt=0, le=2)] = 0.9
-    order: Literal["fcfs", "srf"] = "fcfs"
+    order: Literal["fcfs", "srf", "srf_preemptive"] = "fcfs"
     kv_tokens: Count | None = None
 
     @field_validator("batching")
@@ -370,7 +372,7 @@ class Scenario(_Strict):
             if group.role == "multiplexed" and len(profile.shares) < 2:
                 fix = f"{profile.name} has no SM shares; choose a profile that has, or another role"
                 raise SlalomError(f"{where}.role", group.role, fix)
-            if group.split != "auto":
+            if isinstance(group.split, int):
                 profile.row(group.split)
 
 

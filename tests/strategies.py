@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import Batching, ClusterState, Role
+from engine.core.state import Batching, ClusterState, Order, Role, Split
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from env.clock import Sim, new_sim
 
@@ -247,8 +247,10 @@ def _instances(draw: st.DrawFn, profiles: tuple[ProfileSpec, ...], block: int, l
                 max_batch=draw(st.integers(1, 8)),
                 max_prefills=draw(st.integers(1, 4)),
                 max_ctx=draw(st.sampled_from([2**60, 2**60, 64])),
-                split=draw(st.integers(-1, len(profiles[p].shares) - 1)),
-                order=draw(st.integers(0, 1)),
+                split=draw(st.integers(min(Split), len(profiles[p].shares) - 1)),
+                table=tuple((bs, draw(st.integers(0, len(profiles[p].shares) - 1))) for bs in (1, 3)),
+                layer_tokens=draw(st.sampled_from([0, 0, 400])),
+                order=draw(st.sampled_from(list(Order))),
                 headroom=draw(st.sampled_from([0.5, 1.0])),
             )
         )

@@ -11,19 +11,11 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.jit import kernel
-from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow
 from engine.core.lists import pop_front, push_back, queue_of, ready_of
-from engine.core.predict import prefill_share, split_for, whole_device
-from engine.core.preemption import (
-    give_way,
-    note_due,
-    partly_prefilled,
-    preempt,
-    recount_due,
-    secure_decode,
-    touch_pool,
-)
-from engine.core.state import Batching, LaneKind, RequestState, Role
+from engine.core.predict import prefill_share, row_on_demand, split_for, table_row, whole_device
+from engine.core.preemption import note_due, recount_due, secure_decode
+from engine.core.prompts import plan_queue
+from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.latency.evaluate import decode_s, prefill_s
 
 __all__ = ["plan_lane"]
@@ -31,11 +23,10 @@ __all__ = ["plan_lane"]
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
-_WAITING = int(RequestState.WAITING)
-_PREFILLING = int(RequestState.PREFILLING)
 _READY = int(RequestState.READY)
 _RUNNING = int(RequestState.RUNNING)
-_FAILED = int(RequestState.FAILED)
+_AUTO, _TABLE, _ON_DEMAND = (int(x) for x in Split)
+_PREEMPTIVE = int(Order.SHORTEST_PREEMPTIVE)
 
 
 @kernel
@@ -74,128 +65,6 @@ def _line_up(s, i):
     inst.run_ctx = 0
     inst.run_n = 0
     recount_due(s, i)
-
-
-@kernel
-def _admit(s, i, r, budget, reserve, now):
-    """Tokens of queued request ``r`` that the next step may compute (0: no blocks, or no budget for a whole prompt).
-
-    :param budget: tokens left; negative means that only the whole rest of the prompt will do
-    :param reserve: blocks a request that holds none yet must leave free
-    """
-    req = s.req[r]
-    p = s.inst[i].pool
-    size = s.cluster[0].block_tokens
-    prefix, n_prefix = np.int32(-1), 0
-    if req.blocks == 0:
-        prefix, n_prefix = find_prefix(s, p, r)
-    have = req.blocks + n_prefix
-    start = max(req.computed, n_prefix * size)
-    n = req.target - start
-    if budget >= 0:
-        n = min(n, budget)
-    need = blocks_for(start + n, size)
-    cost = need - have
-    if req.blocks == 0:
-        if s.pool[p].sharers > 1 or s.inst[i].whole_prompt == 1:
-            # Prompts started by several instances would take each other's blocks: start only what fits as a whole.
-            cost = blocks_for(req.target, size) - have
-        cost += reserve + evictable_cost(s, prefix, n_prefix)
-    if n <= 0 or cost > s.pool[p].free:
-        return 0
-    if req.blocks == 0:
-        adopt(s, p, prefix, n_prefix)
-        s.inst[i].started_n += 1
-        s.inst[i].queue_tokens -= start
-        s.inst[i].held_tokens += start
-        req.tail = prefix
-        req.blocks = n_prefix
-        req.computed = start
-        if req.prefill_start < 0:
-            req.prefill_start = now
-            req.cached = start
-            s.cluster[0].cached_tokens += start
-    req.tail = grow(s, p, req.tail, req.blocks, need)
-    req.blocks = max(need, req.blocks)
-    return n
-
-
-@kernel
-def _take(s, i, l, k, r, n):
-    """Add ``n`` tokens of request ``r`` to the step of lane (i, l) as its ``k``-th prompt."""
-    lane = s.lane[i, l]
-    x, done = float(n), float(s.req[r].computed)
-    lane.sum_n += n
-    lane.sum_n2 += x * x
-    lane.sum_nr += x * done
-    rest = s.req[r].target - s.req[r].computed
-    lane.work += s.req[r].work if n == rest else s.req[r].work * n // rest
-    s.prefills[i, k] = r
-    lane.n_prefills = k + 1
-    s.req[r].sched = n
-    s.req[r].state = _PREFILLING
-
-
-@kernel
-def _plan_prompts(s, i, l, budget, chunked, limit, now):
-    """Fill the step of lane (i, l) with prompts from the queue.
-
-    :param budget: tokens; a single longer prompt may exceed it unless ``chunked``
-    :param chunked: prompts may be cut to fit
-    :param limit: prompts at most
-    """
-    lane = s.lane[i, l]
-    reserve = int(s.pool[s.inst[i].pool].n_blocks * s.inst[i].watermark)
-    idle = s.inst[i].run_n == 0
-    r = s.lists[queue_of(i), 0]
-    k = 0
-    while r >= 0 and k < limit:
-        after = s.req[r].next
-        left = budget - lane.sum_n
-        if s.req[r].blocks == 0:
-            seats = s.inst[i].run_n + s.lists[ready_of(i), 2] + s.inst[i].started_n
-            if seats >= s.inst[i].max_batch and s.inst[i].role != _PREFILL:
-                break
-        if chunked:
-            if left <= 0:
-                break
-        elif k > 0 and s.req[r].target - s.req[r].computed > left:
-            break
-        n = _admit(s, i, r, left if chunked else -1, 0 if idle and k == 0 else reserve, now)
-        if n == 0:
-            break
-        _take(s, i, l, k, r, n)
-        k += 1
-        r = after
-    return k
-
-
-@kernel
-def _unblock(s, i):
-    """Nothing runs and the queue's head has no room: take the newest partly prefilled request off its blocks.
-
-    :return: whether it is worth planning again
-    """
-    if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
-        return False
-    victim = partly_prefilled(s, i)
-    if victim < 0:
-        return False
-    head = s.lists[queue_of(i), 0]
-    if victim != head:
-        preempt(s, i, victim)
-        touch_pool(s, i)
-        return True
-    return s.pool[s.inst[i].pool].sharers > 1 and give_way(s, i, head)
-
-
-@kernel
-def _plan_queue(s, i, l, budget, chunked, limit, now):
-    """``_plan_prompts``, but never stuck behind blocks that only queued requests hold."""
-    k = _plan_prompts(s, i, l, budget, chunked, limit, now)
-    while k == 0 and budget > 0 and s.lists[queue_of(i), 2] > 0 and _unblock(s, i):
-        k = _plan_prompts(s, i, l, budget, chunked, limit, now)
-    return k
 
 
 @kernel
@@ -241,6 +110,19 @@ def _jump_limit(s, i):
     return max(min(steps, (per_request - 1) * size), 1)
 
 
+@kernel(forceinline=True)
+def _decoding_ctx(s, i):
+    """Σ context of the running set at this moment."""
+    return s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
+
+
+@kernel
+def _look_up(s, i):
+    """Split TABLE: a prefill batch starts, so the row for the present decode batch comes into force."""
+    if s.inst[i].split == _TABLE:
+        s.inst[i].row = table_row(s, i, s.inst[i].run_n + s.lists[ready_of(i), 2])
+
+
 @kernel
 def _plan_layers(s, i, now):
     """Next slice of the prefill lane of a MULTIPLEXED instance: layers enough to last one decode step."""
@@ -249,8 +131,9 @@ def _plan_layers(s, i, now):
     layers = s.profile[p].n_layers
     if lane.layer_to == 0 or lane.layer_to >= layers:
         _clear_lane(lane, now)
-        if _plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) == 0:
+        if plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) == 0:
             return
+        _look_up(s, i)
     lane.kind = _K_PREFILL
     lane.start = now
     lane.layer_from = lane.layer_to
@@ -259,32 +142,40 @@ def _plan_layers(s, i, now):
         lane.share = whole_device(s, i)
         lane.layer_to = layers
         return
-    row = split_for(s, i, s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n, s.inst[i].run_n)
+    context = _decoding_ctx(s, i)
+    row = split_for(s, i, context, s.inst[i].run_n)
     lane.share = prefill_share(s, i, row)
-    whole = prefill_s(s.profile[p], s.share[p, lane.share], lane.sum_n2, lane.sum_nr, lane.sum_n)
-    context = s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
-    decode = decode_s(s.profile[p], s.share[p, row], context, s.inst[i].run_n) * s.share[p, row].guard
-    slice_layers = int(np.ceil(max(decode, 1e-3) * layers / max(whole, 1e-9)))
+    if s.inst[i].layer_tokens > 0:
+        slice_layers = int(s.inst[i].layer_tokens // lane.sum_n)
+    else:
+        whole = prefill_s(s.profile[p], s.share[p, lane.share], lane.sum_n2, lane.sum_nr, lane.sum_n)
+        decode = decode_s(s.profile[p], s.share[p, row], context, s.inst[i].run_n) * s.share[p, row].guard
+        slice_layers = int(np.ceil(max(decode, 1e-3) * layers / max(whole, 1e-9)))
     lane.layer_to = min(lane.layer_from + max(slice_layers, 1), layers)
 
 
 @kernel
-def _plan_multiplexed(s, i, l, now):
-    lane = s.lane[i, l]
-    if l == 0:
-        if s.inst[i].batching == _LAYERED:
-            _plan_layers(s, i, now)
-        else:
-            _clear_lane(lane, now)
-            if _plan_queue(s, i, 0, s.inst[i].chunk_tokens, True, s.inst[i].max_prefills, now) > 0:
-                lane.kind = _K_PREFILL
-                lane.share = whole_device(s, i)
-                if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
-                    context = s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
-                    lane.share = prefill_share(s, i, split_for(s, i, context, s.inst[i].run_n))
-        if lane.kind == _K_PREFILL:
-            lane.corun = 1 if s.lane[i, 1].kind != _IDLE else 0
-        return
+def _plan_beside(s, i, now):
+    """Lane 0 of a MULTIPLEXED instance: a slice or chunk of prefill on the SMs that decode leaves it."""
+    lane = s.lane[i, 0]
+    if s.inst[i].batching == _LAYERED:
+        _plan_layers(s, i, now)
+    else:
+        _clear_lane(lane, now)
+        if plan_queue(s, i, 0, s.inst[i].chunk_tokens, True, s.inst[i].max_prefills, now) > 0:
+            _look_up(s, i)
+            lane.kind = _K_PREFILL
+            lane.share = whole_device(s, i)
+            if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
+                lane.share = prefill_share(s, i, split_for(s, i, _decoding_ctx(s, i), s.inst[i].run_n))
+    if lane.kind == _K_PREFILL:
+        lane.corun = 1 if s.lane[i, 1].kind != _IDLE else 0
+
+
+@kernel
+def _plan_decode_beside(s, i, now):
+    """Lane 1 of a MULTIPLEXED instance: a decode step, on its share while prefill runs."""
+    lane = s.lane[i, 1]
     _clear_lane(lane, now)
     _join_ready(s, i)
     secure_decode(s, i, now)
@@ -296,7 +187,44 @@ def _plan_multiplexed(s, i, l, now):
     lane.corun = 1 if beside else 0
     lane.share = split_for(s, i, lane.sum_ctx, lane.bs) if beside else whole_device(s, i)
     # The predictor rule may pick another row as the context grows, so it is asked at every step.
-    lane.max_steps = 1 if beside and s.inst[i].split < 0 else _jump_limit(s, i)
+    lane.max_steps = 1 if beside and s.inst[i].split == _AUTO else _jump_limit(s, i)
+
+
+@kernel
+def _plan_on_demand(s, i, now):
+    """Split ON_DEMAND, both lanes idle: a fused step on all SMs, taken apart into two lanes where it would be late.
+
+    Lane 1 then decodes step after step until the chunk in lane 0 ends; the next step is decided when both are idle.
+    """
+    lane = s.lane[i, 0]
+    _plan_mixed(s, i, now)
+    if lane.kind != _K_FUSED:
+        return
+    row = row_on_demand(s, i)
+    if row >= 0:
+        s.inst[i].row = row
+        lane.kind = _K_PREFILL
+        lane.share = prefill_share(s, i, row)
+        lane.corun = 1
+        lane.bs = 0
+        lane.sum_ctx = 0
+
+
+@kernel
+def _plan_multiplexed(s, i, l, now):
+    first = s.lane[i, 0].kind
+    if l == 1 and (first == _K_FUSED or first == _K_DECODE):
+        # Lane 0 has the running set, also when a TUNE answer has just ended ON_DEMAND.
+        return
+    if s.inst[i].split == _ON_DEMAND:
+        if l == 0 and s.lane[i, 1].kind == _IDLE:
+            _plan_on_demand(s, i, now)
+        elif l == 1 and first == _K_PREFILL and s.lane[i, 0].corun == 1:
+            _plan_decode_beside(s, i, now)
+    elif l == 0:
+        _plan_beside(s, i, now)
+    else:
+        _plan_decode_beside(s, i, now)
 
 
 @kernel
@@ -309,7 +237,7 @@ def _plan_mixed(s, i, now):
     else:
         _join_ready(s, i)
     if s.inst[i].batching == _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0:
-        if _plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) > 0:
+        if plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) > 0:
             lane.kind = _K_PREFILL
             return
     if s.inst[i].rotate == 1:
@@ -319,9 +247,9 @@ def _plan_mixed(s, i, now):
     _take_running(s, i, 0)
     paused = s.inst[i].pause_preempt == 1 and s.inst[i].preempted > before and lane.bs > 0
     paused = paused and s.req[s.lists[queue_of(i), 0]].blocks == 0
-    # Also an instance that was MULTIPLEXED, and LAYERED, before a role change.
+    # Also an instance that was MULTIPLEXED, and LAYERED, before a role change, or whose split is ON_DEMAND.
     if s.inst[i].batching != _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0 and not paused:
-        _plan_queue(s, i, 0, s.inst[i].chunk_tokens - lane.bs, True, s.inst[i].max_prefills, now)
+        plan_queue(s, i, 0, s.inst[i].chunk_tokens - lane.bs, True, s.inst[i].max_prefills, now)
     if lane.bs > 0:
         if lane.n_prefills > 0:
             lane.kind = _K_FUSED
@@ -343,7 +271,7 @@ def _plan_decode(s, i, now):
     _join_ready(s, i)
     waiting = s.lists[queue_of(i), 2] > 0
     if waiting and (s.inst[i].decode_turn == 0 or s.inst[i].run_n == 0):
-        if _plan_queue(s, i, 1, 1, False, 1, now) > 0:
+        if plan_queue(s, i, 1, 1, False, 1, now) > 0:
             lane.kind = _K_PREFILL
             s.inst[i].decode_turn = 1
             return
@@ -373,7 +301,9 @@ def plan_lane(s, i, l, now):
             lane = s.lane[i, 0]
             _clear_lane(lane, now)
             lane.share = whole_device(s, i)
-            if _plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) > 0:
+            chunked = s.inst[i].order == _PREEMPTIVE
+            budget = s.inst[i].chunk_tokens if chunked else s.inst[i].prefill_tokens
+            if plan_queue(s, i, 0, budget, chunked, s.inst[i].max_prefills, now) > 0:
                 lane.kind = _K_PREFILL
     elif role == _DECODE:
         if l == 1:

@@ -39,6 +39,7 @@ class Need(IntEnum):
     LOAD = 1  # raw counts and token sums: O(1) per candidate
     PREDICT = 2  # predicted waits, steps and slacks (raw seconds): evaluates the latency profile
     DIMENSIONLESS = 4  # the dimensionless block (implies PREDICT)
+    QUEUE = 8  # AHEAD_S and QUEUE_SLACK_S (implies PREDICT): walks the prefill queues
 
 
 class Ctx(IntEnum):
@@ -71,7 +72,7 @@ class Ctx(IntEnum):
     REQUEST = 22  # request index (-1 for control decisions)
     PROMPT = 23  # tokens
     ARRIVAL_S = 24
-    TTFT_SLO_S = 25
+    TTFT_SLO_S = 25  # control decisions: of the first class, for a prompt of mean length
     TPOT_SLO_S = 26
     CLASS = 27
     GENERATED = 28
@@ -88,6 +89,7 @@ class Ctx(IntEnum):
     WIN_TTFT_S = 38
     WIN_TPOT_S = 39
     N_INSTANCES = 40
+    TTFT_FACTOR = 41  # TTFT target ÷ isolated prefill time where the class sets it so, else 0 (control: first class)
 
 
 class Col(IntEnum):
@@ -136,7 +138,7 @@ class Col(IntEnum):
     OUTSTANDING = 38  # queue + running context + inbound tokens: "least tokens"
     FREE_BLOCKS = 39
     TOTAL_BLOCKS = 40
-    CACHED_TOKENS = 41
+    CACHED_TOKENS = 41  # tokens of the prompt (PLACE_DECODE: of its KV) in the prefix cache here
     TTFT_S = 42  # predicted TTFT
     WAIT_S = 43
     PREFILL_S = 44
@@ -145,7 +147,9 @@ class Col(IntEnum):
     MIN_SLACK_S = 47  # min over running of first token + TPOT target × tokens − now; large when empty
     INBOUND_N = 48
     INBOUND_TOKENS = 49
-    TRANSFER_S = 50  # predicted time to move this request's KV here (0 in place)
+    # predicted time to move this request's KV here (0 in place); PLACE_PREFILL: from here to the instance that would
+    # have it first, 0 where it may stay
+    TRANSFER_S = 50
     NEW_ROLE = 51  # REALLOCATE, -1 otherwise
     BUSY = 52  # 1 while a step is in flight
     OUT_N = 53  # prefilled here, not yet pulled
@@ -153,6 +157,11 @@ class Col(IntEnum):
     SPLIT = 55
     PREFILLING = 56  # 1 while a prefill step is in flight or partly done
     PROFILE = 57
+    READY_N = 58  # of RUN_N: their KV is here, they join the running set at its next step
+    AHEAD_S = 59  # predicted prefill work before this prompt's own, in the order this queue keeps
+    # least over the queued prompts of arrival + TTFT target − predicted end of prefill, this prompt in its place in
+    # the queue; large when none waits. Prompts whose first token is out do not count.
+    QUEUE_SLACK_S = 60
 
 
 N_CONTEXT = len(Ctx)

@@ -13,21 +13,19 @@ from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.jit import kernel
 from engine.core.kv import find_prefix
 from engine.core.lists import HELD, inbound_of, queue_of, ready_of
-from engine.core.predict import predict_step, prefill_share, tightest_tpot_s, whole_device
-from engine.core.state import NEVER as _NEVER
-from engine.core.state import Batching, LaneKind, Role
-from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks
+from engine.core.outlook import hand_over_s, min_slack_s, prefill_forecast, queue_outlook, running_ctx, transfer_s
+from engine.core.predict import expected_row, tightest_tpot_s, whole_device
+from engine.core.state import LaneKind, Role
+from engine.latency.evaluate import decode_s, prefill_s
 
 __all__ = ["candidate_row", "context_row"]
 
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PLACE_PREFILL, _PLACE_DECODE = int(Kind.PLACE_PREFILL), int(Kind.PLACE_DECODE)
-_PREFILL_FIRST = int(Batching.PREFILL_FIRST)
-_IDLE, _K_PREFILL, _K_DECODE = int(LaneKind.IDLE), int(LaneKind.PREFILL), int(LaneKind.DECODE)
-_PREDICT, _DIMENSIONLESS = int(Need.PREDICT), int(Need.DIMENSIONLESS)
+_IDLE = int(LaneKind.IDLE)
+_PREDICT, _DIMENSIONLESS, _QUEUE_NEED = int(Need.PREDICT), int(Need.DIMENSIONLESS), int(Need.QUEUE)
 
-#: Slack of an instance that decodes nothing, and the scale of the SLACK columns, in TPOT targets.
-_NO_SLACK_S = 1e3
+#: Scale of the SLACK columns, in TPOT targets.
 _SLACK_SCALE = 10.0
 _CLIP = 50.0
 
@@ -37,13 +35,14 @@ _CLIP = 50.0
  _TO_PREFILL, _, _, _, _DECODE_SHARE, _SPLIT_DELTA, _CHUNK, _CHUNK_DELTA, _INSTANCE, _ROLE, _QUEUE_TOKENS,
  _QUEUE_N, _RUN_N, _RUN_CTX, _OUTSTANDING, _FREE_BLOCKS, _TOTAL_BLOCKS, _CACHED_TOKENS, _TTFT_S, _WAIT_S,
  _PREFILL_S, _STEP_S, _STEP_WITH_S, _MIN_SLACK_S, _INBOUND_N, _INBOUND_TOKENS, _TRANSFER_S, _NEW_ROLE, _BUSY,
- _OUT_N, _CHUNK_TOKENS, _SPLIT, _PREFILLING, _PROFILE) = (int(c) for c in Col)  # fmt: skip
+ _OUT_N, _CHUNK_TOKENS, _SPLIT, _PREFILLING, _PROFILE, _READY_N, _AHEAD_S,
+ _QUEUE_SLACK_S) = (int(c) for c in Col)  # fmt: skip
 _C = tuple(int(c) for c in Ctx)
 (_SIZE, _AGE, _TPOT_TIGHTNESS, _LOAD_MEAN, _LOAD_MIN, _BATCH_MEAN, _KV_MEAN, _PREFILL_RHO, _DECODE_RHO,
  _PREFILL_SHARE, _DECODE_SHARE_C, _TTFT_OK, _TPOT_OK, _HELD, _PROMPT_RATIO, _EXPECTED_OUTPUT, _NOW_S, _KIND,
  _REQUEST, _PROMPT, _ARRIVAL_S, _TTFT_SLO_S, _TPOT_SLO_S, _CLASS, _GENERATED, _SOURCE, _ISOLATED_S,
  _MEAN_PROMPT, _MEAN_OUTPUT, _HELD_N, _WIN_SPAN_S, _WIN_RATE, _WIN_PROMPT, _WIN_OUTPUT, _WIN_TTFT_S,
- _WIN_TPOT_S, _N_INSTANCES) = _C[4:]  # fmt: skip
+ _WIN_TPOT_S, _N_INSTANCES, _TTFT_FACTOR) = _C[4:]  # fmt: skip
 
 
 @kernel(forceinline=True)
@@ -51,47 +50,11 @@ def _clip(x):
     return min(max(x, -_CLIP), _CLIP)
 
 
-@kernel(forceinline=True)
-def _running_ctx(s, i):
-    """Σ context of the running set at this moment."""
-    return s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
-
-
-@kernel
-def _residual_s(s, i, now):
-    """Predicted seconds until the prefill work in flight on instance ``i`` ends (half a step for a decode step)."""
-    l = 1 if s.inst[i].role == _DECODE else 0
-    lane = s.lane[i, l]
-    if lane.kind == _IDLE:
-        return 0.0
-    if lane.kind == _K_DECODE:
-        p = s.inst[i].profile
-        return 0.5 * decode_s(s.profile[p], s.share[p, lane.share], _running_ctx(s, i), lane.bs)
-    predicted = predict_step(s, i, l)
-    rest = max(predicted - (now - lane.start) * 1e-12, 0.0)
-    layers = s.profile[s.inst[i].profile].n_layers
-    if lane.layer_to > lane.layer_from and lane.layer_to < layers:
-        rest += predicted * (layers - lane.layer_to) / (lane.layer_to - lane.layer_from)
-    return rest
-
-
-@kernel
-def _min_slack_s(s, i, now):
-    """Least of first token + TPOT target × tokens − now over the running set: how long decode may stall."""
-    if s.inst[i].run_n == 0:
-        return _NO_SLACK_S
-    least = np.int64(_NEVER)
-    for c in range(s.cluster[0].n_classes):
-        if s.due[i, c] < _NEVER:
-            least = min(least, s.due[i, c] + to_ticks(s.cls[c].tpot_s) * s.inst[i].unbooked)
-    return (least - now) * 1e-12
-
-
 @kernel
 def _load_columns(s, i, row):
     inst = s.inst[i]
     pool = s.pool[inst.pool]
-    context = _running_ctx(s, i)
+    context = running_ctx(s, i)
     queued = s.lists[queue_of(i), 2]
     inbound = s.lists[inbound_of(i), 2] + inst.moving_n
     row[_INSTANCE] = i
@@ -99,6 +62,7 @@ def _load_columns(s, i, row):
     row[_QUEUE_TOKENS] = inst.queue_tokens
     row[_QUEUE_N] = queued
     row[_RUN_N] = inst.run_n + s.lists[ready_of(i), 2]
+    row[_READY_N] = s.lists[ready_of(i), 2]
     row[_RUN_CTX] = context
     row[_OUTSTANDING] = inst.queue_tokens + context + inst.inbound_tokens
     row[_TOTAL_BLOCKS] = pool.n_blocks
@@ -116,47 +80,14 @@ def _load_columns(s, i, row):
 
 
 @kernel
-def _prefill_forecast(s, i, n, reused, now):
-    """Predicted (wait, own prefill, stall of the running decodes) in seconds for ``n`` new tokens on instance ``i``."""
-    inst = s.inst[i]
-    p = inst.profile
-    profile, full = s.profile[p], s.share[p, whole_device(s, i)]
-    own = prefill_s(profile, full, n * n, n * reused, n) + profile.step_overhead_s
-    lane = s.lane[i, 1 if inst.role == _DECODE else 0]
-    queued_s = max(inst.queue_work - lane.work, 0) * 1e-12 if lane.kind != _IDLE else inst.queue_work * 1e-12
-    wait = _residual_s(s, i, now) + queued_s
-    if inst.run_n == 0:
-        return wait, own, 0.0
-    step = decode_s(profile, full, _running_ctx(s, i), inst.run_n)
-    stall = own
-    if inst.role == _DECODE:
-        wait += step * s.lists[queue_of(i), 2]
-    elif inst.role == _MULTIPLEXED:
-        row = inst.split if inst.split >= 0 else (profile.n_shares - 1) // 2
-        part = s.share[p, prefill_share(s, i, row)]
-        slower = prefill_s(profile, part, n * n, n * reused, n) * part.corun_prefill / max(own, 1e-9)
-        own *= slower
-        wait += queued_s * (slower - 1.0)
-        beside = decode_s(profile, s.share[p, row], _running_ctx(s, i), inst.run_n) * s.share[p, row].corun_decode
-        stall = own * max(1.0 - step / max(beside, 1e-9), 0.0)
-    elif inst.batching != _PREFILL_FIRST:
-        # Every chunk carries the running decodes with it.
-        room = max(float(inst.chunk_tokens - inst.run_n), 16.0)
-        beside = max(step - fused_shared_s(full, full.prefill[3] + full.prefill[2] * room, step), 0.0)
-        wait += beside * (inst.queue_tokens / room)
-        own += beside * np.ceil(n / room)
-    return wait, own, stall
-
-
-@kernel
 def _predict_columns(s, i, r, kind, now, row):
     inst = s.inst[i]
     p = inst.profile
     profile, full = s.profile[p], s.share[p, whole_device(s, i)]
-    context = _running_ctx(s, i)
+    context = running_ctx(s, i)
     seats = inst.run_n + s.lists[ready_of(i), 2] + s.lists[inbound_of(i), 2] + inst.moving_n
     row[_STEP_S] = decode_s(profile, full, context, inst.run_n)
-    row[_MIN_SLACK_S] = _min_slack_s(s, i, now)
+    row[_MIN_SLACK_S] = min_slack_s(s, i, now)
     row[_CACHED_TOKENS] = 0.0
     row[_TRANSFER_S] = 0.0
     row[_WAIT_S] = 0.0
@@ -164,7 +95,7 @@ def _predict_columns(s, i, r, kind, now, row):
     row[_TTFT_S] = 0.0
     row[_STEP_WITH_S] = row[_STEP_S]
     if r < 0:
-        wait, _, _ = _prefill_forecast(s, i, 0.0, 0.0, now)
+        wait, _, _ = prefill_forecast(s, i, 0.0, 0.0, now)
         row[_WAIT_S] = wait
         return 0.0
     req = s.req[r]
@@ -175,26 +106,38 @@ def _predict_columns(s, i, r, kind, now, row):
     if kind == _PLACE_PREFILL:
         _, n_prefix = find_prefix(s, inst.pool, r)
         reused = float(n_prefix * s.cluster[0].block_tokens)
-        wait, own, stall = _prefill_forecast(s, i, tokens - reused, reused, now)
+        wait, own, stall = prefill_forecast(s, i, tokens - reused, reused, now)
         row[_CACHED_TOKENS] = reused
         row[_WAIT_S] = wait
         row[_PREFILL_S] = own
         row[_TTFT_S] = (now - req.arrival) * 1e-12 + wait + own
+        row[_TRANSFER_S] = hand_over_s(s, i, tokens)
     elif s.inst[req.inst].pool != inst.pool:
-        link = s.link[inst.link]
-        moved = req.computed + inst.inbound_tokens
-        row[_TRANSFER_S] = link.latency_s if link.latency_s >= 0.0 else profile.migrate_latency_s
-        if link.bytes_per_s > 0.0:
-            row[_TRANSFER_S] += moved * profile.kv_bytes_per_token / link.bytes_per_s
+        _, n_prefix = find_prefix(s, inst.pool, r)
+        row[_CACHED_TOKENS] = n_prefix * s.cluster[0].block_tokens
+        row[_TRANSFER_S] = transfer_s(s, i, req.computed - row[_CACHED_TOKENS])
+    else:
+        row[_CACHED_TOKENS] = req.computed
     return stall
+
+
+@kernel
+def _class_ttft_s(s):
+    """TTFT target of the first class for a prompt of mean length, seconds: what control decisions know."""
+    seconds = s.cls[0].ttft_s
+    if s.cls[0].ttft_factor > 0.0:
+        mean = max(s.cluster[0].mean_prompt, 1.0)
+        p = s.inst[0].profile
+        alone = prefill_s(s.profile[p], s.share[p, whole_device(s, 0)], mean * mean, 0.0, mean)
+        seconds = max(seconds, s.cls[0].ttft_factor * (alone + s.profile[p].step_overhead_s))
+    return max(seconds, 1e-3)
 
 
 @kernel
 def _dimensionless_columns(s, i, r, kind, stall, row):
     inst = s.inst[i]
-    c = s.cls[s.req[r].cls if r >= 0 else 0]
-    ttft = s.req[r].ttft_slo * 1e-12 if r >= 0 else max(c.ttft_s, 1e-3)
-    tpot = s.req[r].tpot_slo * 1e-12 if r >= 0 else c.tpot_s
+    ttft = s.req[r].ttft_slo * 1e-12 if r >= 0 else _class_ttft_s(s)
+    tpot = s.req[r].tpot_slo * 1e-12 if r >= 0 else s.cls[0].tpot_s
     tight = min(tightest_tpot_s(s, i), tpot) if inst.run_n > 0 else tpot
     for k in range(_INSTANCE):
         row[k] = 0.0
@@ -210,19 +153,19 @@ def _dimensionless_columns(s, i, r, kind, stall, row):
     row[_STEP_WITH] = _clip(row[_STEP_WITH_S] / tpot)
     pool_tokens = float(s.pool[inst.pool].n_blocks * s.cluster[0].block_tokens)
     used = row[_RUN_CTX] + inst.held_tokens
-    own = float(s.req[r].target) - row[_CACHED_TOKENS] if r >= 0 else 0.0
+    cached = row[_CACHED_TOKENS] if kind == _PLACE_PREFILL else 0.0
+    own = float(s.req[r].target) - cached if r >= 0 else 0.0
     row[_KV] = min(used / pool_tokens, 1.0)
     row[_KV_WITH] = min((used + inst.queue_tokens + inst.inbound_tokens + own) / pool_tokens, 2.0)
     if r >= 0:
-        row[_CACHED] = row[_CACHED_TOKENS] / s.req[r].target
+        row[_CACHED] = cached / s.req[r].target
     row[_BATCH] = (row[_RUN_N] + row[_INBOUND_N]) / inst.max_batch
     row[_QUEUE] = np.log1p(row[_QUEUE_N])
-    row[_INBOUND] = _clip(row[_TRANSFER_S] / scale)
+    if kind == _PLACE_DECODE:
+        row[_INBOUND] = _clip(row[_TRANSFER_S] / scale)
     row[_QUEUE_WORK] = _clip(inst.queue_work * 1e-12 / ttft)
     row[_DRAINING] = 1.0 if inst.target_role >= 0 else 0.0
-    last = s.profile[inst.profile].n_shares - 1
-    split = inst.split if inst.split >= 0 else last // 2
-    row[_DECODE_SHARE] = s.share[inst.profile, split].sms / s.profile[inst.profile].total_sms
+    row[_DECODE_SHARE] = s.share[inst.profile, expected_row(s, i)].sms / s.profile[inst.profile].total_sms
     row[_CHUNK] = inst.chunk_tokens / 2048.0
     if kind == _PLACE_DECODE:
         row[_IN_PLACE] = 1.0 if s.inst[s.req[r].inst].pool == inst.pool else 0.0
@@ -232,9 +175,13 @@ def _dimensionless_columns(s, i, r, kind, stall, row):
 def candidate_row(s, i, r, kind, now, needs, row):
     """Fill the row of instance ``i`` for a decision about request ``r`` (-1 for control decisions)."""
     _load_columns(s, i, row)
-    if needs & (_PREDICT | _DIMENSIONLESS) == 0:
+    if needs & (_PREDICT | _DIMENSIONLESS | _QUEUE_NEED) == 0:
         return
     stall = _predict_columns(s, i, r, kind, now, row)
+    if needs & _QUEUE_NEED != 0:
+        ahead, slack = queue_outlook(s, i, r, row[_PREFILL_S], kind == _PLACE_PREFILL, now)
+        row[_AHEAD_S] = ahead
+        row[_QUEUE_SLACK_S] = slack
     if needs & _DIMENSIONLESS != 0:
         _dimensionless_columns(s, i, r, kind, stall, row)
 
@@ -250,7 +197,8 @@ def _request_context(s, kind, r, now, out):
         mean = max(s.cluster[0].mean_prompt, 1.0)
         out[_PROMPT] = 0.0
         out[_ARRIVAL_S] = now * 1e-12
-        out[_TTFT_SLO_S] = max(s.cls[0].ttft_s, 1e-3)
+        out[_TTFT_SLO_S] = _class_ttft_s(s)
+        out[_TTFT_FACTOR] = s.cls[0].ttft_factor
         out[_TPOT_SLO_S] = s.cls[0].tpot_s
         out[_CLASS] = 0.0
         out[_GENERATED] = 0.0
@@ -261,6 +209,7 @@ def _request_context(s, kind, r, now, out):
     out[_PROMPT] = req.prompt
     out[_ARRIVAL_S] = req.arrival * 1e-12
     out[_TTFT_SLO_S] = req.ttft_slo * 1e-12
+    out[_TTFT_FACTOR] = s.cls[req.cls].ttft_factor
     out[_TPOT_SLO_S] = req.tpot_slo * 1e-12
     out[_CLASS] = req.cls
     out[_GENERATED] = req.generated
@@ -278,7 +227,7 @@ def _cluster_context(s, out):
     for i in range(n):
         inst = s.inst[i]
         capacity = s.pool[inst.pool].n_blocks * s.cluster[0].block_tokens
-        kv += min((_running_ctx(s, i) + inst.held_tokens) / capacity, 1.0)
+        kv += min((running_ctx(s, i) + inst.held_tokens) / capacity, 1.0)
         if inst.role != _DECODE:
             prefill_n += 1
             work = _clip(inst.queue_work * 1e-12 / ttft)
@@ -288,7 +237,7 @@ def _cluster_context(s, out):
             decode_n += 1
             batch += (inst.run_n + s.lists[ready_of(i), 2]) / inst.max_batch
             p = inst.profile
-            step += decode_s(s.profile[p], s.share[p, whole_device(s, i)], _running_ctx(s, i), inst.run_n)
+            step += decode_s(s.profile[p], s.share[p, whole_device(s, i)], running_ctx(s, i), inst.run_n)
     p = s.inst[0].profile
     full = s.share[p, whole_device(s, 0)]
     one = decode_s(s.profile[p], full, np.int64(out[_MEAN_PROMPT]), 1)
@@ -326,7 +275,7 @@ def context_row(s, kind, subject, now, needs, out):
         out[_REQUEST] = subject
         out[_PROMPT] = s.req[subject].prompt
         out[_SOURCE] = s.req[subject].inst if kind == _PLACE_DECODE else -1
-    if needs & (_PREDICT | _DIMENSIONLESS) == 0:
+    if needs & (_PREDICT | _DIMENSIONLESS | _QUEUE_NEED) == 0:
         return
     _request_context(s, kind, subject, now, out)
     out[_MEAN_PROMPT] = c.mean_prompt

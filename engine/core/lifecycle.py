@@ -14,6 +14,7 @@ from engine.core.lists import (
     HANDOVER,
     HELD,
     PLACING,
+    place_by_work,
     pop_front,
     push_back,
     push_before,
@@ -25,7 +26,7 @@ from engine.core.predict import whole_device
 from engine.core.preemption import note_due, touch_pool
 from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import LaneKind, RequestState, Role
+from engine.core.state import LaneKind, Order, RequestState, Role
 from engine.latency.evaluate import prefill_s, to_ticks
 
 __all__ = [
@@ -53,6 +54,7 @@ _FINISHED = int(RequestState.FINISHED)
 _SHED = int(RequestState.SHED)
 _FAILED = int(RequestState.FAILED)
 _IDLE = int(LaneKind.IDLE)
+_FCFS, _SHORTEST, _PREEMPTIVE = (int(o) for o in Order)
 
 
 @kernel
@@ -99,14 +101,17 @@ def _enqueue(s, i, r):
     """Put request ``r`` into the prefill queue of ``i``: by priority, then in the order that instance keeps."""
     queue = queue_of(i)
     last, priority = s.lists[queue, 1], s.req[r].priority
-    if s.inst[i].order == 0 and (last < 0 or s.req[last].priority <= priority):
+    if s.inst[i].order == _FCFS and (last < 0 or s.req[last].priority <= priority):
         push_back(s.lists, s.req, queue, r)
+        return
+    if s.inst[i].order == _PREEMPTIVE:
+        push_before(s.lists, s.req, queue, r, place_by_work(s.lists, s.req, queue, r))
         return
     other = s.lists[queue, 0]
     rest = s.req[r].target - s.req[r].computed
     while other >= 0:
         started = s.req[other].state != _WAITING or s.req[other].blocks > 0
-        shorter = s.inst[i].order == 1 and s.req[other].target - s.req[other].computed > rest
+        shorter = s.inst[i].order == _SHORTEST and s.req[other].target - s.req[other].computed > rest
         behind = s.req[other].priority > priority or (s.req[other].priority == priority and shorter)
         if not started and behind:
             break

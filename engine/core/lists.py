@@ -16,6 +16,7 @@ __all__ = [
     "inbound_of",
     "link_list",
     "n_lists",
+    "place_by_work",
     "pop_front",
     "push_back",
     "push_before",
@@ -96,6 +97,21 @@ def push_before(lists, req, k, r, other):
         req[before].next = r
         req[other].prev = r
         lists[k, 2] += 1
+
+
+@kernel
+def place_by_work(lists, req, k, r):
+    """The request of queue ``k`` before which ``r`` belongs by priority, then predicted remaining prefill; -1: none.
+
+    Requests that are computed anew (they have answered already) keep the head.
+    """
+    other, priority = lists[k, 0], req[r].priority
+    while other >= 0:
+        behind = req[other].priority > priority or (req[other].priority == priority and req[other].work > req[r].work)
+        if behind and req[other].generated == 0:
+            break
+        other = req[other].next
+    return other
 
 
 @kernel(forceinline=True)

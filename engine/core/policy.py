@@ -37,10 +37,13 @@ class InstancePlan:
     :param role: a :class:`engine.core.state.Role`
     :param chunk_tokens: token budget of a fused step or a prefill chunk
     :param batching: a :class:`engine.core.state.Batching`
-    :param split: share row for decode while both lanes run; -1 for the predictor rule
+    :param split: share row for decode while both lanes run, or a :class:`engine.core.state.Split`
+    :param table: for ``Split.TABLE``: (least decode batch size, share row), ascending
+    :param layer_tokens: a layered prefill launches max(1, layer_tokens // prompt tokens) layers at a time;
+        0: as many as last one decode step
     :param headroom: the predictor rule aims at ``headroom`` × TPOT target
     :param prefill_tokens: token budget of a whole-prompt prefill batch
-    :param order: 0 first come first served, 1 shortest remaining first
+    :param order: a :class:`engine.core.state.Order`
     """
 
     role: int | None = None
@@ -50,6 +53,8 @@ class InstancePlan:
     headroom: float | None = None
     prefill_tokens: int | None = None
     order: int | None = None
+    table: tuple[tuple[int, int], ...] | None = None
+    layer_tokens: int | None = None
 
 
 @runtime_checkable

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.core.jit import kernel
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import LaneKind
+from engine.core.state import LaneKind, Split
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 
-__all__ = ["predict_step", "prefill_share", "split_for", "tightest_tpot_s", "whole_device"]
+__all__ = [
+    "expected_row",
+    "predict_step",
+    "prefill_share",
+    "row_on_demand",
+    "split_for",
+    "table_row",
+    "tightest_tpot_s",
+    "whole_device",
+]
 
 _K_PREFILL = int(LaneKind.PREFILL)
+_AUTO, _TABLE, _ON_DEMAND = (int(x) for x in Split)
 
 
 @kernel(forceinline=True)
@@ -43,7 +55,7 @@ def tightest_tpot_s(s, i):
 
 @kernel
 def split_for(s, i, sum_ctx, bs):
-    """Decode's share row while prefill runs: fixed, or the smallest that keeps the worst case under the target.
+    """Decode's share row while prefill runs: fixed, in force, or the smallest whose worst case is under the target.
 
     MuxWise section 4: worst = T_decode(row) × guard ≤ headroom × TPOT target; the largest partial row if none does.
     """
@@ -52,6 +64,8 @@ def split_for(s, i, sum_ctx, bs):
     last = s.profile[p].n_shares - 1
     if split >= 0:
         return min(split, last)
+    if split != _AUTO:
+        return min(s.inst[i].row, max(last - 1, 0))
     limit = s.inst[i].headroom * tightest_tpot_s(s, i)
     for row in range(last):
         if decode_s(s.profile[p], s.share[p, row], sum_ctx, bs) * s.share[p, row].guard <= limit:
@@ -75,3 +89,55 @@ def predict_step(s, i, l):
         decode *= share.corun_decode
     overhead = profile.step_overhead_s if lane.bs == 0 else 0.0
     return prefill + decode - fused_shared_s(share, prefill, decode) + overhead
+
+
+@kernel
+def table_row(s, i, bs):
+    """Share row that the table of instance ``i`` gives a decode batch of ``bs`` (its first row below the least)."""
+    row = s.inst[i].table_row[0]
+    for k in range(s.inst[i].table_n):
+        if s.inst[i].table_bs[k] <= bs:
+            row = s.inst[i].table_row[k]
+    return row
+
+
+@kernel
+def row_on_demand(s, i):
+    """Decode's share row for the fused step in lane (i, 0), -1 where that step may run as it is (DuetServe).
+
+    Fused unless its predicted time exceeds headroom × TPOT target. Else, of the rows whose worst case keeps that,
+    the one of most tokens per second, with k decode steps beside one prefill chunk:
+
+        (n_prefill + k · bs) / max(T_prefill, k · T_decode),   k = max(1, floor(T_prefill / T_decode))
+
+    The largest partial row if none keeps it.
+    """
+    p = s.inst[i].profile
+    last = s.profile[p].n_shares - 1
+    limit = s.inst[i].headroom * tightest_tpot_s(s, i)
+    if last < 1 or predict_step(s, i, 0) <= limit:
+        return -1
+    lane = s.lane[i, 0]
+    best, rate = last - 1, -1.0
+    for row in range(last):
+        decode = decode_s(s.profile[p], s.share[p, row], lane.sum_ctx, lane.bs) * s.share[p, row].guard
+        if decode > limit:
+            continue
+        part = s.share[p, prefill_share(s, i, row)]
+        prefill = prefill_s(s.profile[p], part, lane.sum_n2, lane.sum_nr, lane.sum_n) * part.corun_prefill
+        steps = max(np.floor(prefill / max(decode, 1e-9)), 1.0)
+        tokens = (lane.sum_n + steps * lane.bs) / max(prefill, steps * decode, 1e-9)
+        if tokens > rate:
+            best, rate = row, tokens
+    return best
+
+
+@kernel
+def expected_row(s, i):
+    """Decode's share row that forecasts assume beside a prefill: the one in force, or the middle where it moves."""
+    split = s.inst[i].split
+    if split >= 0:
+        return split
+    if split == _TABLE:
+        return s.inst[i].row
+    return (s.profile[s.inst[i].profile].n_shares - 1) // 2

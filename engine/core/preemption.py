@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from engine.core.jit import kernel
 from engine.core.kv import grow, release
-from engine.core.lists import push_front, queue_of
+from engine.core.lists import place_by_work, push_before, push_front, queue_of, remove
 from engine.core.predict import whole_device
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import RequestState
+from engine.core.state import Order, RequestState
 from engine.latency.evaluate import prefill_s, to_ticks
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
 _WAITING = int(RequestState.WAITING)
 _RUNNING = int(RequestState.RUNNING)
 _FAILED = int(RequestState.FAILED)
+_PREEMPTIVE = int(Order.SHORTEST_PREEMPTIVE)
 
 
 @kernel(forceinline=True)
@@ -61,9 +62,11 @@ def requeue(s, i, r):
 
 @kernel
 def preempt(s, i, r):
-    """Take request ``r`` (running, or partly prefilled) off its blocks and put it back to the head of the queue."""
+    """Take request ``r`` off its blocks: to the head of the queue when it was running, to its place when partly
+    prefilled."""
     req = s.req[r]
-    if req.state == _RUNNING:
+    queued = req.state != _RUNNING
+    if not queued:
         s.inst[i].run_ctx -= req.computed
         push_front(s.lists, s.req, queue_of(i), r)
     else:
@@ -73,6 +76,10 @@ def preempt(s, i, r):
         s.inst[i].queue_work -= req.work
     release(s, r)
     requeue(s, i, r)
+    if queued and req.generated == 0 and s.inst[i].order == _PREEMPTIVE:
+        queue = queue_of(i)
+        remove(s.lists, s.req, queue, r)
+        push_before(s.lists, s.req, queue, r, place_by_work(s.lists, s.req, queue, r))
     s.inst[i].preempted += 1
     s.cluster[0].n_preempted += 1
 

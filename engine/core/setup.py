@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -17,13 +17,16 @@ from engine.core.state import (
     INSTANCE,
     LANE,
     LINK,
+    MAX_TABLE,
     NEVER,
     POOL,
     REQUEST,
     SLO_CLASS,
     Batching,
     ClusterState,
+    Order,
     Role,
+    Split,
 )
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S, to_ticks
@@ -50,24 +53,14 @@ class InstanceSpec:
     max_prefills: int = 128
     max_ctx: int = NO_LIMIT
     rotate: bool = False  # whom max_ctx left out goes first in the next step
-    split: int = -1
-    order: int = 0
+    split: int = Split.AUTO
+    table: tuple[tuple[int, int], ...] = ()  # Split.TABLE: (least decode batch size, share row), ascending
+    layer_tokens: int = 0
+    order: int = Order.FCFS
     headroom: float = 1.0
     watermark: float = 0.01  # vLLM V1: 0
     whole_prompt: bool = False  # vLLM: scheduler_reserve_full_isl
     pause_preempt: bool = False  # vLLM V1: True
-
-
-def arranged(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
-    """``spec`` after a policy's own arrangement of it; a role that it changes brings its usual batching along."""
-    names = ("role", "chunk_tokens", "batching", "split", "headroom", "prefill_tokens", "order")
-    given = {name: getattr(plan, name) for name in names if getattr(plan, name) is not None}
-    role = Role(given.get("role", spec.role))
-    if role == Role.MULTIPLEXED and role != spec.role:
-        given.setdefault("batching", Batching.LAYERED)
-    elif role == Role.MIXED and given.get("batching", spec.batching) == Batching.LAYERED:
-        given["batching"] = Batching.CHUNKED
-    return replace(spec, **given)
 
 
 @dataclass(frozen=True)
@@ -151,13 +144,38 @@ def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
     for record, spec in zip(inst, specs, strict=True):
         for name in (
             "role", "pool", "profile", "gpu", "link", "batching", "chunk_tokens", "prefill_tokens",
-            "max_batch", "max_prefills", "max_ctx", "rotate", "split", "order", "headroom",
+            "max_batch", "max_prefills", "max_ctx", "rotate", "split", "layer_tokens", "order", "headroom",
             "watermark", "whole_prompt", "pause_preempt",
         ):  # fmt: skip
             record[name] = getattr(spec, name)
+        record["table_n"] = len(spec.table)
+        for k, (least, row) in enumerate(spec.table):
+            record["table_bs"][k], record["table_row"][k] = least, row
         record["target_role"] = -1
         record["last_decode_end"] = -1
     return inst
+
+
+def _check_split(where: str, spec: InstanceSpec, n_shares: int) -> None:
+    if not min(Split) <= spec.split < n_shares:
+        raise SlalomError(f"{where}.split", spec.split, f"the profile has {n_shares} share rows")
+    if spec.split == Split.TABLE and not 0 < len(spec.table) <= MAX_TABLE:
+        raise SlalomError(f"{where}.table", len(spec.table), f"give 1 to {MAX_TABLE} rows")
+    least = [bs for bs, _ in spec.table]
+    if least != sorted(least) or any(not 0 <= row < n_shares for _, row in spec.table):
+        fix = f"give (least decode batch size, share row) by batch size, rows below {n_shares}"
+        raise SlalomError(f"{where}.table", spec.table, fix)
+
+
+def arranged(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
+    """``spec`` after a policy's own arrangement of it; a role that it changes brings its usual batching along."""
+    given = {f.name: getattr(plan, f.name) for f in fields(plan) if getattr(plan, f.name) is not None}
+    role = given.get("role", spec.role)
+    if role == Role.MULTIPLEXED and role != spec.role:
+        given.setdefault("batching", Batching.LAYERED)
+    elif role == Role.MIXED and given.get("batching", spec.batching) == Batching.LAYERED:
+        given["batching"] = Batching.CHUNKED
+    return replace(spec, **given)
 
 
 def _cluster(specs: Sequence[InstanceSpec], options: ClusterOptions, n_requests: int, links: int) -> np.ndarray:
@@ -207,8 +225,7 @@ def new_cluster(
             raise SlalomError(f"instances[{k}].profile", spec.profile, f"only {len(profile)} profiles were given")
         if not 0 <= spec.link < len(links):
             raise SlalomError(f"instances[{k}].link", spec.link, f"only {len(links)} links were given")
-        if spec.split >= profile[spec.profile]["n_shares"]:
-            raise SlalomError(f"instances[{k}].split", spec.split, "the profile has fewer share rows")
+        _check_split(f"instances[{k}]", spec, int(profile[spec.profile]["n_shares"]))
     if options.hash_tokens % options.block_tokens:
         raise SlalomError("hash_tokens", options.hash_tokens, f"use a multiple of {options.block_tokens}")
     pool, block, spare, bucket = _pools(specs, options.block_tokens)

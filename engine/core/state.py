@@ -22,6 +22,7 @@ __all__ = [
     "INSTANCE",
     "LANE",
     "LINK",
+    "MAX_TABLE",
     "NEVER",
     "POOL",
     "REQUEST",
@@ -29,14 +30,18 @@ __all__ = [
     "Batching",
     "ClusterState",
     "LaneKind",
+    "Order",
     "RequestState",
     "Role",
+    "Split",
     "attach",
 ]
 
 
 #: A time that never comes.
 NEVER = 2**62
+#: Rows that a table of SM splits may have.
+MAX_TABLE = 8
 
 
 class Role(IntEnum):
@@ -54,6 +59,22 @@ class Batching(IntEnum):
     CHUNKED = 0  # MIXED: prompt chunks ride on decode steps; MULTIPLEXED: prefill lane runs chunks
     PREFILL_FIRST = 1  # MIXED: whole prompts first, then decode (vLLM before chunked prefill)
     LAYERED = 2  # MULTIPLEXED: prefill lane runs groups of layers of whole prompts
+
+
+class Split(IntEnum):
+    """Who chooses the SMs of decode on a MULTIPLEXED instance; a split of 0 or more is a fixed share row."""
+
+    AUTO = -1  # per step: the smallest share whose worst case keeps the target (MuxWise)
+    TABLE = -2  # a table on the decode batch size, looked up when a prefill batch starts (SGLang pdmux)
+    ON_DEMAND = -3  # fused steps on all SMs; two lanes only while a fused step would miss the target (DuetServe)
+
+
+class Order(IntEnum):
+    """In which order an instance prefills its queue."""
+
+    FCFS = 0
+    SHORTEST = 1  # shortest remaining first among prompts not yet started
+    SHORTEST_PREEMPTIVE = 2  # the same at every chunk: a PREFILL instance computes chunks (Tropical)
 
 
 class RequestState(IntEnum):
@@ -169,8 +190,13 @@ INSTANCE = np.dtype(
         ("max_prefills", np.int32),  # prompts in one prefill batch
         ("max_ctx", np.int64),  # context tokens in one decode step (a peer's option; huge by default)
         ("rotate", np.int32),  # 1: where max_ctx leaves some out, decode takes turns (a peer's option)
-        ("split", np.int32),  # share row for decode while both lanes run; -1: predictor rule
-        ("order", np.int32),  # 0 FCFS, 1 shortest remaining first
+        ("split", np.int32),  # share row for decode while both lanes run, or a Split
+        ("row", np.int32),  # TABLE, ON_DEMAND: the share row in force
+        ("table_n", np.int32),
+        ("table_bs", np.int32, (MAX_TABLE,)),  # TABLE: least decode batch size of each row, ascending
+        ("table_row", np.int32, (MAX_TABLE,)),  # ... and its share row
+        ("layer_tokens", np.int32),  # LAYERED: slices of layer_tokens ÷ prompt tokens layers; 0: as decode lasts
+        ("order", np.int32),
         ("headroom", np.float64),  # the predictor rule aims at headroom × TPOT target
         ("watermark", np.float64),  # share of the pool that a prompt which starts beside others must leave free
         ("whole_prompt", np.int32),  # 1: a prompt starts when all its blocks are free, not those of a chunk

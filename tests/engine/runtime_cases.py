@@ -9,7 +9,7 @@ from numba import njit
 
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import Batching, ClusterState, Role
+from engine.core.state import Batching, ClusterState, Role, Split
 from engine.latency.evaluate import PROFILE, SHARE
 
 BLOCK = 16
@@ -89,8 +89,10 @@ def random_specs(rng: np.random.Generator) -> list[InstanceSpec]:
                 prefill_tokens=int(rng.integers(32, 400)),
                 max_batch=int(rng.integers(2, 9)),
                 max_prefills=int(rng.integers(1, 5)),
-                order=int(rng.integers(0, 2)),
-                split=int(rng.integers(-1, 2)),
+                order=int(rng.integers(0, 3)),
+                split=int(rng.integers(min(Split), 2)),
+                table=((1, int(rng.integers(0, 2))), (3, int(rng.integers(0, 2)))),
+                layer_tokens=int(rng.choice([0, 300])),
             )
         )
     return specs

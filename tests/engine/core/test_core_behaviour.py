@@ -11,7 +11,7 @@ from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
-from engine.core.state import Batching, ClusterState, RequestState, Role
+from engine.core.state import Batching, ClusterState, Order, RequestState, Role, Split
 
 MS = 10**9  # ticks
 MIXED, PREFILL, DECODE, MULTIPLEXED = Role.MIXED, Role.PREFILL, Role.DECODE, Role.MULTIPLEXED
@@ -233,3 +233,79 @@ def test_a_cached_prefix_is_not_computed_again() -> None:
     s = serve(Case((one(),), requests, options=ClusterOptions(hash_tokens=16)))
     assert s.req["cached"].tolist() == [0, 32]
     assert ms(s, "first_token") == [64, 1032]
+
+
+# -- who shares the SMs, and when --------------------------------------------------------------------------
+
+
+def two_halves(**of_half: object) -> ProfileSpec:
+    """Four layers; half of the SMs prefill at 2 ms a token and decode in 20 ms."""
+    half = ShareSpec(50, (0, 0, 2e-3, 0), (0, 0, 2e-2), (0, 0, 2e-2), **of_half)
+    return ProfileSpec((half, ShareSpec(100)), n_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("tpot_s", "first_token", "finished"),
+    [
+        # A: 0-16, decode to 26. One fused step of 31 + 1 tokens, 31 + 10 ms, and both decode from 67 on.
+        (0.045, [16, 67], [107, 77]),
+        # 41 ms would be late: B's 31 tokens take 62 ms on half of the SMs, A decodes in 20 ms steps beside it
+        # until 106 (its step in flight when B is through at 88 ends first), then both on the whole device.
+        (0.030, [16, 88], [116, 116]),
+    ],
+)
+def test_on_demand_splits_only_the_step_that_would_miss_the_target(
+    tpot_s: float, first_token: list[float], finished: list[float]
+) -> None:
+    requests = (RequestSpec(16, 7), RequestSpec(31, 2, gap_s=0.020))
+    instance = one(MULTIPLEXED, batching=Batching.CHUNKED, chunk_tokens=32, split=Split.ON_DEMAND)
+    s = serve(Case((instance,), requests, (two_halves(),), (SloClass(9, tpot_s),)))
+    assert ms(s, "first_token") == first_token
+    assert ms(s, "finished") == finished
+
+
+def test_an_answer_that_ends_on_demand_waits_for_the_fused_step() -> None:
+    """TUNE fixes the split while lane 0 runs a fused step with the decodes: lane 1 must not run them as well."""
+    requests = (RequestSpec(16, 40), RequestSpec(300, 20, gap_s=0.020))
+    instance = one(MULTIPLEXED, batching=Batching.CHUNKED, chunk_tokens=64, split=Split.ON_DEMAND)
+    options = ClusterOptions(tune=True, control_s=0.05)
+    s = serve(Case((instance,), requests, (two_halves(),), (SloClass(9, 1.0),), options=options), 0, 2)
+    assert s.inst[0]["split"] == 0
+    assert (s.req["state"] == RequestState.FINISHED).all()
+
+
+def test_the_table_row_is_that_of_the_decode_batch_when_the_prefill_starts() -> None:
+    def row(sms: int, slower: float) -> ShareSpec:
+        return ShareSpec(sms, (0, 0, 1e-3 * slower, 0), (0, 0, 1e-2 * slower), (0, 0, 1e-2 * slower))
+
+    profile = ProfileSpec((row(25, 4), row(50, 2), row(75, 1.5), row(100, 1)), n_layers=1)
+    found = []
+    for n in (1, 2):
+        table = ((1, 0), (2, 2))
+        requests = (*[RequestSpec(10, 30)] * n, RequestSpec(60, 1, gap_s=0.100))
+        instance = one(MULTIPLEXED, batching=Batching.LAYERED, split=Split.TABLE, table=table)
+        found.append(ms(serve(Case((instance,), requests, (profile,))), "first_token")[n])
+    # One sequence decodes on 25 SMs and leaves 75 (1.5 ms a token), two on 75 and leave 25 (4 ms).
+    assert found == [100 + 90, 100 + 240]
+
+
+def test_slices_hold_as_many_layers_as_the_token_budget_allows() -> None:
+    for layer_tokens, slices in ((0, 4), (40, 4), (80, 2), (1000, 1)):
+        requests = (RequestSpec(16, 30), RequestSpec(40, 1, gap_s=0.020))
+        instance = one(MULTIPLEXED, batching=Batching.LAYERED, split=0, layer_tokens=layer_tokens)
+        case = Case((instance,), requests, (two_halves(),))
+        state, sim = case.build(fast_forward=False)
+        Driver(case, state, sim).finish()
+        decode_steps = 29
+        assert state.inst[0]["steps"] == 1 + slices + decode_steps, layer_tokens
+
+
+def test_a_shorter_prompt_preempts_between_chunks() -> None:
+    requests = (RequestSpec(60, 1), RequestSpec(20, 1, gap_s=0.005), RequestSpec(35, 1))
+    found = {}
+    for order in (Order.SHORTEST, Order.SHORTEST_PREEMPTIVE):
+        prefill = one(PREFILL, chunk_tokens=20, prefill_tokens=1, order=order)
+        found[order] = ms(serve(Case((prefill, one(DECODE, pool=1)), requests)), "first_token")
+    assert found[Order.SHORTEST] == [60, 80, 115]
+    # 20 of A; then B whole; then C (35 left against A's 40) with 5 of A at its end; then the rest of A.
+    assert found[Order.SHORTEST_PREEMPTIVE] == [115, 40, 80]
