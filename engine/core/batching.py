@@ -213,7 +213,7 @@ def _plan_on_demand(s, i, now):
 @kernel
 def _plan_multiplexed(s, i, l, now):
     first = s.lane[i, 0].kind
-    if l == 1 and (first == _K_FUSED or first == _K_DECODE):
+    if l == 1 and first in (_K_FUSED, _K_DECODE):
         # Lane 0 has the running set, also when a TUNE answer has just ended ON_DEMAND.
         return
     if s.inst[i].split == _ON_DEMAND:

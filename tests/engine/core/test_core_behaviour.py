@@ -269,7 +269,7 @@ def test_an_answer_that_ends_on_demand_waits_for_the_fused_step() -> None:
     requests = (RequestSpec(16, 40), RequestSpec(300, 20, gap_s=0.020))
     instance = one(MULTIPLEXED, batching=Batching.CHUNKED, chunk_tokens=64, split=Split.ON_DEMAND)
     options = ClusterOptions(tune=True, control_s=0.05)
-    s = serve(Case((instance,), requests, (two_halves(),), (SloClass(9, 1.0),), options=options), 0, 2)
+    s = serve(Case((instance,), requests, (two_halves(),), (SloClass(9, 1.0),), options=options), 0, 0, 2)
     assert s.inst[0]["split"] == 0
     assert (s.req["state"] == RequestState.FINISHED).all()
 
