@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.columns import Col, Ctx
+from engine.core.columns import Col, Ctx, Kind
 from engine.core.jit import kernel
+from policies.common import default_answer, kind_of, or_hold
 from policies.pools import in_decode_pool, in_prefill_pool, least_prefill, tokens, waiting
 from policies.rule import Param
 
-__all__ = ["CONDITIONAL_PARAMS", "local_instance", "place_conditionally"]
+__all__ = ["CONDITIONAL_PARAMS", "answer_conditionally", "local_instance"]
 
 CONDITIONAL_PARAMS = (
     Param(
@@ -61,7 +62,12 @@ def local_instance(context, candidates, mask, max_local, max_queue):
 
 
 @kernel
-def place_conditionally(context, candidates, mask, max_local, max_queue):
-    """Local where the rule says so, else the prefill instance that is free first; -1: nothing allowed."""
-    local = local_instance(context, candidates, mask, max_local, max_queue)
-    return local if local >= 0 else least_prefill(candidates, mask, Col.WAIT_S, Col.QUEUE_TOKENS)
+def answer_conditionally(context, candidates, mask, max_local, max_queue):
+    """Answer to everything but REALLOCATE: prompts local where the rule says so, else to the prefill instance that is
+    free first."""
+    if kind_of(context) != Kind.PLACE_PREFILL:
+        return default_answer(context, candidates, mask)
+    choice = local_instance(context, candidates, mask, max_local, max_queue)
+    if choice < 0:
+        choice = least_prefill(candidates, mask, Col.WAIT_S, Col.QUEUE_TOKENS)
+    return or_hold(choice, candidates, mask)

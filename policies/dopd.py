@@ -25,6 +25,7 @@ import numpy as np
 from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from policies.arima import slow_decide
 from policies.common import default_answer, kind_of, or_hold
 from policies.disaggregated import CONDITIONAL_PARAMS, local_instance
 from policies.layout import split_layout, split_params
@@ -36,14 +37,11 @@ from policies.planner import (
     PLANNER_PARAMS,
     RATE,
     TTFT,
-    close_interval,
+    adopt,
     count_roles,
-    fit_fleet,
-    interval_over,
-    observe,
+    follow,
+    interval_closed,
     predicted,
-    settle,
-    towards,
 )
 from policies.pools import in_prefill_pool, least_prefill
 from policies.profile_tables import itl_prof, kv_tokens, largest_batch, tpot_slo, ttft_prof, with_tables
@@ -97,15 +95,12 @@ def correction(params, at, memory, n_d):
 
 @kernel
 def _reallocate(context, candidates, mask, params, memory):
-    n_p, n_d = count_roles(candidates)
-    observe(context, memory)
-    if interval_over(memory, params[0]) and close_interval(memory, n_p + 1.0):
-        d_corr = correction(params, _PROFILE, memory, n_d)
-        isl, osl = predicted(memory, ISL, params[2]), predicted(memory, OSL, params[2])
-        rate = predicted(memory, RATE, params[2])
-        want_p, want_d, _ = plan(params, _PROFILE, isl, osl, rate, d_corr)
-        settle(memory, n_p, fit_fleet(want_p, want_d, n_p + n_d), params[1])
-    return towards(candidates, mask, memory, n_p)
+    if interval_closed(context, candidates, params, memory):
+        d_corr = correction(params, _PROFILE, memory, count_roles(candidates)[1])
+        isl, osl, rate = predicted(memory, ISL), predicted(memory, OSL), predicted(memory, RATE)
+        n_p, n_d, _ = plan(params, _PROFILE, isl, osl, rate, d_corr)
+        adopt(candidates, params, memory, n_p, n_d)
+    return follow(candidates, mask, memory)
 
 
 @kernel
@@ -129,7 +124,7 @@ def decide(context, candidates, mask, params, memory):
     if kind != Kind.PLACE_PREFILL:
         return default_answer(context, candidates, mask)
     choice = local_instance(context, candidates, mask, params[3], params[4])
-    threshold = predicted(memory, ISL, params[2])
+    threshold = predicted(memory, ISL)
     threshold = threshold if threshold > 0.0 else context[Ctx.MEAN_PROMPT]
     if choice < 0 and context[Ctx.PROMPT] <= threshold:
         wait_s = params[6] * context[Ctx.TTFT_SLO_S]
@@ -148,5 +143,6 @@ RULE = Rule(
     memory_size=MEMORY_CELLS,
     params=(*_PARAMS, *split_params()),
     prepare=with_tables(_PARAMS),
+    slow=lambda values: slow_decide(decide, values["forecast"]),
     arrange=split_layout("dopd"),
 )

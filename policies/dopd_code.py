@@ -18,8 +18,9 @@ import numpy as np
 from engine.core.columns import Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
-from policies.common import default_answer, kind_of, or_hold
-from policies.disaggregated import CONDITIONAL_PARAMS, place_conditionally
+from policies.arima import slow_decide
+from policies.common import kind_of
+from policies.disaggregated import CONDITIONAL_PARAMS, answer_conditionally
 from policies.dopd import correction
 from policies.layout import split_layout, split_params
 from policies.planner import (
@@ -28,14 +29,11 @@ from policies.planner import (
     OSL,
     PLANNER_PARAMS,
     RATE,
-    close_interval,
+    adopt,
     count_roles,
-    fit_fleet,
-    interval_over,
-    observe,
+    follow,
+    interval_closed,
     predicted,
-    settle,
-    towards,
 )
 from policies.profile_tables import itl_prof, ttft_prof, with_tables
 from policies.rule import Param, Rule
@@ -68,28 +66,23 @@ def plan(batch, ttft, tpot, osl, requests):
 
 @kernel
 def _reallocate(context, candidates, mask, params, memory):
-    n_p, n_d = count_roles(candidates)
-    observe(context, memory)
-    if interval_over(memory, params[0]) and close_interval(memory, n_p + 1.0):
-        isl, osl = predicted(memory, ISL, params[2]), predicted(memory, OSL, params[2])
-        requests = predicted(memory, RATE, params[2]) * params[0]
+    if interval_closed(context, candidates, params, memory):
+        isl, osl = predicted(memory, ISL), predicted(memory, OSL)
         batch = concurrency(params[5], isl, osl)
-        d_corr = correction(params, _PROFILE, memory, n_d)
+        d_corr = correction(params, _PROFILE, memory, count_roles(candidates)[1])
         tpot = itl_prof(params, _PROFILE, batch, isl + 0.5 * osl) * d_corr
-        want_p, want_d = plan(batch, ttft_prof(params, _PROFILE, isl), tpot, osl, requests)
-        settle(memory, n_p, fit_fleet(want_p, want_d, n_p + n_d), params[1])
-    return towards(candidates, mask, memory, n_p)
+        requests = predicted(memory, RATE) * params[0]
+        n_p, n_d = plan(batch, ttft_prof(params, _PROFILE, isl), tpot, osl, requests)
+        adopt(candidates, params, memory, n_p, n_d)
+    return follow(candidates, mask, memory)
 
 
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
     """``params``: T, patience, forecast, max_local, max_queue, kv_blocks, profile tables."""
-    kind = kind_of(context)
-    if kind == Kind.REALLOCATE:
+    if kind_of(context) == Kind.REALLOCATE:
         return _reallocate(context, candidates, mask, params, memory)
-    if kind != Kind.PLACE_PREFILL:
-        return default_answer(context, candidates, mask)
-    return or_hold(place_conditionally(context, candidates, mask, params[3], params[4]), candidates, mask)
+    return answer_conditionally(context, candidates, mask, params[3], params[4])
 
 
 RULE = Rule(
@@ -101,5 +94,6 @@ RULE = Rule(
     memory_size=MEMORY_CELLS,
     params=(*_PARAMS, *split_params(prefill_tokens=None)),
     prepare=with_tables(_PARAMS),
+    slow=lambda values: slow_decide(decide, values["forecast"]),
     arrange=split_layout("dopd_code"),
 )

@@ -17,8 +17,8 @@ from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import Role
-from policies.common import default_answer, hold, kind_of, or_hold
-from policies.disaggregated import CONDITIONAL_PARAMS, place_conditionally
+from policies.common import hold, kind_of
+from policies.disaggregated import CONDITIONAL_PARAMS, answer_conditionally
 from policies.layout import split_layout, split_params
 from policies.planner import flip
 from policies.pools import kv_use, waiting
@@ -89,12 +89,9 @@ def _reallocate(context, candidates, mask, params, memory):
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
     """``params``: T, queue up, queue down, KV up, KV down, trend, grace, max_local, max_queue."""
-    kind = kind_of(context)
-    if kind == Kind.REALLOCATE:
+    if kind_of(context) == Kind.REALLOCATE:
         return _reallocate(context, candidates, mask, params, memory)
-    if kind != Kind.PLACE_PREFILL:
-        return default_answer(context, candidates, mask)
-    return or_hold(place_conditionally(context, candidates, mask, params[7], params[8]), candidates, mask)
+    return answer_conditionally(context, candidates, mask, params[7], params[8])
 
 
 RULE = Rule(

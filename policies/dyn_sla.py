@@ -16,8 +16,9 @@ import numpy as np
 from engine.core.columns import Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
-from policies.common import default_answer, kind_of, or_hold
-from policies.disaggregated import CONDITIONAL_PARAMS, place_conditionally
+from policies.arima import slow_decide
+from policies.common import kind_of
+from policies.disaggregated import CONDITIONAL_PARAMS, answer_conditionally
 from policies.dopd import correction
 from policies.layout import split_layout, split_params
 from policies.planner import (
@@ -27,14 +28,11 @@ from policies.planner import (
     PLANNER_PARAMS,
     RATE,
     TTFT,
-    close_interval,
+    adopt,
     count_roles,
-    fit_fleet,
-    interval_over,
-    observe,
+    follow,
+    interval_closed,
     predicted,
-    settle,
-    towards,
 )
 from policies.profile_tables import itl_prof, largest_batch, tpot_slo, ttft_prof, with_tables
 from policies.rule import Rule
@@ -59,27 +57,21 @@ def plan(params, at, isl, osl, rate, p_corr, d_corr):
 
 @kernel
 def _reallocate(context, candidates, mask, params, memory):
-    n_p, n_d = count_roles(candidates)
-    observe(context, memory)
-    if interval_over(memory, params[0]) and close_interval(memory, n_p + 1.0):
+    if interval_closed(context, candidates, params, memory):
         p_corr = memory[TTFT] / ttft_prof(params, _PROFILE, memory[ISL])
-        d_corr = correction(params, _PROFILE, memory, n_d)
-        isl, osl = predicted(memory, ISL, params[2]), predicted(memory, OSL, params[2])
-        rate = predicted(memory, RATE, params[2])
-        want_p, want_d = plan(params, _PROFILE, isl, osl, rate, p_corr, d_corr)
-        settle(memory, n_p, fit_fleet(want_p, want_d, n_p + n_d), params[1])
-    return towards(candidates, mask, memory, n_p)
+        d_corr = correction(params, _PROFILE, memory, count_roles(candidates)[1])
+        isl, osl, rate = predicted(memory, ISL), predicted(memory, OSL), predicted(memory, RATE)
+        n_p, n_d = plan(params, _PROFILE, isl, osl, rate, p_corr, d_corr)
+        adopt(candidates, params, memory, n_p, n_d)
+    return follow(candidates, mask, memory)
 
 
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
     """``params``: T, patience, forecast, max_local, max_queue, profile tables."""
-    kind = kind_of(context)
-    if kind == Kind.REALLOCATE:
+    if kind_of(context) == Kind.REALLOCATE:
         return _reallocate(context, candidates, mask, params, memory)
-    if kind != Kind.PLACE_PREFILL:
-        return default_answer(context, candidates, mask)
-    return or_hold(place_conditionally(context, candidates, mask, params[3], params[4]), candidates, mask)
+    return answer_conditionally(context, candidates, mask, params[3], params[4])
 
 
 RULE = Rule(
@@ -91,5 +83,6 @@ RULE = Rule(
     memory_size=MEMORY_CELLS,
     params=(*_PARAMS, *split_params(prefill_tokens=None)),
     prepare=with_tables(_PARAMS),
+    slow=lambda values: slow_decide(decide, values["forecast"]),
     arrange=split_layout("dyn_sla"),
 )

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.core.policy import InstancePlan
-from engine.core.state import Role
+from engine.core.state import Order, Role
 from policies.arrangement import all_mixed, prefill_decode_split
 from policies.rule import Param, Value, Values
 from policies.setting import Setting
 
-__all__ = ["ROUTER_PARAMS", "router_layout", "split_layout", "split_params"]
+__all__ = ["PREEMPTION_PARAMS", "ROUTER_PARAMS", "router_layout", "split_layout", "split_params"]
 
 Arrange = Callable[[Values, Setting], list[InstancePlan] | None]
+
+
+#: Shortest-remaining-first chunked preemption on prefill instances, as an option of :func:`split_layout`.
+PREEMPTION_PARAMS = (
+    Param(
+        "preemption",
+        default="off",
+        choices=("off", "chunked"),
+        doc="prefill instances: whole prompts, or chunks with the shortest remaining prefill first at each",
+    ),
+    Param("chunk_tokens", 128, 16384, 2048, log=True, integer=True, doc="chunk of preemption=chunked (inferred)"),
+)
 
 
 def split_params(prefill_tokens: int | None = 2048) -> tuple[Param, ...]:
@@ -40,6 +52,8 @@ def split_layout(rule: str, order: int = 0, prefill_tokens: int = 1) -> Arrange:
 
     :param order: of the prefill queue, see :class:`engine.core.policy.InstancePlan`
     :param prefill_tokens: batch budget of a rule without that parameter (1: one prompt at a time)
+
+    With a value ``preemption=chunked`` the queue is preemptive and prefill goes in chunks of ``chunk_tokens``.
     """
 
     def arrange(values: Values, setting: Setting) -> list[InstancePlan]:
@@ -48,6 +62,9 @@ def split_layout(rule: str, order: int = 0, prefill_tokens: int = 1) -> Arrange:
         roles = [plan.role for plan in split]
         if values["layout"] == "scenario" and set(setting.roles) == {Role.PREFILL, Role.DECODE}:
             roles = list(setting.roles)
+        if values.get("preemption") == "chunked":
+            chunk, kept = int(values["chunk_tokens"]), Order.SHORTEST_PREEMPTIVE
+            return [InstancePlan(role=role, prefill_tokens=budget, chunk_tokens=chunk, order=kept) for role in roles]
         return [InstancePlan(role=role, prefill_tokens=budget, order=order) for role in roles]
 
     return arrange

@@ -4,7 +4,11 @@ time.
 The core asks REALLOCATE every control interval (1 s by default); a planner acts on longer intervals, so
 windows are added up in memory. Published planners start and stop instances within a GPU budget. Here the
 fleet is fixed and an instance changes its role, so the N_P and N_D that a planner wants are fitted to the
-fleet (inferred).
+fleet (inferred). A planner's answer to REALLOCATE is
+
+    if interval_closed(context, candidates, params, memory):
+        adopt(candidates, params, memory, N_P, N_D)      # its own equations
+    return follow(candidates, mask, memory)
 """
 
 from __future__ import annotations
@@ -19,22 +23,24 @@ from policies.forecast import METHODS, SERIES_CELLS, forecast, push
 from policies.rule import Param
 
 __all__ = [
+    "AHEAD",
     "ISL",
     "ITL",
+    "LIBRARY",
     "MEMORY_CELLS",
     "OSL",
+    "PENDING",
     "PLANNER_PARAMS",
     "RATE",
+    "SERIES",
     "TTFT",
-    "close_interval",
+    "adopt",
     "count_roles",
     "fit_fleet",
     "flip",
-    "interval_over",
-    "observe",
+    "follow",
+    "interval_closed",
     "predicted",
-    "settle",
-    "towards",
 ]
 
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
@@ -43,19 +49,31 @@ _SPAN, _ARRIVED, _PROMPTS, _OUT, _OUT_W, _TTFT_SUM, _TTFT_W, _TPOT_SUM, _TPOT_W 
 _TARGET, _STREAK, _SIDE, _ROLES = range(9, 13)
 #: Means over the last complete interval, in memory: seconds, requests per second, tokens.
 TTFT, ITL, RATE, ISL, OSL = range(13, 18)
-_SERIES = 18
-MEMORY_CELLS = _SERIES + 3 * SERIES_CELLS
+#: One-step forecasts of RATE, ISL, OSL, and whether a library is still to make them (1) or has (2).
+AHEAD, PENDING = 18, 21
+SERIES = 22
+MEMORY_CELLS = SERIES + 3 * SERIES_CELLS
+
+#: Forecast by a library, chosen by name and never drawn by a search: see ``policies.arima``.
+LIBRARY = "auto_arima"
+_LIBRARY = len(METHODS)
 
 #: Every planner's first parameters, in this order.
 PLANNER_PARAMS = (
     Param("interval_s", 1.0, 180.0, 10.0, log=True, doc="planning interval T; configs use 10 to 20 s"),
     Param("patience", 1, 10, 3, integer=True, doc="intervals that must agree before a role changes (inferred)"),
-    Param("forecast", default="ari", choices=METHODS, doc="of prompt, output and rate; published: auto-ARIMA"),
+    Param(
+        "forecast",
+        default="ari",
+        choices=METHODS,
+        by_hand=(LIBRARY,),
+        doc="of prompt, output and rate; published: auto_arima (needs the extra 'forecast', slow)",
+    ),
 )
 
 
 @kernel
-def observe(context, memory):
+def _observe(context, memory):
     """Add the last control window to the interval. What nobody measured (no request ended) has no weight."""
     span = context[Ctx.WIN_SPAN_S]
     arrived = context[Ctx.WIN_RATE] * span
@@ -74,15 +92,9 @@ def observe(context, memory):
 
 
 @kernel
-def interval_over(memory, interval_s):
-    """Whether the windows added up so far fill an interval."""
-    return memory[_SPAN] >= interval_s * (1.0 - 1e-6)
-
-
-@kernel
-def close_interval(memory, roles):
-    """Turn the sums into means and extend the series. False when nothing may be concluded from this interval:
-    no request arrived or ended in it, or ``roles`` (a number that tells arrangements apart) changed."""
+def _close(memory, method):
+    """Turn the sums into means, extend the series and look ahead. False when the interval says nothing: no request
+    arrived or ended in it."""
     useful = memory[_ARRIVED] > 0.0 and memory[_OUT_W] > 0.0 and memory[_TPOT_W] > 0.0
     if useful:
         memory[RATE] = memory[_ARRIVED] / memory[_SPAN]
@@ -91,18 +103,43 @@ def close_interval(memory, roles):
         memory[TTFT] = memory[_TTFT_SUM] / max(memory[_TTFT_W], 1e-9)
         memory[ITL] = memory[_TPOT_SUM] / memory[_TPOT_W]
         for i in range(3):
-            push(memory, _SERIES + i * SERIES_CELLS, memory[RATE + i])
-    same = memory[_ROLES] == roles or memory[_ROLES] == 0.0
-    memory[_ROLES] = roles
+            at = SERIES + i * SERIES_CELLS
+            push(memory, at, memory[RATE + i])
+            memory[AHEAD + i] = forecast(memory, at, int(min(method, _LIBRARY - 1)))
     for i in range(_TARGET):
         memory[i] = 0.0
+    return useful
+
+
+@kernel
+def interval_closed(context, candidates, params, memory):
+    """Add the last control window; True when an interval of ``params[0]`` seconds has ended that may be planned on.
+
+    It may not when nothing was measured in it, or the roles changed meanwhile (as in DOPD's code). ``params``
+    start with PLANNER_PARAMS. With a library's forecast the answer is False once, ``memory[PENDING]`` asks
+    for it, and the question is put again.
+    """
+    if memory[PENDING] == 2.0:
+        memory[PENDING] = 0.0
+        return True
+    _observe(context, memory)
+    if memory[_SPAN] < params[0] * (1.0 - 1e-6):
+        return False
+    useful = _close(memory, params[2])
+    roles = count_roles(candidates)[0] + 1.0
+    same = memory[_ROLES] == roles or memory[_ROLES] == 0.0
+    memory[_ROLES] = roles
+    if useful and params[2] == _LIBRARY:
+        # Placement reads the forecasts too, so they are made even when the plan has to wait.
+        memory[PENDING] = 1.0 if same else 3.0
+        return False
     return useful and same
 
 
 @kernel
-def predicted(memory, which, method):
-    """One-step forecast of RATE, ISL or OSL."""
-    return forecast(memory, _SERIES + (which - RATE) * SERIES_CELLS, method)
+def predicted(memory, which):
+    """Forecast of RATE, ISL or OSL for the interval now running; 0 before the first."""
+    return memory[AHEAD + which - RATE]
 
 
 @kernel
@@ -132,12 +169,15 @@ def fit_fleet(n_p, n_d, n):
 
 
 @kernel
-def settle(memory, n_p, wanted, patience):
-    """Hysteresis: make ``wanted`` the target after ``patience`` intervals in a row on its side of ``n_p``."""
-    side = 1.0 if wanted > n_p else (-1.0 if wanted < n_p else 0.0)
+def adopt(candidates, params, memory, n_p, n_d):
+    """Make a plan (N_P, N_D), fitted to the fleet, the target: after ``params[1]`` intervals in a row that lie on
+    the same side of what is."""
+    have_p, have_d = count_roles(candidates)
+    wanted = fit_fleet(n_p, n_d, have_p + have_d)
+    side = 1.0 if wanted > have_p else (-1.0 if wanted < have_p else 0.0)
     memory[_STREAK] = memory[_STREAK] + 1.0 if side == memory[_SIDE] else 1.0
     memory[_SIDE] = side
-    if side == 0.0 or memory[_STREAK] >= patience:
+    if side == 0.0 or memory[_STREAK] >= params[1]:
         memory[_TARGET] = wanted
 
 
@@ -156,9 +196,9 @@ def flip(candidates, mask, role, new):
 
 
 @kernel
-def towards(candidates, mask, memory, n_p):
+def follow(candidates, mask, memory):
     """One role change towards the target N_P; KEEP at the target, without one, or during a change."""
-    target = int(memory[_TARGET])
+    n_p, target = count_roles(candidates)[0], int(memory[_TARGET])
     row = -1
     if target > n_p:
         row = flip(candidates, mask, _DECODE, _PREFILL)

@@ -35,6 +35,7 @@ class Param:
     :param log: search on a logarithmic scale
     :param integer: whole numbers only
     :param choices: the values allowed, instead of a range; the params array holds the *index*
+    :param by_hand: further values that may be given, but that a search never draws
     """
 
     name: str
@@ -45,6 +46,12 @@ class Param:
     integer: bool = False
     choices: tuple[Value, ...] | None = None
     doc: str = ""
+    by_hand: tuple[Value, ...] = ()
+
+    @property
+    def allowed(self) -> tuple[Value, ...]:
+        """Every value of a parameter with ``choices``, those of a search first."""
+        return (*(self.choices or ()), *self.by_hand)
 
     def check(self, value: Any, rule: str = "") -> Value:
         """``value`` in its own type. Text is parsed (command line).
@@ -53,10 +60,10 @@ class Param:
         """
         where = f"{rule}: {self.name}" if rule else self.name
         if self.choices is not None:
-            for choice in self.choices:
+            for choice in self.allowed:
                 if value == choice or str(value) == str(choice):
                     return choice
-            raise SlalomError(where, value, f"choose one of {list(self.choices)}")
+            raise SlalomError(where, value, f"choose one of {list(self.allowed)}")
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -71,7 +78,7 @@ class Param:
 
     def number(self, value: Value) -> float:
         """What stands in the params array for a checked ``value``."""
-        return float(self.choices.index(value)) if self.choices is not None else float(value)
+        return float(self.allowed.index(value)) if self.choices is not None else float(value)
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> Value:
         """A value drawn by an Optuna trial."""
@@ -122,6 +129,7 @@ class Rule:
     :param memory_size: float64 cells of memory, or a function of the setting
     :param prepare: (checked values, setting) -> float64 params; by default the values in declared order
     :param arrange: (checked values, setting) -> one plan per instance, or None for the scenario's own
+    :param slow: checked values -> a ``decide`` that goes through the interpreter, or None for the rule's own
     """
 
     name: str
@@ -134,6 +142,7 @@ class Rule:
     prepare: Callable[[Values, Setting], np.ndarray] | None = None
     arrange: Callable[[Values, Setting], list[InstancePlan] | None] | None = None
     python: bool = False
+    slow: Callable[[Values], Any] | None = None
     _by_name: dict[str, Param] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -167,16 +176,17 @@ class Rule:
         if plan is not None and len(plan) != setting.n_instances:
             raise SlalomError(f"{self.name}: arrangement", len(plan), f"plan {setting.n_instances} instances")
         cells = self.memory_size(setting) if callable(self.memory_size) else self.memory_size
+        slow = self.slow(checked) if self.slow else None
         return BoundPolicy(
             name=self.name,
-            decide=self.decide,
+            decide=self.decide if slow is None else slow,
             needs=int(self.needs),
             # Compiled code may take the address of either array, so neither is ever empty.
             params=params if params.size else np.zeros(1),
             memory=np.zeros(max(1, cells)),
             arrangement=plan,
             values=checked,
-            python=self.python,
+            python=self.python or slow is not None,
         )
 
     def suggest(self, trial: optuna.trial.BaseTrial) -> dict[str, Value]:

@@ -13,7 +13,9 @@ oldest pending request r, until it is placed:
 
 The slack test with its margin of one TPOT_SLO is the released code's; the README compares slack >
 prefill(r) (``margin=0``). Inferred: the watermark (a share of KV memory), the split P:M, no rejection by
-default. Where HOLD is not a lever the least loaded P takes what would have waited.
+default. Where HOLD is not a lever the least loaded P takes what would have waited. ``preemption=chunked`` is
+the repository's option "SLO-aware chunked preemption": before every chunk a P worker orders what runs and
+what waits by predicted remaining prefill; M workers run prompts whole as before.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import Role
 from policies.common import default_answer, hold, is_instance, kind_of, or_hold
-from policies.layout import split_layout, split_params
+from policies.layout import PREEMPTION_PARAMS, split_layout, split_params
 from policies.pools import waiting
 from policies.rule import Param, Rule
 from policies.slack import TURN_CELLS, least_filled, must_wait, no_room, remember
@@ -87,6 +89,7 @@ RULE = Rule(
             0.0,
             doc="wait after which a request is refused where SHED is allowed; 0: never",
         ),
+        *PREEMPTION_PARAMS,
         *split_params(prefill_tokens=None),
     ),
     arrange=split_layout("tropical", order=1),

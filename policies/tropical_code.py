@@ -8,10 +8,10 @@ For the head of the pending queue:
         arrival + TTFT_SLO − predicted_end − 1.02 · prefill(r) > 0           → fewest unfinished prompt tokens
     else keep waiting
 
-Repaired: every M worker is compared (the code returns the first and shadows the length tested), prompts
-under 512 tokens are not skipped. Not reproduced: the slack of the prompts that r would overtake in the SJF
-queue; no column tells it, so only r itself is tested (each predicted time × 1.02, as in the code).
-Differences from the README rule are described in ``tropical``. Inferred: the split P:M.
+Its queue keeps its targets when every prompt in it, r in its SJF place and each after those before it, ends in
+time. Repaired: every M worker is compared (the code returns the first and shadows the length tested), prompts
+under 512 tokens are not skipped. The factor 1.02 of the code is applied to r's own test only. Differences
+from the README rule, and ``preemption``, are described in ``tropical``. Inferred: the split P:M.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import Role
 from policies.common import default_answer, hold, is_instance, kind_of, or_hold
-from policies.layout import split_layout, split_params
+from policies.layout import PREEMPTION_PARAMS, split_layout, split_params
 from policies.rule import Param, Rule
 from policies.slack import TURN_CELLS, least_filled, must_wait, no_room, remember
 
@@ -40,8 +40,9 @@ def _prefill_worker(context, candidates, mask):
             continue
         idle = candidates[k, Col.BUSY] == 0.0 and candidates[k, Col.QUEUE_N] == 0.0
         deadline = context[Ctx.ARRIVAL_S] + context[Ctx.TTFT_SLO_S]
-        work = candidates[k, Col.WAIT_S] + candidates[k, Col.PREFILL_S]
-        if idle or deadline - context[Ctx.NOW_S] - _SAFETY * work > 0.0:
+        work = candidates[k, Col.AHEAD_S] + candidates[k, Col.PREFILL_S]
+        in_time = deadline - context[Ctx.NOW_S] - _SAFETY * work > 0.0
+        if idle or (in_time and candidates[k, Col.QUEUE_SLACK_S] > 0.0):
             if candidates[k, Col.QUEUE_TOKENS] < load:
                 best, load = k, candidates[k, Col.QUEUE_TOKENS]
     return best
@@ -70,7 +71,7 @@ RULE = Rule(
     doc="prefill on decode workers with slack first, then on prefill workers in time (released dispatcher)",
     source="Tropical (DAC 2025, arXiv 2606.16264), core/global_scheduler.py of tropical-project",
     decide=decide,
-    needs=Need.LOAD | Need.PREDICT,
+    needs=Need.LOAD | Need.PREDICT | Need.QUEUE,
     memory_size=TURN_CELLS,
     params=(
         Param("length_gate", 0, 131072, 8192, integer=True, doc="prompts this long never go to an M worker"),
@@ -83,6 +84,7 @@ RULE = Rule(
             choices=("all", "head"),
             doc="ask for every pending request, or the oldest",
         ),
+        *PREEMPTION_PARAMS,
         *split_params(prefill_tokens=None),
     ),
     arrange=split_layout("tropical_code", order=1),

@@ -1,4 +1,4 @@
-"""MuxWise and SGLang's table: arrangement, dispatch, the split that the table asks for, and whole runs."""
+"""MuxWise, SGLang's table and DuetServe: arrangement, dispatch, the split that they ask for, and whole runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 import pytest
-from decisions import choose, context, instances, setting
+from decisions import choose, instances, setting
 from published import place
 
 from engine.core.columns import Col, Kind
-from engine.core.state import Batching, RequestState, Role
+from engine.core.state import Batching, RequestState, Role, Split
 from engine.errors import SlalomError
 from engine.latency import Profile, pack
 from env.scenario import Scenario
@@ -23,23 +23,17 @@ MUX = float(Role.MULTIPLEXED)
 SCENARIO = "muxwise-70b-2x8xa100"
 
 
-def shared(n: int = 2, *, tune: bool = True) -> Setting:
+def shared(n: int = 2) -> Setting:
     profile, share = pack((Profile.load("llama-8b-h100"),))
-    kinds = {Kind.PLACE_PREFILL, Kind.PLACE_DECODE} | ({Kind.TUNE} if tune else set())
-    return setting(n, profile=profile, share=share, kinds=frozenset(kinds))
+    return setting(n, profile=profile, share=share)
 
 
-@pytest.mark.parametrize("name", ["muxwise", "pdmux_table"])
+@pytest.mark.parametrize("name", ["muxwise", "pdmux_table", "duetserve"])
 def test_a_profile_without_shares_is_refused_with_the_instance(name: str) -> None:
     profile, share = pack((Profile.load("llama-8b-h100"), Profile.load("opt-13b-a100-tp1")))
     mixed = setting(2, profile=profile, share=share, profile_of=(0, 1), kinds=frozenset(Kind))
     with pytest.raises(SlalomError, match=r"instance.*1.*SM shares"):
         registry.get(name).bind({}, mixed)
-
-
-def test_the_table_needs_tune() -> None:
-    with pytest.raises(SlalomError, match="tune"):
-        registry.get("pdmux_table").bind({}, shared(tune=False))
 
 
 def test_every_instance_is_multiplexed_in_layers_and_split_by_the_predictor() -> None:
@@ -50,7 +44,7 @@ def test_every_instance_is_multiplexed_in_layers_and_split_by_the_predictor() ->
         assert (one.role, one.batching, one.split, one.headroom) == (Role.MULTIPLEXED, Batching.LAYERED, -1, 0.8)
 
 
-@pytest.mark.parametrize("name", ["muxwise", "pdmux_table"])
+@pytest.mark.parametrize("name", ["muxwise", "pdmux_table", "duetserve"])
 def test_dispatch_by_time_or_by_tokens(name: str) -> None:
     rows = instances({"ROLE": MUX, "TTFT_S": 0.9, "OUTSTANDING": 10}, {"ROLE": MUX, "TTFT_S": 0.2, "OUTSTANDING": 5000})
     by_time, by_tokens = (registry.get(name).bind({"router": r}, shared()) for r in ("ttft", "tokens"))
@@ -76,25 +70,17 @@ def test_default_thresholds_are_those_of_the_clamped_index() -> None:
         assert sum(low <= bs for _, low in TABLES["default"]) == index
 
 
-def tune_table(running: float, split: float) -> np.ndarray:
-    row = {"ROLE": MUX, "RUN_N": running, "SPLIT": split}
-    table = instances(row, row, row, row, last=Col.IS_KEEP)
-    table = np.vstack([table[-1:], table[:-1]])
-    table[1:, Col.INSTANCE] = 0
-    table[1, Col.SPLIT_DELTA], table[2, Col.SPLIT_DELTA] = -1.0, 1.0
-    table[3, Col.CHUNK_DELTA], table[4, Col.CHUNK_DELTA] = -1.0, 1.0
-    return table
+def test_the_table_of_an_instance_holds_thresholds_and_share_rows() -> None:
+    plan = registry.get("pdmux_table").bind({"table": "general"}, shared()).arrangement
+    assert plan is not None
+    assert (plan[0].split, plan[0].batching, plan[0].layer_tokens) == (Split.TABLE, Batching.LAYERED, 65536)
+    assert plan[0].table == tuple(zip((1, 5, 10, 15, 20, 25), share_rows(shared(), "general", 0), strict=True))
 
 
-@pytest.mark.parametrize(("running", "table_row"), [(0, 0), (11, 0), (12, 1), (36, 5), (200, 5)])
-def test_tune_moves_the_split_towards_the_row_of_the_batch_size(running: int, table_row: int) -> None:
-    policy = registry.get("pdmux_table").bind({}, shared())
-    want = share_rows(shared(), "default", 0)[table_row]
-    ctx = context(Kind.TUNE, SOURCE=0.0)
-    assert choose(policy, ctx, tune_table(running, want)) == 0
-    assert choose(policy, ctx, tune_table(running, want + 1)) == 1
-    assert choose(policy, ctx, tune_table(running, want - 1)) == 2
-    assert choose(policy, ctx, tune_table(running, want - 1), 2) == 0  # not allowed to move: KEEP
+def test_duetserve_is_chunked_and_splits_on_demand() -> None:
+    plan = registry.get("duetserve").bind({"chunk_tokens": 1024}, shared()).arrangement
+    assert plan is not None
+    assert (plan[0].split, plan[0].batching, plan[0].chunk_tokens) == (Split.ON_DEMAND, Batching.CHUNKED, 1024)
 
 
 @cache
@@ -108,7 +94,7 @@ def attainment(result: RunResult) -> float:
     return float(np.mean(good & (result.req["state"] == RequestState.FINISHED)))
 
 
-@pytest.mark.parametrize("policy", ["muxwise", "muxwise:router=tokens", "pdmux_table", "pdmux_table:table=loogle"])
+@pytest.mark.parametrize("policy", ["muxwise", "muxwise:router=tokens", "pdmux_table", "pdmux_table:table=loogle", "duetserve"])
 def test_whole_runs_lose_nobody(policy: str) -> None:
     result = run(policy)
     assert (result.req["state"] == RequestState.FINISHED).all()
@@ -122,9 +108,19 @@ def test_the_predictor_holds_the_token_target_and_beats_a_small_chunk_budget() -
     assert attainment(mux) > attainment(chunked)
 
 
-def test_the_table_moves_the_split_during_a_run() -> None:
-    """Against the same table in a scenario whose control interval never ends."""
-    moving = Scenario.load(SCENARIO)
-    frozen = moving.with_overrides({"control_interval_s": 1e5})
-    runs = [simulate(s, "pdmux_table:table=general", rate=2.0, n_requests=300) for s in (moving, frozen)]
+def test_duetserve_holds_the_token_target_where_the_same_chunks_fused_do_not() -> None:
+    """2,048 prompt tokens make a fused step of the 70B model late; beside decode on its own SMs they do not."""
+    duet, fused = run("duetserve"), run("chunked:chunk_tokens=2048")
+    assert (duet.req["tpot_ok"] == 1).mean() > (fused.req["tpot_ok"] == 1).mean() + 0.2
+
+
+def test_duetserve_that_never_predicts_a_violation_is_chunked_prefill() -> None:
+    easy = Scenario.load(SCENARIO).with_overrides({"classes": [{"name": "any", "ttft_s": 60.0, "tpot_s": 60.0}]})
+    router = "router=ttft,chunk_tokens=2048"
+    duet, fused = (simulate(easy, f"{rule}:{router}", rate=1.0, n_requests=60) for rule in ("duetserve", "chunked"))
+    np.testing.assert_array_equal(duet.req["last_token"], fused.req["last_token"])
+
+
+def test_the_split_follows_the_table() -> None:
+    runs = [run(f"pdmux_table:table={name}") for name in ("default", "loogle")]
     assert (runs[0].req["last_token"] != runs[1].req["last_token"]).any()

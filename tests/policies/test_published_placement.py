@@ -9,6 +9,7 @@ from decisions import choose, context, instances, setting
 from published import PLACE, D, M, P, bound, place, roles_table, with_shed
 
 from engine.core.columns import Kind
+from engine.core.state import Order
 from policies import registry
 
 # -- DistServe ---------------------------------------------------------------------------------------------
@@ -49,6 +50,7 @@ def test_a_split_keeps_the_scenarios_roles_and_overrides_them_on_request() -> No
 # -- Tropical ----------------------------------------------------------------------------------------------
 
 BUSY_P = {"ROLE": P, "BUSY": 1, "PREFILLING": 1, "QUEUE_N": 1, "TTFT_S": 3.0, "WAIT_S": 2.5, "PREFILL_S": 0.5}
+BUSY_P |= {"AHEAD_S": 2.5, "QUEUE_SLACK_S": 1000.0}
 #: prefill 0.5 s, TPOT 0.1 s: the slack needed is 0.6 s
 SLACK_M = {"ROLE": D, "BUSY": 1, "MIN_SLACK_S": 0.61, "PREFILL_S": 0.5, "TTFT_S": 0.55, "RUN_CTX": 5000}
 
@@ -103,11 +105,26 @@ def test_tropical_code_asks_decode_workers_first_and_gates_long_prompts() -> Non
 
 def test_tropical_code_lets_predicted_work_be_two_percent_longer() -> None:
     def answer(work: float) -> int:
-        row = BUSY_P | {"WAIT_S": work - 0.5, "PREFILL_S": 0.5, "QUEUE_N": 3}
+        row = BUSY_P | {"AHEAD_S": work - 0.5, "PREFILL_S": 0.5, "QUEUE_N": 3}
         return choose(bound("tropical_code"), place(), instances(row))
 
     assert answer(0.98) == 0  # 1.02 · 0.98 < 1 s
     assert answer(0.985) == 1
+
+
+def test_tropical_code_spares_prompts_that_would_be_overtaken() -> None:
+    row = BUSY_P | {"AHEAD_S": 0.1, "PREFILL_S": 0.1, "QUEUE_N": 3}
+    assert choose(bound("tropical_code"), place(), instances(row)) == 0
+    assert choose(bound("tropical_code"), place(), instances(row | {"QUEUE_SLACK_S": -0.01})) == 1
+
+
+@pytest.mark.parametrize("name", ["tropical", "tropical_code"])
+def test_tropical_preempts_in_chunks_when_asked(name: str) -> None:
+    plain, chunked = bound(name).arrangement, bound(name, preemption="chunked", chunk_tokens=512).arrangement
+    assert plain is not None
+    assert chunked is not None
+    assert {(p.order, p.chunk_tokens) for p in plain} == {(Order.SHORTEST, None)}
+    assert {(p.order, p.chunk_tokens) for p in chunked} == {(Order.SHORTEST_PREEMPTIVE, 512)}
 
 
 def test_tropical_lets_nobody_overtake_the_head_of_the_queue() -> None:

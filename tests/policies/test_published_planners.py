@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from published import D, P, bound, place, roles_table
 
 from engine.core.columns import Kind
+from engine.errors import SlalomError
 from engine.latency.evaluate import PROFILE, SHARE
-from policies import dopd, dopd_code, dyn_sla, registry
+from policies import arima, dopd, dopd_code, dyn_sla, registry
 from policies.forecast import SERIES_CELLS, WINDOW, forecast, push
 from policies.planner import fit_fleet
 from policies.profile_tables import itl_prof, largest_batch, profile_block, ttft_prof
@@ -253,3 +255,50 @@ def test_bound_policies_of_one_rule_share_nothing() -> None:
     first, second = bound("dopd"), bound("dopd")
     first.memory[:] = 1.0
     assert not second.memory.any()
+
+
+# -- the published forecast, from a library ----------------------------------------------------------------
+
+
+def test_a_forecast_that_is_not_installed_is_refused_and_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    arima._model.cache_clear()
+    monkeypatch.setitem(sys.modules, "statsforecast.models", None)
+    with pytest.raises(SlalomError, match=r"slalom\[forecast\]"):
+        planner("dopd", forecast="auto_arima")
+    assert not planner("dopd", forecast="ari").python
+    arima._model.cache_clear()
+
+
+def test_a_search_never_draws_the_library() -> None:
+    forecasts = next(p for p in registry.get("dopd").params if p.name == "forecast")
+    assert forecasts.choices is not None
+    assert "auto_arima" not in forecasts.choices
+    assert forecasts.number("auto_arima") == len(forecasts.choices)
+
+
+def test_auto_arima_extends_a_trend_and_keeps_short_or_constant_series() -> None:
+    pytest.importorskip("statsforecast")
+    ramp = 100.0 + 3.0 * np.arange(20) + np.random.default_rng(0).normal(0, 0.1, 20)
+    assert arima.forecast_series(ramp) == pytest.approx(160.0, abs=1.0)
+    assert arima.forecast_series(np.array([4.0, 9.0, 1.0, 3.0])) == 3.0
+    assert arima.forecast_series(np.full(30, 7.0)) == 7.0
+
+
+@pytest.mark.parametrize("name", ["dopd", "dopd_code", "dyn_sla"])
+def test_a_planner_with_the_library_sees_what_the_library_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same series, forecast from outside: with "last value" in the library's place, both planners agree."""
+    pytest.importorskip("statsforecast")
+    seen: list[int] = []
+
+    def last_value(values: np.ndarray) -> float:
+        seen.append(len(values))
+        return float(values[-1])
+
+    monkeypatch.setattr(arima, "forecast_series", last_value)
+    table = roles_table(*FLEET)
+    library, plain = (planner(name, patience=2, forecast=f) for f in ("auto_arima", "last"))
+    assert library.python
+    for second in range(20):
+        ctx = window(WIN_RATE=30.0 + second)
+        assert choose(library, ctx, table) == choose(plain, ctx, table), second
+    assert seen == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]

@@ -1,0 +1,63 @@
+"""DuetServe: fused steps on the whole GPU, prefill and decode on disjoint SMs only while a step would be late.
+
+    T_fused(P, D) ≤ headroom · TBT_SLO:   one fused step on all SMs (chunked prefill)
+    else over the splits s with  T_decode(D, s) · guard ≤ headroom · TBT_SLO  the one of most tokens per second:
+        max_s (n_P + k · |D|) / max(T_prefill(P, total − s), k · T_decode(D, s)),
+        k = max(1, floor(T_prefill / T_decode))
+
+The core decides at every step boundary (``Split.ON_DEMAND``): while the chunk of P runs, decode takes step after
+step beside it, as with the paper's look-ahead of k decode steps; then both lanes meet again. This rule
+arranges instances for it and spreads requests. From the abstract: aggregated by default, split when TBT
+degradation is predicted, split of most throughput under the TBT bound. Inferred: the formula of throughput, the
+guard, the largest decode share where no split qualifies, predictions from the latency profile instead of the
+paper's attention-aware roofline, and the dispatch over instances (the paper has one).
+"""
+
+from __future__ import annotations
+
+from engine.core.columns import Kind, Need
+from engine.core.jit import kernel
+from engine.core.policy import POLICY_SIGNATURE, InstancePlan
+from engine.core.state import Batching, Order, Role, Split
+from policies.common import default_answer, kind_of
+from policies.muxwise import ROUTER, require_shares, route
+from policies.rule import Param, Rule, Values
+from policies.setting import Setting
+
+__all__ = ["RULE", "decide"]
+
+
+@kernel(POLICY_SIGNATURE)
+def decide(context, candidates, mask, params, memory):
+    """``params``: router, headroom, chunk_tokens (the last two static). TUNE keeps what the core chooses."""
+    if kind_of(context) != Kind.PLACE_PREFILL:
+        return default_answer(context, candidates, mask)
+    return route(context, candidates, mask, params[0])
+
+
+def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:
+    require_shares(setting, "duetserve")
+    plan = InstancePlan(
+        role=Role.MULTIPLEXED,
+        batching=Batching.CHUNKED,
+        split=Split.ON_DEMAND,
+        headroom=float(values["headroom"]),
+        chunk_tokens=int(values["chunk_tokens"]),
+        order=Order.FCFS,
+    )
+    return [plan] * setting.n_instances
+
+
+RULE = Rule(
+    name="duetserve",
+    doc="chunked prefill on all SMs, split into two lanes only for steps that would miss the token target",
+    source="DuetServe (arXiv 2511.04791), abstract: adaptive SM multiplexing, partitioning optimiser",
+    decide=decide,
+    needs=Need.LOAD | Need.PREDICT,
+    params=(
+        ROUTER,
+        Param("headroom", 0.3, 1.5, 1.0, doc="part of the TPOT target that a step may use; 1 as published"),
+        Param("chunk_tokens", 128, 16384, 2048, log=True, integer=True, doc="token budget of a step (inferred)"),
+    ),
+    arrange=_arrange,
+)
