@@ -70,11 +70,12 @@ class Split(IntEnum):
 
 
 class Order(IntEnum):
-    """In which order an instance prefills its queue."""
+    """In which order an instance prefills its queue; shortest remaining first among prompts not yet started, or at
+    every chunk (a PREFILL instance then computes chunks; Tropical)."""
 
     FCFS = 0
-    SHORTEST = 1  # shortest remaining first among prompts not yet started
-    SHORTEST_PREEMPTIVE = 2  # the same at every chunk: a PREFILL instance computes chunks (Tropical)
+    SHORTEST = 1
+    SHORTEST_PREEMPTIVE = 2
 
 
 class RequestState(IntEnum):
@@ -192,9 +193,9 @@ INSTANCE = np.dtype(
         ("rotate", np.int32),  # 1: where max_ctx leaves some out, decode takes turns (a peer's option)
         ("split", np.int32),  # share row for decode while both lanes run, or a Split
         ("row", np.int32),  # TABLE, ON_DEMAND: the share row in force
-        ("table_n", np.int32),
-        ("table_bs", np.int32, (MAX_TABLE,)),  # TABLE: least decode batch size of each row, ascending
-        ("table_row", np.int32, (MAX_TABLE,)),  # ... and its share row
+        ("table_n", np.int32),  # TABLE: rows, their least decode batch sizes (ascending) and share rows
+        ("table_bs", np.int32, (MAX_TABLE,)),
+        ("table_row", np.int32, (MAX_TABLE,)),
         ("layer_tokens", np.int32),  # LAYERED: slices of layer_tokens ÷ prompt tokens layers; 0: as decode lasts
         ("order", np.int32),
         ("headroom", np.float64),  # the predictor rule aims at headroom × TPOT target

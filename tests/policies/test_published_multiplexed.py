@@ -9,7 +9,7 @@ import pytest
 from decisions import choose, instances, setting
 from published import place
 
-from engine.core.columns import Col, Kind
+from engine.core.columns import Kind
 from engine.core.state import Batching, RequestState, Role, Split
 from engine.errors import SlalomError
 from engine.latency import Profile, pack
@@ -94,7 +94,9 @@ def attainment(result: RunResult) -> float:
     return float(np.mean(good & (result.req["state"] == RequestState.FINISHED)))
 
 
-@pytest.mark.parametrize("policy", ["muxwise", "muxwise:router=tokens", "pdmux_table", "pdmux_table:table=loogle", "duetserve"])
+@pytest.mark.parametrize(
+    "policy", ["muxwise", "muxwise:router=tokens", "pdmux_table", "pdmux_table:table=loogle", "duetserve"]
+)
 def test_whole_runs_lose_nobody(policy: str) -> None:
     result = run(policy)
     assert (result.req["state"] == RequestState.FINISHED).all()
