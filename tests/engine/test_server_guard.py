@@ -224,11 +224,14 @@ def browser(folder: Path) -> Iterator[httpx.Client]:
             "--disable-dev-shm-usage", "--window-size=1360,1500", f"--user-data-dir={folder}",
         ]  # fmt: skip
         capabilities = {"alwaysMatch": {"goog:chromeOptions": {"args": flags, "binary": chromium}}}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False) as client:
-            session = client.post("/session", json={"capabilities": capabilities}).json()["value"]["sessionId"]
-            client.base_url = f"http://127.0.0.1:{port}/session/{session}"
-            yield client
-            client.delete("")
+        root = f"http://127.0.0.1:{port}/session"
+        with httpx.Client(timeout=60.0, trust_env=False) as client:
+            session = client.post(root, json={"capabilities": capabilities}).json()["value"]["sessionId"]
+            client.base_url = f"{root}/{session}"
+            try:
+                yield client
+            finally:
+                client.delete(f"{root}/{session}").raise_for_status()
     finally:
         process.terminate()
         process.wait(10)
