@@ -60,7 +60,7 @@ def distserve_search() -> Claim:
     )
     single = [_readme_search(pair, seed, 300) for seed in range(10)]
     sizes = (300, 1000, 3000, 20_000)
-    by_size = [search(pair, _separate, "distserve", 0.9, n, range(6000 // n + 1)) / pair.n_gpus() for n in sizes[:-1]]
+    by_size = [search(pair, _separate, _README_RULE, 0.9, n, range(6000 // n + 1)) / pair.n_gpus() for n in sizes[:-1]]
     by_size.append(long.per_gpu)
     chosen = [Profile.load(name).tp for name in (pooled.prefill, pooled.decode)]
     return Claim(
@@ -78,7 +78,9 @@ def distserve_search() -> Claim:
             f"1.56, 1.72, 1.88, ...; ours is the median of that same procedure over ten draws ({min(single):.2f} to "
             f"{max(single):.2f}). Ablation of the run length: {by_size[0]:.2f} with 300 requests, {by_size[1]:.2f}, "
             f"{by_size[2]:.2f} and {by_size[3]:.2f} with 1,000, 3,000 and 20,000, because a short run ends before its "
-            "longest queues form. Lengths are those of DistServe's own sample; the preset sharegpt has prompts less "
+            f"longest queues form; {sum(x <= 1.81 for x in single)} of the ten draws lie in the band, and why the "
+            "published draw is a low one is not known. Lengths are those of "
+            "DistServe's own sample; the preset sharegpt has prompts less "
             "than a third as long."
         ),
         rows=(
@@ -96,6 +98,9 @@ def distserve_search() -> Claim:
     )
 
 
+_README_RULE = "distserve:prefill_tokens=16384"
+
+
 def _separate(run: RunResult) -> float:
     """The smaller of the shares within the TTFT and within the TPOT target, as DistServe's search tests them."""
     found = outcomes(run, warmup=0.0)
@@ -107,7 +112,7 @@ def _readme_search(pair: Scenario, seed: int, n: int) -> float:
     low, high = 0.0, 5.0
     while high - low > 0.25:
         middle = 0.5 * (low + high)
-        passed = share_at(pair, _separate, "distserve", middle * pair.n_gpus(), n, (seed,)) >= 0.9
+        passed = share_at(pair, _separate, _README_RULE, middle * pair.n_gpus(), n, (seed,)) >= 0.9
         low, high = (middle, high) if passed else (low, middle)
     return low
 
