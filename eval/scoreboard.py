@@ -124,13 +124,15 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def score(name: str, out: Path, jobs: int, all_rules: bool, share: float, seeds: int) -> dict[str, Any]:
+def score(
+    name: str, out: Path, jobs: int, all_rules: bool, share: float, seeds: int, split: Any = "test"
+) -> dict[str, Any]:
     """Tune, compare, note; read back where this was done before.
 
     :param share: of the equal budget that opponents get (below 1 the comparison is not equal, and says so)
     """
     scenario, checkpoint = Scenario.load(name), CHECKPOINTS / name
-    settings = PointSettings(n_requests=scenario.n_requests)
+    settings = PointSettings(n_requests=scenario.n_requests, split=split)
     trials = max(1, round(share * trials_for(checkpoint, settings.n_requests)))
     rivals = ("all",) if all_rules else (*OPPONENTS[name], "static_plan")
     request = Request(scenario, (*rivals, str(checkpoint)), None, seeds, settings, trials, jobs, out / name)
@@ -147,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, help="test windows per rate")
     parser.add_argument("--share", type=float, default=1.0, help="of the equal budget, for a quick look")
+    parser.add_argument("--split", choices=("valid", "test"), default="test", help="windows of the comparison")
     parser.add_argument("--all-rules", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/scoreboard"))
     options = parser.parse_args(arguments)
@@ -156,7 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.scenarios or known:
             if name not in known:
                 raise SlalomError("scenario", name, f"checkpoints stand for: {', '.join(known) or 'none'}")
-            rows.append(score(name, options.out, options.jobs, options.all_rules, options.share, options.seeds))
+            effort = (options.all_rules, options.share, options.seeds, options.split)
+            rows.append(score(name, options.out, options.jobs, *effort))
     except SlalomError as error:
         print(f"scoreboard: {error}", file=sys.stderr)
         return 2
