@@ -91,6 +91,13 @@ def run(arguments: list[str], folder: Path, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
 
 
+def answered(url: str) -> int:
+    """Requests that the server has answered to the end."""
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:request_success_total")]
+    return int(sum(float(line.split()[-1]) for line in lines if 'reason="length"' in line or 'reason="stop"' in line))
+
+
 def test_openai(url: str) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
@@ -126,6 +133,7 @@ def test_guidellm(url: str, tokenizer: Path, tmp_path: Path) -> None:
     def part(**fields: Any) -> str:
         return json.dumps(fields)
 
+    before = answered(url)
     run(
         [
             command("guidellm"), "run",
@@ -143,5 +151,8 @@ def test_guidellm(url: str, tokenizer: Path, tmp_path: Path) -> None:
     (benchmark,) = json.loads((tmp_path / "report.json").read_text())["benchmarks"]
     metrics = benchmark["metrics"]
     print({k: metrics[k]["successful"]["mean"] for k in ("time_to_first_token_ms", "output_tokens_per_second")})
-    assert metrics["request_totals"]["successful"] == REQUESTS
+    assert answered(url) - before == REQUESTS
+    # On a busy machine GuideLLM 0.8.1 stops before it has heard from its own worker about the last one.
+    assert metrics["request_totals"]["successful"] >= REQUESTS - 1
+    assert metrics["request_totals"]["errored"] == metrics["request_totals"]["incomplete"] == 0
     assert metrics["output_token_count"]["successful"]["mean"] == pytest.approx(ANSWER, abs=2)
