@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Ctx, Kind
+from engine.core.columns import CANDIDATE_DIMENSIONLESS, Kind
 from engine.core.policy import InstancePlan
 from policies.features import CANDIDATE_NAMES, CONTEXT_NAMES
 from policies.normalise import Normalisation
@@ -31,8 +31,9 @@ _ACTIONS = {
 
 
 def column_hash() -> str:
-    """SHA-256 over names and order of all columns: a checkpoint only fits the core it was trained on."""
-    layout = [[c.name for c in Ctx], [c.name for c in Col], list(CONTEXT_NAMES), list(CANDIDATE_NAMES)]
+    """SHA-256 over names and order of the columns a network reads: it fits no core with others. Raw columns may come
+    and go; only rules read those, and a rule is code of this package."""
+    layout = [list(CONTEXT_NAMES), list(CANDIDATE_NAMES)]
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 
@@ -107,10 +108,12 @@ class PlanRecord(_Strict):
     role: Annotated[int, Field(ge=0, le=3)] | None = None
     chunk_tokens: Annotated[int, Field(gt=0)] | None = None
     batching: Annotated[int, Field(ge=0, le=2)] | None = None
-    split: Annotated[int, Field(ge=-1)] | None = None
+    split: int | None = None
+    table: tuple[tuple[int, int], ...] | None = None
+    layer_tokens: Annotated[int, Field(ge=0)] | None = None
     headroom: FiniteFloat | None = None
     prefill_tokens: Annotated[int, Field(gt=0)] | None = None
-    order: Annotated[int, Field(ge=0, le=1)] | None = None
+    order: Annotated[int, Field(ge=0)] | None = None
 
     def plan(self) -> InstancePlan:
         return InstancePlan(**self.model_dump())
