@@ -114,7 +114,7 @@ class _Task:
         ]
         parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS)]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        label = label_of(self.policy).split(":")[0]
+        label = label_of(self.policy).split(":")[0] if self.policy else "knee"
         return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest}.json"
 
 

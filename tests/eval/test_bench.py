@@ -37,5 +37,6 @@ def test_a_rule_is_timed_on_every_kind_of_decision_it_met(monkeypatch):
     spent = rules.measure("least_tokens", rules.settings())
     assert set(spent) == set(Kind)
     assert all(us > 0.0 for kind in spent.values() for us in kind)
-    with pytest.raises(SlalomError, match="tune"):
-        rules.measure("pdmux_table", rules.settings()[:1])
+    alone = rules.settings()[1].with_overrides({"cluster.0.count": 1})
+    with pytest.raises(SlalomError, match="two instances"):
+        rules.measure("static_split", [alone])

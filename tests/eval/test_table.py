@@ -85,16 +85,19 @@ def small() -> tuple[table.TableRequest, dict[str, Any], Path]:
     import tempfile
 
     folder = Path(tempfile.mkdtemp())
-    policies = ("static_split", "pdmux_table", "static_plan", "least_tokens")
-    request = table.TableRequest((CHAT, "azure-code-mux-4xa100"), policies, requests=100, seeds=1, tune=2)
+    alone = folder / "alone.yaml"
+    facts = {"name": "alone", "cluster.0.count": 1, "reference_rate": 5.0}
+    alone.write_text(Scenario.load(CHAT).with_overrides(facts).to_yaml())
+    policies = ("static_split", "static_plan", "least_tokens")
+    request = table.TableRequest((CHAT, str(alone)), policies, requests=100, seeds=1, tune=2)
     return request, table.run_table(request, out=folder), folder
 
 
 def test_every_cell_has_its_figures_or_a_reason(small: tuple[Any, dict[str, Any], Path]) -> None:
     cells = {(c["scenario"], c["policy"]): c for c in small[1]["cells"]}
     json.dumps(small[1], allow_nan=False)
-    assert len(cells) == 8
-    assert "tune" in cells[CHAT, "pdmux_table"]["refused"]
+    assert len(cells) == 6
+    assert "two instances" in cells["alone", "static_split"]["refused"]
     split = cells[CHAT, "static_split"]
     assert split["tuned"]["search"]["trials"] == 2
     for kind in ("untuned", "tuned"):
@@ -119,9 +122,9 @@ def test_pages_show_every_policy_and_why_one_is_missing(small: tuple[Any, dict[s
     result = small[1]
     text, html = markdown(result), page(result)
     head, rows = summary(result)
-    assert len(rows) == 4
+    assert len(rows) == 3
     assert all(len(row) == len(head) for row in rows)
-    for word in ("static_plan: ", "Left out: pdmux_table", "P99 ITL", "100 requests per run"):
+    for word in ("static_plan: ", "Left out: static_split", "P99 ITL", "100 requests per run"):
         assert word in text
         assert word in html
 
