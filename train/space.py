@@ -314,7 +314,7 @@ def varied(design: Design, rng: np.random.Generator) -> Design:
         factors = {name: 2.0 ** rng.normal(0.0, spread) for name, spread in spreads.items()}
         flip = rng.random() < 0.15
         plans = tuple(
-            replace(p, **_scaled(p, factors), **({"order": 1 - p.order} if flip and p.order is not None else {}))
+            replace(p, **_scaled(p, factors), order=1 - p.order if flip and p.order is not None else p.order)
             for p in plans
         )
     return Design(design.rule, values, plans)
