@@ -33,7 +33,7 @@ class TrainConfig(BaseModel):
     wait_limit_s: float | None = Field(
         None, gt=0, description="in the direct search, who waits longer for a first token counts as two misses"
     )
-    starts: int = Field(2, ge=1, description="designs that CMA-ES refines")
+    starts: int = Field(1, ge=1, description="designs that CMA-ES refines")
     tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")
     tune_requests: int = Field(
         3000,
