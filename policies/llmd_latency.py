@@ -9,8 +9,13 @@
     negative: idle pods first, then only TPOT violated, then only TTFT, then both; least deficit
         0.8 / 0.2 within
 
+    predicted TPOT = decode step with r + prefill of min(queued tokens, chunk) tokens on a MIXED pod
+
 Names and defaults are those of the latency scorer. Predictions come from the latency profile instead of
-llm-d's learned models. A dimension in which all pods agree gives its weight to the other.
+llm-d's learned models, whose TPOT is that of live requests and sees prefill tokens in flight and whether anyone
+is queued: on a pod with a backlog every decode step carries a chunk, hence the second term (inferred form;
+without it bin packing fills one pod with prompts until its decodes miss). A dimension in which all pods agree
+gives its weight to the other.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import numpy as np
 from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.core.state import Role
 from policies.common import default_answer, kind_of, least, or_hold
 from policies.draws import uniform
 from policies.layout import ROUTER_PARAMS, router_layout
@@ -27,14 +33,25 @@ from policies.pools import in_prefill_pool, requests
 from policies.rule import Param, Rule
 
 _ANY, _POSITIVE, _NEGATIVE = 0, 1, 2
+_MIXED = int(Role.MIXED)
 _TTFT_WEIGHT = 0.8
+
+
+@kernel
+def _tpot(context, candidates, k):
+    """Predicted TPOT of the request on pod ``k``, seconds."""
+    step = candidates[k, Col.STEP_WITH_S]
+    if int(candidates[k, Col.ROLE]) != _MIXED:
+        return step
+    per_token = candidates[k, Col.PREFILL_S] / max(context[Ctx.PROMPT] - candidates[k, Col.CACHED_TOKENS], 1.0)
+    return step + per_token * min(candidates[k, Col.QUEUE_TOKENS], candidates[k, Col.CHUNK_TOKENS])
 
 
 @kernel
 def _headroom(context, candidates, k):
     """(TTFT, TPOT) headroom of pod ``k``, seconds."""
     ttft = context[Ctx.TTFT_SLO_S] - candidates[k, Col.TTFT_S]
-    return ttft, context[Ctx.TPOT_SLO_S] - candidates[k, Col.STEP_WITH_S]
+    return ttft, context[Ctx.TPOT_SLO_S] - _tpot(context, candidates, k)
 
 
 @kernel

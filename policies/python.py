@@ -9,9 +9,15 @@
 
 Its compiled ``decide`` goes back into the interpreter, which takes the GIL and costs some microseconds and
 whatever the class does: fine for trying an idea and for rules at control intervals, too slow for large
-searches. Optional attributes: ``needs`` (bit mask of :class:`engine.core.columns.Need`, default all) and
-``reset(self)``, called at the first decision after a reset. One object serves one bound policy; the arrays it
-receives are views that are valid during the call. What it raises comes out of the driver.
+searches. Optional attributes: ``needs`` (bit mask of :class:`engine.core.columns.Need`, default all), ``params``
+(a tuple of :class:`policies.rule.Param`; the class is then made with their values as keyword arguments, and a
+search may tune them) and ``reset(self)``, called at the first decision after a reset. One object serves one bound
+policy; the arrays it receives are views that are valid during the call. What it raises comes out of the driver.
+
+Another package adds its class under the entry-point group of ``policies.registry``; then every command knows it:
+
+    [project.entry-points."slalom.policies"]
+    fewest_running = "my_package:FewestRunning"
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from policies.rule import Rule, Setting, Values
 
 __all__ = ["python_rule"]
 
-_ALL = int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS)
+_ALL = int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS | Need.QUEUE)
 #: Compiled code knows a Python object by the number in ``params[0]``.
 _objects: dict[int, Any] = {}
 _numbers = itertools.count(1)
@@ -46,9 +52,7 @@ def _call(number: int, context: np.ndarray, candidates: np.ndarray, mask: np.nda
         row = -1
     if not 0 <= row < len(mask) or not mask[row]:
         allowed = np.flatnonzero(mask).tolist()
-        raise SlalomError(
-            f"{policy.name}.decide", answer, f"return the row of an allowed candidate: {allowed}"
-        )
+        raise SlalomError(f"{policy.name}.decide", answer, f"return the row of an allowed candidate: {allowed}")
     return row
 
 
@@ -78,7 +82,7 @@ def python_rule(cls: Any, name: str) -> Rule:
 
     def prepare(values: Values, setting: Setting) -> np.ndarray:
         number = next(_numbers)
-        _objects[number] = cls()
+        _objects[number] = cls(**values)
         return np.array([float(number)])
 
     return Rule(
@@ -86,6 +90,7 @@ def python_rule(cls: Any, name: str) -> Rule:
         doc=(cls.__doc__ or "plain Python policy").strip().splitlines()[0],
         source=f"{cls.__module__}.{cls.__qualname__}",
         decide=decide,
+        params=tuple(getattr(cls, "params", ())),
         needs=int(getattr(cls, "needs", _ALL)),
         prepare=prepare,
         python=True,

@@ -82,6 +82,15 @@ def test_llmd_prefers_idle_then_slow_then_late_pods_when_none_meets_the_targets(
     assert choose(policy, place(), instances(worse, LATE)) == 1
 
 
+def test_llmd_foresees_that_a_backlog_rides_on_every_decode_step() -> None:
+    """0.1 s for 1,000 tokens: a step that carries 512 of them takes 51 ms more than the 60 ms of decode."""
+    busy = LOOSE | {"ROLE": M, "STEP_WITH_S": 0.06, "PREFILL_S": 0.1, "CHUNK_TOKENS": 512, "TTFT_S": 0.8}
+    rows = instances(busy | {"QUEUE_TOKENS": 5000}, busy | {"TTFT_S": 0.1})
+    assert choose(bound("llmd_latency", **CALM), place(), rows) == 1
+    assert choose(bound("llmd_latency", **CALM), place(), rows[:, :] * 1.0, 1) == 0
+    assert choose(bound("llmd_latency", **CALM), place(TPOT_SLO_S=0.12), rows) == 0
+
+
 def test_llmd_explores_the_negative_tier_once_in_a_hundred() -> None:
     policy, rows = bound("llmd_latency", epsilon=0.01, seed=2), instances(LOOSE, LATE)
     share = np.mean([choose(policy, place(), rows) == 1 for _ in range(8000)])
