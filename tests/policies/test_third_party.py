@@ -60,12 +60,12 @@ def test_both_commands_run_the_rule_of_an_installed_package(tmp_path: Path) -> N
 
     (tmp_path / "small.yaml").write_text(CONFIG)
     out = tmp_path / "run"
-    search = ["--algo", "search", "--rule", "fewest_tokens", "--scenario", "tiny-4xa100", "--budget", "30s"]
+    search = ["--algo", "search", "--rule", "fewest_tokens", "--scenario", "tiny-4xa100", "--budget", "3s"]
     done = CliRunner().invoke(train.cli.app, [*search, "--config", str(tmp_path / "small.yaml"), "--out", str(out)])
     assert done.exit_code == 0, done.output
     found = json.loads((out / "best" / "policy.json").read_text())
     assert "fewest_tokens" in json.dumps(found)
-    assert 0.0 <= registry.load_policy(str(out / "best"), _setting()).values["decode_weight"] <= 1.0
+    assert 0.0 <= registry.load_policy(str(out / "best"), _setting()).describe()["values"]["decode_weight"] <= 1.0
 
 
 def _setting() -> Setting:
