@@ -95,6 +95,11 @@ def _take_running(s, i, l):
 def _jump_limit(s, i):
     """Decode steps of the present running set until the first request ends or blocks might run out."""
     size = s.cluster[0].block_tokens
+    pool = s.pool[s.inst[i].pool]
+    if s.lists[queue_of(i), 2] > 0 and pool.cached > 0 and pool.spare_n < s.inst[i].run_n:
+        # The next blocks are taken from the prefix cache. A waiting prompt that loses its hits there may fit chunk
+        # by chunk where it did not fit with them, so it is looked at after every step.
+        return np.int64(1)
     steps = np.int64(2**31)
     for slot in range(s.inst[i].run_n):
         r = s.run[i, slot]
