@@ -5,8 +5,8 @@
         max_s (n_P + k · |D|) / max(T_prefill(P, total − s), k · T_decode(D, s)),
         k = max(1, floor(T_prefill / T_decode))
 
-The core decides at every step boundary (``Split.ON_DEMAND``): while the chunk of P runs, decode takes step after
-step beside it, as with the paper's look-ahead of k decode steps; then both lanes meet again. This rule
+The core decides at every step boundary (``Split.ON_DEMAND``): while the chunk of P runs, decode takes the k
+steps beside it that end first (the paper's look-ahead decode); then both lanes meet again. This rule
 arranges instances for it and spreads requests. From the abstract: aggregated by default, split when TBT
 degradation is predicted, split of most throughput under the TBT bound. Inferred: the formula of throughput, the
 guard, the largest decode share where no split qualifies, predictions from the latency profile instead of the
@@ -57,7 +57,7 @@ RULE = Rule(
     params=(
         ROUTER,
         Param("headroom", 0.3, 1.5, 1.0, doc="part of the TPOT target that a step may use; 1 as published"),
-        Param("chunk_tokens", 128, 16384, 2048, log=True, integer=True, doc="token budget of a step (inferred)"),
+        Param("chunk_tokens", 128, 16384, 8192, log=True, integer=True, doc="token budget of a step (inferred)"),
     ),
     arrange=_arrange,
 )

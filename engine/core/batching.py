@@ -12,11 +12,11 @@ import numpy as np
 
 from engine.core.jit import kernel
 from engine.core.lists import pop_front, push_back, queue_of, ready_of
-from engine.core.predict import prefill_share, row_on_demand, split_for, table_row, whole_device
+from engine.core.predict import predict_step, prefill_share, row_on_demand, split_for, table_row, whole_device
 from engine.core.preemption import note_due, recount_due, secure_decode
 from engine.core.prompts import plan_queue
 from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
-from engine.latency.evaluate import decode_s, prefill_s
+from engine.latency.evaluate import decode_s, prefill_s, to_ticks
 
 __all__ = ["plan_lane"]
 
@@ -191,15 +191,16 @@ def _plan_decode_beside(s, i, now):
     beside = s.lane[i, 0].kind != _IDLE
     lane.corun = 1 if beside else 0
     lane.share = split_for(s, i, lane.sum_ctx, lane.bs) if beside else whole_device(s, i)
-    # The predictor rule may pick another row as the context grows, so it is asked at every step.
-    lane.max_steps = 1 if beside and s.inst[i].split == _AUTO else _jump_limit(s, i)
+    # The predictor rule may pick another row as the context grows, so it is asked at every step; so is ON_DEMAND.
+    lane.max_steps = 1 if beside and s.inst[i].split in (_AUTO, _ON_DEMAND) else _jump_limit(s, i)
 
 
 @kernel
 def _plan_on_demand(s, i, now):
     """Split ON_DEMAND, both lanes idle: a fused step on all SMs, taken apart into two lanes where it would be late.
 
-    Lane 1 then decodes step after step until the chunk in lane 0 ends; the next step is decided when both are idle.
+    Lane 1 then takes as many decode steps as end before the chunk in lane 0 does, at least one; the next step is
+    decided when both are idle.
     """
     lane = s.lane[i, 0]
     _plan_mixed(s, i, now)
@@ -216,6 +217,18 @@ def _plan_on_demand(s, i, now):
 
 
 @kernel
+def _ends_first(s, i, now):
+    """Split ON_DEMAND: whether a decode step that starts now is predicted to end no later than the chunk in lane 0."""
+    chunk = s.lane[i, 0]
+    if now == chunk.start:
+        return True
+    p = s.inst[i].profile
+    share = s.share[p, s.inst[i].row]
+    step = decode_s(s.profile[p], share, s.inst[i].run_ctx, s.inst[i].run_n) * share.corun_decode
+    return now + to_ticks(step) <= chunk.start + to_ticks(predict_step(s, i, 0))
+
+
+@kernel
 def _plan_multiplexed(s, i, l, now):
     first = s.lane[i, 0].kind
     if l == 1 and first in (_K_FUSED, _K_DECODE):
@@ -224,7 +237,7 @@ def _plan_multiplexed(s, i, l, now):
     if s.inst[i].split == _ON_DEMAND:
         if l == 0 and s.lane[i, 1].kind == _IDLE:
             _plan_on_demand(s, i, now)
-        elif l == 1 and first == _K_PREFILL and s.lane[i, 0].corun == 1:
+        elif l == 1 and first == _K_PREFILL and s.lane[i, 0].corun == 1 and _ends_first(s, i, now):
             _plan_decode_beside(s, i, now)
     elif l == 0:
         _plan_beside(s, i, now)
