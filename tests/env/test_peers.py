@@ -66,7 +66,7 @@ def test_bad_input_names_the_field(arguments, field):
 
 
 @pytest.mark.skipif(not RUNS.is_dir(), reason="recorded vLLM runs are not beside this repository")
-@pytest.mark.parametrize(("device", "ttft", "tpot"), [("RTXPRO6000", 0.03, 0.02), ("RTX4090", 0.02, 0.05)])
+@pytest.mark.parametrize(("device", "ttft", "tpot"), [("RTXPRO6000", 0.03, 0.02), ("RTX4090", 0.05, 0.1)])
 def test_second_half_of_a_real_run_follows_from_its_first(device, ttft, tpot):
     """The smaller GPU runs out of KV (120 preemptions in our replay), where details weigh: a wider band."""
     for row in vllm_reference(RUNS / device / "Llama-3.1-8B"):
