@@ -170,14 +170,13 @@ def test_a_flipped_byte_never_escapes_as_another_error(position: int, byte: int,
 
 
 def test_model_file_equals_the_model_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.model.llama import Llama
-
-    monkeypatch.setattr(Llama, "pack", lambda self: None)  # the weights as they stand in the file, to compare
     """Names, fused parts, and the llama architecture's order of query and key rows (pairs side by side)."""
     import torch
 
     from engine.model import load_model
+    from engine.model.llama import Llama
 
+    monkeypatch.setattr(Llama, "pack", lambda self: None)  # the weights as they stand in the file, to compare
     model = load_model("dummy:tiny")
     config, heads = model.config, (4, 2, 2)
     metadata = {
