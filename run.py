@@ -100,7 +100,9 @@ def main() -> None:
     if task == "train":
         main_job(arguments)
     elif task == "test":
-        call(BIN / "python", "-m", "pytest", *arguments, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        # Two workers: live engines under test bring threads of their own.
+        workers = () if any(a.startswith("-n") for a in arguments) else ("-n", str(min(2, os.cpu_count() or 1)))
+        call(BIN / "python", "-m", "pytest", *workers, *arguments, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> No
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_exits_130(tmp_path: Path, config: Path) -> None:
+    config.write_text(config.read_text() + "  direct_requests: 20000\n")  # of 90 M, the search would take its share
     arguments = ["--scenario", "tiny-4xa100", "--budget", "90M", "--config", str(config)]
     command = [sys.executable, "-m", "train.cli", *arguments, "--out", str(tmp_path / "run")]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
