@@ -150,9 +150,9 @@ def test_training_on_actors_equals_one_without_ray_and_survives_the_death_of_one
 def test_jobs_on_the_cluster_answer_in_any_order_and_raise_what_they_raised(cluster: Any) -> None:
     with ray_pool.RayExecutor() as pool:
         futures = [pool.submit(partial(int, base=7), text) for text in ("10", "6", "100")]
-        assert [future.result(30) for future in futures] == [7, 6, 49]
+        assert [future.result(180) for future in futures] == [7, 6, 49]
         with pytest.raises(SlalomError, match="RATE"):
-            pool.submit(_refuse, 1).result(30)
+            pool.submit(_refuse, 1).result(180)
 
 
 def _refuse(value: int) -> None:
