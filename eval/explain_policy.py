@@ -152,13 +152,13 @@ def importance(recorder: Recorder, kind: Kind, *, limit: int = 1000, seed: int =
     rows = [(d, np.flatnonzero(d.mask.astype(bool) & (d.candidates[:, Col.INSTANCE] >= 0))) for d in decisions]
     found = []
     for name, columns in GROUPS.items():
-        pool = np.concatenate([d.candidates[np.ix_(k, list(columns))] for d, k in rows])
+        pool = np.concatenate([d.candidates[np.ix_(k, np.array(columns))] for d, k in rows])
         if len(pool) == 0 or (pool == pool[0]).all():
             continue
         shuffled, at, changed = rng.permutation(pool), 0, 0
         for d, k in rows:
             candidates = d.candidates.copy()
-            candidates[np.ix_(k, list(columns))] = shuffled[at : at + len(k)]
+            candidates[np.ix_(k, np.array(columns))] = shuffled[at : at + len(k)]
             at += len(k)
             changed += _ask(policy, d, candidates, d.context) != d.choice
         found.append({"feature": name, "of": "candidate", "changed": changed / len(decisions)})
@@ -178,11 +178,11 @@ def importance(recorder: Recorder, kind: Kind, *, limit: int = 1000, seed: int =
 def _relative(decision: Decision) -> tuple[np.ndarray, np.ndarray]:
     """(rows that are allowed, their columns of _TREE as the distance to the least, plus IS_HOLD and IS_SHED)."""
     rows = np.flatnonzero(decision.mask)
-    values = decision.candidates[np.ix_(rows, list(map(int, _TREE)))]
+    values = decision.candidates[np.ix_(rows, np.array(_TREE, dtype=int))]
     own = decision.candidates[rows, Col.INSTANCE] >= 0
     least = values[own].min(axis=0) if own.any() else np.zeros(len(_TREE))
     values = np.where(own[:, None], values - least, 0.0)
-    extra = decision.candidates[np.ix_(rows, [int(Col.IS_HOLD), int(Col.IS_SHED)])]
+    extra = decision.candidates[np.ix_(rows, np.array([Col.IS_HOLD, Col.IS_SHED], dtype=int))]
     return rows, np.concatenate([values, extra], axis=1)
 
 
