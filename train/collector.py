@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-__all__ = ["ATTRIBUTES", "ProcessVecEnv", "own_traces"]
+__all__ = ["ATTRIBUTES", "ProcessVecEnv", "RemoteVecEnv", "own_traces"]
 
 #: What PPO asks of an environment beside the interface of a ``VecEnv``.
 ATTRIBUTES = ("n_context", "n_features", "n_candidates", "beta")
@@ -103,7 +103,23 @@ def _serve(make: Callable[[int], VecEnv], worker: int, pipe: Connection) -> None
             shared.close(unlink=False)
 
 
-class ProcessVecEnv(VecEnv):
+class RemoteVecEnv(VecEnv):
+    """The part of SB3's contract that training does not use, for environments that live in other processes."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError("settings are fixed when the environments are built")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        raise NotImplementedError("environments live in batches, not one by one")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * len(list(self._get_indices(indices)))
+
+
+class ProcessVecEnv(RemoteVecEnv):
     """Steps ``workers`` batches of environments in as many processes.
 
     :param make: picklable; ``make(worker)`` builds that worker's environments, seeded by its number
@@ -195,17 +211,3 @@ class ProcessVecEnv(VecEnv):
         for pipe, payload in zip(self._pipes, payloads or [None] * len(self._pipes), strict=True):
             pipe.send((command, payload))
         return [pipe.recv() for pipe in self._pipes]
-
-    # -- the rest of SB3's contract, which training does not use
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError("settings are fixed when the environments are built")
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError("environments live in batches, not one by one")
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * len(list(self._get_indices(indices)))

@@ -21,7 +21,7 @@ from torch import nn
 from engine.errors import SlalomError
 from eval.points import code_sha256
 from eval.ray_pool import check_code
-from train.collector import ATTRIBUTES, own_traces
+from train.collector import ATTRIBUTES, RemoteVecEnv, own_traces
 from train.config import TrainConfig
 from train.ppo import DispatchPPO
 
@@ -140,7 +140,7 @@ def _columns(buffer: Any) -> dict[str, NDArray[Any]]:
     return {name: value for name, value in arrays.items() if value.shape[:2] == shape and name not in skip}
 
 
-class RayCollector(VecEnv):
+class RayCollector(RemoteVecEnv):
     """``workers`` actors as seen by the learner: whole rollouts through :meth:`begin` and :meth:`take`.
 
     It has the shape of a ``VecEnv`` because SB3 asks for one; single steps are not offered.
@@ -259,15 +259,3 @@ class RayCollector(VecEnv):
 
     def step_wait(self) -> Any:
         raise NotImplementedError("rollouts are collected whole")
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError("settings are fixed when the workers start")
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError("environments live in batches, not one by one")
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * len(list(self._get_indices(indices)))
