@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics import block_counts, outcomes, summarize
-from eval.points import Contender, Point, PointSettings, policy_sha256
+from eval.points import Contender, Point, PointSettings, arranged, point_of
 
 __all__ = ["engine_facts", "measure", "open_park"]
 
@@ -58,7 +57,7 @@ def measure(
     from env.gpu_backend import replay
 
     run = replay(
-        scenario,
+        arranged(scenario, contender),
         contender.policy,
         rate=rate,
         n_requests=settings.n_requests,
@@ -67,13 +66,4 @@ def measure(
         values=dict(contender.values) or None,
         park=park,
     )
-    windows = {"warmup": settings.warmup, "drain": settings.drain}
-    sent, good = block_counts(outcomes(run, **windows), settings.n_blocks)
-    identity = {
-        "label": contender.name,
-        "backend": "gpu",
-        "policy_id": contender.policy,
-        "policy_sha256": policy_sha256(contender),
-        "engine": engine_facts(run),
-    }
-    return Point(rate, seed, identity | summarize(run, **windows), sent, good)
+    return point_of(run, contender, rate, seed, settings, {"backend": "gpu", "engine": engine_facts(run)})

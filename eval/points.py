@@ -33,7 +33,9 @@ __all__ = [
     "Evaluator",
     "Point",
     "PointSettings",
+    "arranged",
     "code_sha256",
+    "point_of",
     "policy_sha256",
     "scenario_hash",
 ]
@@ -159,11 +161,13 @@ def file_sha256(path: Path, stamp: int) -> str:
 _ARRANGED: dict[tuple[str, str], Any] = {}
 
 
-def _arranged(scenario: Any, cluster: Sequence[Mapping[str, Any]]) -> Any:
-    """The scenario on a fixed arrangement, made once per content."""
-    key = (scenario.hash(), json.dumps(cluster))
+def arranged(scenario: Any, contender: Contender) -> Any:
+    """The scenario on the fixed arrangement that ``contender`` brings, made once per content; else as it is."""
+    if not contender.cluster:
+        return scenario
+    key = (scenario.hash(), json.dumps(contender.cluster))
     if key not in _ARRANGED:
-        fixed = {"cluster": list(cluster), "decisions": {}, "min_prefill": 1, "min_decode": 1}
+        fixed = {"cluster": list(contender.cluster), "decisions": {}, "min_prefill": 1, "min_decode": 1}
         _ARRANGED[key] = scenario.with_overrides(fixed)
     return _ARRANGED[key]
 
@@ -186,8 +190,7 @@ def measure(scenario: Any, contender: Contender, rate: float, seed: int, setting
     """Simulate one point."""
     from env.simulate import simulate
 
-    if contender.cluster:
-        scenario = _arranged(scenario, contender.cluster)
+    scenario = arranged(scenario, contender)
     run = simulate(
         scenario,
         contender.policy,
@@ -197,17 +200,23 @@ def measure(scenario: Any, contender: Contender, rate: float, seed: int, setting
         split=settings.split,
         values=dict(contender.values) or None,
     )
+    each = {"detailed": detailed(run)} if settings.detailed else {}
+    return point_of(run, contender, rate, seed, settings, {"backend": "surrogate", **_served(scenario), **each})
+
+
+def point_of(
+    run: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, facts: Mapping[str, Any]
+) -> Point:
+    """The figures of a finished run, on whichever backend; ``facts`` say more about it than the metrics do."""
     windows = {"warmup": settings.warmup, "drain": settings.drain}
     sent, good = block_counts(outcomes(run, **windows), settings.n_blocks)
     identity = {
         "label": contender.name,
-        "backend": "surrogate",
-        **_served(scenario),
+        **facts,
         "policy_id": contender.policy,
         "policy_sha256": policy_sha256(contender),
     }
-    each = {"detailed": detailed(run)} if settings.detailed else {}
-    return Point(rate, seed, identity | summarize(run, **windows) | each, sent, good)
+    return Point(rate, seed, identity | summarize(run, **windows), sent, good)
 
 
 def _quiet_worker() -> None:
