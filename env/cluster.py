@@ -36,7 +36,9 @@ DRAIN_S = 300.0
 SESSION_DRAIN_S = 3600.0
 
 _SPLITS = {"auto": Split.AUTO, "on_demand": Split.ON_DEMAND}
-_ORDERS = {"fcfs": Order.FCFS, "srf": Order.SHORTEST, "srf_preemptive": Order.SHORTEST_PREEMPTIVE}
+_ORDERS = {
+    "fcfs": Order.FCFS, "srf": Order.SHORTEST, "srf_preemptive": Order.SHORTEST_PREEMPTIVE, "on_time": Order.ON_TIME
+}  # fmt: skip
 
 _WORDS = numba.types.Array(numba.int64, 1, "C")
 

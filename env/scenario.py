@@ -75,7 +75,8 @@ class InstanceGroup(_Strict):
     :param split: SMs for decode while both lanes run; "auto": the predictor's choice; "on_demand": fused steps on
         all SMs, split only while one would miss the target (chunked)
     :param headroom: the predictor aims at this part of the TPOT target
-    :param order: prefill queue first come first served, or shortest remaining first; preemptive: at every chunk
+    :param order: prefill queue first come first served, or shortest remaining first; preemptive: at every chunk;
+        on_time: earliest TTFT deadline first, prompts that make too many others late last
         (a prefill instance then computes chunks of ``chunk_tokens``)
     :param kv_tokens: KV capacity of one instance (None: the profile's); of the GPU when shared
     """
@@ -92,7 +93,7 @@ class InstanceGroup(_Strict):
     max_prefills: Count = 128
     split: Literal["auto", "on_demand"] | Count = "auto"
     headroom: Annotated[float, Field(gt=0, le=2)] = 0.9
-    order: Literal["fcfs", "srf", "srf_preemptive"] = "fcfs"
+    order: Literal["fcfs", "srf", "srf_preemptive", "on_time"] = "fcfs"
     kv_tokens: Count | None = None
 
     @field_validator("batching")

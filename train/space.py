@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Role
+from engine.core.state import Batching, Order, Role
 from policies import linear_score, registry
 from policies.arrangement import resized
 from policies.checkpoint import bind_network
@@ -30,6 +30,7 @@ __all__ = ["Coordinate", "Design", "Space", "random_design", "random_plans", "ra
 _HIDDEN = 4  # the least a checkpoint may have; its residual is zero and is skipped when it runs
 _NO_HOLD = 8.0  # where the cost of HOLD and SHED starts when the rule never does either: out of reach, but not far
 _NEEDED = (Ctx.SIZE, Ctx.AGE, Ctx.LOAD_MEAN, Ctx.LOAD_MIN, Ctx.BATCH_MEAN, Ctx.KV_MEAN, Ctx.HELD, Ctx.PROMPT_RATIO)
+_ORDERS = (Order.FCFS, Order.SHORTEST, Order.ON_TIME)  # of a prefill queue
 _HEALTH = (Ctx.TTFT_OK, Ctx.TPOT_OK)
 _ROLE_COLUMNS = {
     Role.PREFILL: Col.ROLE_PREFILL,
@@ -241,7 +242,7 @@ def random_values(params: Sequence[Param], rng: np.random.Generator) -> dict[str
 
 
 def _random_plan(role: Role, rng: np.random.Generator) -> InstancePlan:
-    order = int(rng.integers(2))
+    order = int(rng.choice(_ORDERS))
     chunk, prefill = int(2 ** rng.uniform(7, 13)), int(2 ** rng.uniform(9, 14))
     if role is Role.DECODE:  # its chunks matter where a policy lets it prefill
         return InstancePlan(role=role, chunk_tokens=chunk, prefill_tokens=prefill, order=order)
@@ -312,9 +313,9 @@ def varied(design: Design, rng: np.random.Generator) -> Design:
     if plans is not None:
         spreads = {"chunk_tokens": 0.7, "prefill_tokens": 0.7, "headroom": 0.15}
         factors = {name: 2.0 ** rng.normal(0.0, spread) for name, spread in spreads.items()}
-        flip = rng.random() < 0.15
+        order = int(rng.choice(_ORDERS)) if rng.random() < 0.2 else None
         plans = tuple(
-            replace(p, **_scaled(p, factors), order=1 - p.order if flip and p.order is not None else p.order)
+            replace(p, **_scaled(p, factors), order=p.order if order is None or p.order is None else order)
             for p in plans
         )
     return Design(design.rule, values, plans)

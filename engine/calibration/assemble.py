@@ -201,7 +201,12 @@ def _fused(profile: Profile, fused: Sequence[Measured]) -> tuple[float, float]:
         row["fused_shared_s"] = shared
         return float(np.mean([abs(predict_s(head[0], row, m.point) / s - 1.0) for m, s in zip(fused, y, strict=True)]))
 
-    best = minimize_scalar(error, bounds=(0.0, float(y.max())), method="bounded", options={"xatol": 1e-6})
+    # Beyond the shorter part of a step nothing more can be saved and the error is flat: a bracket around the best of
+    # a coarse scan keeps the minimiser off that plain.
+    scan = np.linspace(0.0, float(y.max()), 65)
+    at = int(np.argmin([error(x) for x in scan]))
+    bounds = (scan[max(at - 1, 0)], scan[min(at + 1, len(scan) - 1)])
+    best = minimize_scalar(error, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return float(best.x), float(best.fun)
 
 

@@ -27,6 +27,7 @@ _READY = int(RequestState.READY)
 _RUNNING = int(RequestState.RUNNING)
 _AUTO, _TABLE, _ON_DEMAND = (int(x) for x in Split)
 _PREEMPTIVE = int(Order.SHORTEST_PREEMPTIVE)
+_ON_TIME = int(Order.ON_TIME)
 
 
 @kernel
@@ -100,6 +101,8 @@ def _jump_limit(s, i):
         # The next blocks are taken from the prefix cache. A waiting prompt that loses its hits there may fit chunk
         # by chunk where it did not fit with them, so it is looked at after every step.
         return np.int64(1)
+    if s.lists[queue_of(i), 2] > 0 and s.inst[i].order == _ON_TIME:
+        return np.int64(1)  # who is given up depends on the time of each look
     steps = np.int64(2**31)
     for slot in range(s.inst[i].run_n):
         r = s.run[i, slot]

@@ -24,6 +24,7 @@ from engine.core.lists import (
 )
 from engine.core.predict import whole_device
 from engine.core.preemption import note_due, touch_pool
+from engine.core.punctual import goes_before
 from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, Order, RequestState, Role
@@ -54,7 +55,7 @@ _FINISHED = int(RequestState.FINISHED)
 _SHED = int(RequestState.SHED)
 _FAILED = int(RequestState.FAILED)
 _IDLE = int(LaneKind.IDLE)
-_FCFS, _SHORTEST, _PREEMPTIVE = (int(o) for o in Order)
+_FCFS, _SHORTEST, _PREEMPTIVE, _ON_TIME = (int(o) for o in Order)
 
 
 @kernel
@@ -108,6 +109,11 @@ def _enqueue(s, i, r):
         push_before(s.lists, s.req, queue, r, place_by_work(s.lists, s.req, queue, r))
         return
     other = s.lists[queue, 0]
+    if s.inst[i].order == _ON_TIME:
+        while other >= 0 and not goes_before(s, r, other):
+            other = s.req[other].next
+        push_before(s.lists, s.req, queue, r, other)
+        return
     rest = s.req[r].target - s.req[r].computed
     while other >= 0:
         started = s.req[other].state != _WAITING or s.req[other].blocks > 0
@@ -129,6 +135,7 @@ def place(s, r, i, now):
     if req.first_inst < 0:
         req.first_inst = i
     req.placed = now
+    req.late = 0
     p = s.inst[i].profile
     reused = 0.0
     if req.hash_n > 0:

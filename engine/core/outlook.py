@@ -7,6 +7,7 @@ import numpy as np
 from engine.core.jit import kernel
 from engine.core.lists import queue_of
 from engine.core.predict import expected_row, predict_step, prefill_share, whole_device
+from engine.core.punctual import goes_before
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks
@@ -25,7 +26,7 @@ __all__ = [
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PREFILL_FIRST = int(Batching.PREFILL_FIRST)
 _IDLE, _K_DECODE = int(LaneKind.IDLE), int(LaneKind.DECODE)
-_, _SHORTEST, _PREEMPTIVE = (int(o) for o in Order)
+_, _SHORTEST, _PREEMPTIVE, _ON_TIME = (int(o) for o in Order)
 _WAITING, _IN_STEP = int(RequestState.WAITING), int(RequestState.PREFILLING)
 _ON_DEMAND = int(Split.ON_DEMAND)
 
@@ -133,6 +134,8 @@ def _overtakes(s, i, r, own, q):
     order, mine, theirs = s.inst[i].order, s.req[r].priority, s.req[q].priority
     if order == _PREEMPTIVE:
         return s.req[q].generated == 0 and (theirs > mine or (theirs == mine and s.req[q].work > own))
+    if order == _ON_TIME:
+        return goes_before(s, r, q)
     waits = s.req[q].state == _WAITING and s.req[q].blocks == 0
     shorter = order == _SHORTEST and s.req[q].target - s.req[q].computed > s.req[r].target - s.req[r].computed
     return waits and (theirs > mine or (theirs == mine and shorter))

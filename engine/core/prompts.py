@@ -8,12 +8,14 @@ from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow
 from engine.core.lists import queue_of, ready_of
 from engine.core.preemption import give_way, partly_prefilled, preempt, touch_pool
-from engine.core.state import RequestState, Role
+from engine.core.punctual import give_up_late
+from engine.core.state import Order, RequestState, Role
 
 __all__ = ["plan_queue"]
 
 _PREFILL = int(Role.PREFILL)
 _PREFILLING = int(RequestState.PREFILLING)
+_ON_TIME = int(Order.ON_TIME)
 
 
 @kernel
@@ -132,6 +134,8 @@ def _unblock(s, i):
 @kernel
 def plan_queue(s, i, l, budget, chunked, limit, now):
     """``_plan_prompts``, but never stuck behind blocks that only queued requests hold."""
+    if s.inst[i].order == _ON_TIME:
+        give_up_late(s, i, now)
     k = _plan_prompts(s, i, l, budget, chunked, limit, now)
     while k == 0 and budget > 0 and s.lists[queue_of(i), 2] > 0 and _unblock(s, i):
         k = _plan_prompts(s, i, l, budget, chunked, limit, now)

@@ -71,11 +71,13 @@ class Split(IntEnum):
 
 class Order(IntEnum):
     """In which order an instance prefills its queue; shortest remaining first among prompts not yet started, or at
-    every chunk (a PREFILL instance then computes chunks; Tropical)."""
+    every chunk (a PREFILL instance then computes chunks; Tropical); or earliest TTFT deadline first, with those put
+    last that keep the most others from theirs (``engine.core.punctual``)."""
 
     FCFS = 0
     SHORTEST = 1
     SHORTEST_PREEMPTIVE = 2
+    ON_TIME = 3
 
 
 class RequestState(IntEnum):
@@ -281,6 +283,7 @@ REQUEST = np.dtype(
         ("n_preempt", np.int32),
         ("first_inst", np.int32),  # where its prefill was placed first
         ("priority", np.int32),  # prompts of a lower value start first; equal ones in order of arrival
+        ("late", np.int8),  # order ON_TIME: given up for its TTFT target, computed after those that can meet theirs
         ("ttft_ok", np.int8),  # -1 unknown, 0 missed, 1 met
         ("tpot_ok", np.int8),
         ("sealed", np.int8),

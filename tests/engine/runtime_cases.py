@@ -89,7 +89,7 @@ def random_specs(rng: np.random.Generator) -> list[InstanceSpec]:
                 prefill_tokens=int(rng.integers(32, 400)),
                 max_batch=int(rng.integers(2, 9)),
                 max_prefills=int(rng.integers(1, 5)),
-                order=int(rng.integers(0, 3)),
+                order=int(rng.integers(0, 4)),
                 split=int(rng.integers(min(Split), 2)),
                 table=((1, int(rng.integers(0, 2))), (3, int(rng.integers(0, 2)))),
                 layer_tokens=int(rng.choice([0, 300])),

@@ -47,6 +47,7 @@ def one(role: Role = MIXED, kv_tokens: int = 16_000, pool: int = 0, **changes: A
         # A (40, in flight until 40), B (30), C (20) wait; the new prompt has 25 tokens, targets are 100 ms from 0.
         (Order.FCFS, 90, 10),  # after everyone: C ends at 90
         (Order.SHORTEST, 60, -15),  # after C (60), before B, which then ends at 115
+        (Order.ON_TIME, 90, 10),  # the same deadline: in order of arrival
     ],
 )
 def test_work_ahead_and_least_slack_follow_the_order_of_the_queue(order: Order, ahead: float, slack: float) -> None:

@@ -1,0 +1,122 @@
+"""Queue order ON_TIME: as many prompts as possible meet their TTFT target.
+
+On one machine with all jobs at hand, the number of late jobs is least when jobs run in order of their deadlines and,
+whenever one would be late, the longest job up to there is put last (Moore 1968, Hodgson's algorithm). Prompts arrive
+one by one and run at a pace that decode sets, so the core repeats the test at every step boundary with what it
+predicts then. A prompt once given up stays so: it is computed when no prompt that can be in time waits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.core.jit import kernel
+from engine.core.lists import push_before, queue_of, remove
+from engine.core.predict import expected_row, prefill_share, whole_device
+from engine.core.state import Batching, RequestState, Role
+from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
+
+__all__ = ["deadline_of", "give_up_late", "goes_before"]
+
+_, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
+_PREFILL_FIRST = int(Batching.PREFILL_FIRST)
+_WAITING = int(RequestState.WAITING)
+
+
+@kernel(forceinline=True)
+def deadline_of(s, r):
+    """When the first token of request ``r`` is due, ticks."""
+    return s.req[r].arrival + s.req[r].ttft_slo
+
+
+@kernel
+def goes_before(s, r, q):
+    """Whether request ``r``, not yet queued, starts before queued ``q``: by priority, then in time, then deadline."""
+    mine, theirs = s.req[r], s.req[q]
+    if theirs.state != _WAITING or theirs.blocks > 0 or theirs.generated > 0:
+        return False
+    if theirs.priority != mine.priority:
+        return theirs.priority > mine.priority
+    if mine.generated > 0:
+        return True
+    if theirs.late != mine.late:
+        return theirs.late > mine.late
+    if mine.late == 1:
+        return theirs.arrival > mine.arrival
+    return deadline_of(s, q) > deadline_of(s, r)
+
+
+@kernel
+def _pace(s, i):
+    """Predicted seconds on instance ``i`` per second of prefill work alone, with the decodes that run there now."""
+    inst = s.inst[i]
+    if inst.run_n == 0:
+        return 1.0
+    p = inst.profile
+    profile, full = s.profile[p], s.share[p, whole_device(s, i)]
+    context = inst.run_ctx + inst.unbooked * inst.run_n
+    if inst.role == _MULTIPLEXED:
+        part = s.share[p, prefill_share(s, i, expected_row(s, i))]
+        n = float(max(inst.queue_tokens / max(s.lists[queue_of(i), 2], 1), 1.0))
+        alone = prefill_s(profile, full, n * n, 0.0, n)
+        return max(prefill_s(profile, part, n * n, 0.0, n) * part.corun_prefill / max(alone, 1e-9), 1.0)
+    step = decode_s(profile, full, context, inst.run_n)
+    if inst.role == _DECODE:
+        return 1.0 + step * s.lists[queue_of(i), 2] / max(inst.queue_work * 1e-12, 1e-9)
+    if inst.role == _MIXED and inst.batching != _PREFILL_FIRST:
+        room = max(float(inst.chunk_tokens - inst.run_n), 16.0)
+        alone = prefill_s(profile, full, room * room, 0.0, room)
+        beside = max(step - fused_shared_s(full, alone, step), 0.0)
+        return 1.0 + beside / max(alone, 1e-9)
+    return 1.0
+
+
+@kernel
+def _longest_until(s, i, last):
+    """The waiting prompt of most work from the head of the queue to ``last`` that is not given up, -1 if none."""
+    found, most = np.int32(-1), np.int64(-1)
+    q = s.lists[queue_of(i), 0]
+    while q >= 0:
+        req = s.req[q]
+        if req.state == _WAITING and req.blocks == 0 and req.generated == 0 and req.late == 0 and req.work > most:
+            found, most = q, req.work
+        if q == last:
+            break
+        q = req.next
+    return found
+
+
+@kernel
+def _move_back(s, i, r):
+    """Queue request ``r`` anew, now that it is given up."""
+    queue = queue_of(i)
+    remove(s.lists, s.req, queue, r)
+    other = s.lists[queue, 0]
+    while other >= 0 and not goes_before(s, r, other):
+        other = s.req[other].next
+    push_before(s.lists, s.req, queue, r, other)
+
+
+@kernel
+def give_up_late(s, i, now):
+    """Walk the queue of instance ``i`` as it would be computed from ``now``; where a prompt would be late, put the
+    longest one up to there behind those that can be in time."""
+    queue = queue_of(i)
+    if s.lists[queue, 2] == 0:
+        return
+    pace = _pace(s, i)
+    end = float(now)
+    lowest = s.req[s.lists[queue, 1]].priority
+    r = s.lists[queue, 0]
+    while r >= 0:
+        after = s.req[r].next
+        if s.req[r].late == 1 and s.req[r].priority == lowest:
+            return  # only such ones follow
+        end += s.req[r].work * pace
+        if s.req[r].late == 0 and s.req[r].generated == 0 and end > deadline_of(s, r):
+            victim = _longest_until(s, i, r)
+            if victim >= 0:
+                end -= s.req[victim].work * pace
+                s.req[victim].late = 1
+                _move_back(s, i, victim)
+        r = after
