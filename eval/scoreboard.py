@@ -2,30 +2,37 @@
 
     python -m eval.scoreboard                       every scenario that has a checkpoint; goes on where it stopped
     python -m eval.scoreboard azure-conv-4xa100     only this one
+    python -m eval.scoreboard --slo-scale 0.5       TTFT and TPOT targets halved
     python -m eval.scoreboard --all-rules           every rule of ``policies/`` instead of the strongest of a screening
+    python -m eval.scoreboard --read                the tables again from finished results, nothing is simulated
 
 Each opponent is searched with as many simulated requests as the checkpoint's whole training took (``eval.tune``, so
 on the training split, ranked on validation windows); then all meet the same test windows. ``OPPONENTS`` are the best
 four per scenario of a screening of all rules: eight random draws per parameter, ranked on validation arrivals.
+
+With scaled targets the opponents are searched anew under them, around the best knee of several rules; the checkpoint
+is the shipped one, which has never met them. The screening is that of the unscaled targets.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from eval.points import PointSettings
-from eval.session import Request, Watcher, evaluate
+from eval.session import Request, Watcher, evaluate, scaled
 from eval.store import read_json, write_json
 from eval.tune import KNEE
 
-__all__ = ["OPPONENTS", "main", "row", "table"]
+__all__ = ["CHECKPOINTS", "OPPONENTS", "Effort", "Lines", "main", "pair_ratio", "row", "score", "table", "trials_for"]
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
@@ -38,137 +45,295 @@ OPPONENTS: dict[str, tuple[str, ...]] = {
     "shift-pd-8xa100": ("tropical_code", "muxwise", "linear_score", "taichi"),
     "classes-6xa100": ("linear_score", "mooncake", "tropical_code", "predicted_ttft"),
 }
+#: Whose best knee says where opponents are tuned when the targets are not the scenario's own.
+KNEE_RULES = ("least_tokens", "predicted_ttft", "static_split", "linear_score")
 _SEARCH_SEEDS = 2  # of eval.tune
+_TARGETS = ("0.9", "0.95", "0.99")
 
 
-class _Bar(Watcher):
-    """One line per phase on standard error."""
+@dataclass(frozen=True)
+class Effort:
+    """How much one comparison takes.
 
-    def __init__(self, scenario: str) -> None:
-        self._scenario, self._last = scenario, ""
+    :param share: of the equal budget that opponents get (below 1 the comparison is not equal, and says so)
+    :param seeds: windows per rate
+    :param slo_scale: factor of every TTFT and TPOT target
+    """
+
+    jobs: int = 1
+    all_rules: bool = False
+    share: float = 1.0
+    seeds: int = 3
+    split: Literal["valid", "test"] = "test"
+    slo_scale: float = 1.0
+
+
+class Lines(Watcher):
+    """One line per phase on standard error, with the seconds since the start."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._last, self._start = what, "", time.monotonic()
 
     def phase(self, name: str, points: int | None) -> None:
         head = name.split(":")[0]
         if head != self._last:
-            print(f"{self._scenario}: {name}", file=sys.stderr, flush=True)
+            print(f"{time.monotonic() - self._start:6.0f} s  {self._what}: {name}", file=sys.stderr, flush=True)
             self._last = head
 
+    def note(self, text: str) -> None:
+        print(f"{self._what}: {text}", file=sys.stderr, flush=True)
 
-def trials_for(checkpoint: Path, n_requests: int) -> int:
-    """Trials of ``eval.tune`` that simulate as many requests as the checkpoint's training did, decisions included."""
+
+def trials_for(requests: float, n_requests: int) -> int:
+    """Trials of ``eval.tune`` that simulate as many requests; ``n_requests`` is the size of one run."""
+    return max(1, math.ceil(requests / (len(KNEE) * _SEARCH_SEEDS * n_requests)))
+
+
+def _trained_with(checkpoint: Path) -> float:
+    """Requests that a checkpoint's whole training simulated, decisions of PPO included."""
     training = read_json(checkpoint / "policy.json")["training"]
-    spent = int(training.get("search_requests", 0)) + int(training.get("frames", 0))
-    return max(1, math.ceil(spent / (len(KNEE) * _SEARCH_SEEDS * n_requests)))
+    return float(training.get("search_requests", 0)) + float(training.get("frames", 0))
+
+
+# -- one scenario ----------------------------------------------------------------------------------------------
 
 
 def row(result: dict[str, Any], learned: str) -> dict[str, Any]:
-    """One scenario's line: the checkpoint, its best opponent at every target, ratio with 95 % interval.
+    """One scenario's figures: the checkpoint, its best opponent at every target, ratio with 95 % interval, and at the
+    common rate what happens to waits, classes and throughput.
 
     :param result: of :func:`eval.session.evaluate`
     :param learned: label of the checkpoint
     """
     mine = next(p for p in result["policies"] if p["label"] == learned)
-    found: dict[str, Any] = {"scenario": result["settings"]["scenario"]}
+    rivals = [p for p in result["policies"] if p["label"] != learned]
+    found: dict[str, Any] = {"scenario": result["settings"]["scenario"], "rate": result["at_rate"]}
     for target in mine["goodput"]:
-        rivals = [p for p in result["policies"] if p["label"] != learned]
-        best = max(rivals, key=lambda p: p["goodput"][target]["rate"])
-        ratio = _ratio(result["pairs"], learned, best["label"], target)
+        best = _best(rivals, target)
         found[target] = {
             "learned": mine["goodput"][target]["rate"],
             "opponent": best["label"],
             "rate": best["goodput"][target]["rate"],
-            **ratio,
+            **pair_ratio(result["pairs"], mine, best, target),
         }
-    found["worst_wait_s"] = {p["label"]: _at(p, result["at_rate"])["worst_wait_s"] for p in (mine, best)}
-    found["by_class"] = _at(mine, result["at_rate"])["slo_attainment_by_class"]
+    if result["at_rate"]:
+        rules = [p for p in rivals if not p["cluster"]]
+        opponent = _best(rivals, _TARGETS[0])
+        found["at_rate"] = {
+            "learned": _standing(mine, result["at_rate"]),
+            "opponent": _standing(opponent, result["at_rate"]),
+            "rule": _standing(_best(rules, _TARGETS[0]), result["at_rate"]) if rules else None,
+        }
     return found
 
 
-def _at(policy: dict[str, Any], rate: float) -> dict[str, Any]:
-    points: list[dict[str, Any]] = policy["points"]
-    return min(points, key=lambda p: abs(p["rate"] - rate))
+def _best(policies: Sequence[dict[str, Any]], target: str) -> dict[str, Any]:
+    return max(policies, key=lambda p: float(p["goodput"][target]["rate"]))
 
 
-def _ratio(pairs: list[dict[str, Any]], a: str, b: str, target: str) -> dict[str, float | None]:
+def _standing(policy: dict[str, Any], rate: float) -> dict[str, Any]:
+    """What ``policy`` does at ``rate``: its worst class, its longest wait, finished requests per second."""
+    point = min(policy["points"], key=lambda p: abs(p["rate"] - rate))
+    classes = {name: c["slo_attainment"] for name, c in point["slo_attainment_by_class"].items()}
+    worst = min(classes, key=lambda name: classes[name])
+    finished = [run["request_throughput"] for run in point["runs"]]
+    return {
+        "label": policy["label"],
+        "attainment": point["slo_attainment"],
+        "worst_class": worst,
+        "worst_class_attainment": classes[worst],
+        "by_class": classes,
+        "worst_wait_s": point["worst_wait_s"],
+        "finished_per_s": sum(finished) / len(finished),
+    }
+
+
+def pair_ratio(
+    pairs: list[dict[str, Any]], ours: dict[str, Any], theirs: dict[str, Any], target: str
+) -> dict[str, Any]:
+    """Goodput of ``ours`` ÷ goodput of ``theirs`` with its 95 % interval, from the pairs of a comparison.
+
+    :param ours: an entry of ``policies``
+    :return: ``ratio`` (None where the rival holds the target at no rate), ``low``, ``high`` (None: without bound)
+    :raises KeyError: no such pair
+    """
+    a, b = ours["label"], theirs["label"]
+    mine, rival = (float(p["goodput"][target]["rate"]) for p in (ours, theirs))
+    value = mine / rival if rival > 0.0 else None
     for pair in pairs:
         ratio = pair["goodput"][target]["ratio"]
         if (pair["a"], pair["b"]) == (a, b):
-            return {"ratio": ratio["value"], "low": ratio["low"], "high": ratio["high"]}
+            return {"ratio": value, "low": ratio["low"], "high": ratio["high"]}
         if (pair["a"], pair["b"]) == (b, a):
-            turned = {k: None if not ratio[k] else 1.0 / ratio[k] for k in ("value", "low", "high")}
-            return {"ratio": turned["value"], "low": turned["high"], "high": turned["low"]}
+            low, high = (None if not ratio[k] else 1.0 / ratio[k] for k in ("high", "low"))
+            return {"ratio": value, "low": low, "high": high}
     raise KeyError((a, b))
 
 
+def score(name: str, out: Path, effort: Effort) -> dict[str, Any]:
+    """Tune, compare, note; read back where this was done before.
+
+    :raises SlalomError: targets that no reference rule meets at any rate
+    """
+    checkpoint = CHECKPOINTS / name
+    scenario = scaled(Scenario.load(name), effort.slo_scale)
+    settings = PointSettings(n_requests=scenario.n_requests, split=effort.split)
+    trials = max(1, round(effort.share * trials_for(_trained_with(checkpoint), settings.n_requests)))
+    rivals = ("all",) if effort.all_rules else (*OPPONENTS[name], "static_plan")
+    folder = out / _folder(name, effort.slo_scale)
+    knee_rules = Request.knee_rules if effort.slo_scale == 1.0 else KNEE_RULES
+    request = Request(
+        scenario, (*rivals, str(checkpoint)), None, effort.seeds, settings, trials, effort.jobs, folder,
+        slo_scale=effort.slo_scale, knee_rules=knee_rules,
+    )  # fmt: skip
+    result = evaluate(request, Lines(folder.name))
+    write_json(folder / "result.json", result)
+    return row(result, name) | _budget(result, name)
+
+
+def _budget(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """Trials that the opponents got, as a share of the equal budget."""
+    settings = result["settings"]
+    trials = max((int(entry["trials"]) for entry in settings["tuning"]), default=0)
+    equal = trials_for(_trained_with(CHECKPOINTS / name), int(settings["requests_per_run"]))
+    facts = {"trials": trials, "share": round(trials / equal, 3), "split": settings["split"]}
+    return facts | {"slo_scale": settings["slo_scale"]}
+
+
+def _folder(name: str, slo_scale: float) -> str:
+    return name if slo_scale == 1.0 else f"{name}-slo{slo_scale:g}"
+
+
+def _read(name: str, out: Path, slo_scale: float) -> dict[str, Any]:
+    result = read_json(out / _folder(name, slo_scale) / "result.json")
+    return row(result, name) | _budget(result, name)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, with the geometric mean of the ratios at 90 % and the smallest."""
+    """Markdown: goodput against the best opponent with geometric means, then waits, classes and throughput."""
     lines = [
         "| scenario | learned, req/s | best opponent | its req/s | ratio | 95 % interval | ratio at 95 % | at 99 % |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for found in rows:
         at = found["0.9"]
-        others = " | ".join(_figure(found[t]["ratio"]) if t in found else "" for t in ("0.95", "0.99"))
+        others = " | ".join(_ratio_text(found.get(target)) for target in _TARGETS[1:])
         lines.append(
             f"| {found['scenario']} | {at['learned']:.2f} | {at['opponent']} | {at['rate']:.2f} "
-            f"| {_figure(at['ratio'])} | {_figure(at['low'])} to {_figure(at['high'])} | {others} |"
+            f"| {_ratio_text(at)} | {_figure(at['low'])} to {_figure(at['high'])} | {others} |"
         )
-    ratios = [found["0.9"]["ratio"] for found in rows if found["0.9"]["ratio"]]
-    if ratios:
-        mean = math.exp(sum(math.log(r) for r in ratios) / len(ratios))
-        lines.append(f"\nGeometric mean of the ratios at 90 %: {mean:.3f}; smallest {min(ratios):.3f}.")
-    return "\n".join(lines)
+    lines.append("")
+    lines += [line for target in _TARGETS if (line := _mean(rows, target))]
+    standings = [found for found in rows if found.get("at_rate")]
+    return "\n".join([*lines, "", *_waits_and_classes(standings)] if standings else lines)
+
+
+def _ratio_text(at: dict[str, Any] | None) -> str:
+    """A ratio, or who alone holds the target."""
+    if at is None:
+        return ""
+    if at["ratio"] is None:
+        return "only learned" if at["learned"] > 0.0 else "nobody"
+    return _figure(at["ratio"])
+
+
+def _mean(rows: list[dict[str, Any]], target: str) -> str:
+    """Geometric mean and smallest ratio; scenarios whose ratio has no value are counted, not averaged."""
+    known = [found[target]["ratio"] for found in rows if target in found and found[target]["ratio"] is not None]
+    if not known:
+        return ""
+    mean = 0.0 if min(known) <= 0.0 else math.exp(sum(math.log(r) for r in known) / len(known))
+    without = len(rows) - len(known)
+    left_out = f"; {without} without a ratio left out" if without else ""
+    return f"At {100 * float(target):g} %: geometric mean {mean:.3f}, smallest {min(known):.3f}{left_out}."
+
+
+def _waits_and_classes(rows: list[dict[str, Any]]) -> list[str]:
+    """What goodput does not show, at the rate where the best policy holds 90 %: learned against the best opponent,
+    longest waits also against the best rule. Throughput is that of ``vllm bench serve``: finished requests until the
+    last of them is, so a few that wait long count against it."""
+    lines = [
+        "| scenario | at req/s | worst class: learned | opponent | longest wait s: learned | opponent | best rule "
+        "| finished/s: learned | opponent | given up |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for found in rows:
+        mine, rival, rule = (found["at_rate"][key] for key in ("learned", "opponent", "rule"))
+        lost = rival["finished_per_s"] - mine["finished_per_s"]
+        given_up = f"{lost:.2f} ({100 * lost / rival['finished_per_s']:.1f} %)" if lost > 0.0 else "nothing"
+        waits = " | ".join("-" if p is None else f"{p['worst_wait_s']:.1f}" for p in (mine, rival, rule))
+        lines.append(
+            f"| {found['scenario']} | {found['rate']:.2f} | {_class(mine)} | {_class(rival)} | {waits} "
+            f"| {mine['finished_per_s']:.2f} | {rival['finished_per_s']:.2f} | {given_up} |"
+        )
+    return lines
+
+
+def _class(standing: dict[str, Any]) -> str:
+    name = f" {standing['worst_class']}" if len(standing["by_class"]) > 1 else ""
+    return f"{standing['worst_class_attainment']:.3f}{name}"
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def score(
-    name: str, out: Path, jobs: int, all_rules: bool, share: float, seeds: int, split: Any = "test"
-) -> dict[str, Any]:
-    """Tune, compare, note; read back where this was done before.
-
-    :param share: of the equal budget that opponents get (below 1 the comparison is not equal, and says so)
-    """
-    scenario, checkpoint = Scenario.load(name), CHECKPOINTS / name
-    settings = PointSettings(n_requests=scenario.n_requests, split=split)
-    trials = max(1, round(share * trials_for(checkpoint, settings.n_requests)))
-    rivals = ("all",) if all_rules else (*OPPONENTS[name], "static_plan")
-    request = Request(scenario, (*rivals, str(checkpoint)), None, seeds, settings, trials, jobs, out / name)
-    result = evaluate(request, _Bar(name))
-    write_json(out / name / "result.json", result)
-    learned = next(p["label"] for p in result["policies"] if p["policy_id"] == str(checkpoint))
-    return row(result, learned) | {"trials": trials, "share": share}
+def _told(rows: list[dict[str, Any]]) -> str:
+    """What the comparison was, in one line."""
+    first = rows[0]
+    shares = sorted({found["share"] for found in rows})
+    share = f"{shares[0]:g}" if len(shares) == 1 else f"{shares[0]:g} to {shares[-1]:g}"
+    scale = "" if first["slo_scale"] == 1.0 else f", targets × {first['slo_scale']:g}"
+    return f"Windows: {first['split']}; opponents' budget ÷ the checkpoint's: {share}{scale}."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 on a scenario without a checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m eval.scoreboard", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m eval.scoreboard", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("scenarios", nargs="*")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, help="test windows per rate")
     parser.add_argument("--share", type=float, default=1.0, help="of the equal budget, for a quick look")
+    parser.add_argument("--slo-scale", type=float, default=1.0, help="multiply every TTFT and TPOT target by this")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="windows of the comparison")
     parser.add_argument("--all-rules", action="store_true")
+    parser.add_argument("--read", action="store_true", help="print what --out holds, simulate nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/scoreboard"))
     options = parser.parse_args(arguments)
     known = sorted(p.name for p in CHECKPOINTS.glob("*") if p.name in OPPONENTS)
+    effort = Effort(
+        options.jobs, options.all_rules, options.share, options.seeds, options.split, options.slo_scale
+    )  # fmt: skip
     rows = []
+    refused: dict[str, str] = {}
     try:
-        for name in options.scenarios or known:
+        for name in options.scenarios:
             if name not in known:
                 raise SlalomError("scenario", name, f"checkpoints stand for: {', '.join(known) or 'none'}")
-            effort = (options.all_rules, options.share, options.seeds, options.split)
-            rows.append(score(name, options.out, options.jobs, *effort))
+        scaled(Scenario.load(known[0]), effort.slo_scale)  # refuses a factor that is none
+        for name in options.scenarios or known:
+            if options.read:
+                stored = options.out / _folder(name, effort.slo_scale) / "result.json"
+                if options.scenarios or stored.exists():
+                    rows.append(_read(name, options.out, effort.slo_scale))
+                continue
+            try:
+                rows.append(score(name, options.out, effort))
+            except SlalomError as error:  # the others have their comparison all the same
+                refused[name] = str(error)
     except SlalomError as error:
         print(f"scoreboard: {error}", file=sys.stderr)
         return 2
-    write_json(options.out / "scoreboard.json", rows)
-    print(table(rows))
-    for found in rows:
-        print(json.dumps({k: found[k] for k in ("scenario", "trials", "worst_wait_s", "by_class")}))
-    return 0
+    if rows:
+        write_json(options.out / f"{_folder('scoreboard', effort.slo_scale)}.json", rows)
+        print(table(rows))
+        print(f"\n{_told(rows)}")
+    for name, reason in refused.items():
+        print(f"Left out, {name}: {reason}")
+    return 0 if rows else 2
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ class Request:
     :param out: folder of all files; None keeps nothing
     :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
     :param slo_scale: what the TTFT and TPOT targets of ``scenario`` were multiplied by (see :func:`scaled`); told only
+    :param targets: shares of requests at which goodput is searched, in ascending order
+    :param knee_rules: the best goodput of these at their defaults says at which rates rules are tuned
     :param backend: simulate, or replay on the real engine in real time
     :param model: that the engine serves; that of the scenario's profile if empty
     """
@@ -75,6 +77,8 @@ class Request:
     out: Path | None = None
     ray: str | None = None
     slo_scale: float = 1.0
+    targets: tuple[float, ...] = TARGETS
+    knee_rules: tuple[str, ...] = ("least_tokens",)
     backend: Literal["surrogate", "gpu"] = "surrogate"
     model: str = ""
 
@@ -163,6 +167,7 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             seeds,
             rates=request.rates,
             start=request.scenario.reference_rate,
+            targets=request.targets,
             on_policy=lambda name: watcher.phase(name, per_policy),
             parallel=width,
         )
@@ -256,7 +261,7 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
         "warmup": request.settings.warmup,
         "drain": request.settings.drain,
         "bootstrap_blocks": request.settings.n_blocks,
-        "targets": list(TARGETS),
+        "targets": list(request.targets),
         "commit": commit(),
         "code_sha256": code_sha256(),
         "versions": versions(),
@@ -272,11 +277,11 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
     if not asked:
         return []
     from eval.static import TRIALS, search_static
-    from eval.tune import KNEE, knee_rate, tune
+    from eval.tune import KNEE, tune
 
     pool, width = _pool(request)
     watcher.phase("knee", None)
-    knee = knee_rate(request.scenario, request.settings, start=request.scenario.reference_rate)
+    knee = _knee(request)
     rates = tuple(factor * knee for factor in KNEE)
     found = []
     for contender in asked:
@@ -300,6 +305,26 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
         if stored is not None:
             write_json(stored, entry)
         found.append(entry)
+    return found
+
+
+def _knee(request: Request) -> float:
+    """The best knee of ``request.knee_rules``; a rule without one (it does not fit, or never meets 90 %) is no help.
+
+    :raises SlalomError: none of them has one
+    """
+    from eval.tune import knee_rate
+
+    found, refusal = 0.0, None
+    for rule in request.knee_rules:
+        try:
+            start = found or request.scenario.reference_rate
+            found = max(found, knee_rate(request.scenario, request.settings, policy=rule, start=start))
+        except SlalomError as error:
+            refusal = error
+    if found == 0.0:
+        assert refusal is not None
+        raise refusal
     return found
 
 
