@@ -37,6 +37,7 @@ _RUNGS = (
     (0.0, _LOADS, 4, 2500),
 )
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
+_TELL = 0.03  # share of the budget between two incumbents of CMA-ES
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class DirectResult:
 
 
 Report = Callable[[str, float, str], None]
+#: Called with the seconds since the search began and what it would answer if it were stopped then.
+Incumbent = Callable[[float, Design], None]
 
 
 def rules_of(scenario: Scenario, among: Collection[str] | None = None) -> list[str]:
@@ -109,11 +112,12 @@ class _Search:
     """The state of one search: budget spent, where the knee is."""
 
     def __init__(
-        self, scenario: Scenario, config: DirectConfig, seed: int, requests: float, seconds: float, report: Report
-    ) -> None:
+        self, scenario: Scenario, config: DirectConfig, seed: int, requests: float, seconds: float, report: Report,
+        on_incumbent: Incumbent,
+    ) -> None:  # fmt: skip
         self.setting = arena_of(scenario).setting
         self.fitness = Fitness(scenario, self.setting, wait_limit_s=config.wait_limit_s)
-        self.config, self.report = config, report
+        self.config, self.report, self.on_incumbent = config, report, on_incumbent
         self.rng = np.random.default_rng([seed, 1])
         self.seed = seed
         self.rules = rules_of(scenario, config.rules)
@@ -134,6 +138,10 @@ class _Search:
         self.report(phase, min(done, 1.0), text)
         self.history.append({"requests": self.fitness.requests, "knee": self.knee, "score": best})
 
+    def incumbent(self, design: Design) -> None:
+        """Tell who leads."""
+        self.on_incumbent(time.monotonic() - self.begin, design)
+
     # -- explore ---------------------------------------------------------------------------------------------
 
     def explore(self) -> list[Design]:
@@ -141,7 +149,8 @@ class _Search:
         config, reference = self.config, self.fitness.scenario.reference_rate
         pool = [Design(name) for name in (*self.rules, "linear_score")]
         knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1), i) for i, d in enumerate(pool)]
-        self.knee = max(knees)[0]
+        self.knee, best = max(knees)
+        self.incumbent(pool[best])
         # a round costs about 4000 requests a design; a small budget draws fewer
         afford = 0.25 * config.share * self.most_requests / self.n_requests
         n = int(max(min(config.designs, afford), 8))
@@ -173,6 +182,7 @@ class _Search:
                     done = turn + (rung + i / len(designs)) / len(_RUNGS)
                     self.note("explore", done / self.config.rounds, max(scored)[0])
             designs = [designs[-i] for _, i in sorted(scored, reverse=True)]
+            self.incumbent(designs[0])
             self.recentre(designs[0], first)
         return designs[:keep]
 
@@ -180,6 +190,17 @@ class _Search:
         """Move the rates to the knee of ``design``, if it has one."""
         knee = self.fitness.knee(design, max(self.knee, 1e-3), (seed, seed + 1), self.n_requests, 0.03)
         self.knee = knee if knee > 0.0 else self.knee
+
+    def known(self, design: Design) -> Design:
+        """``design`` where nothing is explored: the rates follow its knee.
+
+        :raises SlalomError: it meets the targets at no rate
+        """
+        self.knee = self.fitness.knee(design, self.fitness.scenario.reference_rate, (0,), self.n_requests, 0.1)
+        if self.knee <= 0.0:
+            raise SlalomError("start", design.rule, "it meets the targets at no rate; start from something else")
+        self.incumbent(design)
+        return design
 
     # -- refine ----------------------------------------------------------------------------------------------
 
@@ -193,6 +214,7 @@ class _Search:
         )  # fmt: skip
         self.recentre(design, _FIRST_SEED)
         start, generation, mean = self.used, 0, np.zeros(len(space))
+        told_at = start
         while self.used < until and not optimiser.should_stop():
             first = _CMA_SEED + 1000 * number + generation * config.seeds
             rates = [load * self.knee for load in (_LOADS[:2] if generation % 2 else _LOADS[1:])]
@@ -210,6 +232,9 @@ class _Search:
             if generation % 12 == 0:
                 self.recentre(replace(design, theta=mean), first + 500)
             self.note(f"refine {number + 1}", (self.used - start) / max(until - start, 1e-9), best)
+            if number == 0 and self.used - told_at >= _TELL:  # further starts are compared with the first at the end
+                told_at = self.used
+                self.incumbent(replace(design, theta=mean))
         return replace(design, theta=mean)
 
 
@@ -221,13 +246,17 @@ def direct_search(
     seconds: float = float("inf"),
     seed: int = 0,
     report: Report = lambda phase, done, note: None,
+    on_incumbent: Incumbent = lambda seconds, design: None,
+    start: Design | None = None,
 ) -> DirectResult:
     """Search until ``requests`` were simulated or ``seconds`` have passed; at least one of them is finite.
 
     :param report: called with (phase, share done, note)
+    :param on_incumbent: told who leads, now and then
+    :param start: CMA-ES from this design alone, nothing is explored; the answer is then it or what became of it
     """
-    search = _Search(scenario, config, seed, requests, seconds, report)
-    survivors = search.explore()
+    search = _Search(scenario, config, seed, requests, seconds, report, on_incumbent)
+    survivors = search.explore() if start is None else [search.known(start)]
     starts = _different(survivors, config.starts)
     refined = []
     left = 1.0 - search.used
@@ -235,7 +264,9 @@ def direct_search(
         until = search.used + left / len(starts) * 0.95 if number + 1 < len(starts) else 0.97
         refined.append(search.refine(design, until, number))
     # the published rule that came furthest, however soon that was: what is shipped must not lose to it
-    rule = max(search.rules_seen, key=lambda seen: seen[:2])[2] if search.rules_seen else Design("linear_score")
+    rule = start or Design("linear_score")
+    if search.rules_seen:
+        rule = max(search.rules_seen, key=lambda seen: seen[:2])[2]
     finalists = [*refined, *starts, rule]
     rates = [load * search.knee for load in _LOADS]
     scores = [search.fitness.score(d, rates, range(5_000, 5_006), search.n_requests) for d in finalists]

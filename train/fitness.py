@@ -99,6 +99,10 @@ class Fitness:
             policy = design.bind(self.setting)
         except SlalomError:
             return 0.0
+        return self.goodput(policy, start, seeds, n, tolerance)
+
+    def goodput(self, policy: Policy, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
+        """The same of a bound policy."""
 
         def attainment(rate: float) -> float:
             return sum(self.attainment(policy, rate, seed, n) for seed in seeds) / len(seeds)

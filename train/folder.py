@@ -60,7 +60,7 @@ class RunFolder:
         if self.request.exists():
             raise SlalomError("--out", str(self.root), "a run is there already; add --resume or name another")
         write_text(self.root / "config.yml", config.to_yaml())
-        write_text(self.root / "command.txt", shlex.join(["train-policy", *sys.argv[1:]]) + "\n")
+        write_text(self.root / "command.txt", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
         write_json(
             self.root / "system.json",
             {

@@ -6,6 +6,8 @@ that the search has not seen, so the outcome is never below the best rule there.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from env.cluster import arena_of
@@ -47,12 +49,20 @@ def calmer(
 
 
 def search_all(
-    scenario: Scenario, config: TrainConfig, display: Display, budget: Budget, alone: bool, seed: int
+    scenario: Scenario,
+    config: TrainConfig,
+    display: Display,
+    budget: Budget,
+    alone: bool,
+    seed: int,
+    on_incumbent: Callable[[float, Design], None] = lambda seconds, design: None,
 ) -> SearchResult:
     """The best design within a budget.
 
     :param alone: the search is the whole training; otherwise it gets ``config.direct_share`` of the time
+    :param on_incumbent: see :func:`train.direct.direct_search`
     """
+    begin = time.monotonic()
     share = 1.0 if alone else config.direct_share
     requests: float = config.direct_requests or (budget.frames if alone and budget.frames else float("inf"))
     phase = ""
@@ -75,7 +85,9 @@ def search_all(
         wait_limit_s=config.wait_limit_s,
         rules=config.rules,
     )
-    found = direct_search(scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report)
+    found = direct_search(
+        scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report, on_incumbent=on_incumbent
+    )
     display.phase("choose")
     rates = [load * found.knee for load in config.eval_loads]
     scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests, config.wait_limit_s)
@@ -90,7 +102,7 @@ def search_all(
         score=score,
         trials=len(found.history),
         requests=found.requests,
-        seconds=found.seconds,
+        seconds=round(time.monotonic() - begin, 2),
         sampler="direct",
         plans=None if design.plans is None else [asdict(plan) for plan in design.plans],
         theta=None if design.theta is None else design.theta.tolist(),

@@ -39,8 +39,9 @@ from train.progress import Display
 from train.ray_rollout import RayCollector
 from train.search import SearchResult, search_rule
 from train.selection import select
+from train.space import Design
 
-__all__ = ["Interrupted", "Request", "run"]
+__all__ = ["Interrupted", "Request", "run", "run_or_read"]
 
 
 class Interrupted(Exception):
@@ -95,7 +96,34 @@ def run(request: Request) -> dict[str, Any]:
     torch.set_num_threads(config.torch_threads)
     root = request.out or Path("runs") / f"{scenario.name}-{request.algorithm}-{request.seed}"
     folder = RunFolder(root)
-    asked = {
+    if request.resume:
+        folder.resume(_asked(request, scenario), config)
+    else:
+        folder.start(_asked(request, scenario), config)
+    with Display() as display:
+        return _stages(request, scenario, config, folder, display)
+
+
+def run_or_read(request: Request) -> dict[str, Any]:
+    """:func:`run` in ``request.out``, gone on with where it was interrupted and read back where it is finished.
+
+    :raises SlalomError: the folder holds a run that was asked for in other words; see also :func:`run`
+    """
+    assert request.out is not None
+    folder = RunFolder(request.out)
+    if not folder.request.exists():
+        return run(request)
+    finished = folder.root / "result.json"
+    if not finished.exists():
+        return run(replace(request, resume=True))
+    scenario = Scenario.load(request.scenario)
+    folder.resume(_asked(request, scenario), load_config(request.config, scenario.name, **request.overrides))
+    return dict(read_json(finished))
+
+
+def _asked(request: Request, scenario: Scenario) -> dict[str, Any]:
+    """What decides the result, beside the hyper-parameters."""
+    return {
         "scenario": scenario.name,
         "scenario_sha256": scenario.hash(),
         "algorithm": request.algorithm,
@@ -103,12 +131,6 @@ def run(request: Request) -> dict[str, Any]:
         "budget": str(request.budget),
         "seed": request.seed,
     }
-    if request.resume:
-        folder.resume(asked, config)
-    else:
-        folder.start(asked, config)
-    with Display() as display:
-        return _stages(request, scenario, config, folder, display)
 
 
 def _stages(
@@ -118,7 +140,7 @@ def _stages(
         return _generalist(request, scenario, config, folder, display)
     log = JsonLog(folder.root / "log.jsonl")
     _warm_up(scenario, config, request.rule, display)
-    base = _base(request, scenario, config, folder, display)
+    base = _base(request, scenario, config, folder, display, log)
     publisher = Publisher(scenario, base, config, request.seed)
     summary: dict[str, Any] = {"checkpoint": str(folder.best), "base": asdict(base)}
     if request.algorithm == "search":
@@ -190,6 +212,13 @@ def _published(publisher: Publisher, folder: Path) -> SearchResult:
     return replace(base, folder=str(folder))
 
 
+def _plain(design: Design) -> dict[str, Any]:
+    """A design as JSON data, under the names of :class:`SearchResult`."""
+    plans = None if design.plans is None else [asdict(plan) for plan in design.plans]
+    theta = None if design.theta is None else design.theta.tolist()
+    return {"rule": design.rule, "values": dict(design.values), "plans": plans, "theta": theta}
+
+
 def _warm_up(scenario: Scenario, config: TrainConfig, rule: str, display: Display) -> None:
     """Compile the kernels (once per version and machine) before any clock of the budget runs."""
     display.phase("compile")
@@ -202,13 +231,17 @@ def _warm_up(scenario: Scenario, config: TrainConfig, rule: str, display: Displa
 
 
 def _base(
-    request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display
+    request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display, log: JsonLog
 ) -> SearchResult:
     """The tuned rule, from an earlier part of this run if there is one."""
     if folder.base.exists():
         return SearchResult(**read_json(folder.base))
     if request.rule == AUTO:
-        found = search_all(scenario, config, display, request.budget, request.algorithm == "direct", request.seed)
+        log.write("search")  # from its beginning, also in a resumed run
+        found = search_all(
+            scenario, config, display, request.budget, request.algorithm == "direct", request.seed,
+            lambda seconds, design: log.write("incumbent", seconds=round(seconds, 2), **_plain(design)),
+        )  # fmt: skip
         write_json(folder.base, asdict(found))
         return found
     search_only = request.algorithm == "search"

@@ -65,6 +65,8 @@ class Design:
     :param plans: arrangement; None: the rule's
     :param theta: offsets in the coordinates of :class:`Space`; None: the rule as it is
     :param universal: the coordinates are those of every scenario, so that ``theta`` means the same in all of them
+    :param kinds: only the weights of these decision kinds are searched, everything else (also budgets of the
+        arrangement) stays as it is; None: all there is
     """
 
     rule: str
@@ -72,6 +74,7 @@ class Design:
     plans: tuple[InstancePlan, ...] | None = None
     theta: np.ndarray | None = None
     universal: bool = False
+    kinds: frozenset[Kind] | None = None
 
     def bind(self, setting: Setting) -> BoundPolicy:
         """Ready to run.
@@ -119,19 +122,22 @@ class Space:
             else set(setting.roles)
         )
         every = design.universal  # levers that this scenario lacks have their place all the same
-        self.coordinates = (
+        found = (
             *_prefill(roles, hold=every or setting.allow_hold, shed=every or setting.allow_shed),
             *_decode(),
             *(_reallocate() if Kind.REALLOCATE in setting.kinds and not every else ()),
             *(_tune() if Kind.TUNE in setting.kinds and not every else ()),
             *_plan_coordinates(self.start or ()),
         )
+        kinds = frozenset(Kind) if design.kinds is None else design.kinds
+        self.coordinates = tuple(c for c in found if design.kinds is None or c.kind in kinds)
         self._base = np.zeros((len(Kind), N_FEATURES))
         if not self.advised:
             self._base = linear_score.weights(registry.get("linear_score").values(design.values))
         for column in (Col.IS_HOLD, Col.IS_SHED):
             # an advisor's HOLD is as good as any other advice; without one, holding back has a price
-            if not self.advised and self._base[Kind.PLACE_PREFILL, column] >= linear_score.NEVER:
+            free = not self.advised and Kind.PLACE_PREFILL in kinds
+            if free and self._base[Kind.PLACE_PREFILL, column] >= linear_score.NEVER:
                 self._base[Kind.PLACE_PREFILL, column] = _NO_HOLD
 
     def __len__(self) -> int:
