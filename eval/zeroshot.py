@@ -116,7 +116,7 @@ def native(scenario: Scenario, folder: Path, effort: Effort) -> dict[str, Any]:
     :raises SlalomError: the folder holds a training with another budget
     """
     from train.budget import parse_budget
-    from train.config import TrainConfig
+    from train.config import load_config
     from train.run import Request as Training
     from train.run import run_or_read
 
@@ -124,7 +124,7 @@ def native(scenario: Scenario, folder: Path, effort: Effort) -> dict[str, Any]:
     write_text(path, scenario.to_yaml())
     size = min(max(scenario.n_requests, 2000), _LONGEST_SEARCH)
     # a simulation of a larger cluster costs more: fewer designs are drawn, so that time is left to refine the best
-    designs = max(round(TrainConfig().designs * 2000 / size), 30)
+    designs = max(round(load_config(None, scenario.name).designs * 2000 / size), 30)
     sizes = {"eval_requests": max(scenario.n_requests, 5000), "direct_size": size, "designs": designs}
     asked = Training(
         str(path), "direct", "auto", parse_budget(effort.budget), out=folder / "native", overrides=sizes

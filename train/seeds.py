@@ -124,12 +124,12 @@ def read_stages(folder: Path) -> list[Stage]:
 class _Yardstick:
     """Goodput at 90 % on fresh validation windows, kept in a folder so that a second run measures nothing twice."""
 
-    def __init__(self, scenario: Any, folder: Path, windows: Sequence[int] = _WINDOWS) -> None:
+    def __init__(self, scenario: Any, folder: Path) -> None:
         from env.cluster import arena_of
         from eval.points import code_sha256, scenario_hash
         from train.fitness import Fitness
 
-        self.scenario, self._folder, self._windows = scenario, folder, tuple(windows)
+        self.scenario, self._folder, self._windows = scenario, folder, _WINDOWS
         self._fitness = Fitness(scenario, arena_of(scenario).setting, "valid", class_floor=0.0)
         self._identity = [code_sha256(), scenario_hash(scenario), list(self._windows)]
         self._start = float(scenario.reference_rate)
@@ -184,7 +184,8 @@ def _best_rule(
 
     settings = PointSettings(n_requests=scenario.n_requests)
     trials = trials_for(requests, settings.n_requests)
-    table, rates = [], None
+    table: list[dict[str, Any]] = []
+    rates: list[float] | None = None
     for rule in rules:
         defaults = registry.get(rule).values()
         table.append({"rule": rule, "tuned": False, "goodput": yardstick.design({"rule": rule, "values": defaults})})

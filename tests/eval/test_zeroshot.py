@@ -80,10 +80,11 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_variant_from_training_to_table_and_once_more_from_what_is_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["--checkpoint", "azure-conv-4xa100", "--instances", "2", "--profiles", "", "--budget", "30k"]
+    monkeypatch.setattr(zeroshot, "_LONGEST_SEARCH", 200)
+    command = ["--checkpoint", "azure-conv-4xa100", "--instances", "2", "--profiles", "", "--budget", "10k"]
     command += [
         "--rule",
-        "linear_score",
+        "least_tokens",
         "--seeds",
         "1",
         "--requests",
@@ -103,7 +104,7 @@ def test_a_variant_from_training_to_table_and_once_more_from_what_is_kept(
     monkeypatch.setattr("train.run._stages", None)  # nothing is trained again
     assert main(command) == 0
     assert capsys.readouterr().out == first
-    assert main([*command[:7], "40k", *command[8:]]) == 2  # another budget, the same folder
+    assert main([*command[:7], "12k", *command[8:]]) == 2  # another budget, the same folder
 
 
 def test_profiles_of_the_default_command_exist() -> None:
