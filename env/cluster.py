@@ -29,7 +29,7 @@ from env.scenario import Scenario
 from env.workload import Trace, assign_classes
 from policies.setting import Setting
 
-__all__ = ["Arena", "FirstClass", "arena_of", "build_trace", "compiled", "jittered", "requests_of"]
+__all__ = ["Arena", "FirstClass", "arena_of", "build_trace", "compiled", "jittered", "requests_of", "slowed"]
 
 #: Simulated seconds that requests still running at the last arrival are given to end.
 DRAIN_S = 300.0
@@ -224,6 +224,17 @@ def jittered(state: ClusterState, spread: float, rng: np.random.Generator) -> Ma
         share[name] *= prefill[:, None, None]
     for name in ("decode_small", "decode_large"):
         share[name] *= decode[:, None, None]
+    return {"true_profile": profile, "true_share": share}
+
+
+def slowed(state: ClusterState, factor: float) -> Mapping[str, np.ndarray]:
+    """As :func:`jittered`: every step takes ``factor`` times what the nominal profile says."""
+    rows = state.inst["profile"]
+    profile, share = state.profile[rows].copy(), state.share[rows].copy()
+    for name in ("prefill", "knot_s", "decode_small", "decode_large"):
+        share[name] *= factor
+    share["fused_shared_s"] *= factor
+    profile["step_overhead_s"] *= factor
     return {"true_profile": profile, "true_share": share}
 
 

@@ -16,7 +16,7 @@ from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered
+from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered, slowed
 from env.scenario import Scenario
 from env.surrogate import run
 from env.workload import Trace
@@ -77,6 +77,7 @@ def simulate(
     trace: Trace | None = None,
     fast_forward: bool = True,
     jitter: bool = False,
+    slowdown: float = 1.0,
 ) -> RunResult:
     """Serve ``n_requests`` of the scenario's workload at ``rate`` under ``policy``; same arguments, same bytes.
 
@@ -85,10 +86,13 @@ def simulate(
     :param trace: these requests instead of the scenario's workload
     :param fast_forward: jump over decode steps in which nothing changes (same timeline either way)
     :param jitter: let step times stray from the profile by its held-out error
+    :param slowdown: steps take this much longer than the profile, by which the scheduler goes on to predict, says
     :raises SlalomError: bad rate or number of requests, unknown policy
     """
     if not rate > 0:
         raise SlalomError("rate", rate, "give a positive number of requests per second")
+    if not slowdown > 0 or (jitter and slowdown != 1.0):
+        raise SlalomError("slowdown", slowdown, "give a positive factor, and no jitter beside it")
     if n_requests is not None and n_requests < 1:
         raise SlalomError("requests", n_requests, "simulate at least one request")
     arena = arena_of(scenario)
@@ -97,6 +101,8 @@ def simulate(
         trace = build_trace(scenario, rate, n_requests or scenario.n_requests, seed, split)
     state = arena.cluster(bound.arrangement, trace, horizon_s(trace))
     truth: dict[str, Any] = dict(jittered(state, arena.error, np.random.default_rng([seed, 7]))) if jitter else {}
+    if slowdown != 1.0:
+        truth = dict(slowed(state, slowdown))
     sim = new_sim(state, n_roots=trace.n_roots, fast_forward=fast_forward, **truth)
     decide = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
     begin = time.perf_counter()

@@ -2,7 +2,8 @@
 
 A *case* is (scenario, policy, load). The surrogate answers it once; the engine plays it ``repetitions`` times, cases
 interleaved, so that what drifts (heat, neighbours) drifts under all of them. The noise beside every error is what a
-repetition of the engine says about the others: no model can be nearer than that.
+repetition of the engine says about the others: no model can be nearer than that. With a gauge
+(:mod:`eval.fidelity_gauge`) every run is also compared with the surrogate at the speed the machine had then.
 
 An error is taken apart by its source. *profile*: what the executed steps should have computed for, by the profile,
 against what they did. *host*: time between steps, against the profile's. *client*: how late requests were sent.
@@ -14,15 +15,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import kendalltau
 
 from engine.core.state import LaneKind
 from engine.errors import SlalomError
+from eval.fidelity_compare import Case, row_of, summary_of
 from eval.metrics import outcomes
 from eval.points import Contender, Evaluator, PointSettings, code_sha256, scenario_hash
 from eval.provenance import commit, machine, versions
@@ -30,29 +30,7 @@ from eval.store import read_json, write_json
 
 __all__ = ["Case", "command", "fidelity", "summary_of"]
 
-PERCENTILES = (50, 90, 99)
-#: Cases beyond this share of the policy's own goodput are shown, but not part of the headline errors.
-WITHIN = 0.8
 _WARMUP = 0.05
-
-
-@dataclass(frozen=True)
-class Case:
-    """:param load: share of the median goodput of the compared policies, on the surrogate
-    :param own_load: rate ÷ goodput of this very policy there
-    """
-
-    scenario: str
-    policy: str
-    load: float
-    rate: float
-    own_load: float
-    n_requests: int
-
-    @property
-    def key(self) -> str:
-        about = json.dumps([self.scenario, self.policy, self.rate, self.n_requests])
-        return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
 def observed(run: Any) -> dict[str, Any]:
@@ -161,11 +139,13 @@ def fidelity(
     park: Callable[[Any], Any],
     say: Callable[[str, int, int], None] = lambda text, done, total: None,
     replay: Callable[..., Any] | None = None,
+    gauge: Callable[[Any], Callable[[], float]] | None = None,
 ) -> dict[str, Any]:
     """Run every case on both and compare; finished engine runs in ``out`` are read back.
 
     :param park: the model that a scenario is served with on the engine
     :param say: hears what runs, and how many engine runs of how many are done
+    :param gauge: by scenario, what measures how much longer than by the profile steps take now; None: not measured
     :raises SlalomError: a policy or scenario that does not fit
     """
     from env.simulate import simulate
@@ -176,6 +156,7 @@ def fidelity(
     by_name = {s.name: s for s in scenarios}
     cases = [case for s in scenarios for case in plan(s, policies, loads, run_s)]
     parks = {name: park(s) for name, s in by_name.items()}
+    gauges = {name: gauge(s) for name, s in by_name.items()} if gauge is not None else {}
     ours = {c: observed(_surrogate(simulate, by_name[c.scenario], c)) for c in cases}
     theirs: dict[Case, list[dict[str, Any]]] = {c: [] for c in cases}
     done, total = 0, repetitions * len(cases)
@@ -187,21 +168,34 @@ def fidelity(
             if path is not None and path.exists():
                 theirs[case].append(read_json(path))
             else:
+                speed = [gauges[case.scenario]()] if gauges else []
                 run = replay(
                     scenario, case.policy, rate=case.rate, n_requests=case.n_requests, seed=1,
                     park=parks[case.scenario], drain_s=2.0 * run_s,
                 )  # fmt: skip
                 entry = observed(run) | {"sources": sources(run, scenario)}
+                if gauges:
+                    entry["slowdown"] = [*speed, gauges[case.scenario]()]
                 if path is not None:
                     write_json(path, entry)
                 theirs[case].append(entry)
             done += 1
     say("done", done, total)
-    table = [row_of(case, ours[case], theirs[case]) for case in cases]
-    return {
+    table = [row_of(case, [ours[case]], theirs[case]) for case in cases]
+    result = {
         "mode": "fidelity",
         "table": table,
-        "summary": summary_of(table, ours, theirs),
+        "summary": summary_of(table, {c: [entry] for c, entry in ours.items()}, theirs),
+    }
+    if gauges:
+        at_speed = {c: [_at_speed(simulate, by_name[c.scenario], c, entry) for entry in theirs[c]] for c in cases}
+        table = [row_of(case, at_speed[case], theirs[case]) for case in cases]
+        result["at_speed"] = {
+            "table": table,
+            "summary": summary_of(table, at_speed, theirs),
+            "slowdown": [float(np.mean(entry["slowdown"])) for c in cases for entry in theirs[c]],
+        }
+    return result | {
         "settings": {
             "scenarios": {s.name: scenario_hash(s) for s in scenarios},
             "policies": list(policies),
@@ -216,8 +210,15 @@ def fidelity(
     }
 
 
-def _surrogate(simulate: Any, scenario: Any, case: Case) -> Any:
-    return simulate(scenario, case.policy, rate=case.rate, n_requests=case.n_requests, seed=1)
+def _surrogate(simulate: Any, scenario: Any, case: Case, slowdown: float = 1.0) -> Any:
+    return simulate(
+        scenario, case.policy, rate=case.rate, n_requests=case.n_requests, seed=1, slowdown=slowdown
+    )  # fmt: skip
+
+
+def _at_speed(simulate: Any, scenario: Any, case: Case, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The surrogate at the speed that the machine had around the engine run ``entry``."""
+    return observed(_surrogate(simulate, scenario, case, float(np.mean(entry["slowdown"]))))
 
 
 def _path(out: Path | None, scenario: Any, case: Case, repetition: int, device: str) -> Path | None:
@@ -229,105 +230,7 @@ def _path(out: Path | None, scenario: Any, case: Case, repetition: int, device: 
     return out / "runs" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]}.json"
 
 
-# -- comparing -----------------------------------------------------------------------------------------------
-
-
-def _figures(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The compared figures of one run: latencies in ms, attainment as a share, goodput per second."""
-    found = {"attainment": entry["attainment"], "goodput": entry["goodput"]}
-    for name in ("ttft", "tpot"):
-        values = entry[f"{name}_ms"] or [float("nan")]
-        found |= {f"{name}_p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
-    return found
-
-
-def row_of(case: Case, ours: Mapping[str, Any], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One line of the table: engine (median of its repetitions), surrogate, error and the engine's own noise.
-
-    Errors and noise are relative, of attainment absolute. Noise: mean distance of a repetition from the median of
-    the others.
-    """
-    model, runs = _figures(ours), [_figures(entry) for entry in theirs]
-    figures = {}
-    for name, surrogate in model.items():
-        values = np.array([run[name] for run in runs])
-        engine = float(np.median(values))
-        rest = [float(np.median(np.delete(values, k))) for k in range(len(values))]
-        away = values - np.array(rest)
-        if name != "attainment":
-            away = away / np.maximum(np.abs(rest), 1e-12)
-        error = surrogate - engine if name == "attainment" else surrogate / max(engine, 1e-12) - 1.0
-        figures[name] = {
-            "engine": engine, "surrogate": surrogate, "error": error, "noise": float(np.abs(away).mean())
-        }  # fmt: skip
-    names = theirs[0]["sources"]
-    return {
-        "scenario": case.scenario,
-        "policy": case.policy,
-        "load": case.load,
-        "own_load": case.own_load,
-        "rate": case.rate,
-        "requests": case.n_requests,
-        "figures": figures,
-        "sources": {name: float(np.mean([entry["sources"][name] for entry in theirs])) for name in names},
-    }
-
-
-def _tau(a: Sequence[float], b: Sequence[float]) -> float | None:
-    if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2:
-        return None
-    return float(kendalltau(a, b).statistic)
-
-
-def _ranking(
-    table: Sequence[Mapping[str, Any]], ours: Mapping[Case, Any], theirs: Mapping[Case, Any]
-) -> dict[str, Any]:
-    """Kendall's tau of the policies, by attainment and by mean latency in units of the targets, over all cases."""
-    policies = list(dict.fromkeys(case.policy for case in ours))
-    result: dict[str, Any] = {}
-    for name in ("attainment", "slowness"):
-        model = [float(np.mean([ours[c][name] for c in ours if c.policy == p])) for p in policies]
-        n = min(len(runs) for runs in theirs.values())
-        each = [
-            [float(np.mean([theirs[c][k][name] for c in theirs if c.policy == p])) for p in policies] for k in range(n)
-        ]
-        engine = np.mean(each, axis=0).tolist()
-        itself = [_tau(each[i], each[j]) for i in range(n) for j in range(i)]
-        known = [t for t in itself if t is not None]
-        result[name] = {
-            "tau": _tau(engine, model),
-            "engine_against_itself": float(np.mean(known)) if known else None,
-            "engine": dict(zip(policies, engine, strict=True)),
-            "surrogate": dict(zip(policies, model, strict=True)),
-        }
-    return result
-
-
-def summary_of(
-    table: Sequence[Mapping[str, Any]], ours: Mapping[Case, Any], theirs: Mapping[Case, Any]
-) -> dict[str, Any]:
-    """Errors over the cases within 80 % of a policy's own goodput, noise beside them, ranking, sources."""
-    within = [row for row in table if row["own_load"] <= WITHIN + 1e-9]
-    errors = {}
-    for name in table[0]["figures"]:
-        cells = [row["figures"][name] for row in within]
-        if cells:
-            size = np.abs([c["error"] for c in cells])
-            errors[name] = {
-                "mean_error": float(np.mean([c["error"] for c in cells])),
-                "mean_abs_error": float(size.mean()),
-                "max_abs_error": float(size.max()),
-                "noise": float(np.mean([c["noise"] for c in cells])),
-            }
-    names = table[0]["sources"]
-    return {
-        "cases": len(table),
-        "cases_within": len(within),
-        "errors": errors,
-        "ranking": _ranking(table, ours, theirs),
-        "sources": {name: float(np.mean([row["sources"][name] for row in table])) for name in names},
-        "step_spread": float(np.sqrt(np.mean([row["sources"]["step"] ** 2 for row in table]))),
-    }
+# -- keeping -------------------------------------------------------------------------------------------------
 
 
 def stored_form(result: Mapping[str, Any]) -> dict[str, float | int | str]:
@@ -345,6 +248,8 @@ def stored_form(result: Mapping[str, Any]) -> dict[str, float | int | str]:
     }
     for name, e in summary["errors"].items():
         flat |= {f"{name}_mean_abs_error": round(e["mean_abs_error"], 5), f"{name}_noise": round(e["noise"], 5)}
+    for name, e in result.get("at_speed", {}).get("summary", {}).get("errors", {}).items():
+        flat[f"{name}_mean_abs_error_at_speed"] = round(e["mean_abs_error"], 5)
     for name, found in summary["ranking"].items():
         if found["tau"] is not None:
             flat[f"kendall_tau_{name}"] = round(found["tau"], 4)
@@ -388,13 +293,14 @@ def command(
         console.print(f"engine: {found.name}, scenario {s.name}", highlight=False)
         return found
 
+    from eval.fidelity_gauge import Gauge
     from eval.fidelity_report import Bar, print_table
 
     try:
         with Bar(console) as bar:
             result = fidelity(
                 chosen, list(dict.fromkeys(policies)), loads=shares, repetitions=repetitions, run_s=run_s, out=out,
-                park=park, say=bar.say,
+                park=park, say=bar.say, gauge=lambda s: Gauge(park_for(s, model).model, s).slowdown,
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = f"; finished runs are in {out}, go on with --resume" if out is not None else ""

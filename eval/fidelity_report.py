@@ -47,7 +47,19 @@ class Bar:
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
-    """One line per case, then the summary in plain sentences."""
+    """One line per case, then the summary in plain sentences; twice where the machine's speed was measured."""
+    _print(result, console)
+    if "at_speed" in result:
+        slow = result["at_speed"]["slowdown"]
+        console.print(
+            "\nThe same runs against the surrogate at the speed of the machine around each of them: reference steps "
+            f"took {min(slow):.2f} to {max(slow):.2f} times (mean {sum(slow) / len(slow):.2f}) what the profile says.",
+            highlight=False,
+        )
+        _print(result["at_speed"], console)
+
+
+def _print(result: Mapping[str, Any], console: Console) -> None:
     for scenario in dict.fromkeys(row["scenario"] for row in result["table"]):
         title = f"{scenario}: surrogate ÷ engine − 1 in % (±: the engine's own noise); attainment in points"
         table = Table(title=escape(title))
