@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +32,9 @@ class TrainConfig(BaseModel):
     direct_seeds: int = Field(1, ge=1, description="arrival sequences per rate and generation of CMA-ES")
     wait_limit_s: float | None = Field(
         None, gt=0, description="in the direct search, who waits longer for a first token counts as two misses"
+    )
+    light_loads: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.3, 0.6), description="times the goodput: light load that the direct search looks at as well; empty: never"
     )
     starts: int = Field(1, ge=1, description="designs that CMA-ES refines")
     tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")

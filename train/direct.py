@@ -51,6 +51,8 @@ class DirectConfig:
     :param share: of the budget for exploration
     :param seeds: arrival sequences per rate and generation
     :param wait_limit_s: see :class:`train.fitness.Fitness`
+    :param light_loads: as multiples of the knee; every third generation of CMA-ES trades one of its two rates for the
+        next of these: what is learned around the knee alone may hold prompts back when nothing presses
     :param n_requests: of one simulation in CMA-ES; None: as many as the scenario's own runs, 2000 to 4000
     """
 
@@ -64,6 +66,7 @@ class DirectConfig:
     population: int = 14
     sigma: float = 0.6
     wait_limit_s: float | None = None
+    light_loads: tuple[float, ...] = (0.3, 0.6)
     rules: tuple[str, ...] | None = None
 
 
@@ -202,6 +205,14 @@ class _Search:
         self.incumbent(design)
         return design
 
+    def loads(self, generation: int) -> tuple[float, float]:
+        """The two rates of a generation of CMA-ES, as multiples of the knee."""
+        low, middle, high = _LOADS
+        light = self.config.light_loads
+        if light and generation % 3 == 2:
+            return light[generation // 3 % len(light)], middle
+        return (low, middle) if generation % 2 else (middle, high)
+
     # -- refine ----------------------------------------------------------------------------------------------
 
     def refine(self, design: Design, until: float, number: int) -> Design:
@@ -217,7 +228,7 @@ class _Search:
         told_at = start
         while self.used < until and not optimiser.should_stop():
             first = _CMA_SEED + 1000 * number + generation * config.seeds
-            rates = [load * self.knee for load in (_LOADS[:2] if generation % 2 else _LOADS[1:])]
+            rates = [load * self.knee for load in self.loads(generation)]
             told, best = [], -1.0
             for _ in range(optimiser.population_size):
                 theta = optimiser.ask()

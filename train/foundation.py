@@ -83,13 +83,14 @@ def search_all(
         n_requests=config.direct_size,
         seeds=config.direct_seeds,
         wait_limit_s=config.wait_limit_s,
+        light_loads=config.light_loads,
         rules=config.rules,
     )
     found = direct_search(
         scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report, on_incumbent=on_incumbent
     )
     display.phase("choose")
-    rates = [load * found.knee for load in config.eval_loads]
+    rates = [load * found.knee for load in (*config.light_loads, *config.eval_loads)]
     scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests, config.wait_limit_s)
     display.update(1.0, "done")
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
