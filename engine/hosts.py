@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -44,6 +44,8 @@ class Executor(Protocol):
     ) -> list[int]:
         """Run ``layers`` of the sequences ``spans``, or of those of the slice before when there are none.
 
+        Sequences whose last layers are still to come stand aside, half computed, when others begin: last begun goes on.
+
         :param params: of the sampling sequences, and ``steps`` how many tokens each of them has so far; empty unless
             the last layer is among ``layers``
         :return: their next tokens
@@ -73,6 +75,14 @@ class Host(Protocol):
         ...
 
 
+class _Pass(NamedTuple):
+    """A forward pass whose last layers are still to come, and where it ran."""
+
+    batch: Batch
+    carry: Carry
+    lane: Lane
+
+
 class LocalExecutor:
     """An :class:`Executor` in this process.
 
@@ -87,8 +97,7 @@ class LocalExecutor:
         self._runner, self.n_layers = runner, runner.n_layers
         self._lanes, self._l, self._graphs = lanes, l, graphs or {}
         self._on: Lane | None = None  # where the step before ran
-        self._batch: Batch | None = None
-        self._carry: Carry | None = None
+        self._passes: list[_Pass | None] = []  # under way; None: a slice of it failed
         self.without_graph: Counter[str] = Counter()
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
@@ -105,19 +114,20 @@ class LocalExecutor:
     ) -> list[int]:
         """See :class:`Executor`."""
         lane = self._lanes.lane(self._l, partition)
+        aside = len(self._passes) - (0 if spans else 1)
         try:
             with lane.open():
                 if self._on is not None and self._on is not lane:
                     lane.follow(self._on)  # the partition has changed: no drain, the device waits by itself
-                    if self._carry is not None:
-                        lane.keep(self._carry.hidden, self._carry.residual)
                 self._on = lane
                 sampled = self._run(spans, layers, params, steps, partition, lane)
                 tokens: list[int] = [] if sampled is None else sampled.tolist()
                 lane.wait()
             return tokens
         except BaseException:
-            self._batch = self._carry = None
+            del self._passes[aside:]
+            if layers[1] < self.n_layers:
+                self._passes.append(None)
             raise
 
     def _run(
@@ -133,15 +143,18 @@ class LocalExecutor:
             logits = self._replay(spans, len(params), partition)
             if logits is not None:
                 return self._runner.choose(logits, params, steps)
-            self._batch, self._carry = self._runner.batch(spans, sm_count=lane.size), None
-        batch = self._batch
-        if batch is None:
-            raise RuntimeError("the slice of layers before this one failed")
-        carry = self._runner.run_layers(batch, layers, self._carry)
+            batch, carry = self._runner.batch(spans, sm_count=lane.size), None
+        else:
+            begun = self._passes.pop() if self._passes else None
+            if begun is None:
+                raise RuntimeError("the slice of layers before this one failed")
+            batch, carry = begun.batch, begun.carry
+            if begun.lane is not lane:
+                lane.keep(carry.hidden, carry.residual)
+        carry = self._runner.run_layers(batch, layers, carry)
         if layers[1] < self.n_layers:
-            self._carry = carry
+            self._passes.append(_Pass(batch, carry, lane))
             return None
-        self._batch = self._carry = None
         return self._runner.sample(batch, carry, params, steps) if params else None
 
     def _replay(self, spans: Sequence[Span], n_sampling: int, partition: int) -> Tensor | None:

@@ -49,7 +49,7 @@ class LaneRunner:
             np.zeros(rows, np.int32), np.zeros((rows, width), np.int32),
         )  # fmt: skip
         self._rows = list(self._columns[5])
-        self._sampling: list[Request] = []
+        self._sampling: list[list[Request]] = []  # of the passes under way; those that stand aside first
 
     def describe(self, words: np.ndarray, i: int, l: int) -> Step:
         """The step that the core has put into lane (i, l)."""
@@ -80,8 +80,8 @@ class LaneRunner:
 
     def _run(self, step: Step) -> list[tuple[Request, Delta]]:
         if step.spans:
-            self._sampling = [r for r, span in zip(step.requests, step.spans, strict=True) if span.sample]
-        sampling = self._sampling if step.layers[1] >= self.executor.n_layers else []
+            self._sampling.append([r for r, span in zip(step.requests, step.spans, strict=True) if span.sample])
+        sampling = self._sampling.pop() if step.layers[1] >= self.executor.n_layers else []
         params, steps = [r.params for r in sampling], [r.n_generated for r in sampling]
         tokens = self.executor.run(step.spans, step.layers, params, steps, step.partition)
         return [(request, request.push(token)) for request, token in zip(sampling, tokens, strict=True)]

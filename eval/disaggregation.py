@@ -8,7 +8,7 @@ left out (the shipped profiles are measured without); a configuration is therefo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from env.cluster import POLICY_ARGS, WORDS, FirstClass, build_trace, compiled, h
 from env.scenario import Scenario
 from env.simulate import simulate
 from env.surrogate import run
+from env.workload import Trace
 from eval.goodput import find_goodput
 from eval.metrics import outcomes
 from policies.registry import load_policy
@@ -132,11 +133,13 @@ def phase_goodput(
     prefill_tokens: int = 8192,
     max_batch: int = 1024,
     tolerance: float = 0.02,
+    requests_at: Callable[[float], Trace] | None = None,
 ) -> float:
     """Requests per second that one instance of ``profile`` sustains when the other phase costs nothing.
 
     :param phase: ``prefill`` tests TTFT, ``decode`` tests TPOT
     :param goal: share of requests within the target
+    :param requests_at: the requests at a rate, instead of ``n_requests`` of the scenario's workload
     """
     table, share = _alone(profile, phase)
     specs = tuple(
@@ -158,7 +161,7 @@ def phase_goodput(
     def attainment(rate: float) -> float:
         if rate < LEAST_LOAD * scenario.reference_rate:
             return 0.0
-        trace = build_trace(scenario, rate, n_requests, 0, "valid")
+        trace = requests_at(rate) if requests_at else build_trace(scenario, rate, n_requests, 0, "valid")
         options = ClusterOptions(horizon_s=horizon_s(trace))
         state = new_cluster(specs, table, share, classes=classes, links=links, options=options)
         state.cluster["n_requests"] = trace.n

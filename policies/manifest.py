@@ -111,6 +111,7 @@ class PlanRecord(_Strict):
     split: int | None = None
     table: tuple[tuple[int, int], ...] | None = None
     layer_tokens: Annotated[int, Field(ge=0)] | None = None
+    stand_aside: bool | None = None
     headroom: FiniteFloat | None = None
     prefill_tokens: Annotated[int, Field(gt=0)] | None = None
     order: Annotated[int, Field(ge=0)] | None = None

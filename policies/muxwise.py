@@ -6,7 +6,9 @@
 At each decode step boundary the core chooses s and launches decode, beside it N_PL layers of the prefill batch P
 (first come first served, whole prompts); with nothing to decode, P runs on all SMs. The largest partial share
 serves where none qualifies (inferred). This rule only arranges instances for it and spreads requests: the
-paper has one instance, so the dispatch is inferred. Its optional preemption by short prompts is not modelled.
+paper has one instance, so the dispatch is inferred. With ``preempt=on`` P stands aside at a layer boundary for a
+prompt that would be late behind it, meets its TTFT target now, and leaves P's within reach (``engine.core.parking``).
+Layer boundaries exist beside decode only: with nothing to decode, all layers of P are one launch here.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def route(context, candidates, mask, router):
 
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
-    """``params``: router, headroom, prefill_tokens (the last two static). TUNE keeps the predictor's choice."""
+    """``params``: router, then static ones. TUNE keeps the predictor's choice."""
     if kind_of(context) != Kind.PLACE_PREFILL:
         return default_answer(context, candidates, mask)
     return route(context, candidates, mask, params[0])
@@ -59,6 +61,7 @@ def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:
         split=-1,
         headroom=float(values["headroom"]),
         prefill_tokens=int(values["prefill_tokens"]),
+        stand_aside=values["preempt"] == "on",
         order=0,
     )
     return [plan] * setting.n_instances
@@ -74,6 +77,7 @@ RULE = Rule(
         ROUTER,
         Param("headroom", 0.3, 1.5, 1.0, doc="part of the TPOT target that the worst case may use; 1 as published"),
         Param("prefill_tokens", 256, 32768, 8192, log=True, integer=True, doc="tokens of one prefill batch"),
+        Param("preempt", default="off", choices=("off", "on"), doc="short prompts preempt a prefill between layers"),
     ),
     arrange=_arrange,
 )

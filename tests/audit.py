@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.core.lists import ENDED, HANDOVER, HELD, PLACING
-from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
+from engine.core.state import NEVER, ClusterState, LaneKind, RequestState, Role
 from env.clock import Sim
 
 S = RequestState
@@ -74,6 +74,8 @@ def _places(b: _Books) -> dict[int, list[int]]:
             put(b.run[i][slot], ("run", i))
         for lane in b.lane[i]:
             in_step += b.prefills[i][: lane["n_prefills"]]
+        in_step += b.prefills[len(b.inst) + i][: inst["parked_n"]]
+        assert inst["parked_n"] == 0 or (inst["role"] == Role.MULTIPLEXED and inst["stand_aside"] == 1)
     assert len(in_step) == len(set(in_step)), "a prompt is in two steps"
     for r, q in enumerate(b.req):
         state, i, dest = q["state"], q["inst"], q["dest"]

@@ -250,6 +250,7 @@ def _instances(draw: st.DrawFn, profiles: tuple[ProfileSpec, ...], block: int, l
                 split=draw(st.integers(min(Split), len(profiles[p].shares) - 1)),
                 table=tuple((bs, draw(st.integers(0, len(profiles[p].shares) - 1))) for bs in (1, 3)),
                 layer_tokens=draw(st.sampled_from([0, 0, 400])),
+                stand_aside=draw(st.booleans()),
                 order=draw(st.sampled_from(list(Order))),
                 headroom=draw(st.sampled_from([0.5, 1.0])),
             )

@@ -12,9 +12,10 @@ import numpy as np
 
 from engine.core.jit import kernel
 from engine.core.lists import pop_front, push_back, queue_of, ready_of
+from engine.core.parking import overtaker, park, unpark
 from engine.core.predict import predict_step, prefill_share, row_on_demand, split_for, table_row, whole_device
 from engine.core.preemption import note_due, recount_due, secure_decode
-from engine.core.prompts import plan_queue
+from engine.core.prompts import admit_alone, plan_queue, take
 from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.latency.evaluate import decode_s, prefill_s, to_ticks
 
@@ -132,16 +133,36 @@ def _look_up(s, i):
 
 
 @kernel
+def _stand_aside(s, i, now):
+    """Park the batch under way in lane (i, 0) where a short prompt should go first, and there is room for it."""
+    r = overtaker(s, i, now)
+    n = admit_alone(s, i, r, now) if r >= 0 else 0
+    if n > 0:
+        park(s, i)
+        _clear_lane(s.lane[i, 0], now)
+        take(s, i, 0, 0, r, n)
+        _look_up(s, i)
+
+
+@kernel
 def _plan_layers(s, i, now):
     """Next slice of the prefill lane of a MULTIPLEXED instance: layers enough to last one decode step."""
     lane = s.lane[i, 0]
     p = s.inst[i].profile
     layers = s.profile[p].n_layers
-    if lane.layer_to == 0 or lane.layer_to >= layers:
+    goes_on = lane.layer_to > 0 and lane.layer_to < layers
+    preempts = s.inst[i].parked_n > 0
+    if not goes_on:
         _clear_lane(lane, now)
-        if plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) == 0:
+        if preempts:
+            unpark(s, i)
+            goes_on, preempts = True, False
+        elif plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) == 0:
             return
-        _look_up(s, i)
+        else:
+            _look_up(s, i)
+    if goes_on and not preempts and s.inst[i].stand_aside == 1:
+        _stand_aside(s, i, now)
     lane.kind = _K_PREFILL
     lane.start = now
     lane.layer_from = lane.layer_to

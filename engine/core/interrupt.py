@@ -196,6 +196,12 @@ def evacuate(words, i):
         lane.kind = _K_IDLE
         lane.n_prefills = 0
         lane.layer_to = 0
+    for k in range(s.inst[i].parked_n):
+        r = s.prefills[s.cluster[0].n_instances + i, k]
+        s.req[r].state = _WAITING
+        s.req[r].sched = 0
+    s.inst[i].parked_n = 0
+    s.inst[i].parked_work = 0
     n = 0
     for r in range(s.cluster[0].n_requests):
         req = s.req[r]

@@ -6,6 +6,7 @@ import numpy as np
 
 from engine.core.jit import kernel
 from engine.core.lists import queue_of
+from engine.core.parking import parked_rest_s
 from engine.core.predict import expected_row, predict_step, prefill_share, whole_device
 from engine.core.punctual import goes_before
 from engine.core.state import NEVER as _NEVER
@@ -55,7 +56,7 @@ def residual_s(s, i, now):
     layers = s.profile[s.inst[i].profile].n_layers
     if lane.layer_to > lane.layer_from and lane.layer_to < layers:
         rest += predicted * (layers - lane.layer_to) / (lane.layer_to - lane.layer_from)
-    return rest
+    return rest + parked_rest_s(s, i)
 
 
 @kernel
@@ -78,7 +79,8 @@ def prefill_forecast(s, i, n, reused, now):
     profile, full = s.profile[p], s.share[p, whole_device(s, i)]
     own = prefill_s(profile, full, n * n, n * reused, n) + profile.step_overhead_s
     lane = s.lane[i, 1 if inst.role == _DECODE else 0]
-    queued_s = max(inst.queue_work - lane.work, 0) * 1e-12 if lane.kind != _IDLE else inst.queue_work * 1e-12
+    begun = lane.work + inst.parked_work if lane.kind != _IDLE else np.int64(0)
+    queued_s = max(inst.queue_work - begun, 0) * 1e-12
     wait = residual_s(s, i, now) + queued_s
     if inst.run_n == 0:
         return wait, own, 0.0

@@ -41,6 +41,7 @@ class InstancePlan:
     :param table: for ``Split.TABLE``: (least decode batch size, share row), ascending
     :param layer_tokens: a layered prefill launches max(1, layer_tokens // prompt tokens) layers at a time;
         0: as many as last one decode step
+    :param stand_aside: between its layers, a layered prefill batch stands aside for a short prompt that would be late
     :param headroom: the predictor rule aims at ``headroom`` × TPOT target
     :param prefill_tokens: token budget of a whole-prompt prefill batch
     :param order: a :class:`engine.core.state.Order`
@@ -55,6 +56,7 @@ class InstancePlan:
     order: int | None = None
     table: tuple[tuple[int, int], ...] | None = None
     layer_tokens: int | None = None
+    stand_aside: bool | None = None
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from engine.core.preemption import give_way, partly_prefilled, preempt, touch_po
 from engine.core.punctual import give_up_late
 from engine.core.state import Order, RequestState, Role
 
-__all__ = ["plan_queue"]
+__all__ = ["admit_alone", "plan_queue", "take"]
 
 _PREFILL = int(Role.PREFILL)
 _PREFILLING = int(RequestState.PREFILLING)
@@ -63,7 +63,7 @@ def _admit(s, i, r, budget, reserve, now):
 
 
 @kernel
-def _take(s, i, l, k, r, n):
+def take(s, i, l, k, r, n):
     """Add ``n`` tokens of request ``r`` to the step of lane (i, l) as its ``k``-th prompt."""
     lane = s.lane[i, l]
     x, done = float(n), float(s.req[r].computed)
@@ -76,6 +76,21 @@ def _take(s, i, l, k, r, n):
     lane.n_prefills = k + 1
     s.req[r].sched = n
     s.req[r].state = _PREFILLING
+
+
+@kernel
+def _has_seat(s, i):
+    """Whether one more prompt of instance ``i`` may start and later join its running set."""
+    seats = s.inst[i].run_n + s.lists[ready_of(i), 2] + s.inst[i].started_n
+    return seats < s.inst[i].max_batch or s.inst[i].role == _PREFILL
+
+
+@kernel
+def admit_alone(s, i, r, now):
+    """Blocks for the whole rest of queued request ``r``: the tokens to compute, 0 where there is no room for it."""
+    if s.req[r].blocks == 0 and not _has_seat(s, i):
+        return 0
+    return _admit(s, i, r, -1, int(s.pool[s.inst[i].pool].n_blocks * s.inst[i].watermark), now)
 
 
 @kernel
@@ -94,10 +109,8 @@ def _plan_prompts(s, i, l, budget, chunked, limit, now):
     while r >= 0 and k < limit:
         after = s.req[r].next
         left = budget - lane.sum_n
-        if s.req[r].blocks == 0:
-            seats = s.inst[i].run_n + s.lists[ready_of(i), 2] + s.inst[i].started_n
-            if seats >= s.inst[i].max_batch and s.inst[i].role != _PREFILL:
-                break
+        if s.req[r].blocks == 0 and not _has_seat(s, i):
+            break
         if chunked:
             if left <= 0:
                 break
@@ -106,7 +119,7 @@ def _plan_prompts(s, i, l, budget, chunked, limit, now):
         n = _admit(s, i, r, left if chunked else -1, 0 if idle and k == 0 else reserve, now)
         if n == 0:
             break
-        _take(s, i, l, k, r, n)
+        take(s, i, l, k, r, n)
         k += 1
         r = after
     return k

@@ -56,6 +56,7 @@ class InstanceSpec:
     split: int = Split.AUTO
     table: tuple[tuple[int, int], ...] = ()  # Split.TABLE: (least decode batch size, share row), ascending
     layer_tokens: int = 0
+    stand_aside: bool = False  # LAYERED: a batch may stand aside between layers for a short prompt
     order: int = Order.FCFS
     headroom: float = 1.0
     watermark: float = 0.01  # vLLM V1: 0
@@ -144,8 +145,8 @@ def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
     for record, spec in zip(inst, specs, strict=True):
         for name in (
             "role", "pool", "profile", "gpu", "link", "batching", "chunk_tokens", "prefill_tokens",
-            "max_batch", "max_prefills", "max_ctx", "rotate", "split", "layer_tokens", "order", "headroom",
-            "watermark", "whole_prompt", "pause_preempt",
+            "max_batch", "max_prefills", "max_ctx", "rotate", "split", "layer_tokens", "stand_aside", "order",
+            "headroom", "watermark", "whole_prompt", "pause_preempt",
         ):  # fmt: skip
             record[name] = getattr(spec, name)
         record["table_n"] = len(spec.table)
@@ -254,7 +255,7 @@ def new_cluster(
         lists=lists,
         cls=cls,
         run=np.full((len(specs), max(s.max_batch for s in specs)), -1, np.int32),
-        prefills=np.full((len(specs), max(s.max_prefills for s in specs)), -1, np.int32),
+        prefills=np.full((2 * len(specs), max(s.max_prefills for s in specs)), -1, np.int32),
         hashes=np.zeros(1, np.uint64) if hashes is None else np.ascontiguousarray(hashes, np.uint64),
         profile=profile,
         share=share,

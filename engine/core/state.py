@@ -199,6 +199,7 @@ INSTANCE = np.dtype(
         ("table_bs", np.int32, (MAX_TABLE,)),
         ("table_row", np.int32, (MAX_TABLE,)),
         ("layer_tokens", np.int32),  # LAYERED: slices of layer_tokens ÷ prompt tokens layers; 0: as decode lasts
+        ("stand_aside", np.int32),  # LAYERED, 1: a batch may stand aside between layers for a short prompt, see parking
         ("order", np.int32),
         ("headroom", np.float64),  # the predictor rule aims at headroom × TPOT target
         ("watermark", np.float64),  # share of the pool that a prompt which starts beside others must leave free
@@ -208,6 +209,14 @@ INSTANCE = np.dtype(
         ("queue_tokens", np.int64),  # tokens still to compute
         ("queue_work", np.int64),  # their predicted prefill time, ticks
         ("started_n", np.int32),  # queued requests that hold blocks
+        # -- the prefill batch that stands aside, half computed (row N + i of ``prefills``), as its lane knew it
+        ("parked_n", np.int32),  # its prompts; 0: none stands aside
+        ("parked_layer", np.int32),  # layers it has computed
+        ("parked_sum_n", np.int64),
+        ("parked_sum_n2", np.float64),
+        ("parked_sum_nr", np.float64),
+        ("parked_work", np.int64),
+        ("stood_aside", np.int64),  # how often one did
         # -- requests assigned here whose KV is elsewhere (list INBOUND, then a link)
         ("inbound_tokens", np.int64),
         ("moving_n", np.int32),
@@ -372,7 +381,7 @@ class ClusterState(NamedTuple):
     lists: np.ndarray  # int32 (4 + 3 N + L, 3): head, tail, length of each request list, see lists.py
     cls: np.ndarray  # SLO_CLASS (C,)
     run: np.ndarray  # int32 (N, max_batch): running requests, oldest admission first
-    prefills: np.ndarray  # int32 (N, max_prefills): requests of the prefill step in flight
+    prefills: np.ndarray  # int32 (2 N, max_prefills): requests of the prefill step in flight; N + i: of a parked one
     hashes: np.ndarray  # uint64: chained prefix hashes of all requests
     profile: np.ndarray  # engine.latency.evaluate.PROFILE (n,)
     share: np.ndarray  # engine.latency.evaluate.SHARE (n, M)

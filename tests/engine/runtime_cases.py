@@ -93,6 +93,7 @@ def random_specs(rng: np.random.Generator) -> list[InstanceSpec]:
                 split=int(rng.integers(min(Split), 2)),
                 table=((1, int(rng.integers(0, 2))), (3, int(rng.integers(0, 2)))),
                 layer_tokens=int(rng.choice([0, 300])),
+                stand_aside=(i + n) % 2 == 1,  # not drawn, so that the clusters of old seeds stay what they were
             )
         )
     return specs
