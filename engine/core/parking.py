@@ -46,8 +46,9 @@ def overtaker(s, i, now):
     due = np.int64(_NEVER)
     for k in range(lane.n_prefills):
         req = s.req[s.prefills[i, k]]
-        if req.first_token < 0:
-            due = min(due, req.arrival + req.ttft_slo)
+        if req.first_token >= 0:
+            return np.int32(-1)  # it is computed anew, between two of its tokens: no time to stand aside
+        due = min(due, req.arrival + req.ttft_slo)
     priority = s.req[s.prefills[i, 0]].priority
     r = s.lists[queue_of(i), 0]
     while r >= 0:

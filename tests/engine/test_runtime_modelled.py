@@ -75,6 +75,7 @@ def test_random_clusters_are_worth_the_name() -> None:
         play(state, RandomPolicy(seed), n_roots=n_roots)
         for name in ("n_finished", "n_shed", "n_preempted", "n_migrated", "n_switches", "cached_tokens"):
             seen[name] += int(state.cluster[0][name]) > 0
+        seen["stood_aside"] += bool(state.inst["stood_aside"].any())
     assert min(seen.values()) >= 3, seen
 
 

@@ -53,6 +53,26 @@ def test_dispatch_by_time_or_by_tokens(name: str) -> None:
     assert choose(by_time, place(), rows, 0, 1) == 2  # nobody may: HOLD
 
 
+def test_preemption_is_off_unless_asked_for() -> None:
+    plans = [registry.get("muxwise").bind(values, shared()).arrangement for values in ({}, {"preempt": "on"})]
+    assert [[one.stand_aside for one in plan or ()] for plan in plans] == [[False, False], [True, True]]
+
+
+def test_short_prompts_that_preempt_long_ones_are_in_time_more_often() -> None:
+    """MuxWise section 4.4.3: chat and long documents half and half, where prompts wait behind documents."""
+    lengths = [{"kind": "fixed", "prompt": n, "output": out} for n, out in ((200, 100), (12_000, 20))]
+    mixture = {
+        "workload": {"kind": "shift", "lengths": lengths, "phases": [{"duration": 1, "rate": 1, "weights": [1, 1]}]},
+        "classes": [{"name": "any", "ttft_s": 1.0, "ttft_factor": 5.0, "tpot_s": 0.1}],
+    }
+    scenario = Scenario.load(SCENARIO).with_overrides(mixture)
+    off, on = (simulate(scenario, f"muxwise:preempt={p}", rate=0.5, n_requests=300) for p in ("off", "on"))
+    assert off.inst["stood_aside"].sum() == 0 < on.inst["stood_aside"].sum()
+    short = on.req["prompt"] == 200
+    assert (on.req["ttft_ok"][short] == 1).mean() > (off.req["ttft_ok"][short] == 1).mean() + 0.1
+    assert (on.req["ttft_ok"][~short] == 1).mean() > (off.req["ttft_ok"][~short] == 1).mean() - 0.02
+
+
 def test_shares_are_the_smallest_that_hold_the_scaled_sms() -> None:
     """On 132 SMs nothing is scaled; 20 is no share of this profile, 24 is."""
     rows = share_rows(shared(), "default", 0)
@@ -95,7 +115,8 @@ def attainment(result: RunResult) -> float:
 
 
 @pytest.mark.parametrize(
-    "policy", ["muxwise", "muxwise:router=tokens", "pdmux_table", "pdmux_table:table=loogle", "duetserve"]
+    "policy",
+    ["muxwise", "muxwise:router=tokens", "muxwise:preempt=on", "pdmux_table", "pdmux_table:table=loogle", "duetserve"],
 )
 def test_whole_runs_lose_nobody(policy: str) -> None:
     result = run(policy)
