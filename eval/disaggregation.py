@@ -41,6 +41,7 @@ __all__ = [
     "choose_algorithm",
     "phase_goodput",
     "siblings",
+    "steady_requests",
     "transfer_s",
 ]
 
@@ -49,6 +50,7 @@ NODE_GB_S = 300.0
 #: Below this part of the reference rate nobody waits for anybody: who fails there fails at any rate.
 LEAST_LOAD = 2.0**-12
 _AMPLE_TOKENS = 4_000_000
+_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class Disaggregated:
         """Requests per second and GPU when neither phase idles."""
         rate = min(self.n * self.prefill_rate, self.m * self.decode_rate)
         return rate / self.gpus
+
+
+def steady_requests(scenario: Scenario) -> int:
+    """Requests enough to fill the largest decode batch of the scenario many times over.
+
+    A decode instance with long answers looks far too fast on fewer: most of them arrive before its batch is full.
+    """
+    return max(1000, _BATCHES * max(group.max_batch for group in scenario.cluster))
 
 
 def siblings(scenario: Scenario) -> list[Profile]:

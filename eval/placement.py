@@ -24,7 +24,15 @@ from engine.errors import SlalomError
 from engine.latency import Profile
 from env.scenario import InstanceGroup, Scenario
 from env.simulate import simulate
-from eval.disaggregation import LEAST_LOAD, Disaggregated, algorithm_1, algorithm_2, choose_algorithm, siblings
+from eval.disaggregation import (
+    LEAST_LOAD,
+    Disaggregated,
+    algorithm_1,
+    algorithm_2,
+    choose_algorithm,
+    siblings,
+    steady_requests,
+)
 from eval.goodput import find_goodput
 from eval.metrics import outcomes
 
@@ -300,8 +308,12 @@ def reason(scenario: Scenario, ranked: list[Found], goal: float, effort: Effort)
 def _distserve(scenario: Scenario, budget: int, goal: float) -> dict[str, Any] | None:
     """DistServe's placement for the reference rate, or None where it finds none on these GPUs."""
     algorithm = algorithm_1 if choose_algorithm(scenario) == 1 else algorithm_2
+    effort = {
+        "max_batch": max(group.max_batch for group in scenario.cluster),
+        "n_requests": steady_requests(scenario),
+    }
     try:
-        placed: Disaggregated = algorithm(scenario, scenario.reference_rate, node_gpus=budget, goal=goal)
+        placed: Disaggregated = algorithm(scenario, scenario.reference_rate, node_gpus=budget, goal=goal, **effort)
     except SlalomError:
         return None
     return placed.__dict__ | {"rate": scenario.reference_rate}

@@ -133,18 +133,21 @@ def timeline(result: dict[str, Any]) -> str:
         f"{100 * result['threshold']:g} %"
     ]
     for workload in result["workloads"]:
-        lines.append(f"workload {workload['seed']}: prefill+decode instances, requests per second that they hold")
+        lines.append(
+            f"workload {workload['seed']}: load; prefill+decode instances (what they hold by the planner's estimate)"
+        )
         for row in workload["timeline"]:
             old, new = row["before"], row["plan"]
             changed = ", ".join(f"{name} {100 * by:+.0f} %" for name, by in row["changed"].items()) or "first plan"
-            moved = f"{new['split']} for {new['capacity']:.1f} req/s"
-            share = f"{100 * new['within_targets']:.1f} % within targets"
-            if old is not None:
-                moved = f"{old['split']} ({old['capacity']:.1f} req/s) -> {moved}"
-                share += f" (kept: {100 * old['within_targets']:.1f} %, switched at no cost: "
-                share += f"{100 * row['switched_at_no_cost']:.1f} %)"
             load = f"{row['rate']:6.1f} req/s {row['prompt']:6.0f} in {row['output']:5.0f} out"
-            lines.append(f"{row['at_s']:7.0f} s {load}  {changed}: {moved}; {share}")
+            lines.append(f"{row['at_s']:7.0f} s {load}  {changed}")
+            plan = f"{new['split']} ({new['capacity']:.1f} req/s): {100 * new['within_targets']:.1f} % within targets"
+            if old is not None:
+                plan = (
+                    f"{old['split']} ({old['capacity']:.1f} req/s) -> {plan}; kept {100 * old['within_targets']:.1f} %"
+                )
+                plan += f", switched at no cost {100 * row['switched_at_no_cost']:.1f} %"
+            lines.append(f"{'':10}{plan}")
         lines.append(
             f"    in all: first plan kept {100 * workload['first_plan_kept']:.1f} %, planned anew "
             f"{100 * workload['planned_anew']:.1f} % ({workload['role_changes']} role changes), best fixed split in "

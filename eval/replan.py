@@ -29,7 +29,7 @@ from env.cluster import build_trace
 from env.scenario import Scenario
 from env.simulate import simulate
 from env.workload import Trace, scale_rate
-from eval.disaggregation import phase_goodput
+from eval.disaggregation import phase_goodput, steady_requests
 from eval.metrics import outcomes
 from policies.schedule import scheduled
 
@@ -39,7 +39,6 @@ WINDOW_S = 300.0
 #: Requests that the latest half of a window must hold on average: fewer say little about a 90th percentile.
 LEAST_REQUESTS = 100
 _ERRORS = 3.0
-_PLANNED_ON = 1000  # requests of one simulation of the planner
 _WATCHED = ("rate", "prompt", "output")
 
 Split = tuple[int, ...]  # prefill instances of each profile
@@ -121,6 +120,24 @@ def find_shifts(trace: Trace, window_s: float, threshold: float = 0.2) -> list[S
     return found
 
 
+def repeated(recent: Trace, n: int) -> Trace:
+    """``recent`` over and over, ``n`` requests in all; as it is where turns follow, or it is longer.
+
+    :raises SlalomError: fewer than two requests
+    """
+    if recent.n != recent.n_roots or recent.n >= n:
+        return recent
+    if recent.n < 2:
+        raise SlalomError("--window", recent.n, "fewer than two requests in half a window; make it longer")
+    span = recent.duration_s + recent.duration_s / (recent.n - 1)
+    rows = np.arange(n) % recent.n
+    arrival = recent.arrival_s[rows] + span * (np.arange(n) // recent.n)
+    return Trace.make(
+        arrival, recent.prompt[rows], recent.output[rows], cls=recent.cls[rows], ttft_s=recent.ttft_s[rows],
+        tpot_s=recent.tpot_s[rows],
+    )  # fmt: skip
+
+
 def capacity(split: Split, have: Sequence[int], prefill: Sequence[float], decode: Sequence[float]) -> float:
     """Requests per second that neither phase limits below: min(Σ k · g_P, Σ (n − k) · g_D) over the profiles.
 
@@ -172,12 +189,10 @@ class _World:
     def goodputs(self, recent: Trace, goal: float) -> tuple[list[float], list[float]]:
         """Goodput of one instance of each profile, for prefill and for decode alone, on the ``recent`` requests."""
         first = self.scenario.cluster[0]
-        last = recent
-        if recent.n == recent.n_roots > _PLANNED_ON:
-            last = recent.take(_PLANNED_ON, recent.n - _PLANNED_ON)
+        long = repeated(recent, steady_requests(self.scenario))
         effort: dict[str, Any] = {
             "goal": goal, "prefill_tokens": first.prefill_tokens, "max_batch": first.max_batch,
-            "requests_at": lambda rate: scale_rate(last, rate),
+            "requests_at": lambda rate: scale_rate(long, rate),
         }  # fmt: skip
         profiles = self.scenario.load_profiles()
         prefill, decode = (

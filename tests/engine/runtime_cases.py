@@ -157,3 +157,21 @@ def random_cluster(seed: int, n_requests: int = 30) -> tuple[ClusterState, int]:
         hashes=hashes,
     )
     return state._replace(req=req), roots
+
+
+def crowded_cluster(seed: int) -> tuple[ClusterState, int]:
+    """A random cluster of layered instances: short prompts in a hurry meet long prefills that may stand aside."""
+    state, roots = random_cluster(seed)
+    rng = np.random.default_rng([seed, 1])
+    state.inst["role"], state.inst["batching"], state.inst["stand_aside"] = Role.MULTIPLEXED, Batching.LAYERED, 1
+    state.inst["split"][state.inst["split"] == Split.ON_DEMAND] = Split.AUTO
+    state.inst["prefill_tokens"], state.inst["max_batch"] = 1, state.run.shape[1]
+    state.profile["n_layers"] = 12
+    state.share["prefill"] *= 3.0
+    req = state.req
+    short = rng.random(len(req)) < 0.6
+    req["prompt"][short] = np.maximum(req["prompt"][short] // 10, 1)
+    req["hash_n"] = np.minimum(req["hash_n"], (req["prompt"] + req["output"]) // BLOCK)
+    hurry = rng.integers(10, 60, len(req)) * TICKS_PER_MS
+    req["ttft_slo"] = np.where(short, hurry, 3000 * TICKS_PER_MS)
+    return state, roots

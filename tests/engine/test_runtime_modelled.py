@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime_cases import RandomPolicy, random_cluster
+from runtime_cases import RandomPolicy, crowded_cluster, random_cluster
 
 from engine.clock import VirtualClock
 from engine.core import interrupt
@@ -68,6 +68,30 @@ def test_random_clusters_have_the_timeline_of_the_surrogate(seed: int) -> None:
     assert faults(ours) == []
 
 
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_prefills_that_stand_aside_have_the_timeline_of_the_surrogate(seed: int) -> None:
+    policy = RandomPolicy(seed)
+    (stepping, n_roots), (jumping, _), (ours, _) = (crowded_cluster(seed) for _ in range(3))
+    simulate(stepping, policy, n_roots, False, {})
+    simulate(jumping, policy, n_roots, True, {})
+    play(ours, policy, n_roots=n_roots)
+    assert differences(ours, stepping) == []
+    if not ours.cluster[0]["hash_tokens"]:
+        assert differences(ours, jumping, but=COUNTS) == []
+    assert faults(ours) == []
+    assert ours.cluster[0]["n_done"] == ours.cluster[0]["n_sent"] > 0
+
+
+def test_in_crowded_clusters_prefills_do_stand_aside() -> None:
+    aside = 0
+    for seed in range(30):
+        state, n_roots = crowded_cluster(seed)
+        play(state, RandomPolicy(seed), n_roots=n_roots)
+        aside += bool(state.inst["stood_aside"].any())
+    assert aside >= 10, aside
+
+
 def test_random_clusters_are_worth_the_name() -> None:
     seen: Counter[str] = Counter()
     for seed in range(40):
@@ -75,7 +99,6 @@ def test_random_clusters_are_worth_the_name() -> None:
         play(state, RandomPolicy(seed), n_roots=n_roots)
         for name in ("n_finished", "n_shed", "n_preempted", "n_migrated", "n_switches", "cached_tokens"):
             seen[name] += int(state.cluster[0][name]) > 0
-        seen["stood_aside"] += bool(state.inst["stood_aside"].any())
     assert min(seen.values()) >= 3, seen
 
 
@@ -161,8 +184,8 @@ def test_aborts_and_broken_transfers_give_every_block_back() -> None:
     aborted: Counter[RequestState] = Counter()
     late: Counter[RequestState] = Counter()
     failed = 0
-    for seed in range(150):
-        state, n_roots = random_cluster(seed)
+    for seed in range(190):
+        state, n_roots = random_cluster(seed) if seed < 150 else crowded_cluster(seed)
         clock = VirtualClock(3 * len(state.inst) + len(state.link) + 3, int(60e12))
         vandal = Vandal(state, clock, n_roots, seed=seed)
         runtime = Runtime(state, RandomPolicy(seed), vandal, clock)

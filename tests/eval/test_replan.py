@@ -135,10 +135,10 @@ def test_a_plan_in_force_is_reached_one_role_at_a_time() -> None:
 
 def test_a_step_from_prompts_to_answers_moves_instances_and_pays() -> None:
     scenario = stepping()
-    result = replan(scenario, rate=9.0, n_requests=6000, seeds=1)
+    result = replan(scenario, rate=14.0, n_requests=6000, seeds=1)
     (found,) = result["workloads"]
     first, second = found["timeline"]
-    step_s = 6000 / 9.0 / 2.0
+    step_s = 6000 / 14.0 / 2.0
     assert step_s < second["at_s"] <= step_s + result["window_s"]
     assert second["changed"].keys() >= {"prompt", "output"}
     old, new = second["before"], second["plan"]

@@ -82,7 +82,7 @@ def test_who_preempts_is_not_preempted() -> None:
 
 
 def test_without_room_for_the_short_prompt_the_long_one_goes_on() -> None:
-    state, sim = played(case(LONG, SHORT, kv_tokens=1472))  # 92 blocks: 63 + 26 + 1 in the end, 4 for the short one
+    state, sim = played(case(LONG, SHORT, kv_tokens=1104))  # 69 blocks: the long prompt takes 63
     check_end(state, sim)
     assert state.inst[0]["stood_aside"] == 0
 
