@@ -10,6 +10,10 @@ each other, or three quarters after the first sign where the load keeps moving.
 What is planned is the split of the scenario's own instances into prefill and decode, by the goodput of one instance
 of each phase alone (Algorithm 1, for a given number of GPUs): the split with the most requests per second, and of
 equals the one nearest to what is. Weights stay where they are, so a switch is a change of roles.
+
+Simulated: what each plan serves, the drain of an instance that changes its role, and the profile's role switch. Not:
+the time of the search, a reload of weights (tensor parallelism stays), and that a profiler at run time learns of output
+lengths only as requests end (here they count by arrival). The first plan holds from the start, as if known before.
 """
 
 from __future__ import annotations

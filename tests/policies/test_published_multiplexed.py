@@ -59,14 +59,14 @@ def test_preemption_is_off_unless_asked_for() -> None:
 
 
 def test_short_prompts_that_preempt_long_ones_are_in_time_more_often() -> None:
-    """MuxWise section 4.4.3: chat and long documents half and half, where prompts wait behind documents."""
-    lengths = [{"kind": "fixed", "prompt": n, "output": out} for n, out in ((200, 100), (12_000, 20))]
+    """MuxWise, its preemption: chat and long documents half and half, where prompts wait behind documents."""
+    lengths = [{"kind": "fixed", "prompt": n, "output": out} for n, out in ((200, 200), (12_000, 20))]
     mixture = {
         "workload": {"kind": "shift", "lengths": lengths, "phases": [{"duration": 1, "rate": 1, "weights": [1, 1]}]},
         "classes": [{"name": "any", "ttft_s": 1.0, "ttft_factor": 5.0, "tpot_s": 0.1}],
     }
     scenario = Scenario.load(SCENARIO).with_overrides(mixture)
-    off, on = (simulate(scenario, f"muxwise:preempt={p}", rate=0.5, n_requests=300) for p in ("off", "on"))
+    off, on = (simulate(scenario, f"muxwise:preempt={p}", rate=1.5, n_requests=400) for p in ("off", "on"))
     assert off.inst["stood_aside"].sum() == 0 < on.inst["stood_aside"].sum()
     short = on.req["prompt"] == 200
     assert (on.req["ttft_ok"][short] == 1).mean() > (off.req["ttft_ok"][short] == 1).mean() + 0.1
