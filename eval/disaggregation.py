@@ -40,6 +40,7 @@ __all__ = [
     "algorithm_2",
     "choose_algorithm",
     "phase_goodput",
+    "reference",
     "siblings",
     "steady_requests",
     "transfer_s",
@@ -99,6 +100,12 @@ def siblings(scenario: Scenario) -> list[Profile]:
         shipped = [Profile.load(name) for name in list_profiles() if name not in own]
         own |= {p.name: p for p in shipped if (p.model, p.device, p.engine) in kinds}
     return sorted(own.values(), key=lambda p: (p.tp, p.name))
+
+
+def reference(scenario: Scenario, profile: Profile) -> str:
+    """How a group of instances names ``profile``: as the scenario does, which may be by path."""
+    own = zip(scenario.profile_names(), scenario.load_profiles(), strict=True)
+    return next((name for name, known in own if known.name == profile.name), profile.name)
 
 
 def transfer_s(scenario: Scenario, profile: Profile) -> float:
@@ -251,8 +258,8 @@ def algorithm_2(
             if p.tp + d.tp > node_gpus:
                 continue
             groups = [
-                {"count": 1, "role": "prefill", "profile": p.name, "prefill_tokens": prefill_tokens},
-                {"count": 1, "role": "decode", "profile": d.name, "max_batch": max_batch},
+                {"count": 1, "role": "prefill", "profile": reference(scenario, p), "prefill_tokens": prefill_tokens},
+                {"count": 1, "role": "decode", "profile": reference(scenario, d), "max_batch": max_batch},
             ]
             pair = scenario.with_overrides({
                 "cluster": groups, "links.bandwidth_gb_s": node_gb_s, "decisions": {},

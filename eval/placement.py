@@ -30,6 +30,7 @@ from eval.disaggregation import (
     algorithm_1,
     algorithm_2,
     choose_algorithm,
+    reference,
     siblings,
     steady_requests,
 )
@@ -119,14 +120,14 @@ class Found:
 def _group(scenario: Scenario, profile: Profile, role: str, count: int, **changes: Any) -> InstanceGroup:
     """``count`` instances with the limits of the scenario's first group; its KV capacity where the profile is
     the same."""
-    first = scenario.cluster[0]
+    first, named = scenario.cluster[0], reference(scenario, profile)
     facts: dict[str, Any] = {
         "count": count,
         "role": role,
-        "profile": profile.name,
+        "profile": named,
         "max_batch": max(g.max_batch for g in scenario.cluster),
         "max_prefills": first.max_prefills,
-        "kv_tokens": first.kv_tokens if (first.profile or scenario.profile) == profile.name else None,
+        "kv_tokens": first.kv_tokens if (first.profile or scenario.profile) == named else None,
     }
     return InstanceGroup(**(facts | changes))
 
@@ -244,7 +245,7 @@ def plan(
     if not first:
         raise SlalomError("gpus", budget, "give enough GPUs for one instance of the profile")
     last = n_requests or scenario.n_requests
-    profiles = {p.name: p for p in siblings(scenario)}
+    profiles = {reference(scenario, p): p for p in siblings(scenario)}
 
     say(f"{len(first)} arrangements of {budget} GPUs")
     quick = Effort(max(min(600, last), 1), tolerance=0.1)

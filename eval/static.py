@@ -14,7 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 from engine.errors import SlalomError
-from eval.disaggregation import siblings
+from eval.disaggregation import reference, siblings
 from eval.placement import Arrangement, arrangements, variants
 from eval.points import STATIC_PLAN as NAME
 from eval.points import Contender, Evaluator, PointSettings
@@ -164,7 +164,7 @@ def _trials(
     for arrangement in spread(list(families.values()), max(int(_SCREEN * trials), 1)):
         tried.add(arrangement.label)
         yield arrangement
-    profiles = {p.name: p for p in siblings(scenario)}
+    profiles = {reference(scenario, p): p for p in siblings(scenario)}
     for _, leader in sorted(scored, key=lambda entry: -entry[0]):
         for variant in variants(leader, profiles[str(leader.groups[0].profile)]):
             if len(tried) >= trials:

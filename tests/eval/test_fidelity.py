@@ -1,6 +1,7 @@
 """Fidelity: the same requests on both sides, errors and noise told apart; and the engine behind it, on a tiny model."""
 
 import json
+import sys
 from dataclasses import replace
 
 import gymnasium
@@ -8,13 +9,15 @@ import numpy as np
 import pytest
 
 import env  # noqa: F401  (registers the environment)
-from engine.core.state import RequestState
+from engine.core.state import RequestState, Role
 from engine.errors import SlalomError
 from engine.latency import Profile
+from env import gpu_backend
 from env.cluster import build_trace
 from env.gpu_backend import EngineRun, Park, model_of, replay
 from env.scenario import Scenario
 from env.simulate import simulate
+from eval import cli
 from eval.fidelity import fidelity, keep_in_profile, stored_form
 from eval.on_engine import engine_facts
 
@@ -95,6 +98,35 @@ def test_the_gym_environment_steps_the_engine(scenario):
     assert 0.0 <= info["attainment"] <= 1.0
     world.reset()
     world.close()
+
+
+def test_a_static_plan_brings_its_own_arrangement_to_the_engine(scenario, tmp_path, monkeypatch, capsys):
+    """No plan has chunks of 64 tokens, so whatever is found differs from the scenario's own arrangement."""
+    own = scenario.with_overrides({"cluster.0.chunk_tokens": 64, "reference_rate": 60.0})
+    (tmp_path / "own.yaml").write_text(own.to_yaml())
+    ran = []
+
+    class Watched(gpu_backend.Engine):
+        def __init__(self, model, tokenizer, state, *more, **options):
+            ran.append(sorted((Role(i["role"]).name.lower(), int(i["chunk_tokens"])) for i in state.inst))
+            super().__init__(model, tokenizer, state, *more, **options)
+
+    monkeypatch.setattr(gpu_backend, "Engine", Watched)
+    command = "eval-policy --env gpu --policy static_plan --tune 2 --rates 60 --seeds 1 --requests 20 --json"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--scenario", str(tmp_path / "own.yaml")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    result = json.loads(capsys.readouterr().out)
+    (found,) = result["settings"]["tuning"]
+    plan = sorted((g["role"], g["chunk_tokens"]) for g in found["cluster"] for _ in range(g["count"]))
+    assert plan != sorted((g.role, g.chunk_tokens) for g in own.cluster for _ in range(g.count))
+    assert ran
+    assert all(arrangement == plan for arrangement in ran)
+    (policy,) = result["policies"]
+    (point,) = policy["points"]
+    assert policy["label"] == "static_plan"
+    assert point["runs"][0]["backend"] == "gpu"
 
 
 class Named:
