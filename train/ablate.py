@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.core.state import Order
 from engine.errors import SlalomError
 from env.cluster import arena_of
 from env.scenario import Scenario
@@ -27,23 +28,29 @@ from train.space import Design, Space
 __all__ = ["main", "variants"]
 
 _FIRST_SEED = 100
+_QUEUES = {
+    "queues first come first served": Order.FCFS,
+    "queues shortest first": Order.SHORTEST,
+    "queues on time": Order.ON_TIME,
+}
 
 
 def variants(design: Design, scenario: Scenario) -> Iterator[tuple[str, Design]]:
-    """The design itself, then with each of its parts taken out."""
+    """The design itself, then with each of its parts taken out, its queues' order exchanged."""
     yield "whole", design
     setting = arena_of(scenario).setting
     if design.theta is not None:
         space = Space(setting, design)
         slopes = np.array([c.context is not None for c in space.coordinates])
-        plans = np.array([bool(c.plan) for c in space.coordinates])
-        for name, gone in (("no slopes in the context", slopes), ("no moved weights", ~slopes & ~plans)):
+        budgets = np.array([bool(c.plan) for c in space.coordinates])
+        for name, gone in (("no slopes in the context", slopes), ("no moved weights", ~slopes & ~budgets)):
             yield name, replace(design, theta=np.where(gone, 0.0, design.theta))
         yield "no CMA-ES at all", replace(design, theta=None)
     if design.plans is not None:
-        fcfs = tuple(replace(plan, order=0) for plan in design.plans)
-        if fcfs != design.plans:
-            yield "first come first served", replace(design, plans=fcfs)
+        for name, order in _QUEUES.items():
+            plans = tuple(replace(plan, order=int(order)) for plan in design.plans)
+            if plans != design.plans:
+                yield name, replace(design, plans=plans)
         theta = design.theta
         if theta is not None:  # coordinates of the arrangement and of its roles go with it
             own = {(c.kind, c.feature, c.context): x for c, x in zip(space.coordinates, theta, strict=True)}
