@@ -35,7 +35,7 @@ from engine.distributed_kv import check_pipe
 from engine.distributed_wire import KEY, ask, connect, parse_address, step_message
 from engine.errors import SlalomError
 from engine.hosts import InstanceLost
-from engine.kernels import Span
+from engine.kernels import Spans
 from engine.lanes import WHOLE
 from engine.latency.evaluate import PROFILE, SHARE
 from engine.model.config import ModelConfig
@@ -127,7 +127,7 @@ class RemoteExecutor:
 
     def run(
         self,
-        spans: Sequence[Span],
+        spans: Spans | None,
         layers: tuple[int, int],
         params: Sequence[SamplingParams],
         steps: Sequence[int],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import SlalomError
-from engine.kernels import Span
+from engine.kernels import Spans
 from engine.model.sampling import SamplingParams
 
 __all__ = ["KEY", "admit", "ask", "connect", "listen", "parse_address", "receive", "send", "step_from", "step_message"]
@@ -91,23 +91,41 @@ def ask(connection: Connection, message: dict[str, Any], timeout_s: float | None
 
 
 def step_message(
-    spans: Sequence[Span], layers: tuple[int, int], params: Sequence[SamplingParams], steps: Sequence[int]
+    spans: Spans | None, layers: tuple[int, int], params: Sequence[SamplingParams], steps: Sequence[int]
 ) -> dict[str, Any]:
-    """The arguments of :meth:`engine.hosts.Executor.run`."""
+    """The arguments of :meth:`engine.hosts.Executor.run`. Of the block tables only what is used travels."""
+    columns = None
+    if spans is not None:
+        used = spans.blocks[:, : spans.width][_used(spans.n_blocks)]
+        columns = [c.tolist() for c in (spans.tokens, spans.counts, spans.starts, spans.sample, spans.n_blocks, used)]
     return {
         "do": "step",
-        "spans": [(np.asarray(s.tokens).tolist(), s.start, np.asarray(s.blocks).tolist(), s.sample) for s in spans],
+        "spans": columns,
         "layers": layers,
         "params": [asdict(p) for p in params],
         "steps": list(steps),
     }
 
 
-def step_from(message: dict[str, Any]) -> tuple[list[Span], tuple[int, int], list[SamplingParams], list[int]]:
+def step_from(message: dict[str, Any]) -> tuple[Spans | None, tuple[int, int], list[SamplingParams], list[int]]:
     """What :func:`step_message` was given."""
     params = [
         SamplingParams(**(p | {"stop": tuple(p["stop"]), "stop_token_ids": tuple(p["stop_token_ids"])}))
         for p in message["params"]
     ]
     first, last = message["layers"]
-    return [Span(*span) for span in message["spans"]], (first, last), params, message["steps"]
+    spans = None
+    if message["spans"] is not None:
+        *columns, used = message["spans"]
+        types = (np.int64, np.int64, np.int64, np.bool_, np.int32)
+        tokens, counts, starts, sample, n_blocks = (np.array(c, t) for c, t in zip(columns, types, strict=True))
+        blocks = np.zeros((len(n_blocks), n_blocks.max()), np.int32)
+        blocks[_used(n_blocks)] = used
+        spans = Spans(tokens, counts, starts, sample, n_blocks, blocks)
+    return spans, (first, last), params, message["steps"]
+
+
+def _used(n_blocks: np.ndarray) -> np.ndarray:
+    """Which entries of a block table are somebody's blocks, bool (S, widest)."""
+    found: np.ndarray = np.arange(n_blocks.max()) < n_blocks[:, None]
+    return found

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.kernels import Batch, Span
+from engine.kernels import Batch, Span, Spans
 from engine.lanes import WHOLE, Lane, Lanes
 from engine.model.runner import ModelRunner
 
@@ -125,30 +125,29 @@ class DecodeGraphs:
     def _forward(self, batch: Batch) -> Tensor:
         return self.runner.model.logits(self.runner.model(batch, self.runner.pool), batch)
 
-    def bucket(self, spans: Sequence[Span]) -> int | None:
+    def bucket(self, spans: Spans | Sequence[Span]) -> int | None:
         """The bucket whose graph can run ``spans``; None when there is none, see :meth:`reason`."""
-        if any(len(span.tokens) != 1 or not span.sample or len(span.blocks) > self.width for span in spans):
+        spans = Spans.of(spans)
+        if not spans.decodes or spans.width > self.width:
             return None
         return next((b for b in self.buckets if b >= len(spans) and b in self._graphs), None)
 
-    def reason(self, spans: Sequence[Span]) -> str:
+    def reason(self, spans: Spans | Sequence[Span]) -> str:
         """Why :meth:`bucket` found none."""
-        if any(len(span.tokens) != 1 or not span.sample for span in spans):
+        spans = Spans.of(spans)
+        if not spans.decodes:
             return "not a decode step"
-        if any(len(span.blocks) > self.width for span in spans):
+        if spans.width > self.width:
             return f"a sequence of more than {self.width} blocks"
         fitting = [b for b in self.buckets if b >= len(spans)]
         return self.missing[fitting[0]] if fitting else f"more than {self.buckets[-1]} sequences"
 
     @torch.inference_mode()
-    def logits(self, bucket: int, spans: Sequence[Span]) -> Tensor:
+    def logits(self, bucket: int, spans: Spans | Sequence[Span]) -> Tensor:
         """Logits [len(spans), vocab] of one decode step, replayed within the lane; valid until the next replay."""
         static, replay, logits = self._graphs[bucket]
-        width = max(len(span.blocks) for span in spans)
-        size = self.runner.pool.block_tokens
-        batch = Batch.build(spans, block_tokens=size, pad_to=bucket, table_width=width)
         # columns beyond a sequence's blocks are never read, so the old ones may stay there
-        static.copy_(batch)
+        static.copy_(Batch.build(spans, block_tokens=self.runner.pool.block_tokens, pad_to=bucket))
         replay()
         return logits[: len(spans)]
 

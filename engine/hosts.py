@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.core.state import ClusterState
 from engine.graphs import DecodeGraphs, graphs_of
-from engine.kernels import Batch, Span
+from engine.kernels import Batch, Spans
 from engine.lanes import WHOLE, Device, Lane, Lanes, make_device
 from engine.lanes_core import lanes_of, partition_of
 from engine.model.kv import KVPool
@@ -36,13 +36,13 @@ class Executor(Protocol):
 
     def run(
         self,
-        spans: Sequence[Span],
+        spans: Spans | None,
         layers: tuple[int, int],
         params: Sequence[SamplingParams],
         steps: Sequence[int],
         partition: int,
     ) -> list[int]:
-        """Run ``layers`` of the sequences ``spans``, or of those of the slice before when there are none.
+        """Run ``layers`` of the sequences ``spans``, or, where that is None, of those of the slice before.
 
         Sequences whose last layers are still to come stand aside, half computed, when others begin: last begun goes on.
 
@@ -106,7 +106,7 @@ class LocalExecutor:
 
     def run(
         self,
-        spans: Sequence[Span],
+        spans: Spans | None,
         layers: tuple[int, int],
         params: Sequence[SamplingParams],
         steps: Sequence[int],
@@ -132,14 +132,14 @@ class LocalExecutor:
 
     def _run(
         self,
-        spans: Sequence[Span],
+        spans: Spans | None,
         layers: tuple[int, int],
         params: Sequence[SamplingParams],
         steps: Sequence[int],
         partition: int,
         lane: Lane,
     ) -> Tensor | None:
-        if spans:
+        if spans is not None:
             logits = self._replay(spans, len(params), partition)
             if logits is not None:
                 return self._runner.choose(logits, params, steps)
@@ -157,10 +157,10 @@ class LocalExecutor:
             return None
         return self._runner.sample(batch, carry, params, steps) if params else None
 
-    def _replay(self, spans: Sequence[Span], n_sampling: int, partition: int) -> Tensor | None:
+    def _replay(self, spans: Spans, n_sampling: int, partition: int) -> Tensor | None:
         """Logits of a decode step by a graph; None when it must run without."""
         graphs = self._graphs.get(partition)
-        if graphs is None or n_sampling != len(spans) or any(len(s.tokens) > 1 for s in spans):
+        if graphs is None or n_sampling != len(spans) or not spans.decodes:
             return None
         bucket = graphs.bucket(spans)
         if bucket is None:

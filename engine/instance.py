@@ -83,6 +83,7 @@ class LiveInstances:
         self._blank = blank_requests(1)
         self._hash_room = len(state.hashes) // slots
         self._salt, self._hash_tokens = np.uint64(salt), int(state.cluster[0]["hash_tokens"])
+        self._hashed = state.req["hash_n"]  # a view: how many prefix hashes each request has
         self._width = max(int(p["n_blocks"]) for p in state.pool)
         self._steps: list[Step | None] = [None] * (2 * len(hosts))  # in flight, by lane
         self._lanes = [self._lane(i, l, host) for i, host in enumerate(hosts) for l in range(2)]
@@ -166,13 +167,12 @@ class LiveInstances:
         request.hash_due = (tokens // size + 1) * size if size else NEVER
         if size == 0:
             return
-        record = self._state.req[request.slot]
-        first, last = int(record["hash_n"]), tokens // size
+        first, last = int(self._hashed[request.slot]), tokens // size
         if last > first:
             begin = request.slot * self._hash_room
             room = self._state.hashes[begin : begin + self._hash_room]
             live.chain_hashes(request.tokens, size, self._salt, first, last, room)
-            record["hash_n"] = last
+            self._hashed[request.slot] = last
 
     # -- steps ---------------------------------------------------------------------------------------------
 
@@ -191,12 +191,13 @@ class LiveInstances:
             return
         if outcome.error is not None:
             self._fail(step, outcome.error)
-        for request, delta in outcome.deltas:
+        deltas = outcome.deltas
+        for request, delta in [d for d in deltas if d[1].finish is not None or d[0].n_tokens > d[0].hash_due]:
             if request.n_tokens > request.hash_due:
                 self._hash(request, request.n_tokens - 1)
             if delta.finish is not None:
                 live.last_token(self._words, request.slot)
-        self._deltas.extend(outcome.deltas)
+        self._deltas.extend(deltas)
         self._runtime.book_lane(i, l)
         self._evacuate()
         self._sweep()
@@ -220,7 +221,7 @@ class LiveInstances:
         """A step failed: its requests end, and what it wrote is never found in the prefix cache."""
         _log.error("a step of %d requests failed", len(step.requests), exc_info=error)
         for request in step.requests:
-            self._state.req[request.slot]["hash_n"] = 0
+            self._hashed[request.slot] = 0
             if request.doomed is None:
                 request.doomed = ERROR
                 self._doomed.add(request)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from engine.kernels import Span
+from engine.kernels import Span, Spans
 from engine.latency.evaluate import PROFILE, SHARE
 from engine.model.kv import KVPool
 from engine.model.llama import Llama
@@ -58,7 +58,8 @@ def measure(model: Llama) -> tuple[np.ndarray, np.ndarray]:
     runner = ModelRunner(model, pool)
     greedy = SamplingParams(temperature=0.0)
 
-    def timed(spans: list[Span]) -> float:
+    def timed(rows: list[Span]) -> float:
+        spans = Spans.of(rows)
         params, steps = [greedy] * len(spans), [0] * len(spans)
         with torch.inference_mode():
             return _best_s(lambda: runner.run(runner.batch(spans), params, steps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,12 +23,15 @@ UNPLACEABLE = "unplaceable"  # no instance could ever hold it
 _numbers = itertools.count(1)
 
 
-class Delta(NamedTuple):
+@dataclass(slots=True)
+class Delta:
     """What became of a request since the last one.
 
     :param token: its new token; None when it ended without one
     :param text: text that is now certain (may lag behind the tokens, and may be empty)
     :param finish: why it ended, None while it goes on
+
+    Not a named tuple, of which making and reading take longer: there is one for every token.
     """
 
     token: int | None
@@ -63,6 +66,7 @@ class Request:
         self.n_prompt = self.n_tokens = len(prompt)
         self.tokens = np.zeros(len(prompt) + params.max_tokens, np.int64)
         self.tokens[: len(prompt)] = prompt
+        self.newest = -1  # its last token so far, which its next decode step computes
         self.arrival = 0  # ticks, when it was handed in
         self.slot = -1  # its record in the cluster while it is there
         self.doomed: str | None = None  # why it is being ended from outside
@@ -85,6 +89,6 @@ class Request:
     def push(self, token: int) -> Delta:
         """Take the next sampled token. Only the lane that runs the request calls this."""
         text = self._generation.push(token)
-        self.tokens[self.n_tokens] = token
+        self.tokens[self.n_tokens] = self.newest = token
         self.n_tokens += 1
         return Delta(token, text, self.finish)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -10,17 +12,19 @@ import numpy as np
 from engine.core import live
 from engine.core.state import ClusterState
 from engine.hosts import Executor
-from engine.kernels import Span
+from engine.kernels import Spans
 from engine.lanes import WHOLE
 from engine.request import Delta, Request
 
 __all__ = ["LaneRunner", "Step", "StepResult"]
 
+_newest = attrgetter("newest")
+
 
 class Step(NamedTuple):
-    """One forward pass, or a slice of its layers. ``spans`` is empty for a slice after the first."""
+    """One forward pass, or a slice of its layers. ``spans`` is None for a slice after the first."""
 
-    spans: list[Span]
+    spans: Spans | None
     requests: list[Request]  # one for each span
     layers: tuple[int, int]
     partition: int = WHOLE
@@ -48,7 +52,6 @@ class LaneRunner:
             np.zeros(rows, np.int32), np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.uint8),
             np.zeros(rows, np.int32), np.zeros((rows, width), np.int32),
         )  # fmt: skip
-        self._rows = list(self._columns[5])
         self._sampling: list[list[Request]] = []  # of the passes under way; those that stand aside first
 
     def describe(self, words: np.ndarray, i: int, l: int) -> Step:
@@ -56,20 +59,25 @@ class LaneRunner:
         lane = self._state.lane[i, l]
         layers = (int(lane["layer_from"]), int(lane["layer_to"]) or self.executor.n_layers)
         n = live.describe_step(words, i, l, *self._columns)
-        slots, starts, counts, sample, used = (column[:n].tolist() for column in self._columns[:5])
-        requests = [request for r in slots if (request := self._requests[r]) is not None]
+        # Views, not copies: the columns are written again only when this step, or its next slice, has ended.
+        slots, starts, counts, sample, n_blocks, blocks = (column[:n] for column in self._columns)
+        requests = [request for r in slots.tolist() if (request := self._requests[r]) is not None]
         assert len(requests) == n, "a step with a request nobody knows"
         partition = self.executor.partition(self._state, i, l)
         if layers[0] > 0:
-            return Step([], requests, layers, partition)
-        # Views, not copies: the table is written again only when this step has ended, tokens only behind these.
-        spans = [
-            Span(request.tokens[start : start + count], start, row[:blocks], wanted == 1)
-            for request, start, count, wanted, blocks, row in zip(
-                requests, starts, counts, sample, used, self._rows, strict=False
-            )
-        ]
+            return Step(None, requests, layers, partition)
+        tokens = self._tokens(requests, int(lane["n_prefills"]), starts, counts)
+        spans = Spans(tokens, counts, starts, sample.view(np.bool_), n_blocks, blocks)
         return Step(spans, requests, layers, partition)
+
+    @staticmethod
+    def _tokens(requests: list[Request], prompts: int, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """What the step computes, int64 (T,): chunks of the first ``prompts`` requests, a token of each other one."""
+        newest = np.fromiter(map(_newest, requests[prompts:]), np.int64, len(requests) - prompts)
+        if prompts == 0:
+            return newest
+        places = zip(requests, starts[:prompts].tolist(), counts[:prompts].tolist(), strict=False)
+        return np.concatenate([*(request.tokens[at : at + count] for request, at, count in places), newest])
 
     def run(self, step: Step) -> StepResult:
         """Run the step; what goes wrong is part of the result."""
@@ -79,9 +87,11 @@ class LaneRunner:
             return StepResult([], error)
 
     def _run(self, step: Step) -> list[tuple[Request, Delta]]:
-        if step.spans:
-            self._sampling.append([r for r, span in zip(step.requests, step.spans, strict=True) if span.sample])
+        if step.spans is not None:
+            wanted = step.spans.sample
+            every = bool(wanted.all())
+            self._sampling.append(step.requests if every else list(compress(step.requests, wanted.tolist())))
         sampling = self._sampling.pop() if step.layers[1] >= self.executor.n_layers else []
-        params, steps = [r.params for r in sampling], [r.n_generated for r in sampling]
+        params, steps = [r.params for r in sampling], [r.n_tokens - r.n_prompt for r in sampling]
         tokens = self.executor.run(step.spans, step.layers, params, steps, step.partition)
         return [(request, request.push(token)) for request, token in zip(sampling, tokens, strict=True)]

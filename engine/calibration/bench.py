@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.calibration.points import Measured, Point
-from engine.kernels import Span
+from engine.kernels import Span, Spans
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
@@ -57,9 +57,9 @@ class Bench:
         self.runner = ModelRunner(model, self._pool)
         self._repeats, self._agree = repeats, agree
 
-    def spans(self, point: Point) -> list[Span]:
+    def spans(self, point: Point) -> Spans:
         """The sequences of a point, each on blocks of its own."""
-        found, block = [], 0
+        found, block = list[Span](), 0
         for new, start, count in ((point.n, point.r, point.prompts), (1, point.ctx, point.bs)):
             each = -(-(new + start) // _BLOCK)
             for _ in range(count):
@@ -67,9 +67,9 @@ class Bench:
                 block += each
         if block > self._pool.blocks:
             raise MemoryError(f"needs {block * _BLOCK} tokens of KV, {self.kv_tokens} are there")
-        return found
+        return Spans.of(found)
 
-    def step(self, spans: Sequence[Span]) -> None:
+    def step(self, spans: Spans) -> None:
         """One step as a lane runs it, down to the tokens on the host."""
         runner = self.runner
         runner.run(runner.batch(spans), [_GREEDY] * len(spans), [0] * len(spans))
@@ -92,7 +92,7 @@ class Bench:
         thread = statistics.median(cpu) if on_cpu else 0.0
         return Measured(point, seconds, middle, thread, spread, len(wall), busy)
 
-    def _timed(self, spans: Sequence[Span]) -> tuple[list[float], list[float]]:
+    def _timed(self, spans: Spans) -> tuple[list[float], list[float]]:
         wall: list[float] = []
         cpu: list[float] = []
         with no_collection():
@@ -112,7 +112,7 @@ class Bench:
         """(wall, thread) median seconds of ``point`` while ``neighbours`` threads run ``other`` on their own pools."""
         stop = threading.Event()
         spans, noise = self.spans(point), self.spans(other)
-        small = max(block for span in noise for block in span.blocks) + 1
+        small = int(noise.blocks.max()) + 1
         benches = [Bench(self.model, kv_tokens=small * _BLOCK) for _ in range(neighbours)]
 
         def work(bench: Bench) -> None:

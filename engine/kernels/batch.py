@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Span"]
+__all__ = ["Batch", "Span", "Spans"]
 
 
 class Span(NamedTuple):
@@ -20,14 +20,61 @@ class Span(NamedTuple):
     :param start: tokens of the sequence whose KV already lies in ``blocks`` (earlier chunks, prefix hits)
     :param blocks: KV blocks of the sequence in order, covering at least ``start + len(tokens)`` tokens
     :param sample: whether logits of the last token are wanted (false for all but a prompt's last chunk)
-
-    A named tuple because one is made for every sequence of every step.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     sample: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """Several :class:`Span` as columns: S sequences in order, T tokens. What the scheduler writes and a lane reads.
+
+    The columns may be views of somebody's buffers, and ``blocks`` may be wider than any sequence needs; entries
+    beyond a sequence's blocks mean nothing.
+    """
+
+    tokens: np.ndarray  # int64 (T,), those of the first sequence first
+    counts: np.ndarray  # int64 (S,): tokens of each sequence
+    starts: np.ndarray  # int64 (S,)
+    sample: np.ndarray  # bool (S,)
+    n_blocks: np.ndarray  # int32 (S,)
+    blocks: np.ndarray  # int32 (S, W)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @classmethod
+    def of(cls, spans: Spans | Iterable[Span]) -> Spans:
+        """``spans`` as columns: for callers to whom a list is handier."""
+        if isinstance(spans, Spans):
+            return spans
+        rows = list(spans)
+        assert rows, "an empty batch"
+        n_blocks = np.array([len(span.blocks) for span in rows], np.int32)
+        blocks = np.zeros((len(rows), int(n_blocks.max())), np.int32)
+        for row, span in zip(blocks, rows, strict=True):
+            row[: len(span.blocks)] = span.blocks
+        return cls(
+            tokens=np.concatenate([np.asarray(span.tokens, np.int64) for span in rows]),
+            counts=np.array([len(span.tokens) for span in rows], np.int64),
+            starts=np.array([span.start for span in rows], np.int64),
+            sample=np.array([span.sample for span in rows], bool),
+            n_blocks=n_blocks,
+            blocks=blocks,
+        )
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every sequence takes part with one token and samples."""
+        return len(self.tokens) == len(self.counts) and bool(self.sample.all())
+
+    @property
+    def width(self) -> int:
+        """KV blocks of the longest sequence."""
+        return int(self.n_blocks.max())
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +90,7 @@ class Batch:
     positions: Tensor  # int64 [T]
     query_starts: Tensor  # int32 [S + 1]: first row of each sequence, then T
     context_lens: Tensor  # int32 [S]: tokens of each sequence with KV once this pass has run
-    block_tables: Tensor  # int32 [S, max_blocks]; entries beyond a sequence's blocks are 0 and never read
+    block_tables: Tensor  # int32 [S, max_blocks]; entries beyond a sequence's blocks are never read
     slots: Tensor  # int64 [T]: block * block_tokens + offset where the row's KV goes
     sample_rows: Tensor  # int64 [R]
     query_tokens: tuple[int, ...]  # rows of each sequence
@@ -62,7 +109,7 @@ class Batch:
     @classmethod
     def build(
         cls,
-        spans: Sequence[Span],
+        spans: Spans | Sequence[Span],
         *,
         block_tokens: int,
         device: torch.device | str = "cpu",
@@ -74,43 +121,49 @@ class Batch:
 
         A captured graph needs fixed shapes: ``pad_to`` adds padding up to that many sequences (their rows
         "sample" too; drop the last logits), ``table_width`` widens the block tables to that many blocks.
+        Nothing of ``spans`` is shared with the batch, so its columns may be overwritten afterwards.
         """
-        padding = max(0, pad_to - len(spans))
-        query = np.array([len(span.tokens) for span in spans] + [1] * padding, dtype=np.int32)
-        start = np.array([span.start for span in spans] + [-1] * padding, dtype=np.int64)
-        context = start + query
-        assert len(spans) > 0, "an empty batch"
+        spans = Spans.of(spans)
+        n = len(spans)
+        total = max(n, pad_to)
+        query = np.ones(total, np.int32)
+        query[:n] = spans.counts
+        context = np.zeros(total, np.int64)  # padding: its only row has position -1
+        np.add(spans.starts, spans.counts, out=context[:n])
+        assert n > 0, "an empty batch"
         assert query.min() > 0, "a span without tokens"
-        starts = np.zeros(len(query) + 1, dtype=np.int32)
+        assert (spans.n_blocks * block_tokens >= context[:n]).all(), "blocks do not cover the span"
+        starts = np.zeros(total + 1, np.int32)
         np.cumsum(query, out=starts[1:])
-        width = max(table_width, max(len(span.blocks) for span in spans))
-        tables = np.zeros((len(query), width), dtype=np.int32)
-        for row, span in enumerate(spans):
-            assert len(span.blocks) * block_tokens >= context[row], "blocks do not cover the span"
-            tables[row, : len(span.blocks)] = span.blocks
-        owner = np.repeat(np.arange(len(query)), query)
-        positions = np.arange(starts[-1], dtype=np.int64) - starts[owner] + start[owner]
-        slots = tables[owner, positions // block_tokens].astype(np.int64) * block_tokens
-        slots += positions % block_tokens
-        slots[positions < 0] = -1
-        wanted = np.array([span.sample for span in spans] + [True] * padding, dtype=bool)
-        tokens = np.zeros(starts[-1], dtype=np.int64)
-        tokens[: starts[len(spans)]] = np.concatenate([np.asarray(span.tokens) for span in spans])
+        width = spans.width
+        tables = np.zeros((total, max(table_width, width)), np.int32)
+        tables[:n, :width] = spans.blocks[:, :width]
+        owner = np.arange(total).repeat(query)
+        positions = np.arange(len(owner)) + (context - starts[1:])[owner]
+        page, offset = np.divmod(positions, block_tokens)
+        slots = tables[owner, page].astype(np.int64) * block_tokens + offset
+        tokens = np.zeros(len(owner), np.int64)
+        tokens[: len(spans.tokens)] = spans.tokens
+        sample_rows = starts[1:].astype(np.int64) - 1
+        if total > n:
+            slots[positions < 0] = -1
+            np.maximum(positions, 0, out=positions)
+        if not spans.sample.all():
+            sample_rows = np.concatenate((sample_rows[:n][spans.sample], sample_rows[n:]))
+        on_cpu = torch.device(device).type == "cpu"
 
         def put(array: np.ndarray) -> Tensor:
             tensor = torch.from_numpy(array)
-            if torch.device(device).type == "cpu":
-                return tensor
-            return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor if on_cpu else tensor.pin_memory().to(device, non_blocking=True)
 
         return cls(
             tokens=put(tokens),
-            positions=put(np.maximum(positions, 0)),
+            positions=put(positions),
             query_starts=put(starts),
             context_lens=put(context.astype(np.int32)),
             block_tables=put(tables),
             slots=put(slots),
-            sample_rows=put((starts[1:][wanted] - 1).astype(np.int64)),
+            sample_rows=put(sample_rows),
             query_tokens=tuple(query.tolist()),
             context_tokens=tuple(context.tolist()),
             max_query=int(query.max()),

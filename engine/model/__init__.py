@@ -6,7 +6,7 @@ checkpoints load, `tokenizer` and `stopping` turn tokens into text.
 
 from __future__ import annotations
 
-from engine.kernels import Batch, Span
+from engine.kernels import Batch, Span, Spans
 from engine.model.config import ModelConfig
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
@@ -27,6 +27,7 @@ __all__ = [
     "ModelRunner",
     "SamplingParams",
     "Span",
+    "Spans",
     "Tokenizer",
     "load_model",
     "load_tokenizer",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.kernels import Batch, Span
+from engine.kernels import Batch, Span, Spans
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.sampling import SamplingParams, choose_tokens
@@ -31,7 +31,7 @@ class ModelRunner:
         self.device = model.embed.weight.device
         self.n_layers = model.config.n_layers
 
-    def batch(self, spans: Sequence[Span], *, sm_count: int = 1) -> Batch:
+    def batch(self, spans: Spans | Sequence[Span], *, sm_count: int = 1) -> Batch:
         """Lay out ``spans`` for this pool and device; ``sm_count`` is the lane's."""
         tokens = self.pool.block_tokens
         return Batch.build(spans, block_tokens=tokens, device=self.device, sm_count=sm_count)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.kernels import Span
+from engine.kernels import Span, Spans
 from engine.lanes import Lane
 from engine.model import SamplingParams
 from eval.gpu_check.partitions import ceilings, decode_spans, graphs_on
@@ -47,10 +47,10 @@ def decode(rig: Rig) -> dict[str, Any]:
         graphs.logits(n, spans)
         graph_ms = rig.ms(replay, lane)
 
-        def eager(n: int = n, spans: list[Span] = spans) -> Any:
+        def eager(n: int = n, spans: Spans = spans) -> Any:
             return runner.run(runner.batch(spans, sm_count=lane.size), [_GREEDY] * n, [0] * n)
 
-        def whole(n: int = n, spans: list[Span] = spans) -> Any:
+        def whole(n: int = n, spans: Spans = spans) -> Any:
             return runner.choose(graphs.logits(n, spans), [_GREEDY] * n, [0] * n).tolist()
 
         rows.append({

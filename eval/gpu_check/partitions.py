@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from engine.errors import SlalomError
 from engine.graphs import DecodeGraphs
-from engine.kernels import Batch, Span
+from engine.kernels import Batch, Span, Spans
 from engine.lanes import Lane
 from eval.gpu_check.rig import Rig
 
@@ -102,10 +102,10 @@ def slowdown(rig: Rig) -> dict[str, Any]:
             "lanes": sorted(rows, key=lambda row: row["sms"])}  # fmt: skip
 
 
-def decode_spans(rig: Rig, n: int) -> list[Span]:
+def decode_spans(rig: Rig, n: int) -> Spans:
     """The next step of ``n`` sequences at the context that is measured."""
     each = -(-(rig.sizes.context + 2) // 16)
-    return [Span([7], rig.sizes.context, range(k * each, (k + 1) * each)) for k in range(n)]
+    return Spans.of(Span([7], rig.sizes.context, range(k * each, (k + 1) * each)) for k in range(n))
 
 
 def graphs_on(rig: Rig, lane: Lane, *buckets: int) -> DecodeGraphs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -26,7 +27,6 @@ from engine.distributed_kv import Puller, check_pipe
 from engine.distributed_wire import KEY, ask, connect, listen, parse_address, step_from, step_message
 from engine.distributed_worker import Worker
 from engine.errors import SlalomError
-from engine.kernels import Span
 from engine.model import KVPool, SamplingParams, open_checkpoint
 from engine.service import Engine, build_state
 
@@ -105,9 +105,8 @@ def test_two_instances_in_one_worker_copy_without_a_peer(expected: list[list[int
 
 def test_drawn_tokens_and_slices_of_layers_cross_the_wire(expected: list[list[int]]) -> None:
     drawn = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, stop=("zzz",), stop_token_ids=(3,))
-    spans = [Span([1, 2, 3], 0, [4, 5], True), Span([9], 17, [1, 2], False)]
-    message = step_message(spans, (0, 4), [drawn], [5])
-    assert step_from(message) == (spans, (0, 4), [drawn], [5])
+    message = json.loads(json.dumps(step_message(None, (2, 4), [drawn], [5])))
+    assert step_from(message) == (None, (2, 4), [drawn], [5])
 
 
 @pytest.mark.parametrize("state", ["at the door", "while it opens", "while it sends"])

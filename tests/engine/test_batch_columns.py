@@ -1,0 +1,137 @@
+"""Sequences of a forward pass as columns: the batch is that of the plain definition, and a lane's columns are true."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from live_cases import GREEDY, KV, PROMPTS, engine_on, mixed, send
+
+from engine.core.setup import InstanceSpec
+from engine.core.state import Batching, Role
+from engine.distributed_wire import step_from, step_message
+from engine.kernels import Batch, Span, Spans
+from engine.runner import LaneRunner
+
+PAGE = 16
+
+
+@st.composite
+def span_lists(draw: st.DrawFn) -> list[Span]:
+    """Decodes and chunks on blocks of their own, some with more blocks than they need."""
+    found: list[Span] = []
+    for _ in range(draw(st.integers(1, 6))):
+        new, start = draw(st.sampled_from([1, 1, 2, 16, 17, 40])), draw(st.integers(0, 70))
+        need = -(-(start + new) // PAGE) + draw(st.integers(0, 2))
+        blocks = draw(st.lists(st.integers(0, 999), min_size=need, max_size=need))
+        found.append(Span([draw(st.integers(0, 2**17)) for _ in range(new)], start, blocks, draw(st.booleans())))
+    return found
+
+
+def in_dirty_buffers(spans: list[Span]) -> Spans:
+    """The columns as a lane has them: views of larger buffers that still hold what was written before."""
+    own = Spans.of(spans)
+    blocks = np.full((len(spans) + 3, own.width + 5), 777, np.int32)
+    for row, span in zip(blocks, spans, strict=False):
+        row[: len(span.blocks)] = span.blocks
+    return Spans(own.tokens, own.counts, own.starts, own.sample, own.n_blocks, blocks[: len(spans)])
+
+
+@given(span_lists(), st.integers(0, 9), st.integers(0, 12))
+def test_columns_give_the_batch_of_the_plain_definition(spans: list[Span], pad_to: int, table_width: int) -> None:
+    columns = in_dirty_buffers(spans)
+    batch = Batch.build(columns, block_tokens=PAGE, pad_to=pad_to, table_width=table_width)
+    padding = max(0, pad_to - len(spans))
+    tokens = [t for span in spans for t in span.tokens]
+    positions = [span.start + k for span in spans for k in range(len(span.tokens))]
+    slots = [
+        span.blocks[(span.start + k) // PAGE] * PAGE + (span.start + k) % PAGE
+        for span in spans
+        for k in range(len(span.tokens))
+    ]
+    ends = np.cumsum([len(span.tokens) for span in spans] + [1] * padding).tolist()
+    contexts = [span.start + len(span.tokens) for span in spans] + [0] * padding
+    wanted = [span.sample for span in spans] + [True] * padding
+    assert batch.tokens.tolist() == tokens + [0] * padding
+    assert batch.positions.tolist() == positions + [0] * padding
+    assert batch.slots.tolist() == slots + [-1] * padding
+    assert batch.query_starts.tolist() == [0, *ends]
+    assert batch.context_lens.tolist() == contexts == list(batch.context_tokens)
+    assert batch.sample_rows.tolist() == [end - 1 for end, yes in zip(ends, wanted, strict=True) if yes]
+    assert batch.query_tokens == (*(len(span.tokens) for span in spans), *[1] * padding)
+    assert batch.max_query == max(len(span.tokens) for span in spans)
+    assert batch.block_tables.shape == (len(contexts), max(table_width, *(len(span.blocks) for span in spans)))
+    for row, span in zip(batch.block_tables.tolist(), spans, strict=False):
+        assert row[: len(span.blocks)] == span.blocks
+    plain = Batch.build(spans, block_tokens=PAGE, pad_to=pad_to, table_width=table_width)
+    for name in ("tokens", "positions", "query_starts", "context_lens", "slots", "sample_rows"):
+        mine, theirs = getattr(batch, name), getattr(plain, name)
+        assert mine.dtype == theirs.dtype
+        assert mine.equal(theirs)
+    kept = [getattr(batch, name).clone() for name in ("tokens", "block_tables", "slots", "context_lens")]
+    for column in (columns.tokens, columns.counts, columns.starts, columns.n_blocks, columns.blocks):
+        column.fill(5)  # the lane's next step
+    for name, before in zip(("tokens", "block_tables", "slots", "context_lens"), kept, strict=True):
+        assert getattr(batch, name).equal(before), f"{name} is shared with the columns"
+
+
+@given(span_lists())
+def test_columns_cross_the_wire(spans: list[Span]) -> None:
+    columns = in_dirty_buffers(spans)
+    received, layers, _, _ = step_from(json.loads(json.dumps(step_message(columns, (0, 4), [], []))))
+    assert received is not None
+    assert layers == (0, 4)
+    assert received.decodes == columns.decodes == all(len(s.tokens) == 1 and s.sample for s in spans)
+    for name in ("tokens", "counts", "starts", "sample", "n_blocks"):
+        mine, theirs = getattr(columns, name), getattr(received, name)
+        assert mine.dtype == theirs.dtype
+        assert mine.tolist() == theirs.tolist()
+    for row, span in zip(received.blocks.tolist(), spans, strict=True):
+        assert row[: len(span.blocks)] == span.blocks
+    assert step_from(step_message(None, (1, 2), [], []))[0] is None
+
+
+def test_an_empty_batch_and_spans_without_tokens_or_blocks_are_refused() -> None:
+    for spans, why in (
+        ([], "empty"),
+        ([Span([1], 0, [1]), Span([], 3, [1])], "without tokens"),
+        ([Span([1], 0, [1]), Span([1], 16, [1])], "cover"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            Batch.build(spans, block_tokens=PAGE)
+
+
+CUTS: dict[str, list[InstanceSpec]] = {
+    "chunked and preempted": mixed(kv_tokens=304, chunk_tokens=32),
+    "migrated": [InstanceSpec(Role.PREFILL, 0, KV), InstanceSpec(Role.DECODE, 1, KV, link=1)],
+    "layer slices": mixed(role=Role.MULTIPLEXED, batching=Batching.LAYERED),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_step_computes_the_tokens_of_its_requests(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode tokens are taken from what the request last got, prompts from the request: always its own history."""
+    run, seen = LaneRunner.run, set()
+
+    def checked(self: LaneRunner, step: Any) -> Any:
+        spans, row = step.spans, 0
+        if spans is not None:
+            for request, start, count in zip(step.requests, spans.starts, spans.counts, strict=True):
+                own = request.tokens[start : start + count]
+                assert spans.tokens[row : row + count].tolist() == own.tolist()
+                assert start + count <= request.n_tokens
+                row += count
+                seen.add("chunk" if count > 1 else "token")
+            assert row == len(spans.tokens)
+        return run(self, step)
+
+    monkeypatch.setattr(LaneRunner, "run", checked)
+    with engine_on(CUTS[cut]) as engine:
+        callers = [send(engine, prompt) for prompt in PROMPTS]
+        assert all(len(caller.wait().tokens) == GREEDY.max_tokens for caller in callers)
+        assert (engine.state.cluster[0]["n_preempted"] > 0) == (cut == "chunked and preempted")
+    assert seen == {"chunk", "token"}
