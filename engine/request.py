@@ -77,10 +77,6 @@ class Request:
         self._generation = Generation(params, tokenizer)
 
     @property
-    def n_generated(self) -> int:
-        return self.n_tokens - self.n_prompt
-
-    @property
     def finish(self) -> str | None:
         """Why its own output ended (stop or length), None while it goes on."""
         finish = self._generation.finish
@@ -91,4 +87,5 @@ class Request:
         text = self._generation.push(token)
         self.tokens[self.n_tokens] = self.newest = token
         self.n_tokens += 1
-        return Delta(token, text, self.finish)
+        finish = self._generation.finish
+        return Delta(token, text, None if finish is None else str(finish))

@@ -23,7 +23,7 @@ class Generation:
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self.finish: Finish | None = None
         self.n_tokens = 0
-        self._params = params
+        self._stop, self._min_tokens, self._max_tokens = params.stop, params.min_tokens, params.max_tokens
         self._ends = set(params.stop_token_ids) | (set() if params.ignore_eos else tokenizer.eos_ids)
         self._detokenizer = tokenizer.detokenizer()
         self._held = ""  # may be the beginning of a stop string
@@ -32,15 +32,17 @@ class Generation:
         """Text to append to the output; sets ``finish`` when this token was the last."""
         assert self.finish is None, "a token after the end"
         self.n_tokens += 1
-        may_stop = self.n_tokens > self._params.min_tokens
+        may_stop = self.n_tokens > self._min_tokens
         if may_stop and token in self._ends:
             return self._end(Finish.STOP)
+        if not self._stop and self.n_tokens < self._max_tokens:
+            return self._detokenizer.push(token)  # nearly every token of nearly every request
         self._held += self._detokenizer.push(token)
         cut = self._find_stop() if may_stop else -1
         if cut >= 0:
             self.finish, text, self._held = Finish.STOP, self._held[:cut], ""
             return text
-        if self.n_tokens >= self._params.max_tokens:
+        if self.n_tokens >= self._max_tokens:
             return self._end(Finish.LENGTH)
         keep = self._possible_stop()
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -53,13 +55,13 @@ class Generation:
 
     def _find_stop(self) -> int:
         """Where the first stop string begins, or -1."""
-        found = [at for stop in self._params.stop if (at := self._held.find(stop)) >= 0]
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         return min(found, default=-1)
 
     def _possible_stop(self) -> int:
         """Length of the longest tail that a stop string begins with."""
-        longest = max((len(stop) - 1 for stop in self._params.stop), default=0)
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
         for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._params.stop):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
                 return length
         return 0
