@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +28,10 @@ __all__ = ["LiveInstances"]
 _log = logging.getLogger("slalom.instance")
 #: A request whose KV could not be moved this often ends with an error.
 _MOST_TRANSFER_FAILURES = 3
+
+
+def _nobody(delta: Delta) -> None:
+    """The sink of a request that has ended."""
 
 
 class _Lane:
@@ -107,7 +112,10 @@ class LiveInstances:
         return _Lane(f"instance-{i}-lane-{l}", work, partial(self._clock.post, 2 * i + l))
 
     def attach(self, runtime: Runtime) -> None:
-        self._runtime, self._words, self._slots = runtime, runtime.words, runtime.slots
+        """Work for ``runtime``, which must be kept by whoever made it."""
+        # Not a reference: in a cycle the KV pools of a closed engine would stay until a full garbage collection.
+        self._runtime = weakref.proxy(runtime)
+        self._words, self._slots = runtime.words, runtime.slots
         for i, host in enumerate(self._hosts):
             host.watch(partial(self._hear_of_loss, i))
 
@@ -321,8 +329,9 @@ class LiveInstances:
 
     def _tell_end(self, request: Request, finish: str) -> None:
         request.ended = True
+        sink, request.sink = request.sink, _nobody  # whoever listens may hold the request, and need not for ever
         if finish:
-            request.sink(Delta(None, "", finish))
+            sink(Delta(None, "", finish))
 
     def is_over(self) -> bool:
         """Closed, and nothing is left to do."""

@@ -7,6 +7,7 @@ one scheduler: the timelines are equal to the last bit.
 from __future__ import annotations
 
 import heapq
+import weakref
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,8 @@ class ModelledInstances:
         self._turns: list[tuple[int, int]] = []  # heap of (arrival, request)
 
     def attach(self, runtime: Runtime) -> None:
-        """Work for ``runtime``: its first arrival is put on the clock."""
-        self._runtime, self._slots = runtime, runtime.slots
+        """Work for ``runtime``, which must be kept by whoever made it: its first arrival is put on the clock."""
+        self._runtime, self._slots = weakref.proxy(runtime), runtime.slots
         self._expect()
 
     def _expect(self) -> None:

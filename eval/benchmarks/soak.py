@@ -7,12 +7,15 @@ and over all rounds neither memory nor threads may grow.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -316,6 +319,10 @@ def _modelled_round(seed: int, counts: Counter[str]) -> list[str]:
 
 
 def _resident_mb() -> float:
+    """Of this process, once garbage is collected and malloc has given back what it only keeps: what is still held."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library keeps its pages, and what they hide
+        ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/status") as status:
         return next(float(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -300,3 +302,18 @@ def test_what_a_cpu_cannot_do_is_refused() -> None:
     state = build_state(layered, profile, share, classes=[SloClass(1.0, 0.1)])
     with pytest.raises(SlalomError, match="4 layers"):
         Engine(MODEL, TOKENIZER, state, RandomPolicy(0))
+
+
+def test_the_memory_of_a_closed_engine_comes_back_without_a_garbage_collection(plain: list[list[int]]) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with engine_on(mixed(2)) as engine:
+            callers = [send(engine, prompt) for prompt in PROMPTS]
+            assert [caller.wait().tokens for caller in callers] == plain
+            pools = [weakref.ref(host.pool) for host in engine._hosts]
+            requests = [weakref.ref(caller.request) for caller in callers]
+        del engine, callers
+        assert not any(ref() for ref in pools + requests)
+    finally:
+        gc.enable()
