@@ -55,7 +55,7 @@ class Caller:
         return self.deltas[-1].finish if self.deltas else None
 
     def wait(self) -> Caller:
-        assert self.done.wait(60), "the request did not end"
+        assert self.done.wait(240), "the request did not end"  # the first one may wait for the compiler
         return self
 
 
