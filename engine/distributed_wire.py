@@ -118,7 +118,8 @@ def step_from(message: dict[str, Any]) -> tuple[Spans | None, tuple[int, int], l
     if message["spans"] is not None:
         *columns, used = message["spans"]
         types = (np.int64, np.int64, np.int64, np.bool_, np.int32)
-        tokens, counts, starts, sample, n_blocks = (np.array(c, t) for c, t in zip(columns, types, strict=True))
+        arrays: list[np.ndarray] = [np.array(c, t) for c, t in zip(columns, types, strict=True)]
+        tokens, counts, starts, sample, n_blocks = arrays
         blocks = np.zeros((len(n_blocks), n_blocks.max()), np.int32)
         blocks[_used(n_blocks)] = used
         spans = Spans(tokens, counts, starts, sample, n_blocks, blocks)

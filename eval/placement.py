@@ -309,12 +309,11 @@ def reason(scenario: Scenario, ranked: list[Found], goal: float, effort: Effort)
 def _distserve(scenario: Scenario, budget: int, goal: float) -> dict[str, Any] | None:
     """DistServe's placement for the reference rate, or None where it finds none on these GPUs."""
     algorithm = algorithm_1 if choose_algorithm(scenario) == 1 else algorithm_2
-    effort = {
-        "max_batch": max(group.max_batch for group in scenario.cluster),
-        "n_requests": steady_requests(scenario),
-    }
+    most, n = max(group.max_batch for group in scenario.cluster), steady_requests(scenario)
     try:
-        placed: Disaggregated = algorithm(scenario, scenario.reference_rate, node_gpus=budget, goal=goal, **effort)
+        placed: Disaggregated = algorithm(
+            scenario, scenario.reference_rate, node_gpus=budget, goal=goal, max_batch=most, n_requests=n
+        )
     except SlalomError:
         return None
     return placed.__dict__ | {"rate": scenario.reference_rate}

@@ -86,8 +86,7 @@ def _error(values: np.ndarray) -> float:
 def changes(before: Load, now: Load, threshold: float) -> dict[str, float]:
     """Relative change of rate, prompt and output, as far as it is significant."""
     found = {}
-    for k, name in enumerate(_WATCHED):
-        old, new = before[k], now[k]
+    for k, (name, old, new) in enumerate(zip(_WATCHED, before[:3], now[:3], strict=True)):
         error = math.hypot(before.errors[k] * old, now.errors[k] * new)
         if old > 0.0 and abs(new / old - 1.0) > threshold and abs(new - old) > _ERRORS * error:
             found[name] = new / old - 1.0
