@@ -153,7 +153,7 @@ def test_the_command_calibrates_the_tiny_model_from_end_to_end(tmp_path):
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout[result.stdout.index("{") :])
     profile = Profile.load(out)
-    assert profile.step_overhead_s > 0
+    assert profile.step_overhead_s >= 0
     assert profile.kv_tokens == 1024
     assert facts["points"]["decode"] >= 8
     assert (tmp_path / "tiny.png").exists()

@@ -11,7 +11,7 @@ from test_lanes import CORES, needs_two_cores
 
 from engine.core.state import Batching, Role
 from engine.hosts import LocalExecutor
-from engine.kernels import Span
+from engine.kernels import Span, Spans
 from engine.lanes import WHOLE, Lanes, make_device
 from engine.model import KVPool, ModelRunner, SamplingParams
 
@@ -32,7 +32,7 @@ def span(k: int) -> Span:
 
 def run(executor: LocalExecutor, layers: tuple[int, int], *spans: Span) -> list[int]:
     last = layers[1] == LAYERS
-    return executor.run(spans, layers, [SAMPLING] * last, [0] * last, WHOLE)
+    return executor.run(Spans.of(spans) if spans else None, layers, [SAMPLING] * last, [0] * last, WHOLE)
 
 
 def test_a_pass_goes_on_where_it_stood_aside(executor: LocalExecutor) -> None:
