@@ -60,7 +60,10 @@ def test_the_engine_serves_the_very_requests_that_the_surrogate_would(scenario, 
     sent = (run.req["arrival"] - run.req["arrival"][0]) * 1e-12
     late = run.lag_s
     assert (late >= 0).all()
-    np.testing.assert_allclose(sent - planned, late - late[0], atol=0.05)  # nobody is sent early, the lag says how late
+    # nobody is sent early, the lag says how late; a busy machine may come between the two stamps of a few requests
+    apart = (sent - planned) - (late - late[0])
+    assert np.median(np.abs(apart - np.median(apart))) < 2e-3
+    assert np.abs(apart).max() < 0.05
     assert (run.req["first_token"] > run.req["arrival"]).all()
     assert (run.req["last_token"] >= run.req["first_token"]).all()
     assert sum(s.lane["sum_n"] for s in run.steps) == trace.prompt.sum()
