@@ -15,24 +15,14 @@ paper's attention-aware roofline, and the dispatch over instances (the paper has
 
 from __future__ import annotations
 
-from engine.core.columns import Kind, Need
-from engine.core.jit import kernel
-from engine.core.policy import POLICY_SIGNATURE, InstancePlan
+from engine.core.columns import Need
+from engine.core.policy import InstancePlan
 from engine.core.state import Batching, Order, Role, Split
-from policies.common import default_answer, kind_of
-from policies.muxwise import ROUTER, require_shares, route
+from policies.muxwise import ROUTER, decide, require_shares
 from policies.rule import Param, Rule, Values
 from policies.setting import Setting
 
 __all__ = ["RULE", "decide"]
-
-
-@kernel(POLICY_SIGNATURE)
-def decide(context, candidates, mask, params, memory):
-    """``params``: router, headroom, chunk_tokens (the last two static). TUNE keeps what the core chooses."""
-    if kind_of(context) != Kind.PLACE_PREFILL:
-        return default_answer(context, candidates, mask)
-    return route(context, candidates, mask, params[0])
 
 
 def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:

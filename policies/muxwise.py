@@ -47,7 +47,8 @@ def route(context, candidates, mask, router):
 
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
-    """``params``: router, then static ones. TUNE keeps the predictor's choice."""
+    """``params``: router, then static ones. TUNE keeps the core's choice of the split, whoever makes it: predictor,
+    table (``pdmux_table``) or need (``duetserve``)."""
     if kind_of(context) != Kind.PLACE_PREFILL:
         return default_answer(context, candidates, mask)
     return route(context, candidates, mask, params[0])

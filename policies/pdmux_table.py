@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.columns import Kind, Need
-from engine.core.jit import kernel
-from engine.core.policy import POLICY_SIGNATURE, InstancePlan
+from engine.core.columns import Need
+from engine.core.policy import InstancePlan
 from engine.core.state import Batching, Order, Role, Split
-from policies.common import default_answer, kind_of
-from policies.muxwise import ROUTER, require_shares, route
+from policies.muxwise import ROUTER, decide, require_shares
 from policies.rule import Param, Rule, Values
 from policies.setting import Setting
 
@@ -42,14 +40,6 @@ def share_rows(setting: Setting, table: str, profile: int) -> list[int]:
     sms = setting.share["sms"][profile, :n]
     wanted = [decode * total / _SMS for decode, _ in TABLES[table]]
     return [min(int(np.searchsorted(sms, want)), n - 2) for want in wanted]
-
-
-@kernel(POLICY_SIGNATURE)
-def decide(context, candidates, mask, params, memory):
-    """``params``: router, and what is static. TUNE keeps the table's choice."""
-    if kind_of(context) != Kind.PLACE_PREFILL:
-        return default_answer(context, candidates, mask)
-    return route(context, candidates, mask, params[0])
 
 
 def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:

@@ -13,7 +13,15 @@ import numpy as np
 from engine.core.jit import kernel
 from engine.core.lists import pop_front, push_back, queue_of, ready_of
 from engine.core.parking import overtaker, park, unpark
-from engine.core.predict import predict_step, prefill_share, row_on_demand, split_for, table_row, whole_device
+from engine.core.predict import (
+    predict_step,
+    prefill_share,
+    row_on_demand,
+    running_ctx,
+    split_for,
+    table_row,
+    whole_device,
+)
 from engine.core.preemption import note_due, recount_due, secure_decode
 from engine.core.prompts import admit_alone, plan_queue, take
 from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
@@ -119,12 +127,6 @@ def _jump_limit(s, i):
     return max(min(steps, (per_request - 1) * size), 1)
 
 
-@kernel(forceinline=True)
-def _decoding_ctx(s, i):
-    """Σ context of the running set at this moment."""
-    return s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
-
-
 @kernel
 def _look_up(s, i):
     """Split TABLE: a prefill batch starts, so the row for the present decode batch comes into force."""
@@ -171,7 +173,7 @@ def _plan_layers(s, i, now):
         lane.share = whole_device(s, i)
         lane.layer_to = layers
         return
-    context = _decoding_ctx(s, i)
+    context = running_ctx(s, i)
     row = split_for(s, i, context, s.inst[i].run_n)
     lane.share = prefill_share(s, i, row)
     if s.inst[i].layer_tokens > 0:
@@ -196,7 +198,7 @@ def _plan_beside(s, i, now):
             lane.kind = _K_PREFILL
             lane.share = whole_device(s, i)
             if s.inst[i].run_n > 0 or s.lists[ready_of(i), 2] > 0:
-                lane.share = prefill_share(s, i, split_for(s, i, _decoding_ctx(s, i), s.inst[i].run_n))
+                lane.share = prefill_share(s, i, split_for(s, i, running_ctx(s, i), s.inst[i].run_n))
     if lane.kind == _K_PREFILL:
         lane.corun = 1 if s.lane[i, 1].kind != _IDLE else 0
 

@@ -24,7 +24,7 @@ from engine.core.lists import (
 )
 from engine.core.predict import whole_device
 from engine.core.preemption import note_due, touch_pool
-from engine.core.punctual import goes_before
+from engine.core.punctual import line_up
 from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, Order, RequestState, Role
@@ -108,12 +108,10 @@ def _enqueue(s, i, r):
     if s.inst[i].order == _PREEMPTIVE:
         push_before(s.lists, s.req, queue, r, place_by_work(s.lists, s.req, queue, r))
         return
-    other = s.lists[queue, 0]
     if s.inst[i].order == _ON_TIME:
-        while other >= 0 and not goes_before(s, r, other):
-            other = s.req[other].next
-        push_before(s.lists, s.req, queue, r, other)
+        line_up(s, i, r)
         return
+    other = s.lists[queue, 0]
     rest = s.req[r].target - s.req[r].computed
     while other >= 0:
         started = s.req[other].state != _WAITING or s.req[other].blocks > 0

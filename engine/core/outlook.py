@@ -7,7 +7,7 @@ import numpy as np
 from engine.core.jit import kernel
 from engine.core.lists import queue_of
 from engine.core.parking import parked_rest_s
-from engine.core.predict import expected_row, predict_step, prefill_share, whole_device
+from engine.core.predict import expected_row, predict_step, prefill_share, running_ctx, whole_device
 from engine.core.punctual import goes_before
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
@@ -20,7 +20,6 @@ __all__ = [
     "prefill_forecast",
     "queue_outlook",
     "residual_s",
-    "running_ctx",
     "transfer_s",
 ]
 
@@ -33,12 +32,6 @@ _ON_DEMAND = int(Split.ON_DEMAND)
 
 #: Slack of an instance that decodes, or queues, nothing.
 NO_SLACK_S = 1e3
-
-
-@kernel(forceinline=True)
-def running_ctx(s, i):
-    """Σ context of the running set at this moment."""
-    return s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
 
 
 @kernel

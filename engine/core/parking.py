@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.core.jit import kernel
 from engine.core.lists import queue_of, ready_of
-from engine.core.predict import prefill_share, split_for, whole_device
+from engine.core.predict import prefill_share, running_ctx, split_for, whole_device
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import RequestState
 from engine.latency.evaluate import prefill_s, to_ticks
@@ -32,8 +32,7 @@ def _prefill_s(s, i, sum_n2, sum_nr, sum_n):
     if s.inst[i].run_n == 0 and s.lists[ready_of(i), 2] == 0:
         full = s.share[p, whole_device(s, i)]
         return prefill_s(s.profile[p], full, sum_n2, sum_nr, sum_n) + s.profile[p].step_overhead_s
-    context = s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
-    part = s.share[p, prefill_share(s, i, split_for(s, i, context, s.inst[i].run_n))]
+    part = s.share[p, prefill_share(s, i, split_for(s, i, running_ctx(s, i), s.inst[i].run_n))]
     return prefill_s(s.profile[p], part, sum_n2, sum_nr, sum_n) * part.corun_prefill + s.profile[p].step_overhead_s
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "predict_step",
     "prefill_share",
     "row_on_demand",
+    "running_ctx",
     "split_for",
     "table_row",
     "tightest_tpot_s",
@@ -28,6 +29,12 @@ _AUTO, _TABLE, _ON_DEMAND = (int(x) for x in Split)
 def whole_device(s, i):
     """Share row of instance ``i`` that stands for all SMs."""
     return s.profile[s.inst[i].profile].n_shares - 1
+
+
+@kernel(forceinline=True)
+def running_ctx(s, i):
+    """Σ context of the running set of instance ``i`` at this moment, steps not yet booked included."""
+    return s.inst[i].run_ctx + s.inst[i].unbooked * s.inst[i].run_n
 
 
 @kernel

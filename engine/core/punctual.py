@@ -12,11 +12,11 @@ import numpy as np
 
 from engine.core.jit import kernel
 from engine.core.lists import push_before, queue_of, remove
-from engine.core.predict import expected_row, prefill_share, whole_device
+from engine.core.predict import expected_row, prefill_share, running_ctx, whole_device
 from engine.core.state import Batching, RequestState, Role
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 
-__all__ = ["deadline_of", "give_up_late", "goes_before"]
+__all__ = ["deadline_of", "give_up_late", "goes_before", "line_up"]
 
 _, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PREFILL_FIRST = int(Batching.PREFILL_FIRST)
@@ -54,13 +54,12 @@ def _pace(s, i):
         return 1.0
     p = inst.profile
     profile, full = s.profile[p], s.share[p, whole_device(s, i)]
-    context = inst.run_ctx + inst.unbooked * inst.run_n
     if inst.role == _MULTIPLEXED:
         part = s.share[p, prefill_share(s, i, expected_row(s, i))]
         n = float(max(inst.queue_tokens / max(s.lists[queue_of(i), 2], 1), 1.0))
         alone = prefill_s(profile, full, n * n, 0.0, n)
         return max(prefill_s(profile, part, n * n, 0.0, n) * part.corun_prefill / max(alone, 1e-9), 1.0)
-    step = decode_s(profile, full, context, inst.run_n)
+    step = decode_s(profile, full, running_ctx(s, i), inst.run_n)
     if inst.role == _DECODE:
         return 1.0 + step * s.lists[queue_of(i), 2] / max(inst.queue_work * 1e-12, 1e-9)
     if inst.role == _MIXED and inst.batching != _PREFILL_FIRST:
@@ -87,10 +86,9 @@ def _longest_until(s, i, last):
 
 
 @kernel
-def _move_back(s, i, r):
-    """Queue request ``r`` anew, now that it is given up."""
+def line_up(s, i, r):
+    """Put request ``r`` where it belongs in the queue of instance ``i``."""
     queue = queue_of(i)
-    remove(s.lists, s.req, queue, r)
     other = s.lists[queue, 0]
     while other >= 0 and not goes_before(s, r, other):
         other = s.req[other].next
@@ -118,5 +116,6 @@ def give_up_late(s, i, now):
             if victim >= 0:
                 end -= s.req[victim].work * pace
                 s.req[victim].late = 1
-                _move_back(s, i, victim)
+                remove(s.lists, s.req, queue, victim)
+                line_up(s, i, victim)
         r = after
