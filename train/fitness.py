@@ -1,7 +1,10 @@
 """How good a bound policy is, for the direct search: attainment over common arrivals, cheap and repeatable.
 
-Traces are built once and shared by every policy (common random numbers). The score is the mean attainment of
-requests sent, less what the worst SLO class lacks to its floor, so that no class is starved for the others.
+Traces are built once and shared by every policy (common random numbers). At one rate what counts is the attainment
+of requests sent, less what the worst SLO class lacks to its floor, so that no class is starved for the others.
+Rates are put together by :func:`merged`, because a mean over attainments would be deaf to the targets of 95 and
+99 %: at 80 % of the knee a policy that misses 3 % instead of 1 % loses two points there, no more than it loses by
+meeting 86 instead of 88 % beyond the knee.
 """
 
 from __future__ import annotations
@@ -23,10 +26,21 @@ from eval.metrics import outcomes
 from policies.setting import Setting
 from train.space import Design
 
-__all__ = ["Fitness"]
+__all__ = ["Fitness", "merged"]
 
+_LEAST_MISSED = 0.003  # share below which missing less is luck: some requests of one simulation
 _TRACES = 64
 _WARMUP = 0.05
+
+
+def merged(attainment: Sequence[float]) -> float:
+    """One number for several rates: 1 less the geometric mean of the shares missed, 0.003 added to each.
+
+    To miss half as much counts alike at every rate, so a policy gains as much by holding 98 instead of 96 % where
+    load is moderate as by holding 90 instead of 80 % at the knee.
+    """
+    missed = np.maximum(1.0 - np.asarray(attainment), 0.0) + _LEAST_MISSED
+    return 1.0 + _LEAST_MISSED - float(np.exp(np.log(missed).mean()))
 
 
 class Fitness:
@@ -75,13 +89,13 @@ class Fitness:
         return score
 
     def score(self, design: Design, rates: Sequence[float], seeds: Sequence[int], n: int) -> float:
-        """Mean over rates and seeds; 0 where the rule does not fit the scenario."""
+        """Mean over seeds, :func:`merged` over rates; 0 where the rule does not fit the scenario."""
         try:
             policy = design.bind(self.setting)
-            cells = [self.attainment(policy, rate, seed, n) for rate in rates for seed in seeds]
+            cells = [[self.attainment(policy, rate, seed, n) for seed in seeds] for rate in rates]
         except SlalomError:
             return 0.0
-        return sum(cells) / len(cells)
+        return merged([sum(row) / len(row) for row in cells])
 
     def worst_wait_s(self, design: Design, rate: float, seed: int, n: int) -> float:
         """Longest time to a first token among the requests that got one; 0 where the design does not fit."""

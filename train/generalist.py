@@ -16,7 +16,7 @@ import numpy as np
 from cmaes import CMA
 
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Role
+from engine.core.state import Batching, Order, Role
 from engine.errors import SlalomError
 from env.cluster import arena_of
 from env.scenario import Scenario
@@ -26,17 +26,18 @@ from train.space import Design, Space
 __all__ = ["generalist_design", "named", "sized", "train_generalist"]
 
 _DRAWN = 3  # scenarios of one generation
-_LOADS = ((0.97, 1.1), (1.05, 1.2))
+_LOADS = ((0.8, 1.1), (0.97, 1.2), (0.4, 1.05))
 _SEED, _KNEE_EVERY = 40_000, 25
 
 Report = Callable[[str, float, str], None]
 
 
 def generalist_design() -> Design:
-    """Where it starts: both phases on every instance on SM shares, shortest prompts first, the default score."""
+    """Where it starts: both phases on every instance on SM shares, queues on time, the default score."""
     plan = InstancePlan(
-        role=Role.MULTIPLEXED, batching=Batching.LAYERED, split=-1, headroom=1.0, order=1, prefill_tokens=2048
-    )
+        role=Role.MULTIPLEXED, batching=Batching.LAYERED, split=-1, headroom=1.0, order=int(Order.ON_TIME),
+        prefill_tokens=2048,
+    )  # fmt: skip
     return Design("linear_score", plans=(plan,), universal=True)
 
 
@@ -84,7 +85,7 @@ def train_generalist(
             found = [f.knee(now, k, (_SEED, _SEED + 1), n) for f, k, n in zip(fits, knees, sizes, strict=True)]
             knees = [new if new > 0.0 else old for new, old in zip(found, knees, strict=True)]
         drawn = rng.choice(len(fits), size=min(_DRAWN, len(fits)), replace=False)
-        loads = _LOADS[generation % 2]
+        loads = _LOADS[generation % len(_LOADS)]
         told = []
         for _ in range(optimiser.population_size):
             theta = optimiser.ask()

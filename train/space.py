@@ -25,7 +25,7 @@ from policies.normalise import default_normalisation
 from policies.rule import BoundPolicy, Param, Value
 from policies.setting import Setting
 
-__all__ = ["Coordinate", "Design", "Space", "random_design", "random_plans", "random_values", "varied"]
+__all__ = ["Coordinate", "Design", "Space", "random_design", "random_plans", "random_values", "reordered", "varied"]
 
 _HIDDEN = 4  # the least a checkpoint may have; its residual is zero and is skipped when it runs
 _NO_HOLD = 8.0  # where the cost of HOLD and SHED starts when the rule never does either: out of reach, but not far
@@ -298,6 +298,15 @@ def random_design(rules: Sequence[str], setting: Setting, rng: np.random.Generat
             if p.choices is None and rng.random() < 0.4:
                 values[p.name] = random_values((p,), rng)[p.name]
     return Design("linear_score", values, random_plans(setting, rng))
+
+
+def reordered(design: Design, setting: Setting, order: Order) -> Design:
+    """The same with prefill queues in this order on every instance, everything else as the design arranges it.
+
+    :raises SlalomError: the rule does not fit this scenario
+    """
+    plans = design.base(setting).arrangement or [InstancePlan()] * setting.n_instances
+    return replace(design, plans=tuple(replace(plan, order=int(order)) for plan in plans))
 
 
 def varied(design: Design, rng: np.random.Generator) -> Design:

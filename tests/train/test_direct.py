@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from engine.core.state import Order
 from engine.errors import SlalomError
 from env.cluster import arena_of
 from env.scenario import Scenario
@@ -18,11 +19,12 @@ from policies.checkpoint import load
 from train.budget import Budget
 from train.config import TrainConfig
 from train.direct import DirectConfig, direct_search
+from train.fitness import merged
 from train.generalist import named, train_generalist
 from train.ppo import DispatchPPO
 from train.recipe import load_recipe, recipe_names
 from train.run import Request, run
-from train.space import Design, Space, random_design, varied
+from train.space import Design, Space, random_design, reordered, varied
 
 SHIFT = Scenario.load("shift-pd-8xa100")
 CODE = Scenario.load("azure-code-mux-4xa100")
@@ -40,6 +42,23 @@ def test_a_search_around_a_rule_starts_at_the_rule(rule: str) -> None:
     alone = Design(rule)
     space = Space(arena_of(SHIFT).setting, alone)
     assert _good(SHIFT, replace(alone, theta=np.zeros(len(space)))) == _good(SHIFT, alone)
+
+
+def test_reordered_changes_the_queues_of_a_rule_and_nothing_else() -> None:
+    setting, rule = arena_of(SHIFT).setting, Design("muxwise")
+    plans = reordered(rule, setting, Order.ON_TIME).bind(setting).arrangement
+    published = rule.bind(setting).arrangement
+    assert plans is not None
+    assert published is not None
+    assert [replace(plan, order=Order.ON_TIME) for plan in published] == plans
+
+
+def test_what_is_missed_at_moderate_load_counts_as_much_as_at_the_knee() -> None:
+    spared, hurried = merged([0.99, 0.88]), merged([0.97, 0.90])
+    assert spared > hurried  # one miss of three is worth more there than two points of a hundred here
+    assert merged([1.0, 1.0]) == pytest.approx(1.0)
+    assert merged([0.9]) == pytest.approx(0.9)
+    assert merged([0.2, 0.3]) < merged([0.25, 0.3])
 
 
 def test_random_designs_and_their_neighbours_run_or_are_refused() -> None:
