@@ -28,13 +28,13 @@ from train.space import Design
 
 __all__ = ["Fitness", "merged"]
 
-_LEAST_MISSED = 0.003  # share below which missing less is luck: some requests of one simulation
+_LEAST_MISSED = 0.01  # share below which missing less counts little: some requests of one simulation
 _TRACES = 64
 _WARMUP = 0.05
 
 
 def merged(attainment: Sequence[float]) -> float:
-    """One number for several rates: 1 less the geometric mean of the shares missed, 0.003 added to each.
+    """One number for several rates: 1 less the geometric mean of the shares missed, 0.01 added to each.
 
     To miss half as much counts alike at every rate, so a policy gains as much by holding 98 instead of 96 % where
     load is moderate as by holding 90 instead of 80 % at the knee.

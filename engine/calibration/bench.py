@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,30 +106,6 @@ class Bench:
                     if high - low <= self._agree * statistics.median(used):
                         break
         return wall, cpu
-
-    def beside(self, point: Point, neighbours: int, other: Point) -> tuple[float, float]:
-        """(wall, thread) median seconds of ``point`` while ``neighbours`` threads run ``other`` on their own pools."""
-        stop = threading.Event()
-        spans, noise = self.spans(point), self.spans(other)
-        small = int(noise.blocks.max()) + 1
-        benches = [Bench(self.model, kv_tokens=small * _BLOCK) for _ in range(neighbours)]
-
-        def work(bench: Bench) -> None:
-            torch.set_num_threads(1)
-            while not stop.is_set():
-                bench.step(noise)
-
-        threads = [threading.Thread(target=work, args=(bench,), daemon=True) for bench in benches]
-        for thread in threads:
-            thread.start()
-        try:
-            self.step(spans)
-            wall, cpu = self._timed(spans)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-        return statistics.median(wall), statistics.median(cpu)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 from engine.calibration.bench import Bench, roofline, warm_up
 from engine.calibration.design import KINDS, Space, held_out_error, next_points
-from engine.calibration.live import host_time, link_time, role_change_s
+from engine.calibration.live import host_time, link_time, neighbour_time, role_change_s
 from engine.calibration.points import Kind, Measured, Point, Store
 from engine.calibration.shares import measure_share
 from engine.lanes import make_device
@@ -139,21 +139,8 @@ class Campaign:
             device.close()
 
     def _neighbours(self) -> dict[str, float]:
-        """Slow-down of a step while every other instance of this machine computes, by the wall and by the thread."""
-        wall, cpu = [], []
-        other = Point("decode", bs=min(4, self.space.max_batch), ctx=min(64, self.space.max_context))
-        for point in (
-            Point("decode", bs=1, ctx=min(64, self.space.max_context)),
-            Point("decode", bs=min(8, self.space.max_batch), ctx=min(64, self.space.max_context)),
-            Point("prefill", n=min(64, self.space.max_tokens), prompts=1),
-        ):
-            alone = self._bench.measure(point)
-            if alone.failed:
-                continue
-            beside_wall, beside_cpu = self._bench.beside(point, self.instances - 1, other)
-            wall.append(beside_wall / alone.wall_s)
-            cpu.append(beside_cpu / alone.cpu_s if alone.cpu_s > 0 else beside_wall / alone.wall_s)
-        return {"wall": sum(wall) / len(wall), "cpu": sum(cpu) / len(cpu)}
+        batches = sorted({1, min(4, self.space.max_batch), min(8, self.space.max_batch)})
+        return neighbour_time(self.model, self.tokenizer, self.instances, batches)
 
     def _fill(self) -> None:
         known = self.store.known()

@@ -1,11 +1,11 @@
-"""What only a whole engine shows: host time of a step, a KV transfer, a role change."""
+"""What only a whole engine shows: host time of a step, busy neighbours, a KV transfer, a role change."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from engine.model.tokenizer import Tokenizer
 from engine.request import Delta
 from engine.service import Engine, build_state
 
-__all__ = ["Host", "Link", "host_time", "link_time", "role_change_s"]
+__all__ = ["Host", "Link", "host_time", "link_time", "neighbour_time", "role_change_s"]
 
 _PROMPTS = (32, 128, 512, 1024)
 
@@ -37,6 +37,20 @@ class _First:
 
     def describe(self) -> dict[str, Any]:
         return {}
+
+
+class _InTurn(_First):
+    """Prompts go to all instances in turn, so that as many requests as instances keep every one busy."""
+
+    name = "in_turn"
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def decide(self, context: Any, candidates: Any, mask: Any, params: Any, memory: Any) -> int:
+        allowed = np.flatnonzero(mask)
+        self._calls += 1
+        return int(allowed[self._calls % len(allowed)])
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,44 @@ def host_time(model: Llama, tokenizer: Tokenizer, batches: Sequence[int] = (1, 8
     middle = [(bs, float(np.median(seconds))) for bs, seconds in host.items() if seconds]
     fixed, per = nnls(np.array([[1.0, float(bs)] for bs, _ in middle]), np.array([s for _, s in middle]))[0]
     return Host(float(fixed), float(per), len(decode))
+
+
+def neighbour_time(
+    model: Llama, tokenizer: Tokenizer, instances: int, batches: Sequence[int] = (1, 4, 8), output: int = 24
+) -> dict[str, float]:
+    """How much longer a decode step takes when every instance of the engine decodes as much: ``wall`` and thread
+    time (``cpu``), mean over batch sizes.
+
+    Measured on a running engine because lanes share their cores with its scheduler, its clients and Python's lock,
+    not only the memory with each other.
+
+    :raises ValueError: no batch size was met both alone and beside neighbours
+    """
+    most = max(batches)
+    spec = InstanceSpec(Role.MIXED, 0, most * (output + 48), batching=Batching.CHUNKED, max_batch=most)
+    found: list[dict[int, tuple[float, float]]] = []
+    for count, policy in ((1, _First()), (instances, _InTurn())):
+        specs = [replace(spec, link=i) for i in range(count)]
+        engine = Engine(model, tokenizer, _state(model, specs, 2 * most * count), policy)
+        probe = StepProbe(engine)
+        engine.start()
+        try:
+            for bs in (*batches, *batches):
+                _serve(engine, [16] * (bs * count), output)
+        finally:
+            engine.close()
+        decode = [s for s in probe.steps if s.lane["kind"] == LaneKind.DECODE and s.run_s > 0.0]
+        groups = {bs: [s for s in decode if s.lane["bs"] == bs] for bs in batches}
+        found.append({
+            bs: (float(np.median([s.run_s for s in group])), float(np.median([s.cpu_s for s in group])))
+            for bs, group in groups.items() if group
+        })  # fmt: skip
+    alone, beside = found
+    common = sorted(alone.keys() & beside.keys())
+    if not common:
+        raise ValueError(f"no decode batch of {list(batches)} ran both alone and beside neighbours")
+    wall, cpu = (float(np.mean([beside[bs][k] / max(alone[bs][k], 1e-9) for bs in common])) for k in (0, 1))
+    return {"wall": wall, "cpu": cpu if alone[common[0]][1] > 0.0 else wall}
 
 
 def link_time(model: Llama, tokenizer: Tokenizer, longest: int = 1024, repeats: int = 4) -> Link:

@@ -17,6 +17,7 @@ from engine.calibration import Bench, Campaign, Limits, Measured, Point, Store, 
 from engine.calibration.assemble import plot, predict_s
 from engine.calibration.bench import believed
 from engine.calibration.design import KINDS, Space, doubts, held_out_error, next_points
+from engine.calibration.live import neighbour_time
 from engine.calibration.shares import measure_share
 from engine.errors import SlalomError
 from engine.lanes import make_device
@@ -181,6 +182,14 @@ def test_a_part_of_the_device_is_a_row_of_its_own(tmp_path):
     assert profile.prefill_s(200, sms=1) == pytest.approx(3.0 * profile.prefill_s(200), rel=1e-6)
     assert (profile.shares[0].corun_decode, profile.shares[0].guard) == (1.1, 1.3)
     assert "share_3" in profile.provenance.notes
+
+
+def test_busy_neighbours_are_met_on_a_running_engine():
+    found = neighbour_time(MODEL, TOKENIZER, 2, batches=(1, 3), output=6)
+    assert set(found) == {"wall", "cpu"}
+    assert min(found.values()) > 0.2
+    with pytest.raises(ValueError, match="ran both alone and beside"):
+        neighbour_time(MODEL, TOKENIZER, 2, batches=(3,), output=1)  # a prompt alone gives the only token: no decode
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
