@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +26,7 @@ from engine.model import (
     load_model,
     load_tokenizer,
 )
-from engine.model.linear import Linear
+from engine.model.linear import Linear, Packed, rows_computed
 from engine.model.weights import resolve_model
 
 torch.set_num_threads(1)
@@ -355,9 +357,41 @@ def test_packed_products_are_the_plain_ones(bias: bool) -> None:
     packed.requires_grad_(False).pack()
     assert packed.weight is None
     with torch.inference_mode():
-        for rows in (1, 2, 7, 64):
+        for rows in (1, 2, 7, 9, 31, 33, 64, 65, 100):
             x = torch.randn(rows, 40)
             torch.testing.assert_close(packed(x), plain(x))
     half = Linear(40, 56).to(torch.bfloat16)
     half.pack()
     assert half.weight is not None
+
+
+@given(st.integers(1, 4096))
+def test_rows_are_added_up_to_a_number_of_a_short_list(rows: int) -> None:
+    computed = rows_computed(rows)
+    assert rows <= computed == rows_computed(computed)
+    assert computed <= max(rows, min(1.25 * rows + 2, 64))
+    assert len({rows_computed(n) for n in range(1, 65)}) < 20
+
+
+def test_products_of_ever_new_numbers_of_rows_keep_no_memory() -> None:
+    """oneDNN compiles code for each and keeps it, 0.55 MB a time: batches of a server have any number of rows."""
+
+    class Info(ctypes.Structure):
+        _fields_ = tuple((f"_{k}" if k not in (4, 7) else f"used_{k}", ctypes.c_size_t) for k in range(10))
+
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this C library does not say how much memory is in use")
+    libc.mallinfo2.restype = Info
+
+    def in_use_mb() -> float:
+        gc.collect()
+        info = libc.mallinfo2()
+        return float(info.used_4 + info.used_7) / 2**20  # mapped, and in arenas
+
+    packed = Packed(torch.randn(72, 24))
+    before = in_use_mb()
+    with torch.inference_mode():
+        for rows in range(1, 260):
+            packed(torch.randn(rows, 24))
+    assert in_use_mb() - before < 20.0, "259 times 0.55 MB would be 142"
