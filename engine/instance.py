@@ -89,6 +89,7 @@ class LiveInstances:
         self._hash_room = len(state.hashes) // slots
         self._salt, self._hash_tokens = np.uint64(salt), int(state.cluster[0]["hash_tokens"])
         self._hashed = state.req["hash_n"]  # a view: how many prefix hashes each request has
+        self._n_done = state.cluster["n_done"]  # a view, too: reading a record takes several times as long
         self._width = max(int(p["n_blocks"]) for p in state.pool)
         self._steps: list[Step | None] = [None] * (2 * len(hosts))  # in flight, by lane
         self._lanes = [self._lane(i, l, host) for i, host in enumerate(hosts) for l in range(2)]
@@ -105,6 +106,7 @@ class LiveInstances:
         self.transfer_failures = 0
         self.closing = False
         self.after_step: Callable[[], None] = lambda: None
+        self.on_gone: Callable[[], None] = lambda: None  # a request has heard its last
         self.on_end: Callable[[Request, np.void, str], None] = lambda request, record, finish: None
 
     def _lane(self, i: int, l: int, host: Host) -> _Lane:
@@ -172,7 +174,7 @@ class LiveInstances:
     def _hash(self, request: Request, tokens: int) -> None:
         """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
         size = self._hash_tokens
-        request.hash_due = (tokens // size + 1) * size if size else NEVER
+        request.due = (tokens // size + 1) * size if size else NEVER
         if size == 0:
             return
         first, last = int(self._hashed[request.slot]), tokens // size
@@ -199,13 +201,11 @@ class LiveInstances:
             return
         if outcome.error is not None:
             self._fail(step, outcome.error)
-        deltas = outcome.deltas
-        for request, delta in [d for d in deltas if d[1].finish is not None or d[0].n_tokens > d[0].hash_due]:
-            if request.n_tokens > request.hash_due:
-                self._hash(request, request.n_tokens - 1)
+        for request, delta in outcome.due:
+            self._hash(request, request.n_tokens - 1)
             if delta.finish is not None:
                 live.last_token(self._words, request.slot)
-        self._deltas.extend(deltas)
+        self._deltas.extend(outcome.deltas)
         self._runtime.book_lane(i, l)
         self._evacuate()
         self._sweep()
@@ -299,7 +299,7 @@ class LiveInstances:
             if request.doomed is None:
                 request.sink(delta)
         self._deltas.clear()
-        done = int(self._state.cluster[0]["n_done"])
+        done = int(self._n_done[0])
         if done != self._seen_done:
             self._seen_done = done
             self._part_with_ended()
@@ -332,9 +332,12 @@ class LiveInstances:
         sink, request.sink = request.sink, _nobody  # whoever listens may hold the request, and need not for ever
         if finish:
             sink(Delta(None, "", finish))
+        self.on_gone()
 
     def is_over(self) -> bool:
         """Closed, and nothing is left to do."""
+        if not self.closing:
+            return False
         cluster = self._state.cluster[0]
         idle = bool((self._state.lane["kind"] == LaneKind.IDLE).all())
-        return self.closing and bool(cluster["n_done"] == cluster["n_sent"]) and idle and not self._moving
+        return bool(cluster["n_done"] == cluster["n_sent"]) and idle and not self._moving

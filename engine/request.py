@@ -71,7 +71,7 @@ class Request:
         self.slot = -1  # its record in the cluster while it is there
         self.doomed: str | None = None  # why it is being ended from outside
         self.transfer_failures = 0
-        self.hash_due = 0  # tokens with which the next of its prefix hashes can be made
+        self.due = 0  # with more tokens than this there is something to do: a prefix hash to make, or it has ended
         self.cached_tokens = 0  # of the prompt, found in the prefix cache
         self.ended = False
         self._generation = Generation(params, tokenizer)
@@ -88,4 +88,7 @@ class Request:
         self.tokens[self.n_tokens] = self.newest = token
         self.n_tokens += 1
         finish = self._generation.finish
-        return Delta(token, text, None if finish is None else str(finish))
+        if finish is None:
+            return Delta(token, text, None)
+        self.due = -1
+        return Delta(token, text, str(finish))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core import live
+from engine.core.rows import addresses
 from engine.core.state import ClusterState
 from engine.hosts import Executor
 from engine.kernels import Spans
@@ -31,10 +32,14 @@ class Step(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """``deltas``: what each sampling request got. ``error``: why there is nothing; its requests cannot go on."""
+    """``deltas``: what each sampling request got. ``error``: why there is nothing; its requests cannot go on.
+
+    ``due``: those of ``deltas`` after which there is something to do for the request itself (``Request.due``).
+    """
 
     deltas: list[tuple[Request, Delta]]
     error: Exception | None = None
+    due: Sequence[tuple[Request, Delta]] = ()
 
 
 class LaneRunner:
@@ -47,44 +52,47 @@ class LaneRunner:
     def __init__(self, executor: Executor, state: ClusterState, requests: Sequence[Request | None], width: int) -> None:
         self.executor, self._requests = executor, requests
         self._state = state
-        rows = state.run.shape[1] + state.prefills.shape[1]
-        self._columns = (
-            np.zeros(rows, np.int32), np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.uint8),
-            np.zeros(rows, np.int32), np.zeros((rows, width), np.int32),
-        )  # fmt: skip
+        self._columns = live.step_columns(state.run.shape[1] + state.prefills.shape[1], width)
+        self._where = addresses(self._columns)
+        self._first = self._views(0)  # of the columns, their part that the last step used
         self._sampling: list[list[Request]] = []  # of the passes under way; those that stand aside first
+
+    def _views(self, n: int) -> list[np.ndarray]:
+        slots, starts, counts, sample, n_blocks, blocks, _ = (column[:n] for column in self._columns)
+        return [slots, starts, counts, sample.view(np.bool_), n_blocks, blocks]
 
     def describe(self, words: np.ndarray, i: int, l: int) -> Step:
         """The step that the core has put into lane (i, l)."""
-        lane = self._state.lane[i, l]
-        layers = (int(lane["layer_from"]), int(lane["layer_to"]) or self.executor.n_layers)
-        n = live.describe_step(words, i, l, *self._columns)
+        n, prompts, begin, end = live.describe_step(words, self._where, i, l)
+        if n != len(self._first[0]):
+            self._first = self._views(n)
         # Views, not copies: the columns are written again only when this step, or its next slice, has ended.
-        slots, starts, counts, sample, n_blocks, blocks = (column[:n] for column in self._columns)
-        requests = [request for r in slots.tolist() if (request := self._requests[r]) is not None]
-        assert len(requests) == n, "a step with a request nobody knows"
+        slots, starts, counts, sample, n_blocks, blocks = self._first
+        requests: list[Request] = list(map(self._requests.__getitem__, slots.tolist()))  # type: ignore[arg-type]
+        assert all(requests), "a step with a request nobody knows"
+        layers = (begin, end or self.executor.n_layers)
         partition = self.executor.partition(self._state, i, l)
-        if layers[0] > 0:
+        if begin > 0:
             return Step(None, requests, layers, partition)
-        tokens = self._tokens(requests, int(lane["n_prefills"]), starts, counts)
-        spans = Spans(tokens, counts, starts, sample.view(np.bool_), n_blocks, blocks)
-        return Step(spans, requests, layers, partition)
+        tokens = self._tokens(requests, prompts, starts, counts)
+        return Step(Spans(tokens, counts, starts, sample, n_blocks, blocks), requests, layers, partition)
 
     @staticmethod
     def _tokens(requests: list[Request], prompts: int, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """What the step computes, int64 (T,): chunks of the first ``prompts`` requests, a token of each other one."""
-        newest = np.fromiter(map(_newest, requests[prompts:]), np.int64, len(requests) - prompts)
         if prompts == 0:
-            return newest
+            return np.fromiter(map(_newest, requests), np.int64, len(requests))
+        newest = np.fromiter(map(_newest, requests[prompts:]), np.int64, len(requests) - prompts)
         places = zip(requests, starts[:prompts].tolist(), counts[:prompts].tolist(), strict=False)
         return np.concatenate([*(request.tokens[at : at + count] for request, at, count in places), newest])
 
     def run(self, step: Step) -> StepResult:
         """Run the step; what goes wrong is part of the result."""
         try:
-            return StepResult(self._run(step))
+            deltas = self._run(step)
         except Exception as error:  # out of memory, a bad kernel: the requests fail, the engine goes on
             return StepResult([], error)
+        return StepResult(deltas, None, [pair for pair in deltas if pair[0].n_tokens > pair[0].due])
 
     def _run(self, step: Step) -> list[tuple[Request, Delta]]:
         if step.spans is not None:

@@ -46,6 +46,33 @@ class Unavailable(RuntimeError):
     """The engine is shutting down, or has stopped."""
 
 
+class _Open:
+    """Counts the requests that were handed in and have not ended.
+
+    :ivar lock: held while one is handed in, so that :meth:`Engine.drain` knows that nothing follows
+    """
+
+    def __init__(self) -> None:
+        self.n, self.lock = 0, threading.Lock()
+        self._none = threading.Condition(self.lock)
+
+    def one_less(self) -> None:
+        with self.lock:
+            self.n -= 1
+            if self.n == 0:
+                self._none.notify_all()
+
+    def forget(self) -> None:
+        """Nobody will end those that are left."""
+        with self.lock:
+            self.n = 0
+            self._none.notify_all()
+
+    def wait_for_none(self, timeout_s: float) -> None:
+        with self.lock:
+            self._none.wait_for(lambda: self.n == 0, timeout_s)
+
+
 def build_state(
     specs: Sequence[InstanceSpec],
     profile: np.ndarray,
@@ -124,9 +151,8 @@ class Engine:
         )
         self.runtime = Runtime(state, policy, self.instances, self.clock, guard)
         self.instances.attach(self.runtime)
-        self._lock = threading.Lock()
-        self._open = 0
-        self._none_open = threading.Condition(self._lock)
+        self._open = _Open()
+        self.instances.on_gone = self._open.one_less
         self._accepting = True
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
@@ -146,11 +172,11 @@ class Engine:
     @property
     def n_open(self) -> int:
         """Requests handed in and not yet ended."""
-        return self._open
+        return self._open.n
 
     def drain(self) -> None:
         """Take no new request; those that are here go on."""
-        with self._lock:
+        with self._open.lock:
             self._accepting = False
 
     def undrain(self) -> None:
@@ -169,8 +195,7 @@ class Engine:
         :return: False when a thread hangs (it is a daemon, so the process can still exit)
         """
         self.drain()
-        with self._none_open:
-            self._none_open.wait_for(lambda: self._open == 0 or self.failure is not None, timeout_s)
+        self._open.wait_for_none(timeout_s)
 
         def last_call() -> None:
             self.instances.doom_all(ABORT)
@@ -197,8 +222,7 @@ class Engine:
                 if request is not None:
                     request.sink(Delta(None, "", ERROR))
             self.instances.after_step()
-            with self._none_open:
-                self._none_open.notify_all()
+            self._open.forget()
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -239,18 +263,18 @@ class Engine:
             tokens,
             params,
             self.tokenizer,
-            self._counted(sink),
+            sink,
             cls=cls,
             ttft_slo=_target("ttft", ttft_s),
             tpot_slo=_target("tpot", tpot_s),
             priority=priority,
         )
-        with self._lock:
+        with self._open.lock:
             if not self.accepting:
                 raise Unavailable(self._why_not())
-            if self._open >= len(self.state.req):
-                raise Overloaded(f"{self._open} requests are open")
-            self._open += 1
+            if self._open.n >= len(self.state.req):
+                raise Overloaded(f"{self._open.n} requests are open")
+            self._open.n += 1
             request.arrival = self.clock.read()
             # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
             self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
@@ -260,19 +284,6 @@ class Engine:
         if self.failure is not None:
             return "the engine failed"
         return "every instance is lost" if self._accepting else "the engine is shutting down"
-
-    def _counted(self, sink: Callable[[Delta], None]) -> Callable[[Delta], None]:
-        """``sink``, and one open request less at the end."""
-
-        def counted(delta: Delta) -> None:
-            sink(delta)
-            if delta.finish is not None:
-                with self._none_open:
-                    self._open -= 1
-                    if self._open == 0:
-                        self._none_open.notify_all()
-
-        return counted
 
     def abort(self, request: Request) -> None:
         """The caller is gone; the request's blocks are free at once, or when the step in flight has ended."""

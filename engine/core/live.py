@@ -44,6 +44,7 @@ __all__ = [
     "next_ended",
     "start_idle",
     "start_link",
+    "step_columns",
     "step_ticks",
     "switch_ticks",
     "wake",
@@ -207,34 +208,64 @@ def _write_chain(s, base, tail, n, out):
         b = s.block[b].parent
 
 
+#: What a row of a lane's block table already holds: the first ``blocks`` blocks of ``request``, which arrived then and
+#: had been recomputed so often. That names its chain on one instance, which until the next recomputation only grows.
+_KNOWN = np.dtype(
+    [("arrival", np.int64), ("request", np.int32), ("n_preempt", np.int32), ("blocks", np.int32)], align=True
+)
+_STEP = [
+    ("request", np.int32, 1), ("start", np.int64, 1), ("n_tokens", np.int64, 1), ("sample", np.uint8, 1),
+    ("n_blocks", np.int32, 1), ("table", np.int32, 2), ("known", _KNOWN, 1),
+]  # fmt: skip
+_attach_step = make_attach("Step", _STEP)
+
+
+def step_columns(rows: int, width: int) -> tuple[np.ndarray, ...]:
+    """What :func:`describe_step` writes for a lane, of up to ``rows`` sequences of up to ``width`` blocks:
+
+    ``request`` int32 (S,): request slot; ``start`` int64 (S,): tokens whose KV exists; ``n_tokens`` int64 (S,): tokens
+    to compute; ``sample`` uint8 (S,): the last of them gives a new token; ``n_blocks`` int32 (S,); ``table`` int32
+    (S, W): block ids within the pool; and what it knows of the table's rows.
+    """
+    return tuple(np.zeros((rows, width)[:axes], dtype) for _, dtype, axes in _STEP)
+
+
 @kernel
-def describe_step(words, i, l, request, start, n_tokens, sample, n_blocks, table):
+def describe_step(words, columns, i, l):
     """The sequences of the step that lane (i, l) starts: prompts first, then the running set.
 
-    :param request: out, int32 (S,): request slot; ``start`` int64 (S,): tokens whose KV exists; ``n_tokens``
-        int64 (S,): tokens to compute; ``sample`` uint8 (S,): the last of them gives a new token
-    :param n_blocks: out, int32 (S,); ``table`` int32 (S, W): block ids within the pool
-    :return: number of sequences
+    Of a block table only what was added since the step before is written: chains are long, and grow by a block in many
+    steps.
+
+    :param columns: addresses of :func:`step_columns`, always the same for a lane
+    :return: (sequences, those that are prompts, first layer, end of the layers or 0 for all)
     """
-    s = attach(words)
+    s, out = attach(words), _attach_step(columns)
     lane = s.lane[i, l]
     base = s.pool[s.inst[i].pool].base
     n = 0
     for k in range(lane.n_prefills):
         r = s.prefills[i, k]
-        request[n], start[n], n_tokens[n] = r, s.req[r].computed, s.req[r].sched
-        sample[n] = 1 if s.req[r].computed + s.req[r].sched >= s.req[r].target else 0
+        out.request[n], out.start[n], out.n_tokens[n] = r, s.req[r].computed, s.req[r].sched
+        out.sample[n] = 1 if s.req[r].computed + s.req[r].sched >= s.req[r].target else 0
         n += 1
     if lane.kind != _K_PREFILL:
         for slot in range(lane.bs):
             r = s.run[i, slot]
-            request[n], start[n], n_tokens[n], sample[n] = r, s.req[r].computed, 1, 1
+            out.request[n], out.start[n], out.n_tokens[n], out.sample[n] = r, s.req[r].computed, 1, 1
             n += 1
     for k in range(n):
-        r = request[k]
-        n_blocks[k] = s.req[r].blocks
-        _write_chain(s, base, s.req[r].tail, s.req[r].blocks, table[k])
-    return n
+        r = out.request[k]
+        req, known = s.req[r], out.known[k]
+        if known.request != r or known.arrival != req.arrival or known.n_preempt != req.n_preempt:
+            known.request, known.arrival, known.n_preempt, known.blocks = r, req.arrival, req.n_preempt, 0
+        b = req.tail
+        for at in range(req.blocks - 1, known.blocks - 1, -1):
+            out.table[k, at] = b - base
+            b = s.block[b].parent
+        known.blocks = req.blocks
+        out.n_blocks[k] = req.blocks
+    return n, lane.n_prefills, lane.layer_from, lane.layer_to
 
 
 @kernel

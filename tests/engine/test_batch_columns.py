@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from live_cases import GREEDY, KV, PROMPTS, engine_on, mixed, send
 
 from engine.core.setup import InstanceSpec
-from engine.core.state import Batching, Role
+from engine.core.state import Batching, ClusterState, Role
 from engine.distributed_wire import step_from, step_message
 from engine.kernels import Batch, Span, Spans
 from engine.runner import LaneRunner
@@ -114,8 +114,9 @@ CUTS: dict[str, list[InstanceSpec]] = {
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_every_step_computes_the_tokens_of_its_requests(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode tokens are taken from what the request last got, prompts from the request: always its own history."""
-    run, seen = LaneRunner.run, set()
+    """Decode tokens are taken from what the request last got, prompts from the request: always its own history; and
+    its KV goes where the core's own chain of blocks leads."""
+    run, describe, seen = LaneRunner.run, LaneRunner.describe, set()
 
     def checked(self: LaneRunner, step: Any) -> Any:
         spans, row = step.spans, 0
@@ -129,9 +130,27 @@ def test_every_step_computes_the_tokens_of_its_requests(cut: str, monkeypatch: p
             assert row == len(spans.tokens)
         return run(self, step)
 
+    def described(self: LaneRunner, words: np.ndarray, i: int, l: int) -> Any:
+        step = describe(self, words, i, l)
+        if step.spans is not None:
+            for request, n, row in zip(step.requests, step.spans.n_blocks, step.spans.blocks, strict=True):
+                assert row[:n].tolist() == chain_of(self._state, i, request.slot)
+        return step
+
     monkeypatch.setattr(LaneRunner, "run", checked)
+    monkeypatch.setattr(LaneRunner, "describe", described)
     with engine_on(CUTS[cut]) as engine:
-        callers = [send(engine, prompt) for prompt in PROMPTS]
-        assert all(len(caller.wait().tokens) == GREEDY.max_tokens for caller in callers)
+        for _ in range(2):  # the second time slots, rows and blocks have been used before
+            callers = [send(engine, prompt) for prompt in PROMPTS]
+            assert all(len(caller.wait().tokens) == GREEDY.max_tokens for caller in callers)
         assert (engine.state.cluster[0]["n_preempted"] > 0) == (cut == "chunked and preempted")
     assert seen == {"chunk", "token"}
+
+
+def chain_of(state: ClusterState, i: int, r: int) -> list[int]:
+    """Blocks of request ``r``, first one first, counted from the beginning of the pool of instance ``i``."""
+    blocks, b = [], int(state.req[r]["tail"])
+    for _ in range(int(state.req[r]["blocks"])):
+        blocks.append(b - int(state.pool[state.inst[i]["pool"]]["base"]))
+        b = int(state.block[b]["parent"])
+    return blocks[::-1]
