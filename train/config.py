@@ -36,7 +36,9 @@ class TrainConfig(BaseModel):
     light_loads: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.3, 0.6), description="times the goodput: light load that the direct search looks at as well; empty: never"
     )
-    starts: int = Field(1, ge=1, description="designs that CMA-ES refines")
+    starts: int = Field(
+        3, ge=1, description="designs of different arrangements that CMA-ES begins to refine; the best of them goes on"
+    )
     tune_trials: int = Field(600, ge=4, description="most trials of the base rule's search")
     tune_requests: int = Field(
         3000,

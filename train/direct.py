@@ -2,8 +2,9 @@
 
     explore   successive halving over the published rules, each also with queues on time, and over random designs:
               other parameters, other arrangements, linear scores; the survivors' neighbours join the next round
-    refine    CMA-ES (Hansen 2016) from each of the best designs over the offsets of ``train.space``: all weights,
-              their slopes in the context, budgets of the arrangement. A rule starts as itself, plus deviations
+    refine    CMA-ES (Hansen 2016) from the best designs of different arrangements, then on from what became best, over
+              the offsets of ``train.space``: all weights, their slopes in the context, budgets of the arrangement.
+              A rule starts as itself, plus deviations
 
 Every generation meets fresh arrivals, the same for all its members; rates follow the knee of the best so far.
 With a budget in requests the outcome depends on the seed alone.
@@ -40,6 +41,8 @@ _RUNGS = (
 )
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
 _TELL = 0.03  # share of the budget between two incumbents of CMA-ES
+_RACE = 0.45  # share of the time of CMA-ES in which several starts compete
+_END = 0.97  # share of the budget at which CMA-ES ends
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class DirectConfig:
 
     :param designs: drawn for the first round
     :param rounds: of exploration; each keeps ``parents`` and adds half as many neighbours and newcomers as before
-    :param starts: designs refined by CMA-ES
+    :param starts: designs that CMA-ES begins to refine; the best of them alone goes on
     :param rules: published rules to draw from; None: all that fit
     :param share: of the budget for exploration
     :param seeds: arrival sequences per rate and generation
@@ -61,7 +64,7 @@ class DirectConfig:
     designs: int = 300
     rounds: int = 2
     parents: int = 10
-    starts: int = 2
+    starts: int = 3
     share: float = 0.3
     n_requests: int | None = None
     seeds: int = 1
@@ -130,6 +133,7 @@ class _Search:
         self.most_requests, self.most_seconds = requests, seconds
         self.begin = time.monotonic()
         self.knee = 0.0
+        self.ranked: list[Design] = []
         self.rules_seen: list[tuple[int, float, Design]] = []  # (rung, score, published rule as it is)
         self.history: list[dict[str, float]] = []
 
@@ -149,8 +153,8 @@ class _Search:
 
     # -- explore ---------------------------------------------------------------------------------------------
 
-    def explore(self) -> list[Design]:
-        """The best designs of successive halving, best first."""
+    def explore(self) -> None:
+        """Successive halving; leaves the designs it knows best in ``ranked``, best first."""
         config, reference = self.config, self.fitness.scenario.reference_rate
         pool = [Design(name) for name in (*self.rules, "linear_score")]
         knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1), i) for i, d in enumerate(pool)]
@@ -169,13 +173,13 @@ class _Search:
             limit = config.share * (turn + 1) / config.rounds
             if self.used > limit * 1.5:
                 break
-        return survivors
 
     def _halve(self, designs: list[Design], turn: int) -> list[Design]:
         keep = self.config.parents
         total = len(designs)
         for rung, (share, loads, seeds, n) in enumerate(_RUNGS):
-            designs = designs[: max(int(share * total), keep)]
+            left = max(int(share * total), keep)
+            designs, cut = designs[:left], designs[left:]
             first = _FIRST_SEED + 100 * turn + 10 * rung
             rates = [load * self.knee for load in loads]
             scored = []
@@ -190,6 +194,7 @@ class _Search:
             designs = [designs[-i] for _, i in sorted(scored, reverse=True)]
             self.incumbent(designs[0])
             self.recentre(designs[0], first)
+        self.ranked = [*designs, *cut, *self.ranked]  # those of the last rung, those before it, an earlier turn's
         return designs[:keep]
 
     def recentre(self, design: Design, seed: int) -> None:
@@ -216,40 +221,60 @@ class _Search:
             return light[generation // 3 % len(light)], middle
         return (low, high) if generation % 2 else (easy, middle)
 
-    # -- refine ----------------------------------------------------------------------------------------------
 
-    def refine(self, design: Design, until: float, number: int) -> Design:
-        """CMA-ES around a design until the share ``until`` of the budget is spent; the mean of the last generations."""
-        config = self.config
-        space = Space(self.setting, design)
-        optimiser = CMA(
-            mean=np.zeros(len(space)), sigma=config.sigma, population_size=config.population,
-            seed=(self.seed * 31 + number) % 2**31,
+class _Climb:
+    """CMA-ES from one design, to be gone on with: its answer at any time is the mean of its last generation."""
+
+    def __init__(self, search: _Search, design: Design, number: int) -> None:
+        self.search, self.design, self.number = search, design, number
+        space = Space(search.setting, design)
+        self.optimiser = CMA(
+            mean=np.zeros(len(space)), sigma=search.config.sigma, population_size=search.config.population,
+            seed=(search.seed * 31 + number) % 2**31,
         )  # fmt: skip
-        self.recentre(design, _FIRST_SEED)
-        start, generation, mean = self.used, 0, np.zeros(len(space))
+        self.generation = 0
+        self.ended = False
+        self.knee = 0.0
+
+    @property
+    def answer(self) -> Design:
+        """Where it stands; the design it came from before the first generation."""
+        return replace(self.design, theta=self.optimiser.mean.copy()) if self.generation else self.design
+
+    def advance(self, until: float, leads: bool) -> None:
+        """Go on until the share ``until`` of the search's budget is spent.
+
+        :param leads: tell the incumbent now and then
+        """
+        search, start = self.search, self.search.used
         told_at = start
-        while self.used < until and not optimiser.should_stop():
-            first = _CMA_SEED + 1000 * number + generation * config.seeds
-            rates = [load * self.knee for load in self.loads(generation)]
-            told, best = [], -1.0
-            for _ in range(optimiser.population_size):
-                theta = optimiser.ask()
-                score = self.fitness.score(
-                    replace(design, theta=theta), rates, range(first, first + config.seeds), self.n_requests
-                )
-                told.append((theta, -score))
-                best = max(best, score)
-            optimiser.tell(told)
-            generation += 1
-            mean = optimiser.mean.copy()
-            if generation % 12 == 0:
-                self.recentre(replace(design, theta=mean), first + 500)
-            self.note(f"refine {number + 1}", (self.used - start) / max(until - start, 1e-9), best)
-            if number == 0 and self.used - told_at >= _TELL:  # further starts are compared with the first at the end
-                told_at = self.used
-                self.incumbent(replace(design, theta=mean))
-        return replace(design, theta=mean)
+        if self.generation == 0:
+            search.recentre(self.design, _FIRST_SEED)
+        while search.used < until and not self.ended:
+            best = self._generation()
+            search.note(f"refine {self.number + 1}", (search.used - start) / max(until - start, 1e-9), best)
+            if leads and search.used - told_at >= _TELL:
+                told_at = search.used
+                search.incumbent(self.answer)
+        self.knee = search.knee
+
+    def _generation(self) -> float:
+        search, seeds = self.search, self.search.config.seeds
+        first = _CMA_SEED + 1000 * self.number + self.generation * seeds
+        rates = [load * search.knee for load in search.loads(self.generation)]
+        told, best = [], -1.0
+        for _ in range(self.optimiser.population_size):
+            theta = self.optimiser.ask()
+            candidate = replace(self.design, theta=theta)
+            score = search.fitness.score(candidate, rates, range(first, first + seeds), search.n_requests)
+            told.append((theta, -score))
+            best = max(best, score)
+        self.optimiser.tell(told)
+        self.generation += 1
+        self.ended = self.optimiser.should_stop()
+        if self.generation % 12 == 0:
+            search.recentre(self.answer, first + 500)
+        return best
 
 
 def direct_search(
@@ -270,13 +295,24 @@ def direct_search(
     :param start: CMA-ES from this design alone, nothing is explored; the answer is then it or what became of it
     """
     search = _Search(scenario, config, seed, requests, seconds, report, on_incumbent)
-    survivors = search.explore() if start is None else [search.known(start)]
-    starts = _different(survivors, config.starts)
-    refined = []
-    left = 1.0 - search.used
-    for number, design in enumerate(starts):
-        until = search.used + left / len(starts) * 0.95 if number + 1 < len(starts) else 0.97
-        refined.append(search.refine(design, until, number))
+    if start is None:
+        search.explore()
+        starts = _different(search.ranked, config.starts)
+    else:
+        starts = [search.known(start)]
+    climbs = [_Climb(search, design, number) for number, design in enumerate(starts)]
+    begun, left = search.used, max(_END - search.used, 0.0)
+    if len(climbs) > 1:  # arrangements show what they can become only after some generations: race, then go on
+        for number, climb in enumerate(climbs):
+            climb.advance(begun + left * _RACE * (number + 1) / len(climbs), leads=number == 0)
+        rates = [load * max(climb.knee for climb in climbs) for load in _LOADS]
+        scores = [search.fitness.score(c.answer, rates, range(4_000, 4_004), search.n_requests) for c in climbs]
+        first = climbs[scores.index(max(scores))]
+        search.recentre(first.answer, 4_500)
+    else:
+        first = climbs[0]
+    first.advance(_END, leads=True)
+    refined = [first.answer, *(climb.answer for climb in climbs if climb is not first)]
     # the published rule that came furthest, however soon that was: what is shipped must not lose to it
     rule = start or Design("linear_score")
     if search.rules_seen:
@@ -293,10 +329,15 @@ def direct_search(
 
 
 def _different(designs: Sequence[Design], n: int) -> list[Design]:
-    """The first design, then others that differ in rule or in the roles of their instances, linear scores first:
-    CMA-ES moves them further than scores that have a rule to talk out of its answer."""
-    found: dict[tuple[object, ...], Design] = {}
+    """The best designs of different arrangements, then of different rules; among equals linear scores first: CMA-ES
+    moves them further than scores that have a rule to talk out of its answer."""
+
+    def roles(design: Design) -> object:
+        return None if design.plans is None else tuple(p.role for p in design.plans)
+
+    found: dict[object, Design] = {}
+    for design in designs:
+        found.setdefault(roles(design), design)
     for design in (*designs[:1], *sorted(designs[1:], key=lambda d: d.rule != "linear_score")):
-        roles = None if design.plans is None else tuple(p.role for p in design.plans)
-        found.setdefault((design.rule, roles), design)
-    return list(found.values())[:n]
+        found.setdefault((design.rule, roles(design)), design)
+    return list({id(design): design for design in found.values()}.values())[:n]
