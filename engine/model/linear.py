@@ -8,7 +8,8 @@ weights are held twice.
 
 oneDNN compiles code for every number of rows that it meets with a shape of weights, and keeps it: 0.55 MB each
 (torch 2.13), up to 1024 of them. Batches and chunks have any number of rows, so it meets only those of a short list;
-rows are added up to the next one. MKL keeps nothing, and is as fast where rows are many.
+rows are added up to the next one (a step of SmolLM2-135M with one row more than a number of the list takes about 5 %
+longer). MKL keeps nothing, and is as fast where rows are many.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def rows_computed(rows: int) -> int:
-    """With how many rows a product of ``rows`` is computed: up to 8 as they are, up to 32 in fours, then in eights."""
-    step = 1 if rows <= 8 else 4 if rows <= 32 else 8
+    """With how many rows a product of ``rows`` is computed: up to 8 as they are, up to 32 in twos, then in fours."""
+    step = 1 if rows <= 8 else 2 if rows <= 32 else 4
     return rows if rows > _MOST_BLOCKED else -(-rows // step) * step
 
 

@@ -369,8 +369,8 @@ def test_packed_products_are_the_plain_ones(bias: bool) -> None:
 def test_rows_are_added_up_to_a_number_of_a_short_list(rows: int) -> None:
     computed = rows_computed(rows)
     assert rows <= computed == rows_computed(computed)
-    assert computed <= max(rows, min(1.25 * rows + 2, 64))
-    assert len({rows_computed(n) for n in range(1, 65)}) < 20
+    assert computed <= max(rows, min(1.12 * rows, 64))
+    assert len({rows_computed(n) for n in range(1, 65)}) < 30
 
 
 def test_products_of_ever_new_numbers_of_rows_keep_no_memory() -> None:
@@ -394,4 +394,4 @@ def test_products_of_ever_new_numbers_of_rows_keep_no_memory() -> None:
     with torch.inference_mode():
         for rows in range(1, 260):
             packed(torch.randn(rows, 24))
-    assert in_use_mb() - before < 20.0, "259 times 0.55 MB would be 142"
+    assert in_use_mb() - before < 40.0, "259 times 0.55 MB would be 142"
