@@ -17,11 +17,22 @@ from engine.core.state import RequestState, attach
 from env.clock import attach_sim
 from env.surrogate import advance, answer, describe
 
-__all__ = ["ASKED", "ENDED", "LAST", "Buffers", "advance_many", "new_buffers", "release_all"]
+__all__ = [
+    "ASKED",
+    "ENDED",
+    "LAST",
+    "Buffers",
+    "Clusters",
+    "advance_many",
+    "advance_one",
+    "new_buffers",
+    "release_all",
+]
 
 #: What ``advance_many`` reports per cluster: a decision waits; one waits and every request has been sent; all ended.
 ASKED, LAST, ENDED = 0, 1, 2
 
+_ASKED, _LAST, _ENDED = np.int64(ASKED), np.int64(LAST), np.int64(ENDED)
 _DIMENSIONLESS = int(Need.DIMENSIONLESS)
 _WIDE, _NARROW = CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
 _FIRST_LIVE, _LAST_LIVE = int(RequestState.PLACING), int(RequestState.RUNNING)
@@ -40,6 +51,25 @@ class Buffers(NamedTuple):
     context: np.ndarray  # float64 (N_CONTEXT,), scratch of one decision
     candidates: np.ndarray  # float64 (K max, N_CANDIDATE)
     allowed: np.ndarray  # uint8 (K max,)
+
+
+class Clusters(NamedTuple):
+    """Simulated clusters as :func:`advance_one` takes them, and the account of their running episodes."""
+
+    state_words: np.ndarray  # int64 (B, ·): address vectors
+    sim_words: np.ndarray
+    context: np.ndarray  # scratch, see Buffers
+    candidates: np.ndarray
+    allowed: np.ndarray
+    params: np.ndarray  # of the rule that answers other kinds
+    memory: np.ndarray  # (B, M)
+    observation: np.ndarray  # of the decisions that wait
+    mask: np.ndarray
+    status: np.ndarray
+    good: np.ndarray
+    missed: np.ndarray
+    returns: np.ndarray  # float64 (B,): rewards since the episode began
+    lengths: np.ndarray  # int64 (B,): decisions
 
 
 def new_buffers(n: int, k: int, k_max: int, advise: bool = False) -> Buffers:
@@ -99,11 +129,38 @@ def _to_next(s, q, kinds, advise, needs, decide, params, memory, context, candid
 
 
 @kernel
+def advance_one(s, q, action, kinds, context, candidates, allowed, decide, params, memory, needs, row, mask):
+    """Answer the pending decision with ``action`` (-1: none is pending yet) and run to the next one.
+
+    :param kinds: bit mask of the kinds the learner answers
+    :param decide: rule for the other kinds, and for advice where ``row`` has room for it, with its ``params``,
+        ``memory`` and ``needs``
+    :param row: the next decision as the learner sees it, with its ``mask``; both are left alone where all has ended
+    :return: status, reward, and simulated seconds from the decision answered to the next one
+    """
+    advise = row.shape[0] > _NARROW + mask.shape[0] * _WIDE
+    asked_at = q.sim[0].asked_at
+    if action >= 0:
+        answer(s, q, action)
+    k, advice = _to_next(s, q, kinds, advise, needs, decide, params, memory, context, candidates, allowed)
+    reward = -q.sim[0].missed
+    elapsed_s = (q.sim[0].now - asked_at) * 1e-12
+    q.sim[0].good = 0.0
+    q.sim[0].missed = 0.0
+    q.sim[0].asked_at = q.sim[0].now
+    if k == 0:
+        return _ENDED, reward, elapsed_s
+    _observe(q, k, row, mask, advice)
+    everyone = s.cluster[0].n_sent == s.cluster[0].n_requests
+    return _LAST if everyone else _ASKED, reward, elapsed_s
+
+
+@kernel
 def advance_many(
     state_words, sim_words, actions, chosen, kinds, context, candidates, allowed, decide, params, memory, needs,
     observation, mask, reward, elapsed_s, status, good, missed,
 ):  # fmt: skip
-    """Answer the pending decision of each cluster in ``chosen`` with ``actions`` and run it to its next one.
+    """:func:`advance_one` for each cluster in ``chosen``; a masked action is replaced by the first allowed one.
 
     :param state_words: int64 (B, ·) address vectors of the clusters, ``sim_words`` of their clocks
     :param actions: int64 (B,); -1 starts an episode (nothing is pending yet)
@@ -112,32 +169,19 @@ def advance_many(
     :param decide: rule for the other kinds, and for advice where ``observation`` has room for it, with its
         ``params``, ``memory`` (B, M) and ``needs``
     """
-    advise = observation.shape[1] > _NARROW + mask.shape[1] * _WIDE
     for c in range(chosen.shape[0]):
         b = chosen[c]
         s, q = attach(state_words[b]), attach_sim(sim_words[b])
         action = actions[b]
-        asked_at = q.sim[0].asked_at
-        if action >= 0:
-            if action >= mask.shape[1] or not mask[b, action]:
-                action = 0
-                while not mask[b, action]:
-                    action += 1
-            answer(s, q, action)
-        k, advice = _to_next(s, q, kinds, advise, needs, decide, params, memory[b], context, candidates, allowed)
-        reward[b] = -q.sim[0].missed
-        elapsed_s[b] = (q.sim[0].now - asked_at) * 1e-12
+        if action >= 0 and (action >= mask.shape[1] or not mask[b, action]):
+            action = 0
+            while not mask[b, action]:
+                action += 1
+        status[b], reward[b], elapsed_s[b] = advance_one(
+            s, q, action, kinds, context, candidates, allowed, decide, params, memory[b], needs, observation[b], mask[b]
+        )
         good[b] = s.cluster[0].good_weight
         missed[b] = s.cluster[0].miss_weight
-        q.sim[0].good = 0.0
-        q.sim[0].missed = 0.0
-        q.sim[0].asked_at = q.sim[0].now
-        if k == 0:
-            status[b] = 2
-        else:
-            _observe(q, k, observation[b], mask[b], advice)
-            everyone = s.cluster[0].n_sent == s.cluster[0].n_requests
-            status[b] = 1 if everyone else 0
 
 
 @kernel

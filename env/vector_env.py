@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Kind, max_candidates
 from engine.core.policy import Policy
-from env.batch import ENDED, LAST, advance_many, new_buffers
+from env.batch import ENDED, LAST, Clusters, advance_many, new_buffers
 from env.cluster import POLICY_ARGS, FirstClass, arena_of, compiled
 from env.episodes import Episodes
 from env.scenario import Scenario
@@ -144,6 +144,20 @@ class SlalomVecEnv(VecEnv):
         """Allowed actions, bool (n_envs, K); a view."""
         return self.buffers.mask
 
+    def clusters(self) -> Clusters:
+        """The clusters in place, for a driver that steps them itself; it calls :meth:`end_episode` where one ends."""
+        e, b = self.episodes, self.buffers
+        return Clusters(
+            state_words=e.state_words, sim_words=e.sim_words, context=b.context, candidates=b.candidates,
+            allowed=b.allowed, params=self.policy.params, memory=self._memory, observation=b.observation, mask=b.mask,
+            status=b.status, good=b.good, missed=b.missed, returns=self._returns, lengths=self._lengths,
+        )  # fmt: skip
+
+    @property
+    def rule(self) -> tuple[int, FirstClass, int]:
+        """Bit mask of the kinds the learner answers; the rule that answers the others, and what it needs."""
+        return self._kind_bits, self._decide, int(self.policy.needs)
+
     # -- VecEnv ---------------------------------------------------------------------------------------
 
     def _advance(self, chosen: np.ndarray) -> None:
@@ -184,10 +198,15 @@ class SlalomVecEnv(VecEnv):
             infos = list(self._infos)
             ended = np.flatnonzero(dones)
             for i in ended:
-                infos[i] = self._last_info(int(i))
-                self.episodes.next(int(i))
-            self._begin(ended)
+                infos[i] = self.end_episode(int(i))
         return b.observation.copy(), rewards, dones, infos
+
+    def end_episode(self, i: int) -> dict[str, Any]:
+        """What there is to say of cluster ``i``, whose episode is over; it is at the first decision of its next one."""
+        info = self._last_info(i)
+        self.episodes.next(i)
+        self._begin(self._everyone[i : i + 1])
+        return info
 
     def _last_info(self, i: int) -> dict[str, Any]:
         b = self.buffers

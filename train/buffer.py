@@ -7,8 +7,8 @@ discount).
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -16,13 +16,17 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 
+from train.fused import Samples
+from train.packed import Packed
+
 __all__ = ["Batch", "SMDPRolloutBuffer", "arrival_baseline"]
 
 
 class Batch(NamedTuple):
-    """A minibatch of B frames. ``inputs``: (observations, masks), or what stands for them."""
+    """A minibatch of B frames."""
 
-    inputs: tuple[th.Tensor, ...]
+    observations: th.Tensor
+    masks: th.Tensor
     actions: th.Tensor
     old_log_prob: th.Tensor
     advantages: th.Tensor
@@ -34,7 +38,8 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
 
     Arrays are allocated once and are (T, N) or (T, N, width); a collector writes row ``pos`` in place.
     ``elapsed_s[t]`` is the simulated time from decision t to decision t + 1. ``trace`` names the arrival
-    sequence an environment was on and ``clock_s`` its simulated time since the episode began.
+    sequence an environment was on and ``clock_s`` its simulated time since the episode began. ``packed``, where there
+    is one, holds the observations once more, in the order of time, as :mod:`train.fused` reads them.
 
     :param beta: discount rate in 1/s
     :param slice_s: width in seconds of the time slices of the input-driven baseline; 0 turns it off
@@ -45,6 +50,7 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
     elapsed_s: NDArray[np.float64]
     clock_s: NDArray[np.float64]
     trace: NDArray[np.int64]
+    packed: Packed | None = None
 
     def __init__(
         self,
@@ -67,6 +73,8 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
     def reset(self) -> None:
         """Rewind; memory is kept."""
         self.pos, self.full, self.generator_ready = 0, False, True
+        if self.packed is not None:
+            self.packed.clear()
         if self._allocated:
             return
         shape = (self.buffer_size, self.n_envs)
@@ -112,24 +120,42 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
         if self.slice_s > 0.0:
             self.advantages -= arrival_baseline(self.advantages, self.trace, self.clock_s, self.slice_s)
 
+    def bootstrap(
+        self, step: int, ended: Mapping[int, dict[str, Any]], values: Callable[[th.Tensor], th.Tensor]
+    ) -> None:
+        """A time limit is no end of the world: add the discounted value of where an episode was cut after ``step``.
+
+        :param ended: by environment, what SB3's contract says of its end
+        :param values: of observations (B, D)
+        """
+        cut = [i for i, info in ended.items() if info.get("TimeLimit.truncated", False)]
+        if cut:
+            terminal = np.stack([ended[i]["terminal_observation"] for i in cut])
+            later = values(th.from_numpy(terminal)).numpy()
+            self.rewards[step, cut] += np.exp(-self.beta * self.elapsed_s[step, cut]) * later
+
     def flat(self, name: str) -> th.Tensor:
         """One of the arrays as a tensor of T x N frames; shares memory."""
         array = getattr(self, name)
         return th.from_numpy(array.reshape(-1, *array.shape[2:]))
 
-    def batches(
-        self, batch_size: int, generator: th.Generator, prepared: tuple[th.Tensor, ...] | None = None
-    ) -> Generator[Batch, None, None]:
-        """Minibatches of a random permutation of all T x N frames; the last one may be smaller.
+    def pack(self) -> None:
+        """Have the whole rollout in ``packed``, also where it was collected elsewhere."""
+        if self.packed is not None and not self.packed.complete:
+            self.packed.fill(self.flat("observations").numpy(), self.flat("action_masks").numpy())
 
-        :param prepared: tensors of T x N frames that take the place of observations and masks
-        """
-        inputs = prepared or (self.flat("observations"), self.flat("action_masks"))
-        rest = [self.flat(name) for name in ("actions", "log_probs", "advantages", "returns")]
-        order = th.randperm(self.buffer_size * self.n_envs, generator=generator)
-        for chunk in order.split(batch_size):
-            taken = [part[chunk] for part in inputs]
-            yield Batch(type(prepared)(*taken) if prepared else tuple(taken), *(part[chunk] for part in rest))
+    def minibatches(self, size: int, generator: th.Generator) -> Iterator[th.Tensor]:
+        """A random permutation of all T x N frames in parts of ``size``; the last one may be smaller."""
+        yield from th.randperm(self.buffer_size * self.n_envs, generator=generator).split(size)
+
+    def batch(self, frames: th.Tensor) -> Batch:
+        """The frames of these numbers."""
+        names = ("observations", "action_masks", "actions", "log_probs", "advantages", "returns")
+        return Batch(*(self.flat(name)[frames] for name in names))
+
+    def samples(self) -> Samples:
+        """All frames, as :meth:`train.fused.Fused.differentiate` reads them; shares memory."""
+        return Samples(*(self.flat(name).numpy() for name in Samples._fields))
 
 
 def arrival_baseline(

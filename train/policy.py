@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
+from numpy.typing import NDArray
 from sb3_contrib.common.maskable.distributions import MaskableDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
+
+from policies.network import ScoringNetwork
+from train.fused import Fused
+from train.kernels.pack import widen
 
 __all__ = ["ScoringPolicy"]
 
@@ -23,8 +29,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
 
     :param make_network: builds a module called as ``network(observations, mask (B, K))`` whose answer has
         ``logits`` (B, K), masked rows far below the others, and ``value`` (B,) on a unit scale;
-        :class:`policies.network.ScoringNetwork` is one. With ``prepare`` and ``score`` (forward in two parts) updates
-        are faster
+        :class:`policies.network.ScoringNetwork` is one
     :param n_context: C
     :param n_features: F
     :param seed: of the exploration noise and minibatch order, kept apart from torch's global generator so
@@ -48,6 +53,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         # before the parent's constructor, which calls _build
+        self.fused: Fused | None = None
         self._make_network = make_network
         self.n_context, self.n_features = n_context, n_features
         self.n_candidates = int(action_space.n)
@@ -71,48 +77,37 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self.value_shift.fill_(shift)
         self.value_scale.fill_(scale)
 
-    def note_seen(self, obs: th.Tensor) -> None:
+    @property
+    def unit(self) -> tuple[float, float]:
+        """(shift, scale) of values."""
+        return float(self.value_shift), float(self.value_scale)
+
+    def fuse(self) -> None:
+        """Act and learn by :mod:`train.fused` where the network is that of this project and lives on a CPU."""
+        if isinstance(self.network, ScoringNetwork) and self.device.type == "cpu":
+            self.fused = Fused(self.network, self.n_candidates)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """As in the parent; rollouts, which begin with ``False``, then see the weights as they are now."""
+        super().set_training_mode(mode)
+        if self.fused is not None:
+            self.fused.refresh()
+
+    def note_seen(self, observations: NDArray[np.float32]) -> None:
         """Widen the bounds of what the policy was trained on by observations (B, C + K·F [+ K])."""
-        rows = self._rows(obs).reshape(-1, self.n_features)
-        rows = rows[rows.any(-1)]  # padding was not seen
-        for side, extreme in ((0, th.amin), (1, th.amax)) if len(rows) else ():
-            now = th.cat([extreme(obs[:, : self.n_context], 0), extreme(rows, 0)])
-            self.seen[side] = extreme(th.stack([self.seen[side], now]), 0)
+        widen(observations, self.n_context, self.n_features, self.n_candidates, self.seen.numpy())
 
     def _scores(self, obs: th.Tensor, mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
         """Logits (B, K) and values (B,). Without a mask, rows of all zeros count as padding."""
         if mask is None:
             mask = (self._rows(obs) != 0).any(-1)
-        return self._scaled(self.network(obs, th.as_tensor(mask, dtype=th.bool)))
+        scores = self.network(obs, th.as_tensor(mask, dtype=th.bool))
+        return scores.logits, self.value_shift + self.value_scale * scores.value
 
     def _rows(self, obs: th.Tensor) -> th.Tensor:
         """The candidates (B, K, F) of observations."""
         end = self.n_context + self.n_candidates * self.n_features
         return obs[:, self.n_context : end].reshape(-1, self.n_candidates, self.n_features)
-
-    def _scaled(self, scores: Any) -> tuple[th.Tensor, th.Tensor]:
-        return scores.logits, self.value_shift + self.value_scale * scores.value
-
-    def prepare(self, obs: th.Tensor, masks: th.Tensor, chunk: int = 4096) -> tuple[th.Tensor, ...] | None:
-        """What of the network's work no update changes, for a whole rollout; None where the network has no such part.
-
-        :param chunk: frames prepared at a time; the intermediate tensors of a chunk should fit the cache
-        """
-        if not hasattr(self.network, "prepare"):
-            return None
-        network: Any = self.network
-        with th.no_grad():
-            parts = [
-                network.prepare(o, m) for o, m in zip(obs.split(chunk), masks.split(chunk), strict=True)
-            ]
-        return type(parts[0])(*(th.cat(columns) for columns in zip(*parts, strict=True)))
-
-    def evaluate_prepared(
-        self, prepared: tuple[th.Tensor, ...], actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        """:meth:`evaluate_actions` of frames that :meth:`prepare` has seen."""
-        network: Any = self.network
-        return self._evaluated(*self._scaled(network.score(prepared)), actions)
 
     def forward(  # type: ignore[override]
         self, obs: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None
@@ -131,12 +126,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self, obs: th.Tensor, actions: th.Tensor, action_masks: th.Tensor | None = None
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Value, log-probability of ``actions`` and entropy in nats, each (B,)."""
-        return self._evaluated(*self._scores(obs, action_masks), actions)
-
-    @staticmethod
-    def _evaluated(
-        logits: th.Tensor, values: th.Tensor, actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        logits, values = self._scores(obs, action_masks)
         log_all = logits.log_softmax(-1)
         entropy = -(log_all.exp() * log_all).sum(-1)
         return values, log_all.gather(1, actions.unsqueeze(1)).squeeze(1), entropy
@@ -150,7 +140,10 @@ class ScoringPolicy(MaskableActorCriticPolicy):
 
     def predict_values(self, obs: th.Tensor, action_masks: th.Tensor | None = None) -> th.Tensor:  # type: ignore[override]
         """Value (B,)."""
-        return self._scores(obs, action_masks)[1]
+        if self.fused is None:
+            return self._scores(obs, action_masks)[1]
+        mask = (self._rows(obs) != 0).any(-1) if action_masks is None else th.as_tensor(action_masks, dtype=th.bool)
+        return th.from_numpy(self.fused.values(obs.contiguous().numpy(), mask.numpy(), self.unit))
 
     def _predict(  # type: ignore[override]
         self, observation: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None

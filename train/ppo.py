@@ -3,7 +3,8 @@
 It differs from the parent in four ways: the network scores candidates instead of a flat observation; time
 between decisions discounts (``train.buffer``), also where a time limit cuts an episode; value targets are put
 on a unit scale once, measured on the first rollout and then frozen, so the objective does not move with the
-load; and rollouts and updates work in place on preallocated arrays.
+load; and rollouts and updates of this project's network run in compiled loops on preallocated arrays
+(``train.play``, ``train.fused``).
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
+from env.vector_env import SlalomVecEnv
 from train.buffer import SMDPRolloutBuffer
 from train.config import TrainConfig
+from train.objective import Losses, Objective, differentiate
+from train.play import Player
 from train.policy import ScoringPolicy
 
 __all__ = ["DispatchPPO", "TimeSplit"]
@@ -107,6 +111,12 @@ class DispatchPPO(MaskablePPO):
             device=device,
             verbose=verbose,
         )
+        self.player: Player | None = None
+        self.policy.fuse()
+        if self.policy.fused is not None:
+            self.rollout_buffer.packed = self.policy.fused.packed(config.n_steps * self.n_envs)
+            if isinstance(env, SlalomVecEnv):
+                self.player = Player(env, self.policy, self.rollout_buffer)
         self.split = TimeSplit()
         self.trained_s = 0.0  # wall seconds of learning, over all resumed parts
         self.clock_s = np.zeros(self.n_envs)
@@ -182,7 +192,8 @@ class DispatchPPO(MaskablePPO):
             return False
         with self.split.phase("copy"):
             rollout_buffer.compute_returns_and_advantage(last, self._last_episode_starts)  # type: ignore[arg-type]
-            self.policy.note_seen(th.from_numpy(rollout_buffer.observations).flatten(0, 1))
+            if self.player is None:  # who has noted it
+                self.policy.note_seen(rollout_buffer.flat("observations").numpy())
         callback.on_rollout_end()
         return True
 
@@ -190,17 +201,33 @@ class DispatchPPO(MaskablePPO):
         self, env: VecEnv, callback: BaseCallback, buffer: SMDPRolloutBuffer, n_steps: int, use_masking: bool
     ) -> th.Tensor | None:
         """Rows 0 to ``n_steps`` of the buffer; the values (N,) after them, or None if a callback ended the run."""
-        for step in range(n_steps):
-            self._step(env, buffer, step)
-            callback.update_locals({"infos": self._infos, "dones": self._last_episode_starts})
+        if self.player is not None:
+            self.play()
             if not callback.on_step():
                 return None
+        else:
+            for step in range(n_steps):
+                self._step(env, buffer, step)
+                callback.update_locals({"infos": self._infos, "dones": self._last_episode_starts})
+                if not callback.on_step():
+                    return None
         buffer.pos, buffer.full = n_steps, True
         if self._n_updates == 0:
             self._fit_value_scale(buffer)
         with self.split.phase("forward"):
             masks = self._masks(env, use_masking)
             return self.policy.predict_values(th.from_numpy(self._last_obs), masks)  # type: ignore[arg-type]
+
+    def play(self) -> list[dict[str, Any]]:
+        """Fill the buffer from simulated clusters in this process; infos of the episodes that ended."""
+        assert self.player is not None
+        with self.split.phase("rollout"):
+            began = np.array(self._last_episode_starts, bool)
+            infos = self.player.rollout(self.clock_s, began)
+            self._last_obs, self._last_episode_starts = self.player.env.buffers.observation.copy(), began
+        self.num_timesteps += self.rollout_buffer.buffer_size * self.n_envs
+        self._update_info_buffer(infos)
+        return infos
 
     @staticmethod
     def _masks(env: VecEnv, use_masking: bool = True) -> NDArray[np.bool_] | None:
@@ -215,14 +242,7 @@ class DispatchPPO(MaskablePPO):
             buffer.clock_s[step] = self.clock_s
             buffer.trace[step] = env.trace  # type: ignore[attr-defined]
         with self.split.phase("forward"):
-            actions, values, log_probs = self.policy.forward(
-                th.from_numpy(buffer.observations[step]),
-                action_masks=th.from_numpy(buffer.action_masks[step]),
-            )
-        with self.split.phase("copy"):
-            buffer.actions[step] = actions.numpy()
-            buffer.values[step] = values.numpy()
-            buffer.log_probs[step] = log_probs.numpy()
+            self._act(buffer, step)
         with self.split.phase("env"):
             self._last_obs, rewards, dones, self._infos = env.step(buffer.actions[step])  # type: ignore[assignment]
         with self.split.phase("copy"):
@@ -234,18 +254,23 @@ class DispatchPPO(MaskablePPO):
             self.num_timesteps += env.num_envs
             ended = np.flatnonzero(dones)
         if ended.size:
-            self._bootstrap(buffer, step, ended)
+            with self.split.phase("forward"):
+                buffer.bootstrap(step, {int(i): self._infos[i] for i in ended}, self.policy.predict_values)
             self._update_info_buffer([self._infos[i] for i in ended], dones[ended])
 
-    def _bootstrap(self, buffer: SMDPRolloutBuffer, step: int, ended: NDArray[np.intp]) -> None:
-        """A time limit is no end of the world: add the discounted value of where the episode was cut."""
-        cut = [i for i in ended if self._infos[i].get("TimeLimit.truncated", False)]
-        if not cut:
+    def _act(self, buffer: SMDPRolloutBuffer, step: int) -> None:
+        """Draw actions for row ``step`` of the buffer."""
+        observations, masks = buffer.observations[step], buffer.action_masks[step]
+        policy, fused = self.policy, self.policy.fused
+        if fused is not None and buffer.packed is not None:
+            uniform = th.rand(buffer.n_envs, generator=policy.generator).numpy()
+            out = buffer.actions[step], buffer.log_probs[step], buffer.values[step]
+            fused.act(buffer.packed, step * buffer.n_envs, observations, masks, uniform, policy.unit, out)
+            buffer.packed.complete = step == buffer.buffer_size - 1
             return
-        terminal = np.stack([self._infos[i]["terminal_observation"] for i in cut])
-        with self.split.phase("forward"):
-            values = self.policy.predict_values(th.from_numpy(terminal)).numpy()
-        buffer.rewards[step, cut] += np.exp(-buffer.beta * buffer.elapsed_s[step, cut]) * values
+        drawn = policy.forward(th.from_numpy(observations), action_masks=th.from_numpy(masks))
+        for array, tensor in zip((buffer.actions, buffer.values, buffer.log_probs), drawn, strict=True):
+            array[step] = tensor.numpy()
 
     def _fit_value_scale(self, buffer: SMDPRolloutBuffer) -> None:
         """Freeze shift and scale of the value from the first rollout.
@@ -272,13 +297,12 @@ class DispatchPPO(MaskablePPO):
             self.policy.set_training_mode(True)
             self._update_learning_rate(self.policy.optimizer)
             stats: dict[str, list[float]] = defaultdict(list)
+            self.rollout_buffer.pack()
             advantages = self.rollout_buffer.advantages
             advantages -= advantages.mean()
             advantages /= advantages.std() + 1e-8
-            buffer = self.rollout_buffer
-            prepared = self.policy.prepare(buffer.flat("observations"), buffer.flat("action_masks"))
             for _ in range(self.n_epochs):
-                if not self._epoch(stats, prepared):
+                if not self._epoch(stats):
                     break
             self._n_updates += 1
         for name, values in stats.items():
@@ -295,40 +319,38 @@ class DispatchPPO(MaskablePPO):
         first, last = self.config.ent_coef, self.config.ent_coef_final
         return last + (first - last) * self._current_progress_remaining
 
-    def _epoch(self, stats: dict[str, list[float]], prepared: tuple[th.Tensor, ...] | None) -> bool:
+    def _epoch(self, stats: dict[str, list[float]]) -> bool:
         """One pass over the rollout; False when the policy moved past 1.5 target_kl."""
         assert self.batch_size is not None
-        clip = self.config.clip_range
-        entropy_coefficient = self.entropy_coefficient()
-        warming_up = self._n_updates < self.config.critic_warmup
-        for batch in self.rollout_buffer.batches(self.batch_size, self.policy.generator, prepared):
-            if prepared is not None:
-                values, log_prob, entropy = self.policy.evaluate_prepared(batch.inputs, batch.actions)
-            else:
-                observations, masks = batch.inputs
-                values, log_prob, entropy = self.policy.evaluate_actions(observations, batch.actions, masks)
-            value_loss = ((batch.returns - values) / self.policy.value_scale).square().mean()
-            loss = self.vf_coef * value_loss
-            stats["value_loss"].append(value_loss.item())
-            if not warming_up:
-                log_ratio = log_prob - batch.old_log_prob
-                ratio = log_ratio.exp()
-                clipped = ratio.clamp(1 - clip, 1 + clip)
-                policy_loss = -th.min(batch.advantages * ratio, batch.advantages * clipped).mean()
-                kl = (ratio.detach() - 1 - log_ratio.detach()).mean().item()  # Schulman 2020, k3
-                stats["approx_kl"].append(kl)
-                if self.target_kl is not None and kl > 1.5 * self.target_kl:
+        goal = Objective(
+            clip=self.config.clip_range,
+            entropy_weight=self.entropy_coefficient(),
+            value_weight=self.vf_coef,
+            shift=float(self.policy.value_shift),
+            scale=float(self.policy.value_scale),
+            actor=self._n_updates >= self.config.critic_warmup,
+        )
+        for frames in self.rollout_buffer.minibatches(self.batch_size, self.policy.generator):
+            losses = self._differentiate(frames, goal)
+            stats["value_loss"].append(losses.value)
+            if goal.actor:
+                stats["approx_kl"].append(losses.kl)
+                if self.target_kl is not None and losses.kl > 1.5 * self.target_kl:
                     return False
-                loss = loss + policy_loss - entropy_coefficient * entropy.mean()
-                stats["policy_gradient_loss"].append(policy_loss.item())
-                stats["entropy_loss"].append(-entropy.mean().item())
-                stats["clip_fraction"].append(((ratio - 1).abs() > clip).float().mean().item())
-            stats["loss"].append(loss.item())
-            self.policy.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+                stats["policy_gradient_loss"].append(losses.policy)
+                stats["entropy_loss"].append(-losses.entropy)
+                stats["clip_fraction"].append(losses.clipped)
+            stats["loss"].append(losses.total(goal))
             th.nn.utils.clip_grad_norm_(self.policy.trainable, self.max_grad_norm)
             self.policy.optimizer.step()
         return True
+
+    def _differentiate(self, frames: th.Tensor, goal: Objective) -> Losses:
+        """Gradient of a minibatch into the parameters' ``grad``."""
+        buffer, fused = self.rollout_buffer, self.policy.fused
+        if fused is not None and buffer.packed is not None:
+            return fused.differentiate(buffer.packed, buffer.samples(), frames.numpy(), goal)
+        return differentiate(self.policy, buffer.batch(frames), goal)
 
     # -- everything a resumed run needs (see train.state) -------------------------------------------------
 

@@ -110,10 +110,13 @@ class RolloutWorker:
         model.ep_info_buffer, model.ep_success_buffer = deque(), deque()  # the learner keeps the statistics
         infos: list[dict[str, Any]] = []
         with th.inference_mode():
-            for step in range(buffer.buffer_size):
-                model._step(self._env, buffer, step)
-                buffer.trace[step] = own_traces(buffer.trace[step], self._seeds[1])
-                infos += [_told(model._infos[i]) for i in np.flatnonzero(model._last_episode_starts)]
+            if model.player is not None:
+                infos = model.play()
+            else:
+                for step in range(buffer.buffer_size):
+                    model._step(self._env, buffer, step)
+                    infos += [model._infos[i] for i in np.flatnonzero(model._last_episode_starts)]
+            buffer.trace[:] = own_traces(buffer.trace, self._seeds[1])
             masks = self._env.action_masks()
             last = policy.predict_values(th.from_numpy(model._last_obs), masks)
         return Rollout(
@@ -122,7 +125,7 @@ class RolloutWorker:
             model._last_obs,
             model._last_episode_starts,
             model.clock_s.copy(),
-            infos,
+            [_told(info) for info in infos],
             self._env.env_state(),
             sum(model.split.seconds.values()),
         )

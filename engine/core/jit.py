@@ -20,7 +20,7 @@ from numba import njit
 __all__ = ["CACHE_DIR", "is_warm", "kernel"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ("engine/core", "engine/latency", "env", "policies")
+_SOURCES = ("engine/core", "engine/latency", "env", "policies", "train/kernels")
 
 
 def _source_hash() -> str:

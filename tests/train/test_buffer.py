@@ -56,8 +56,9 @@ def test_batches_hold_every_frame_once() -> None:
     buffer.actions[:] = np.arange(30).reshape(6, 5)
     buffer.observations[..., 0] = buffer.actions
     seen = []
-    for batch in buffer.batches(7, th.Generator().manual_seed(1)):
-        assert (batch.inputs[0][:, 0] == batch.actions).all()
+    for frames in buffer.minibatches(7, th.Generator().manual_seed(1)):
+        batch = buffer.batch(frames)
+        assert (batch.observations[:, 0] == batch.actions).all()
         seen += batch.actions.tolist()
     assert sorted(seen) == list(range(30))
 
