@@ -80,7 +80,10 @@ def test_killed_run_resumes_from_its_last_state(make_model: Make, tmp_path: Path
     )
     try:
         deadline = time.monotonic() + 60
-        while not path.exists() and time.monotonic() < deadline and child.poll() is None:
+        written: set[int] = set()  # the first state may be that of the beginning, before any update
+        while len(written) < 2 and time.monotonic() < deadline and child.poll() is None:
+            if path.exists():
+                written.add(path.stat().st_ino)
             time.sleep(0.02)
         time.sleep(0.2)  # somewhere in the middle of a rollout, an update or a write
     finally:
