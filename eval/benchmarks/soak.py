@@ -27,7 +27,9 @@ from engine.core.state import NEVER, ClusterState, RequestState, Role
 from engine.errors import SlalomError
 from engine.hosts import LocalExecutor, LocalHost, local_hosts
 from engine.integrity import faults
-from engine.model import SamplingParams, load_model, load_tokenizer
+from engine.lanes_cpu import CpuDevice
+from engine.model import KVPool, ModelRunner, SamplingParams, Span, load_model, load_tokenizer
+from engine.model.llama import Llama
 from engine.modelled import ModelledInstances
 from engine.quick_profile import measure
 from engine.request import Delta, Request
@@ -44,6 +46,7 @@ _KV = 1024
 _ROUND_S = 15.0
 _DRAIN_S = 60.0
 _OPEN = 24  # requests at once
+_SHAPES = 70  # beyond 64 rows nothing is kept
 _ROUNDS = 60  # in a short run; a long one has longer rounds, and more of them
 _MOST_GROWTH_MB = 0.1  # of resident memory, with every engine built and closed
 _GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -147,12 +150,31 @@ class _Client:
         self.finish = delta.finish or self.finish
 
 
+def _meet_all_shapes(model: Llama) -> None:
+    """Products of every number of rows: what libraries keep for each is bounded (``engine.model.linear``), and no leak.
+
+    In a thread set up as a lane's, since code is compiled for a number of threads, too.
+    """
+    runner = ModelRunner(model, KVPool(model.config, blocks=_SHAPES))
+
+    def work() -> None:
+        with CpuDevice().whole().decode.open():
+            for n in range(1, _SHAPES + 1):
+                batch = runner.batch([Span([0], 0, [k]) for k in range(n)])
+                runner.run(batch, [_GREEDY] * n, [0] * n)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
 class _Live:
     """Live engines on the tiny model, one a round."""
 
     def __init__(self) -> None:
         self.model, self.tokenizer = load_model("dummy:tiny"), load_tokenizer("dummy:tiny")
         self.tables = measure(self.model)
+        _meet_all_shapes(self.model)
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(0, 256, n).tolist() for n in (1, 7, 16, 33, 70, 150)]
         self.counts: Counter[str] = Counter()
