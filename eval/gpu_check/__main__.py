@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.gpu_check", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="written anew after every measurement")
-    parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
+    parser.add_argument("--budget", type=float, default=900.0, help="seconds for everything")
     parser.add_argument("--only", default="", help="groups, separated by commas; all if not given")
     parser.add_argument("--dry-run", action="store_true", help="run every line on a CPU, at sizes that mean nothing")
     parser.add_argument("--group", help=argparse.SUPPRESS)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from eval.gpu_check import kernels, model, partitions, serving
+from eval.gpu_check import kernels, loop, model, partitions, serving
 from eval.gpu_check.rig import Rig
 
 __all__ = ["GROUPS", "Group"]
@@ -45,4 +45,5 @@ GROUPS = {
         },
     ),
     "engine": Group(200.0, {"engine_tokens": serving.engine_tokens}),
+    "loop": Group(300.0, {"loop": loop.loop}),
 }

@@ -1,0 +1,128 @@
+"""The whole loop on the device by the commands a user types: calibrate, train on that profile, fidelity on the engine.
+
+Two instances share the device, each multiplexing both phases on SM partitions (mixed ones on a CPU). Targets and
+rates follow the measured profile, so that the loop is at work between half load and the knee on any device.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.latency import Profile
+from eval.gpu_check.rig import Rig
+
+__all__ = ["loop", "scenario_of"]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the loop runs at; tokens, seconds as the commands write them."""
+
+    model: str
+    dtype: str
+    device: str
+    prompt: int
+    output: int
+    kv_tokens: int
+    max_batch: int
+    calibrate: str
+    train: str
+    run_s: float
+    role: dict[str, str]
+
+
+_REAL = _Sizes(
+    "dummy:llama-8b", "bfloat16", "cuda", 1024, 64, 65_536, 32, "70s", "20s", 6.0,
+    {"role": "multiplexed", "batching": "layered"},
+)  # fmt: skip
+_TINY = _Sizes(
+    "dummy:tiny", "float32", "cpu", 32, 6, 1024, 4, "2s", "2s", 0.5, {"role": "mixed", "batching": "chunked"}
+)  # fmt: skip
+_POLICIES = ("least_tokens", "predicted_ttft")
+
+
+def scenario_of(profile: Path, sizes: _Sizes) -> dict[str, Any]:
+    """A scenario on ``profile``: TTFT of eight prompts in a row, TPOT of two full decode steps, lognormal lengths."""
+    found = Profile.load(profile)
+    prefill = found.prefill_s(sizes.prompt)
+    decode = found.decode_s(sizes.max_batch * (sizes.prompt + sizes.output), sizes.max_batch)
+    rate = 0.7 * 2.0 / (prefill + sizes.output * decode / sizes.max_batch)
+    half = {"kind": "lognormal", "median": sizes.prompt // 2, "p90": sizes.prompt, "low": 8, "high": 2 * sizes.prompt}
+    short = {"kind": "lognormal", "median": sizes.output // 2, "p90": sizes.output, "low": 2, "high": 2 * sizes.output}
+    group = {"count": 2, "max_batch": sizes.max_batch, "kv_tokens": sizes.kv_tokens} | sizes.role
+    return {
+        "name": "gpu-check-loop",
+        "description": "Two instances on one device, at rates that its measured profile allows.",
+        "regime": "balanced",
+        "profile": str(profile),
+        "cluster": [group],
+        "workload": {
+            "kind": "synthetic",
+            "lengths": {"kind": "joint", "prompt": half, "output": short, "spearman": 0.0},
+        },
+        "classes": [{"name": "chat", "ttft_s": 8 * prefill, "tpot_s": 2 * decode}],
+        "decisions": {"place_decode": True},
+        "rates": {"low": rate / 8, "high": rate * 8},
+        "reference_rate": rate,
+        "n_requests": 400,
+    }
+
+
+def loop(rig: Rig) -> dict[str, Any]:
+    """Held-out error of the calibration, what was learned, and the fidelity of both policies; aim: within 5 %.
+
+    :raises AssertionError: a command failed, with the end of what it said
+    """
+    sizes = _TINY if rig.dry else _REAL
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        profile, scenario, config = folder / "device.json", folder / "loop.yaml", folder / "train.yaml"
+        calibrated = _command(
+            "engine.calibrate", "--model", sizes.model, "--dtype", sizes.dtype, "--device", sizes.device,
+            "--instances", "2", "--budget", sizes.calibrate, "--max-tokens", str(2 * sizes.prompt),
+            "--max-batch", str(sizes.max_batch), "--max-context", str(2 * sizes.prompt),
+            "--kv-tokens", str(sizes.kv_tokens), "--out", str(profile), "--json",
+        )  # fmt: skip
+        scenario.write_text(yaml.safe_dump(scenario_of(profile, sizes)))
+        config.write_text(yaml.safe_dump({"designs": 20, "rules": list(_POLICIES)}))
+        learned = folder / "learned"
+        _command(
+            "train.cli", "--scenario", str(scenario), "--algo", "direct", "--budget", sizes.train,
+            "--config", str(config), "--out", str(learned),
+        )  # fmt: skip
+        compared = [part for policy in (*_POLICIES, str(learned / "best")) for part in ("--policy", policy)]
+        _command(
+            "eval.cli", "--fidelity", "--scenario", str(scenario), *compared, "--loads", "0.5,0.8",
+            "--repetitions", "2", "--run-s", str(sizes.run_s), "--out", str(folder / "fidelity"),
+        )  # fmt: skip
+        fidelity = json.loads((folder / "fidelity" / "fidelity.json").read_text())
+    errors = {name: e["mean_abs_error"] for name, e in fidelity["summary"]["errors"].items()}
+    at_speed = {name: e["mean_abs_error"] for name, e in fidelity["at_speed"]["summary"]["errors"].items()}
+    latency = [value for name, value in errors.items() if name.endswith(("_p50", "_p90"))]
+    told = json.loads(calibrated[calibrated.index("{") :])
+    return {
+        "model": sizes.model,
+        "calibration": {k: told[k] for k in ("points", "held_out_error") if k in told},
+        "fidelity": errors,
+        "fidelity_at_speed": at_speed,
+        "noise": {name: e["noise"] for name, e in fidelity["summary"]["errors"].items()},
+        "cases": fidelity["summary"]["cases"],
+        "aim": 0.05,
+        "within": bool(max(latency) <= 0.05),
+    }
+
+
+def _command(module: str, *arguments: str) -> str:
+    """Standard output of one of the product's commands."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(f"{module} ended with {done.returncode}: {(done.stderr or done.stdout)[-1500:]}")
+    return done.stdout
