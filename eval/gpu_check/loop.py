@@ -44,7 +44,7 @@ _REAL = _Sizes(
     {"role": "multiplexed", "batching": "layered"},
 )  # fmt: skip
 _TINY = _Sizes(
-    "dummy:tiny", "float32", "cpu", 32, 6, 1024, 4, "2s", "2s", 0.5, {"role": "mixed", "batching": "chunked"}
+    "dummy:tiny", "float32", "cpu", 32, 6, 1024, 4, "2s", "2s", 1.0, {"role": "mixed", "batching": "chunked"}
 )  # fmt: skip
 _POLICIES = ("least_tokens", "predicted_ttft")
 
