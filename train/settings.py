@@ -69,6 +69,11 @@ def suggest(trial: optuna.Trial, config: TrainConfig) -> dict[str, Any]:
             values[name] = trial.suggest_categorical(name, sorted({*span, here}))
         else:
             values[name] = trial.suggest_float(name, min(span[0], here), max(span[1], here), log=True)
+    return _ended(values)
+
+
+def _ended(values: dict[str, Any]) -> dict[str, Any]:
+    """With the learning rate that follows from them."""
     return values | {"learning_rate_final": 0.1 * values["learning_rate"]}
 
 
@@ -107,8 +112,8 @@ class _Course:
 
     def train(
         self, name: str, values: dict[str, Any], seed: int, watch: Callable[[int, float], None] = lambda k, score: None
-    ) -> Path:
-        """One training; its best snapshot on the windows of the search, the base included.
+    ) -> tuple[Path, float]:
+        """One training; its best snapshot on the windows of the search, the base included, and its score there.
 
         :param watch: told the score of the best so far after each part of the budget; may raise
         """
@@ -126,7 +131,7 @@ class _Course:
                 if score > most:
                     best, most = snapshot, score
                 watch(k, most)
-            return best
+            return best, most
         finally:
             env.close()
 
@@ -169,8 +174,7 @@ def search(
             if k < _POINTS and trial.should_prune():
                 raise optuna.TrialPruned
 
-        best = course.train(f"{trial.number:04d}", suggest(trial, settings), seed, watch)
-        value = course.judge(best, _FIRST_SEED)
+        _, value = course.train(f"{trial.number:04d}", suggest(trial, settings), seed, watch)
         print(f"settings: trial {trial.number}: {100 * value:.2f} %", file=sys.stderr, flush=True)
         return value
 
@@ -195,9 +199,9 @@ def _study(out: Path, seed: int, name: str) -> optuna.Study:
 
 def _finish(study: optuna.Study, course: _Course, settings: TrainConfig, seed: int, out: Path) -> dict[str, Any]:
     """Winner and defaults once more, on fresh seeds; then the files."""
-    won = dict(study.best_params) | {"learning_rate_final": 0.1 * study.best_params["learning_rate"]}
+    won = _ended(study.best_params)
     fresh = {
-        name: course.judge(course.train(f"fresh-{name}", values, seed + _FRESH_TRAINING), _FRESH_SEED)
+        name: course.judge(course.train(f"fresh-{name}", values, seed + _FRESH_TRAINING)[0], _FRESH_SEED)
         for name, values in (("winner", won), ("defaults", {}))
     }
     base = course.judge(Path(course.base.folder), _FRESH_SEED)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from engine.calibration.probe import StepProbe
+from engine.calibration.probe import StepProbe, StepTrace
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.core.state import Batching, ClusterState, LaneKind, Role
 from engine.latency.evaluate import PROFILE, SHARE
@@ -104,24 +104,33 @@ def _serve(engine: Engine, prompts: Sequence[int], output: int, timeout_s: float
             raise TimeoutError("the engine did not answer")
 
 
-def host_time(model: Llama, tokenizer: Tokenizer, batches: Sequence[int] = (1, 8), output: int = 16) -> Host:
-    """Measure :class:`Host` on the decode steps of one instance."""
+def _decode_steps(
+    model: Llama, tokenizer: Tokenizer, instances: int, batches: Sequence[int], output: int
+) -> dict[int, list[StepTrace]]:
+    """Decode steps by batch size, of ``instances`` equally busy instances with KV of their own; each size twice."""
     most = max(batches)
     spec = InstanceSpec(Role.MIXED, 0, most * (output + 48), batching=Batching.CHUNKED, max_batch=most)
-    engine = Engine(model, tokenizer, _state(model, [spec], 2 * most), _First())
+    specs = [replace(spec, pool=i, link=i) for i in range(instances)]
+    engine = Engine(model, tokenizer, _state(model, specs, 2 * most * instances), _InTurn())
     probe = StepProbe(engine)
     engine.start()
     try:
         for bs in batches:
-            _serve(engine, [16] * bs, output)
-            _serve(engine, [16] * bs, output)
+            for _ in range(2):
+                _serve(engine, [16] * (bs * instances), output)
     finally:
         engine.close()
-    decode = [s for s in probe.steps if s.lane["kind"] == LaneKind.DECODE and s.lane["bs"] in batches]
-    host = {bs: [s.host_s for s in decode if s.lane["bs"] == bs] for bs in batches}
-    middle = [(bs, float(np.median(seconds))) for bs, seconds in host.items() if seconds]
+    decode = [s for s in probe.steps if s.lane["kind"] == LaneKind.DECODE]
+    groups = {bs: [s for s in decode if s.lane["bs"] == bs] for bs in batches}
+    return {bs: steps for bs, steps in groups.items() if steps}
+
+
+def host_time(model: Llama, tokenizer: Tokenizer, batches: Sequence[int] = (1, 8), output: int = 16) -> Host:
+    """Measure :class:`Host` on the decode steps of one instance."""
+    groups = _decode_steps(model, tokenizer, 1, batches, output)
+    middle = [(bs, float(np.median([s.host_s for s in steps]))) for bs, steps in groups.items()]
     fixed, per = nnls(np.array([[1.0, float(bs)] for bs, _ in middle]), np.array([s for _, s in middle]))[0]
-    return Host(float(fixed), float(per), len(decode))
+    return Host(float(fixed), float(per), sum(map(len, groups.values())))
 
 
 def neighbour_time(
@@ -135,26 +144,13 @@ def neighbour_time(
 
     :raises ValueError: no batch size was met both alone and beside neighbours
     """
-    most = max(batches)
-    spec = InstanceSpec(Role.MIXED, 0, most * (output + 48), batching=Batching.CHUNKED, max_batch=most)
-    found: list[dict[int, tuple[float, float]]] = []
-    for count, policy in ((1, _First()), (instances, _InTurn())):
-        specs = [replace(spec, link=i) for i in range(count)]
-        engine = Engine(model, tokenizer, _state(model, specs, 2 * most * count), policy)
-        probe = StepProbe(engine)
-        engine.start()
-        try:
-            for bs in (*batches, *batches):
-                _serve(engine, [16] * (bs * count), output)
-        finally:
-            engine.close()
-        decode = [s for s in probe.steps if s.lane["kind"] == LaneKind.DECODE and s.run_s > 0.0]
-        groups = {bs: [s for s in decode if s.lane["bs"] == bs] for bs in batches}
-        found.append({
-            bs: (float(np.median([s.run_s for s in group])), float(np.median([s.cpu_s for s in group])))
-            for bs, group in groups.items() if group
-        })  # fmt: skip
-    alone, beside = found
+    alone, beside = (
+        {
+            bs: (float(np.median([s.run_s for s in steps])), float(np.median([s.cpu_s for s in steps])))
+            for bs, steps in _decode_steps(model, tokenizer, count, batches, output).items()
+        }
+        for count in (1, instances)
+    )
     common = sorted(alone.keys() & beside.keys())
     if not common:
         raise ValueError(f"no decode batch of {list(batches)} ran both alone and beside neighbours")
