@@ -46,6 +46,7 @@ _REAL = _Sizes(
 _TINY = _Sizes(
     "dummy:tiny", "float32", "cpu", 32, 6, 1024, 4, "2s", "2s", 1.0, {"role": "mixed", "batching": "chunked"}
 )  # fmt: skip
+_CALIBRATED = ("prefill_held_out_error", "decode_held_out_error", "fused_error", "neighbour_slowdown", "points")
 _POLICIES = ("least_tokens", "predicted_ttft")
 
 
@@ -110,7 +111,7 @@ def loop(rig: Rig) -> dict[str, Any]:
     told = json.loads(calibrated[calibrated.index("{") :])
     return {
         "model": sizes.model,
-        "calibration": {k: told[k] for k in ("points", "held_out_error") if k in told},
+        "calibration": {name: told[name] for name in _CALIBRATED},
         "fidelity": errors,
         "fidelity_at_speed": at_speed,
         "noise": {name: e["noise"] for name, e in fidelity["summary"]["errors"].items()},

@@ -46,6 +46,7 @@ def test_every_measurement_runs_dry(tmp_path: Path) -> None:
     assert all(row["passed"] for row in figures["correct"]["kernels"])
     assert figures["engine_tokens"]["equal"]
     assert figures["loop"]["cases"] == 6  # three policies, one of them learned on the way, at two loads
+    assert figures["loop"]["calibration"]["decode_held_out_error"] > 0.0
 
 
 def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
