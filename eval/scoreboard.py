@@ -38,11 +38,11 @@ CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
     "azure-conv-4xa100": ("linear_score", "splitwise", "muxwise", "taichi"),
     "mooncake-pd-8xh100": ("tropical_code", "tropical", "linear_score", "taichi"),
-    "creation-pd-4xa100": ("llmd_latency", "chunked", "linear_score", "aibrix_pd"),
-    "tiny-4xa100": ("llmd_token_load", "linear_score", "sglang_cache_aware", "taichi"),
-    "rag-prefix-4xa100": ("muxwise", "sglang_cache_aware", "linear_score", "predicted_ttft"),
-    "azure-code-mux-4xa100": ("linear_score", "tropical", "tropical_code", "muxwise"),
-    "shift-pd-8xa100": ("tropical_code", "muxwise", "linear_score", "taichi"),
+    "creation-pd-4xa100": ("llmd_latency", "chunked", "linear_score", "llmd_token_load"),
+    "tiny-4xa100": ("tropical_code", "tropical", "linear_score", "llmd_latency"),
+    "rag-prefix-4xa100": ("muxwise", "sglang_cache_aware", "linear_score", "duetserve"),
+    "azure-code-mux-4xa100": ("linear_score", "tropical", "tropical_code", "dopd_code"),
+    "shift-pd-8xa100": ("lodestar", "muxwise", "linear_score", "taichi"),
     "classes-6xa100": ("linear_score", "mooncake", "tropical_code", "predicted_ttft"),
 }
 #: Whose best knee says where opponents are tuned when the targets are not the scenario's own.

@@ -158,7 +158,12 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
     engine = _engine(request, watcher)
     per_policy = len(seeds) * (len(request.rates) if request.rates else 25)
     with Evaluator(
-        request.scenario, request.settings, jobs=request.jobs, folder=folder, on_point=watcher.point, pool=pool,
+        request.scenario,
+        request.settings,
+        jobs=request.jobs,
+        folder=folder,
+        on_point=watcher.point,
+        pool=pool,
         **engine,
     ) as evaluator:
         result = compare(
@@ -299,7 +304,7 @@ def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watche
             entry = search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
         else:
             best = tune(
-                contender.policy, request.scenario, trials, rates=rates, pool=pool, width=2 * width, **effort
+                contender.policy, request.scenario, trials, rates=rates, knee=knee, pool=pool, width=2 * width, **effort
             )
             entry = {"policy": contender.policy, **best.as_dict()}
         if stored is not None:
@@ -335,7 +340,7 @@ def _trial_watcher(watcher: Watcher, name: str, trials: int) -> Callable[[int, f
 def _tuning_file(request: Request, contender: Contender, rates: Sequence[float]) -> Path | None:
     if request.out is None:
         return None
-    parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates)]
+    parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates), "follows"]
     parts.append(request.settings.__dict__)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return request.out / "tuning" / f"{contender.name.split(':')[0]}-{digest}.json"

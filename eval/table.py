@@ -112,7 +112,7 @@ class _Task:
             policy_sha256(Contender(self.policy)),
             asdict(settings),
         ]
-        parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS)]
+        parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS), "follows"]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         label = label_of(self.policy).split(":")[0] if self.policy else "knee"
         return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest}.json"
@@ -221,7 +221,7 @@ def _tuned(
         return None
     rates = [factor * task.knee for factor in FACTORS]
     effort = _effort(scenario, settings)
-    found = tune(task.policy, scenario, task.request.tune, rates=rates, prune=True, **effort)
+    found = tune(task.policy, scenario, task.request.tune, rates=rates, knee=task.knee, prune=True, **effort)
     search = {"trials": found.trials, "simulated_requests": found.simulated_requests, "default": found.default}
     search |= {"score": found.score}
     if found.trials == 0:

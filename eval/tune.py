@@ -2,6 +2,9 @@
 
 A learned policy is only compared with rules tuned like this. All trials see the same seeds and rates
 (common random numbers); the score is the mean attainment over rates around the knee, where policies differ.
+A search that is told the knee follows it: twice on its way it measures the goodput of the best setting so far, and
+where that has moved, the rates move with it and the leaders are scored again there. Else a rule that holds three times
+the rate of the reference would be searched where all of its settings meet everything.
 Search runs on the ``train`` split. The best few, and the defaults, are then ranked again on fresh seeds of
 the ``valid`` split, so that luck in the search does not decide; the ``test`` split is never touched.
 
@@ -27,13 +30,16 @@ from policies.registry import get, parse
 from policies.rule import Rule, Value
 
 if TYPE_CHECKING:
-    from eval.studies import Outcome, Record
+    from eval.studies import Outcome
 
 __all__ = ["KNEE", "VALID_SEED", "Finalist", "TuneResult", "knee_rate", "tune"]
 
 #: Rates of the objective as multiples of the knee (goodput at 90 % of the reference rule).
 KNEE = (0.85, 1.0, 1.15, 1.3)
 VALID_SEED = 1_000  # seeds of the final ranking start here, away from the search's
+_FOLLOW = (0.25, 0.55)  # shares of the trials after which the rates follow the best setting's knee
+_MOVED = 1.06  # factor between two knees from which on the rates move
+_FEW = 8  # trials below which they stay
 
 
 class Finalist(TypedDict):
@@ -53,6 +59,7 @@ class TuneResult:
     :param score: score of ``values`` in the final ranking
     :param trials: trials of the search
     :param simulated_requests: requests simulated in the search and in the final ranking
+    :param rates: of the last part of the search and of the final ranking
     :param pruned: trials that ended early
     :param sampler: which Optuna sampler drew the values
     :param ranking: values, search score and final score of every finalist, best first
@@ -103,6 +110,7 @@ def tune(
     trials: int,
     *,
     rates: Sequence[float],
+    knee: float | None = None,
     settings: PointSettings | None = None,
     seeds: Sequence[int] = (0, 1),
     valid_seeds: int = 4,
@@ -123,6 +131,7 @@ def tune(
     :param rule_name: name of a rule, or ``name:param=value``: parameters given there stay as given
     :param trials: budget; one trial simulates ``len(rates) * len(seeds) * settings.n_requests`` requests
     :param rates: requests per second of the objective, e.g. ``KNEE`` × :func:`knee_rate`
+    :param knee: what ``rates`` are multiples of; they then follow the knee of the best setting. None: they stay
     :param storage: journal file or URL of a database that makes the search resumable; None keeps it in memory
     :param sampler: one of ``eval.studies.SAMPLERS``
     :param prune: end hopeless trials early
@@ -140,16 +149,33 @@ def tune(
     free = [p for p in rule.params if p.name not in given]
     if not free:
         return TuneResult(name, rule.values(given), 0.0, 0.0, 0, 0, "none", tuple(rates), ())
-    from eval.studies import Record, choose_sampler, new_sampler
+    from eval.studies import choose_sampler
 
-    chosen = new_sampler(choose_sampler(sampler, free), seed)
+    chosen = choose_sampler(sampler, free)
     inside = replace(settings, split="train")
-    identity = [code_sha256(), scenario_hash(scenario), inside.__dict__, given, list(rates), list(seeds), seed]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    record = Record(storage, f"{name}-{type(chosen).__name__}-{digest}" if storage is not None else name)
+    identity = [code_sha256(), scenario_hash(scenario), inside.__dict__, given, list(seeds), seed]
     with Evaluator(scenario, inside, jobs=jobs, measure=measure) as here:
-        objective = _Objective(rule, given, here, tuple(rates), tuple(seeds), finalists if prune else 0, stop)
-        done = _search(objective, chosen, record, trials, pool, width, on_trial)
+
+        def begin(rates: tuple[float, ...], first: Sequence[dict[str, Value]]) -> _Study:
+            objective = _Objective(rule, given, here, rates, tuple(seeds), finalists if prune else 0, stop)
+            return _Study(objective, chosen, seed, storage, [*identity, list(rates)], first)
+
+        studies = [begin(tuple(rates), ())]
+        done = following = 0
+        for share in (*(_FOLLOW if knee and trials >= _FEW else ()), 1.0):
+            done = studies[-1].search(done, round(share * trials), pool, width, on_trial)
+            if knee is None or share == 1.0 or stop():
+                break
+            before = here.simulated_requests
+            leaders = [values for values, _ in _distinct_best(studies[-1].objective, finalists)]
+            found = _own_knee(here, Contender(name, leaders[0]), knee, seeds)
+            following += here.simulated_requests - before
+            if found > 0.0 and max(found / knee, knee / found) > _MOVED:
+                rates, knee = tuple(rate * found / knee for rate in rates), found
+                studies.append(begin(rates, leaders))
+        objectives = [study.objective for study in studies]
+    objective = next(o for o in reversed(objectives) if o.finished)  # the time may have been up before the last began
+    rates = objective.given_rates
     best = _distinct_best(objective, finalists)
     fresh = range(VALID_SEED, VALID_SEED + valid_seeds)
     valid = Evaluator(scenario, replace(settings, split="valid"), jobs=jobs, measure=measure, pool=pool)
@@ -166,12 +192,25 @@ def tune(
         default=default,
         score=ranking[0]["final"],
         trials=done,
-        simulated_requests=objective.simulated_requests + valid.simulated_requests,
-        sampler=type(chosen).__name__,
-        rates=tuple(rates),
+        simulated_requests=following + sum(o.simulated_requests for o in objectives) + valid.simulated_requests,
+        sampler=studies[0].sampler,
+        rates=rates,
         ranking=tuple(ranking),
-        pruned=objective.pruned,
+        pruned=sum(o.pruned for o in objectives),
     )
+
+
+def _own_knee(here: Evaluator, contender: Contender, start: float, seeds: Sequence[int]) -> float:
+    """Goodput at 90 % on the windows of the search; 0 where the targets are met at no rate near ``start``."""
+    found = find_goodput(
+        lambda rate: here.attainment(contender, rate, seeds),
+        start,
+        targets=(0.9,),
+        tolerance=0.05,
+        step=1.3,
+        widest=64.0,
+    )
+    return found.goodput[0].rate
 
 
 class _Objective:
@@ -191,7 +230,7 @@ class _Objective:
         stop: Callable[[], bool],
     ) -> None:
         self.rule, self.given, self.stop = rule, given, stop
-        self.rates = tuple(sorted(rates, reverse=True))
+        self.given_rates, self.rates = rates, tuple(sorted(rates, reverse=True))
         self.finished: list[tuple[dict[str, Value], float]] = []  # trials simulated at every rate
         self.pruned = self.simulated_requests = 0
         self._here, self._seeds, self._keep = here, seeds, keep
@@ -283,46 +322,69 @@ def _remote_trial(
         return _trial(here, name, values, rates, seeds, outlook, first, lambda: False)
 
 
-def _search(
-    objective: _Objective,
-    sampler: Any,
-    record: Record,
-    trials: int,
-    pool: Executor | None,
-    width: int,
-    on_trial: Callable[[int, float], None] | None,
-) -> int:
-    """Ask and tell until ``trials`` are finished, defaults first; what is on record is not simulated again.
+class _Study:
+    """A search at given rates, to be gone on with.
 
-    :return: how many were finished before the time was up
+    :param first: settings to try before the sampler is asked, after the defaults
     """
-    import optuna
 
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-    rule, given = objective.rule, objective.given
-    defaults = rule.values(given)
-    study.enqueue_trial({p.name: defaults[p.name] for p in rule.params if p.name not in given})
-    done = 0
-    while done < trials:
-        # the defaults alone first: if they do not fit the scenario, nothing does
-        asked = [study.ask() for _ in range(min(width if done else 1, trials - done))]
-        drawn = [objective.suggest(trial) for trial in asked]
-        known = [record.find(trial.params) for trial in asked]
-        begin = time.perf_counter()
-        fresh = objective.evaluate([v for v, old in zip(drawn, known, strict=True) if old is None], pool)
-        for trial, values, old in zip(asked, drawn, known, strict=True):
-            outcome = next(fresh) if old is None else old
-            if outcome is None:
-                return done
-            if old is None:
-                record.add(trial, outcome, time.perf_counter() - begin)
-                begin = time.perf_counter()
-            study.tell(trial, outcome.value)
-            objective.told(values, outcome)
-            done += 1
-            if on_trial is not None:
-                on_trial(done, max(score for _, score in objective.finished))
-    return done
+    def __init__(
+        self,
+        objective: _Objective,
+        sampler: str,
+        seed: int,
+        storage: str | Path | None,
+        identity: list[Any],
+        first: Sequence[dict[str, Value]],
+    ) -> None:
+        import optuna
+
+        from eval.studies import Record, new_sampler
+
+        chosen = new_sampler(sampler, seed)
+        self.objective, self.sampler = objective, type(chosen).__name__
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        name = objective.rule.name
+        self._record = Record(storage, f"{name}-{self.sampler}-{digest}" if storage is not None else name)
+        self._study = optuna.create_study(direction="maximize", sampler=chosen)
+        defaults = objective.rule.values(objective.given)
+        for values in [defaults, *(values for values in first if values != defaults)]:
+            free = {p.name: values[p.name] for p in objective.rule.params if p.name not in objective.given}
+            self._study.enqueue_trial(free)
+
+    def search(
+        self,
+        done: int,
+        until: int,
+        pool: Executor | None,
+        width: int,
+        on_trial: Callable[[int, float], None] | None,
+    ) -> int:
+        """Ask and tell until ``until`` trials are finished; what is on record is not simulated again.
+
+        :return: how many were finished before the time was up
+        """
+        objective, record, study = self.objective, self._record, self._study
+        while done < until:
+            # the defaults alone first: if they do not fit the scenario, nothing does
+            asked = [study.ask() for _ in range(min(width if done else 1, until - done))]
+            drawn = [objective.suggest(trial) for trial in asked]
+            known = [record.find(trial.params) for trial in asked]
+            begin = time.perf_counter()
+            fresh = objective.evaluate([v for v, old in zip(drawn, known, strict=True) if old is None], pool)
+            for trial, values, old in zip(asked, drawn, known, strict=True):
+                outcome = next(fresh) if old is None else old
+                if outcome is None:
+                    return done
+                if old is None:
+                    record.add(trial, outcome, time.perf_counter() - begin)
+                    begin = time.perf_counter()
+                study.tell(trial, outcome.value)
+                objective.told(values, outcome)
+                done += 1
+                if on_trial is not None:
+                    on_trial(done, max(score for _, score in objective.finished))
+        return done
 
 
 def _score(

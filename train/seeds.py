@@ -185,19 +185,18 @@ def _best_rule(
     settings = PointSettings(n_requests=scenario.n_requests)
     trials = trials_for(requests, settings.n_requests)
     table: list[dict[str, Any]] = []
-    rates: list[float] | None = None
+    knee = 0.0
     for rule in rules:
         defaults = registry.get(rule).values()
         table.append({"rule": rule, "tuned": False, "goodput": yardstick.design({"rule": rule, "values": defaults})})
-        identity = [code_sha256(), scenario_hash(scenario), rule, trials]
+        identity = [code_sha256(), scenario_hash(scenario), rule, trials, "follows"]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         path = out / f"{scenario.name}-{rule}-{digest}.json"
         if not path.exists():
-            if rates is None:
-                knee = knee_rate(scenario, settings, start=scenario.reference_rate)
-                rates = [factor * knee for factor in KNEE]
+            knee = knee or knee_rate(scenario, settings, start=scenario.reference_rate)
+            rates = [factor * knee for factor in KNEE]
             print(f"{scenario.name}: tune {rule}, {trials} trials", file=sys.stderr, flush=True)
-            write_json(path, tune(rule, scenario, trials, rates=rates, settings=settings).as_dict())
+            write_json(path, tune(rule, scenario, trials, rates=rates, knee=knee, settings=settings).as_dict())
         values = read_json(path)["values"]
         table.append({"rule": rule, "tuned": True, "goodput": yardstick.design({"rule": rule, "values": values})})
     best = max(table, key=lambda entry: float(entry["goodput"]))

@@ -155,3 +155,37 @@ def test_a_rule_without_parameters_costs_nothing(monkeypatch):
 def test_the_knee_is_the_goodput_of_the_reference_rule():
     knee = tuning.knee_rate(Scenario(), SETTINGS, policy="x1", measure=synthetic_measure)
     assert knee == pytest.approx(true_goodput(40.0, 0.9), rel=0.05)
+
+
+def test_rates_follow_the_best_setting_to_where_settings_differ(monkeypatch):
+    fake_rule(monkeypatch, WEIGHT)
+    easy = {"rates": (6.8, 8.0, 9.2, 10.4), "settings": SETTINGS, "measure": synthetic_measure}  # met by every setting
+    stays = tuning.tune("weighted", Scenario(), 25, **easy)
+    assert stays.score - stays.default < 0.005
+    follows = tuning.tune("weighted", Scenario(), 25, knee=8.0, **easy)
+    assert follows.rates[1] == pytest.approx(true_goodput(40.0, 0.9), rel=0.1)
+    assert follows.values["weight"] == pytest.approx(0.3, abs=0.1)
+    assert follows.score > follows.default + 0.05
+    assert follows.trials == 25
+
+
+@pytest.mark.parametrize("ends", [5, 12])
+def test_a_search_that_follows_is_resumed_where_it_was_and_counts_what_it_simulates(monkeypatch, tmp_path, ends):
+    fake_rule(monkeypatch, WEIGHT)
+    calls = []
+
+    def spy(scenario, contender, rate, seed, settings):
+        calls.append(rate)
+        return synthetic_measure(scenario, contender, rate, seed, settings)
+
+    def stop(number, best):
+        if number == ends:
+            raise KeyboardInterrupt
+
+    options = {"rates": (6.8, 8.0), "knee": 8.0, "settings": SETTINGS, "measure": spy}
+    whole = tuning.tune("weighted", Scenario(), 25, **options)
+    assert whole.simulated_requests == len(calls) * SETTINGS.n_requests
+    with pytest.raises(KeyboardInterrupt):
+        tuning.tune("weighted", Scenario(), 25, storage=tmp_path / "j", on_trial=stop, **options)
+    found = tuning.tune("weighted", Scenario(), 25, storage=tmp_path / "j", **options)
+    assert (found.ranking, found.rates, found.trials) == (whole.ranking, whole.rates, 25)
