@@ -3,15 +3,16 @@
     python -m eval.scoreboard                       every scenario that has a checkpoint; goes on where it stopped
     python -m eval.scoreboard azure-conv-4xa100     only this one
     python -m eval.scoreboard --slo-scale 0.5       TTFT and TPOT targets halved
+    python -m eval.scoreboard --search              only the opponents' searches; the test windows stay unseen
     python -m eval.scoreboard --all-rules           every rule of ``policies/`` instead of the strongest of a screening
     python -m eval.scoreboard --read                the tables again from finished results, nothing is simulated
 
 Each opponent is searched with as many simulated requests as the checkpoint's whole training took (``eval.tune``, so
 on the training split, ranked on validation windows); then all meet the same test windows. ``OPPONENTS`` are the best
-four per scenario of a screening of all rules: eight random draws per parameter, ranked on validation arrivals.
+four per scenario of the table of all rules (``eval-policy --scenario all --policy all --tune 25``), with linear_score.
 
-With scaled targets the opponents are searched anew under them, around the best knee of several rules; the checkpoint
-is the shipped one, which has never met them. The screening is that of the unscaled targets.
+With scaled targets the opponents are searched anew under them; the checkpoint is the shipped one, which has never met
+them. The screening is that of the unscaled targets.
 """
 
 from __future__ import annotations
@@ -28,11 +29,23 @@ from typing import Any, Literal
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from eval.points import PointSettings
-from eval.session import Request, Watcher, evaluate, scaled
+from eval.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
 from eval.store import read_json, write_json
 from eval.tune import KNEE
 
-__all__ = ["CHECKPOINTS", "OPPONENTS", "Effort", "Lines", "main", "pair_ratio", "row", "score", "table", "trials_for"]
+__all__ = [
+    "CHECKPOINTS",
+    "OPPONENTS",
+    "Effort",
+    "Lines",
+    "main",
+    "pair_ratio",
+    "row",
+    "score",
+    "search",
+    "table",
+    "trials_for",
+]
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
@@ -56,6 +69,7 @@ class Effort:
     """How much one comparison takes.
 
     :param share: of the equal budget that opponents get (below 1 the comparison is not equal, and says so)
+    :param trials: of every opponent instead, whatever the checkpoint's training took
     :param seeds: windows per rate
     :param slo_scale: factor of every TTFT and TPOT target
     """
@@ -63,6 +77,7 @@ class Effort:
     jobs: int = 1
     all_rules: bool = False
     share: float = 1.0
+    trials: int | None = None
     seeds: int = 3
     split: Literal["valid", "test"] = "test"
     slo_scale: float = 1.0
@@ -175,20 +190,34 @@ def score(name: str, out: Path, effort: Effort) -> dict[str, Any]:
 
     :raises SlalomError: targets that no reference rule meets at any rate
     """
+    request, watcher = _request(name, out, effort)
+    result = evaluate(request, watcher)
+    write_json(out / _folder(name, effort.slo_scale) / "result.json", result)
+    return row(result, name) | _budget(result, name)
+
+
+def search(name: str, out: Path, effort: Effort) -> None:
+    """Only the opponents' searches, kept for :func:`score`.
+
+    :raises SlalomError: as :func:`score`
+    """
+    request, watcher = _request(name, out, effort)
+    tune_all(request, contenders_of(request, watcher), watcher)
+
+
+def _request(name: str, out: Path, effort: Effort) -> tuple[Request, Lines]:
     checkpoint = CHECKPOINTS / name
     scenario = scaled(Scenario.load(name), effort.slo_scale)
     settings = PointSettings(n_requests=scenario.n_requests, split=effort.split)
-    trials = max(1, round(effort.share * trials_for(_trained_with(checkpoint), settings.n_requests)))
+    equal = trials_for(_trained_with(checkpoint), settings.n_requests)
+    trials = effort.trials or max(1, round(effort.share * equal))
     rivals = ("all",) if effort.all_rules else (*OPPONENTS[name], "static_plan")
     folder = out / _folder(name, effort.slo_scale)
-    knee_rules = Request.knee_rules if effort.slo_scale == 1.0 else KNEE_RULES
     request = Request(
         scenario, (*rivals, str(checkpoint)), None, effort.seeds, settings, trials, effort.jobs, folder,
-        slo_scale=effort.slo_scale, knee_rules=knee_rules,
+        slo_scale=effort.slo_scale, knee_rules=KNEE_RULES,
     )  # fmt: skip
-    result = evaluate(request, Lines(folder.name))
-    write_json(folder / "result.json", result)
-    return row(result, name) | _budget(result, name)
+    return request, Lines(folder.name)
 
 
 def _budget(result: dict[str, Any], name: str) -> dict[str, Any]:
@@ -297,6 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, help="test windows per rate")
     parser.add_argument("--share", type=float, default=1.0, help="of the equal budget, for a quick look")
+    parser.add_argument("--trials", type=int, help="of every opponent, instead of a share of the equal budget")
+    parser.add_argument("--search", action="store_true", help="only search the opponents, compare later")
     parser.add_argument("--slo-scale", type=float, default=1.0, help="multiply every TTFT and TPOT target by this")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="windows of the comparison")
     parser.add_argument("--all-rules", action="store_true")
@@ -305,7 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     known = sorted(p.name for p in CHECKPOINTS.glob("*") if p.name in OPPONENTS)
     effort = Effort(
-        options.jobs, options.all_rules, options.share, options.seeds, options.split, options.slo_scale
+        options.jobs, options.all_rules, options.share, options.trials, options.seeds, options.split,
+        options.slo_scale,
     )  # fmt: skip
     rows = []
     refused: dict[str, str] = {}
@@ -321,6 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
                     rows.append(_read(name, options.out, effort.slo_scale))
                 continue
             try:
+                if options.search:
+                    search(name, options.out, effort)
+                    continue
                 rows.append(score(name, options.out, effort))
             except SlalomError as error:  # the others have their comparison all the same
                 refused[name] = str(error)
@@ -333,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{_told(rows)}")
     for name, reason in refused.items():
         print(f"Left out, {name}: {reason}")
-    return 0 if rows else 2
+    return 0 if rows or (options.search and not refused) else 2
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ __all__ = [
     "label_of",
     "open_folder",
     "scaled",
+    "tune_all",
 ]
 
 
@@ -143,7 +144,7 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
     """
     watcher = watcher or Watcher()
     contenders = contenders_of(request, watcher)
-    tuning = _tune_all(request, contenders, watcher)
+    tuning = tune_all(request, contenders, watcher)
     for found in tuning:
         if "cluster" in found:
             place = next(i for i, c in enumerate(contenders) if c.policy == STATIC)
@@ -276,7 +277,7 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
     }
 
 
-def _tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher) -> list[dict[str, Any]]:
+def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher) -> list[dict[str, Any]]:
     """Tune every rule, and find the static plan, with the same number of trials; read back what is in ``out``."""
     asked = [c for c in contenders if request.tune > 0 or c.policy == STATIC]
     if not asked:
