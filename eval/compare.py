@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,8 @@ def compare(
     :param resamples: bootstrap resamples
     :param on_policy: called with a contender's name before its points
     :param parallel: contenders measured at the same time, for evaluators whose points run elsewhere
-    :return: JSON-ready dict: ``mode``, ``policies`` (points, goodput with intervals), ``pairs``, ``at_rate``
+    :return: JSON-ready dict: ``mode``, ``policies`` (points, goodput with intervals), ``pairs``, and the goodputs of
+        the two best, where all of them were measured: ``at_rate``, ``second_rate``
     :raises SlalomError: no contender, names not unique, or whatever the evaluator raises
     """
     labels = [c.name for c in contenders]
@@ -92,18 +93,19 @@ def compare(
             curves = list(threads.map(curve, contenders))
     else:
         curves = [curve(contender) for contender in contenders]
-    at_rate = None
+    common: list[float] = []
     if rates is None:
-        at_rate = max(_goodput(found, targets[0]) for found in curves)
-        for found in curves:
-            if at_rate > 0.0 and at_rate not in found.points:
-                found.points[at_rate] = evaluator.points(found.contender, at_rate, seeds)
+        common = sorted({rate for found in curves if (rate := _goodput(found, targets[0])) > 0.0}, reverse=True)[:2]
+        for rate, found in product(common, curves):
+            if rate not in found.points:
+                found.points[rate] = evaluator.points(found.contender, rate, seeds)
     weights = bootstrap_weights(len(seeds), evaluator.settings.n_blocks, resamples, seed=0)
     resampled = [_Resampled(found, weights, targets) for found in curves]
     return {
         "mode": "goodput" if rates is None else "rates",
         "targets": list(targets),
-        "at_rate": at_rate or None,
+        "at_rate": common[0] if common else None,
+        "second_rate": common[1] if len(common) > 1 else None,
         "simulated_requests": evaluator.simulated_requests,
         "policies": [r.as_dict(rates) for r in resampled],
         "pairs": [_pair(a, b, rates) for a, b in combinations(resampled, 2)],

@@ -53,6 +53,9 @@ def test_waits_classes_and_throughput_stand_beside_those_of_opponent_and_rule() 
     assert [at[key]["worst_wait_s"] for key in ("learned", "opponent", "rule")] == [3.0, 7.0, 5.0]
     assert at["learned"]["worst_class"] == "code"
     assert at["learned"]["finished_per_s"] == 10.0
+    second = result() | {"second_rate": 20.0}
+    assert row(second, SCENARIO)["second_rate"] == at
+    assert table([row(second, SCENARIO)]).count("| 3.0 | 7.0 | 5.0 |") == 2
 
 
 def test_a_rival_without_goodput_leaves_no_ratio_and_a_lost_target_is_a_ratio_of_zero() -> None:
@@ -85,13 +88,24 @@ def test_opponents_are_searched_under_the_scaled_targets_with_their_share_of_the
     for scale in (1.0, 0.5):
         score(SCENARIO, tmp_path, Effort(share=0.5, slo_scale=scale))
     plain, halved = asked
-    assert plain.knee_rules == ("least_tokens",)  # earlier results stay readable
+    assert plain.knee_rules == halved.knee_rules == scoreboard.KNEE_RULES
     assert (plain.out, halved.out) == (tmp_path / SCENARIO, tmp_path / f"{SCENARIO}-slo0.5")
     for before, after in zip(plain.scenario.classes, halved.scenario.classes, strict=True):
         assert (after.ttft_s, after.tpot_s) == (before.ttft_s / 2, before.tpot_s / 2)
     spent = scoreboard._trained_with(CHECKPOINTS / SCENARIO)
     assert halved.tune == round(0.5 * trials_for(spent, plain.scenario.n_requests))
     assert str(CHECKPOINTS / SCENARIO) in halved.policies
+
+
+def test_opponents_can_be_searched_before_anybody_sees_the_test_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(scoreboard.OPPONENTS, SCENARIO, ("power_of_two", "muxwise"))
+    assert main([SCENARIO, "--search", "--trials", "1", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / SCENARIO
+    assert {path.name.split("-")[0] for path in (folder / "tuning").iterdir()} >= {"muxwise", "static_plan"}
+    assert not (folder / "points").exists()
+    assert not (folder / "result.json").exists()
 
 
 def test_finished_results_are_read_back_without_simulating(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
