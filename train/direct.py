@@ -1,7 +1,8 @@
 """The learner ``direct``: search over published rules, arrangements and a context-conditioned score.
 
     explore   successive halving over the published rules, each also with queues on time, and over random designs:
-              other parameters, other arrangements, linear scores; the survivors' neighbours join the next round
+              other parameters, other arrangements, linear scores; the survivors' neighbours and offspring (the score of
+              one on the arrangement of another) join the next round
     refine    CMA-ES (Hansen 2016) from the best designs of different arrangements, then on from what became best, over
               the offsets of ``train.space``: all weights, their slopes in the context, budgets of the arrangement.
               A rule starts as itself, plus deviations
@@ -25,21 +26,22 @@ from env.cluster import arena_of
 from env.scenario import Scenario
 from policies import registry
 from train.fitness import Fitness
-from train.space import Design, Space, random_design, reordered, varied
+from train.space import Design, Space, offspring, random_design, reordered, varied
 
 __all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
 
-#: Rates of the objective, as multiples of the knee (goodput at 90 %) of the best design so far. The first is where
-#: goodput at 95 and 99 % is decided.
-_LOADS = (0.8, 0.95, 1.08, 1.2)
+#: Rates of the objective, as multiples of the knee (goodput at 90 %) of the best design so far. The first two are where
+#: goodput at 99 and 95 % is decided.
+_LOADS = (0.7, 0.88, 1.0, 1.15)
 #: Successive halving: share of the designs still in, loads, seeds, requests of one simulation (for one of 2000).
 _RUNGS = (
     (1.0, (1.15,), 1, 1000),
     (0.35, (1.0, 1.2), 1, 1500),
-    (0.12, (0.8, 1.0, 1.2), 2, 2000),
-    (0.0, _LOADS, 4, 2500),
+    (0.12, (0.8, 1.0, 1.2), 3, 2000),
+    (0.0, _LOADS, 6, 2500),
 )
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
+_KNEE_SEEDS, _FINAL_SEEDS = 4, 10
 _TELL = 0.03  # share of the budget between two incumbents of CMA-ES
 _RACE = 0.45  # share of the time of CMA-ES in which several starts compete
 _END = 0.97  # share of the budget at which CMA-ES ends
@@ -169,6 +171,7 @@ class _Search:
             fresh = [random_design(self.rules, self.setting, self.rng) for _ in range(n if turn == 0 else n // 4)]
             if turn:
                 fresh += [varied(survivors[i % len(survivors)], self.rng) for i in range(n // 2)]
+                fresh += offspring(survivors, n // 4, self.rng)
             survivors = self._halve([*pool, *survivors, *fresh] if turn == 0 else [*survivors, *fresh], turn)
             limit = config.share * (turn + 1) / config.rounds
             if self.used > limit * 1.5:
@@ -199,7 +202,8 @@ class _Search:
 
     def recentre(self, design: Design, seed: int) -> None:
         """Move the rates to the knee of ``design``, if it has one."""
-        knee = self.fitness.knee(design, max(self.knee, 1e-3), (seed, seed + 1), self.n_requests, 0.03)
+        seeds = range(seed, seed + _KNEE_SEEDS)
+        knee = self.fitness.knee(design, max(self.knee, 1e-3), seeds, self.n_requests, 0.03, 1.2)
         self.knee = knee if knee > 0.0 else self.knee
 
     def known(self, design: Design) -> Design:
@@ -306,7 +310,7 @@ def direct_search(
         for number, climb in enumerate(climbs):
             climb.advance(begun + left * _RACE * (number + 1) / len(climbs), leads=number == 0)
         rates = [load * max(climb.knee for climb in climbs) for load in _LOADS]
-        scores = [search.fitness.score(c.answer, rates, range(4_000, 4_004), search.n_requests) for c in climbs]
+        scores = [search.fitness.score(c.answer, rates, range(4_000, 4_006), search.n_requests) for c in climbs]
         first = climbs[scores.index(max(scores))]
         search.recentre(first.answer, 4_500)
     else:
@@ -319,7 +323,7 @@ def direct_search(
         rule = max(search.rules_seen, key=lambda seen: seen[:2])[2]
     finalists = [*refined, *starts, rule]
     rates = [load * search.knee for load in _LOADS]
-    scores = [search.fitness.score(d, rates, range(5_000, 5_006), search.n_requests) for d in finalists]
+    scores = [search.fitness.score(d, rates, range(5_000, 5_000 + _FINAL_SEEDS), search.n_requests) for d in finalists]
     best = finalists[scores.index(max(scores))]
     search.recentre(best, 6_000)
     return DirectResult(

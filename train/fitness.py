@@ -107,18 +107,25 @@ class Fitness:
         waits = outcomes(run, warmup=_WARMUP).ttft_s
         return float(np.nanmax(waits)) if np.isfinite(waits).any() else 0.0
 
-    def knee(self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
-        """Goodput at 90 %, requests per second; 0 where the targets are met at no rate."""
+    def knee(
+        self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03, step: float = 2.0
+    ) -> float:
+        """Goodput at 90 %, requests per second; 0 where the targets are met at no rate.
+
+        :param step: first factor between rates, smaller where ``start`` is thought to be near
+        """
         try:
             policy = design.bind(self.setting)
         except SlalomError:
             return 0.0
-        return self.goodput(policy, start, seeds, n, tolerance)
+        return self.goodput(policy, start, seeds, n, tolerance, step)
 
-    def goodput(self, policy: Policy, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
+    def goodput(
+        self, policy: Policy, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03, step: float = 2.0
+    ) -> float:
         """The same of a bound policy."""
 
         def attainment(rate: float) -> float:
             return sum(self.attainment(policy, rate, seed, n) for seed in seeds) / len(seeds)
 
-        return find_goodput(attainment, start, targets=(0.9,), tolerance=tolerance).goodput[0].rate
+        return find_goodput(attainment, start, targets=(0.9,), tolerance=tolerance, step=step).goodput[0].rate

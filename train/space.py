@@ -25,7 +25,17 @@ from policies.normalise import default_normalisation
 from policies.rule import BoundPolicy, Param, Value
 from policies.setting import Setting
 
-__all__ = ["Coordinate", "Design", "Space", "random_design", "random_plans", "random_values", "reordered", "varied"]
+__all__ = [
+    "Coordinate",
+    "Design",
+    "Space",
+    "offspring",
+    "random_design",
+    "random_plans",
+    "random_values",
+    "reordered",
+    "varied",
+]
 
 _HIDDEN = 4  # the least a checkpoint may have; its residual is zero and is skipped when it runs
 _NO_HOLD = 8.0  # where the cost of HOLD and SHED starts when the rule never does either: out of reach, but not far
@@ -307,6 +317,17 @@ def reordered(design: Design, setting: Setting, order: Order) -> Design:
     """
     plans = design.base(setting).arrangement or [InstancePlan()] * setting.n_instances
     return replace(design, plans=tuple(replace(plan, order=int(order)) for plan in plans))
+
+
+def offspring(parents: Sequence[Design], n: int, rng: np.random.Generator) -> list[Design]:
+    """At most ``n`` designs with the rule of one parent, or the plain linear score, on the arrangement of another.
+
+    A good score and a good arrangement are seldom drawn together.
+    """
+    rules = (Design("linear_score"), *parents)
+    pairs = [(rule, place) for place in parents if place.plans is not None for rule in rules if rule is not place]
+    chosen = rng.permutation(len(pairs))[:n]
+    return [replace(pairs[i][0], plans=pairs[i][1].plans) for i in chosen]
 
 
 def varied(design: Design, rng: np.random.Generator) -> Design:

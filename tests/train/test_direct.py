@@ -24,7 +24,7 @@ from train.generalist import named, train_generalist
 from train.ppo import DispatchPPO
 from train.recipe import load_recipe, recipe_names
 from train.run import Request, run
-from train.space import Design, Space, random_design, reordered, varied
+from train.space import Design, Space, offspring, random_design, reordered, varied
 
 SHIFT = Scenario.load("shift-pd-8xa100")
 CODE = Scenario.load("azure-code-mux-4xa100")
@@ -51,6 +51,16 @@ def test_reordered_changes_the_queues_of_a_rule_and_nothing_else() -> None:
     assert plans is not None
     assert published is not None
     assert [replace(plan, order=Order.ON_TIME) for plan in published] == plans
+
+
+def test_offspring_have_the_rule_of_one_parent_and_the_arrangement_of_another() -> None:
+    setting, rng = arena_of(SHIFT).setting, np.random.default_rng(0)
+    placed = reordered(Design("muxwise"), setting, Order.ON_TIME)
+    parents = [placed, Design("lodestar")]  # one has no arrangement of its own to give
+    found = offspring(parents, 10, rng)
+    assert sorted(design.rule for design in found) == ["linear_score", "lodestar"]
+    assert all(design.plans == placed.plans for design in found)
+    assert len(offspring(parents, 1, rng)) == 1
 
 
 def test_what_is_missed_at_moderate_load_counts_as_much_as_at_the_knee() -> None:
