@@ -257,9 +257,23 @@ def random_values(params: Sequence[Param], rng: np.random.Generator) -> dict[str
     return values
 
 
-def _random_plan(role: Role, rng: np.random.Generator) -> InstancePlan:
+def _chunk_in_time(setting: Setting) -> float:
+    """Prompt tokens with which a fused step takes as long as the tightest TPOT target allows, beside 32 sequences."""
+    profile = setting.profile[0]
+    share = setting.share[0][int(profile["n_shares"]) - 1]
+    _, _, per_token, fixed = share["prefill"]
+    _, per_sequence, step = share["decode_small"]
+    rest = fixed + step + 32 * per_sequence + profile["step_overhead_s"] - share["fused_shared_s"]
+    tightest = min(target.tpot_s for target in setting.classes)
+    return float((tightest - rest) / max(per_token, share["floor_s_per_token"], 1e-9))
+
+
+def _random_plan(role: Role, setting: Setting, rng: np.random.Generator) -> InstancePlan:
     order = int(rng.choice(_ORDERS))
     chunk, prefill = int(2 ** rng.uniform(7, 13)), int(2 ** rng.uniform(9, 14))
+    in_time = _chunk_in_time(setting)
+    if in_time >= 64 and rng.random() < 0.6:  # what works is a narrow band: a longer step misses every target
+        chunk = int(np.clip(in_time * 2 ** rng.uniform(-1.0, 0.2), 64, 8192))
     if role is Role.DECODE:  # its chunks matter where a policy lets it prefill
         return InstancePlan(role=role, chunk_tokens=chunk, prefill_tokens=prefill, order=order)
     if role is Role.PREFILL:
@@ -285,13 +299,13 @@ def random_plans(setting: Setting, rng: np.random.Generator) -> tuple[InstancePl
         return None
     whole = [role for role in roles if role not in (Role.PREFILL, Role.DECODE)]
     if draw < 0.4 or n < 2:
-        return (_random_plan(whole[int(rng.integers(len(whole)))], rng),) * n
+        return (_random_plan(whole[int(rng.integers(len(whole)))], setting, rng),) * n
     while True:
         first, second = (roles[int(rng.integers(len(roles)))] for _ in range(2))
         if {first, second} not in ({Role.PREFILL}, {Role.DECODE}):
             break
     size = int(rng.integers(1, n))
-    return (_random_plan(first, rng),) * size + (_random_plan(second, rng),) * (n - size)
+    return (_random_plan(first, setting, rng),) * size + (_random_plan(second, setting, rng),) * (n - size)
 
 
 def random_design(rules: Sequence[str], setting: Setting, rng: np.random.Generator) -> Design:
