@@ -37,7 +37,7 @@ def compare_samplers(
     """
     chosen = Scenario.load(scenario)
     settings = PointSettings(n_requests=requests)
-    knee = knee_rate(chosen, settings, start=chosen.reference_rate)
+    knee = knee_rate(chosen, settings, policy=rule, start=chosen.reference_rate)  # where its settings differ
     rates = tuple(factor * knee for factor in KNEE)
     rows = []
     for sampler in samplers:
