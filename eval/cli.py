@@ -163,6 +163,7 @@ def evaluate(
             n_requests=requests or chosen.n_requests, warmup=warmup, drain=drain, detailed=save_detailed
         ),
         tune=tune,
+        prune=True,
         jobs=jobs,
         out=out,
         ray=ray,

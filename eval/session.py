@@ -59,6 +59,7 @@ class Request:
     :param rates: requests per second; None searches the goodput
     :param seeds: number of seeds, 0 upwards
     :param tune: trials per rule and for the static plan; 0 compares untuned rules only (the plan takes 40 trials)
+    :param prune: give up trials that cannot come among the best any more: a trial then costs less than a full one
     :param out: folder of all files; None keeps nothing
     :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
     :param slo_scale: what the TTFT and TPOT targets of ``scenario`` were multiplied by (see :func:`scaled`); told only
@@ -74,6 +75,7 @@ class Request:
     seeds: int = 3
     settings: PointSettings = field(default_factory=PointSettings)
     tune: int = 0
+    prune: bool = False
     jobs: int = 1
     out: Path | None = None
     ray: str | None = None
@@ -305,8 +307,9 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
             entry = search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
         else:
             best = tune(
-                contender.policy, request.scenario, trials, rates=rates, knee=knee, pool=pool, width=2 * width, **effort
-            )
+                contender.policy, request.scenario, trials, rates=rates, knee=knee, prune=request.prune, pool=pool,
+                width=2 * width, **effort,
+            )  # fmt: skip
             entry = {"policy": contender.policy, **best.as_dict()}
         if stored is not None:
             write_json(stored, entry)
@@ -342,6 +345,7 @@ def _tuning_file(request: Request, contender: Contender, rates: Sequence[float])
     if request.out is None:
         return None
     parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates), "follows"]
+    parts += ["prunes"] if request.prune else []
     parts.append(request.settings.__dict__)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return request.out / "tuning" / f"{contender.name.split(':')[0]}-{digest}.json"

@@ -1,13 +1,15 @@
 """The learner ``direct``: search over published rules, arrangements and a context-conditioned score.
 
-    explore   successive halving over the published rules, each also with queues on time, and over random designs:
-              other parameters, other arrangements, linear scores; the survivors' neighbours and offspring (the score of
-              one on the arrangement of another) join the next round
-    refine    CMA-ES (Hansen 2016) from the best designs of different arrangements, then on from what became best, over
-              the offsets of ``train.space``: all weights, their slopes in the context, budgets of the arrangement.
-              A rule starts as itself, plus deviations
+    explore   successive halving over the published rules, each also with queues on time, over every composition of
+              roles, and over random designs: other parameters, other arrangements, linear scores; the survivors'
+              neighbours and offspring (the score of one on the arrangement of another) join the next round
+    refine    CMA-ES from the best designs of different arrangements, then on from what became best, over the offsets of
+              ``train.space``: all weights, their slopes in the context, budgets of the arrangement. A rule starts as
+              itself, plus deviations. The covariance is diagonal (Ros and Hansen 2008): some hundred generations are
+              too few to learn that of sixty to ninety offsets
 
-Every generation meets fresh arrivals, the same for all its members; rates follow the knee of the best so far.
+Every generation meets fresh arrivals, the same for all its members. Rates follow the best so far: its goodput at
+99 %, at 90 % (the knee), the middle between them, where 95 % is decided, and beyond the knee.
 With a budget in requests the outcome depends on the seed alone.
 """
 
@@ -18,27 +20,28 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from cmaes import CMA
+from cmaes import SepCMA
 
 from engine.core.state import Order
 from engine.errors import SlalomError
 from env.cluster import arena_of
 from env.scenario import Scenario
 from policies import registry
+from train.arrange import composed
 from train.fitness import Fitness
 from train.space import Design, Space, offspring, random_design, reordered, varied
 
 __all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
 
-#: Rates of the objective, as multiples of the knee (goodput at 90 %) of the best design so far. The first two are where
-#: goodput at 99 and 95 % is decided.
-_LOADS = (0.7, 0.88, 1.0, 1.15)
-#: Successive halving: share of the designs still in, loads, seeds, requests of one simulation (for one of 2000).
-_RUNGS = (
+_BEYOND = 1.15  # highest rate of the objective, as a multiple of the knee
+_STRICT = (0.35, 0.95)  # least and greatest of the lowest, likewise; where the goodput at 99 % lies between
+#: Successive halving: share of the designs still in, loads (times the knee; empty: the rates of the objective), seeds,
+#: requests of one simulation (for one of 2000).
+_RUNGS: tuple[tuple[float, tuple[float, ...], int, int], ...] = (
     (1.0, (1.15,), 1, 1000),
     (0.35, (1.0, 1.2), 1, 1500),
     (0.12, (0.8, 1.0, 1.2), 3, 2000),
-    (0.0, _LOADS, 6, 2500),
+    (0.0, (), 6, 2500),
 )
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
 _KNEE_SEEDS, _FINAL_SEEDS = 4, 10
@@ -82,7 +85,7 @@ class DirectResult:
     """What the search found.
 
     :param design: the best; ``best_rule`` the best among published rules as they are
-    :param knee: goodput of ``design`` at 90 % on the ``train`` split
+    :param knee: goodput of ``design`` at 90 % on the ``train`` split; ``strict`` that at 99 %, at least 0.35 of it
     :param scores: of design, best rule on the fresh validation windows
     """
 
@@ -90,6 +93,7 @@ class DirectResult:
     best_rule: Design
     finalists: tuple[Design, ...]
     knee: float
+    strict: float
     requests: int
     seconds: float
     history: tuple[dict[str, float], ...]
@@ -134,7 +138,7 @@ class _Search:
         self.n_requests = config.n_requests or min(max(scenario.n_requests, 2000), 4000)
         self.most_requests, self.most_seconds = requests, seconds
         self.begin = time.monotonic()
-        self.knee = 0.0
+        self.knee = self.strict = 0.0
         self.ranked: list[Design] = []
         self.rules_seen: list[tuple[int, float, Design]] = []  # (rung, score, published rule as it is)
         self.history: list[dict[str, float]] = []
@@ -161,11 +165,14 @@ class _Search:
         pool = [Design(name) for name in (*self.rules, "linear_score")]
         knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1), i) for i, d in enumerate(pool)]
         self.knee, best = max(knees)
+        self.strict = 0.7 * self.knee
         self.incumbent(pool[best])
         # a round costs about 4000 requests a design; a small budget draws fewer
         afford = 0.25 * config.share * self.most_requests / self.n_requests
         n = int(max(min(config.designs, afford), 8))
         pool += [reordered(design, self.setting, Order.ON_TIME) for design in pool]
+        plain = [Design("linear_score", plans=plans) for plans in composed(self.setting)]
+        pool += [plain[i] for i in self.rng.permutation(len(plain))[:n]]
         survivors: list[Design] = []
         for turn in range(config.rounds):
             fresh = [random_design(self.rules, self.setting, self.rng) for _ in range(n if turn == 0 else n // 4)]
@@ -184,7 +191,7 @@ class _Search:
             left = max(int(share * total), keep)
             designs, cut = designs[:left], designs[left:]
             first = _FIRST_SEED + 100 * turn + 10 * rung
-            rates = [load * self.knee for load in loads]
+            rates = [load * self.knee for load in loads] or self.rates()
             scored = []
             for i, design in enumerate(designs):
                 score = self.fitness.score(design, rates, range(first, first + seeds), n * self.n_requests // 2000)
@@ -200,11 +207,20 @@ class _Search:
         self.ranked = [*designs, *cut, *self.ranked]  # those of the last rung, those before it, an earlier turn's
         return designs[:keep]
 
+    def rates(self) -> list[float]:
+        """Of the objective, lowest first."""
+        return [self.strict, (self.strict * self.knee) ** 0.5, self.knee, _BEYOND * self.knee]
+
     def recentre(self, design: Design, seed: int) -> None:
-        """Move the rates to the knee of ``design``, if it has one."""
-        seeds = range(seed, seed + _KNEE_SEEDS)
-        knee = self.fitness.knee(design, max(self.knee, 1e-3), seeds, self.n_requests, 0.03, 1.2)
-        self.knee = knee if knee > 0.0 else self.knee
+        """Move the rates to the goodputs of ``design``, if it has any."""
+        try:
+            seeds = range(seed, seed + _KNEE_SEEDS)
+            knee, strict = self.fitness.knees(design, max(self.knee, 1e-3), seeds, self.n_requests)
+        except SlalomError:
+            return
+        if knee > 0.0:
+            least, greatest = _STRICT
+            self.knee, self.strict = knee, min(max(strict, least * knee), greatest * knee)
 
     def known(self, design: Design) -> Design:
         """``design`` where nothing is explored: the rates follow its knee.
@@ -214,16 +230,17 @@ class _Search:
         self.knee = self.fitness.knee(design, self.fitness.scenario.reference_rate, (0,), self.n_requests, 0.1)
         if self.knee <= 0.0:
             raise SlalomError("start", design.rule, "it meets the targets at no rate; start from something else")
+        self.strict = 0.7 * self.knee
         self.incumbent(design)
         return design
 
-    def loads(self, generation: int) -> tuple[float, float]:
-        """The two rates of a generation of CMA-ES, as multiples of the knee."""
-        easy, low, middle, high = _LOADS
+    def pair(self, generation: int) -> tuple[float, float]:
+        """The two rates of a generation of CMA-ES."""
+        strict, low, knee, high = self.rates()
         light = self.config.light_loads
         if light and generation % 3 == 2:
-            return light[generation // 3 % len(light)], middle
-        return (low, high) if generation % 2 else (easy, middle)
+            return light[generation // 3 % len(light)] * knee, knee
+        return (low, high) if generation % 2 else (strict, knee)
 
 
 class _Climb:
@@ -232,13 +249,13 @@ class _Climb:
     def __init__(self, search: _Search, design: Design, number: int) -> None:
         self.search, self.design, self.number = search, design, number
         space = Space(search.setting, design)
-        self.optimiser = CMA(
+        self.optimiser = SepCMA(
             mean=np.zeros(len(space)), sigma=search.config.sigma, population_size=search.config.population,
             seed=(search.seed * 31 + number) % 2**31,
         )  # fmt: skip
         self.generation = 0
         self.ended = False
-        self.knee = 0.0
+        self.knee = self.strict = 0.0
 
     @property
     def answer(self) -> Design:
@@ -260,12 +277,12 @@ class _Climb:
             if leads and search.used - told_at >= _TELL:
                 told_at = search.used
                 search.incumbent(self.answer)
-        self.knee = search.knee
+        self.knee, self.strict = search.knee, search.strict
 
     def _generation(self) -> float:
         search, seeds = self.search, self.search.config.seeds
         first = _CMA_SEED + 1000 * self.number + self.generation * seeds
-        rates = [load * search.knee for load in search.loads(self.generation)]
+        rates = search.pair(self.generation)
         told, best = [], -1.0
         for _ in range(self.optimiser.population_size):
             theta = self.optimiser.ask()
@@ -309,7 +326,9 @@ def direct_search(
     if len(climbs) > 1:  # arrangements show what they can become only after some generations: race, then go on
         for number, climb in enumerate(climbs):
             climb.advance(begun + left * _RACE * (number + 1) / len(climbs), leads=number == 0)
-        rates = [load * max(climb.knee for climb in climbs) for load in _LOADS]
+        far = max(climbs, key=lambda climb: climb.knee)
+        search.knee, search.strict = far.knee, far.strict
+        rates = search.rates()
         scores = [search.fitness.score(c.answer, rates, range(4_000, 4_006), search.n_requests) for c in climbs]
         first = climbs[scores.index(max(scores))]
         search.recentre(first.answer, 4_500)
@@ -322,12 +341,12 @@ def direct_search(
     if search.rules_seen:
         rule = max(search.rules_seen, key=lambda seen: seen[:2])[2]
     finalists = [*refined, *starts, rule]
-    rates = [load * search.knee for load in _LOADS]
+    rates = search.rates()
     scores = [search.fitness.score(d, rates, range(5_000, 5_000 + _FINAL_SEEDS), search.n_requests) for d in finalists]
     best = finalists[scores.index(max(scores))]
     search.recentre(best, 6_000)
     return DirectResult(
-        best, rule, tuple(finalists), search.knee, search.fitness.requests,
+        best, rule, tuple(finalists), search.knee, search.strict, search.fitness.requests,
         round(time.monotonic() - search.begin, 2), tuple(search.history),
     )  # fmt: skip
 

@@ -107,25 +107,29 @@ class Fitness:
         waits = outcomes(run, warmup=_WARMUP).ttft_s
         return float(np.nanmax(waits)) if np.isfinite(waits).any() else 0.0
 
-    def knee(
-        self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03, step: float = 2.0
-    ) -> float:
-        """Goodput at 90 %, requests per second; 0 where the targets are met at no rate.
-
-        :param step: first factor between rates, smaller where ``start`` is thought to be near
-        """
+    def knee(self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
+        """Goodput at 90 %, requests per second; 0 where the targets are met at no rate."""
         try:
             policy = design.bind(self.setting)
         except SlalomError:
             return 0.0
-        return self.goodput(policy, start, seeds, n, tolerance, step)
+        return self.goodput(policy, start, seeds, n, tolerance)
 
-    def goodput(
-        self, policy: Policy, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03, step: float = 2.0
-    ) -> float:
+    def goodput(self, policy: Policy, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
         """The same of a bound policy."""
+        return self._goodputs(policy, start, seeds, n, (0.9,), tolerance)[0]
 
+    def knees(self, design: Design, start: float, seeds: Sequence[int], n: int) -> tuple[float, float]:
+        """Goodput at 90 and at 99 % of a design known to hold 90 % near ``start``; 0 where it does not."""
+        found = self._goodputs(design.bind(self.setting), start, seeds, n, (0.9, 0.99), 0.03, step=1.2, widest=16.0)
+        return found[0], found[1]
+
+    def _goodputs(
+        self, policy: Policy, start: float, seeds: Sequence[int], n: int, targets: Sequence[float], tolerance: float,
+        **search: float,
+    ) -> list[float]:  # fmt: skip
         def attainment(rate: float) -> float:
             return sum(self.attainment(policy, rate, seed, n) for seed in seeds) / len(seeds)
 
-        return find_goodput(attainment, start, targets=(0.9,), tolerance=tolerance, step=step).goodput[0].rate
+        found = find_goodput(attainment, start, targets=targets, tolerance=tolerance, **search)
+        return [at.rate for at in found.goodput]

@@ -24,8 +24,8 @@ __all__ = ["AUTO", "calmer", "rank", "search_all"]
 
 AUTO = "auto"
 _FIRST_SEED = 1_000  # as in eval.tune
-_MODERATE = 0.8  # times the goodput: a load at which 95 and 99 % are decided
 _CALM = 0.005  # score that queues in order of arrival may cost
+_BEYOND = 1.1  # times the knee: the highest rate of the choice
 _RANKING_SHARE = 0.12  # of the search's time for the choice
 
 
@@ -91,7 +91,8 @@ def search_all(
         scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report, on_incumbent=on_incumbent
     )
     display.phase("choose")
-    rates = [load * found.knee for load in (*config.light_loads, _MODERATE, *config.eval_loads)]
+    moderate = [found.strict, (found.strict * found.knee) ** 0.5]
+    rates = [*(load * found.knee for load in config.light_loads), *moderate, found.knee, _BEYOND * found.knee]
     scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests, config.wait_limit_s)
     display.update(1.0, "done")
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))

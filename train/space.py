@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Order, Role
+from engine.core.state import Order, Role
 from policies import linear_score, registry
 from policies.arrangement import resized
 from policies.checkpoint import bind_network
@@ -24,6 +24,7 @@ from policies.network import ScoringNetwork
 from policies.normalise import default_normalisation
 from policies.rule import BoundPolicy, Param, Value
 from policies.setting import Setting
+from train.arrange import ORDERS, random_plans
 
 __all__ = [
     "Coordinate",
@@ -31,7 +32,6 @@ __all__ = [
     "Space",
     "offspring",
     "random_design",
-    "random_plans",
     "random_values",
     "reordered",
     "varied",
@@ -40,7 +40,6 @@ __all__ = [
 _HIDDEN = 4  # the least a checkpoint may have; its residual is zero and is skipped when it runs
 _NO_HOLD = 8.0  # where the cost of HOLD and SHED starts when the rule never does either: out of reach, but not far
 _NEEDED = (Ctx.SIZE, Ctx.AGE, Ctx.LOAD_MEAN, Ctx.LOAD_MIN, Ctx.BATCH_MEAN, Ctx.KV_MEAN, Ctx.HELD, Ctx.PROMPT_RATIO)
-_ORDERS = (Order.FCFS, Order.SHORTEST, Order.ON_TIME)  # of a prefill queue
 _HEALTH = (Ctx.TTFT_OK, Ctx.TPOT_OK)
 _ROLE_COLUMNS = {
     Role.PREFILL: Col.ROLE_PREFILL,
@@ -257,57 +256,6 @@ def random_values(params: Sequence[Param], rng: np.random.Generator) -> dict[str
     return values
 
 
-def _chunk_in_time(setting: Setting) -> float:
-    """Prompt tokens with which a fused step takes as long as the tightest TPOT target allows, beside 32 sequences."""
-    profile = setting.profile[0]
-    share = setting.share[0][int(profile["n_shares"]) - 1]
-    _, _, per_token, fixed = share["prefill"]
-    _, per_sequence, step = share["decode_small"]
-    rest = fixed + step + 32 * per_sequence + profile["step_overhead_s"] - share["fused_shared_s"]
-    tightest = min(target.tpot_s for target in setting.classes)
-    return float((tightest - rest) / max(per_token, share["floor_s_per_token"], 1e-9))
-
-
-def _random_plan(role: Role, setting: Setting, rng: np.random.Generator) -> InstancePlan:
-    order = int(rng.choice(_ORDERS))
-    chunk, prefill = int(2 ** rng.uniform(7, 13)), int(2 ** rng.uniform(9, 14))
-    in_time = _chunk_in_time(setting)
-    if in_time >= 64 and rng.random() < 0.6:  # what works is a narrow band: a longer step misses every target
-        chunk = int(np.clip(in_time * 2 ** rng.uniform(-1.0, 0.2), 64, 8192))
-    if role is Role.DECODE:  # its chunks matter where a policy lets it prefill
-        return InstancePlan(role=role, chunk_tokens=chunk, prefill_tokens=prefill, order=order)
-    if role is Role.PREFILL:
-        return InstancePlan(role=role, prefill_tokens=prefill, order=order)
-    if role is Role.MIXED:
-        batching = Batching.CHUNKED if rng.random() < 0.8 else Batching.PREFILL_FIRST
-        return InstancePlan(role=role, chunk_tokens=chunk, prefill_tokens=prefill, batching=batching, order=order)
-    headroom = float(rng.uniform(0.6, 1.2))
-    return InstancePlan(
-        role=role, split=-1, headroom=headroom, prefill_tokens=prefill, chunk_tokens=chunk,
-        batching=Batching.LAYERED, order=order,
-    )  # fmt: skip
-
-
-def random_plans(setting: Setting, rng: np.random.Generator) -> tuple[InstancePlan, ...] | None:
-    """The scenario's own arrangement, one role for all, or two groups of different roles or budgets."""
-    roles = [Role.MIXED, Role.PREFILL, Role.DECODE]
-    if int(setting.profile["n_shares"].min()) > 1:
-        roles.append(Role.MULTIPLEXED)
-    n = setting.n_instances
-    draw = rng.random()
-    if draw < 0.1:
-        return None
-    whole = [role for role in roles if role not in (Role.PREFILL, Role.DECODE)]
-    if draw < 0.4 or n < 2:
-        return (_random_plan(whole[int(rng.integers(len(whole)))], setting, rng),) * n
-    while True:
-        first, second = (roles[int(rng.integers(len(roles)))] for _ in range(2))
-        if {first, second} not in ({Role.PREFILL}, {Role.DECODE}):
-            break
-    size = int(rng.integers(1, n))
-    return (_random_plan(first, setting, rng),) * size + (_random_plan(second, setting, rng),) * (n - size)
-
-
 def random_design(rules: Sequence[str], setting: Setting, rng: np.random.Generator) -> Design:
     """A third published rules as they arrange themselves, a third on other arrangements, a third linear scores."""
     draw = rng.random()
@@ -363,7 +311,7 @@ def varied(design: Design, rng: np.random.Generator) -> Design:
     if plans is not None:
         spreads = {"chunk_tokens": 0.7, "prefill_tokens": 0.7, "headroom": 0.15}
         factors = {name: 2.0 ** rng.normal(0.0, spread) for name, spread in spreads.items()}
-        order = int(rng.choice(_ORDERS)) if rng.random() < 0.2 else None
+        order = int(rng.choice(ORDERS)) if rng.random() < 0.2 else None
         plans = tuple(
             replace(p, **_scaled(p, factors), order=p.order if order is None or p.order is None else order)
             for p in plans
