@@ -85,6 +85,7 @@ class Episodes:
         """New arrays for cluster ``b``, at the start of its present episode."""
         trace, _, truth = self._episode(b)
         state = self.arena.cluster(self.plan, trace, horizon_s(trace))
+        state.cluster["counted"] = trace.hash_tokens == 0
         return state, self._clock(state, trace, truth)
 
     def _clock(self, state: ClusterState, trace: Trace, truth: dict[str, Any]) -> Sim:
@@ -113,6 +114,7 @@ class Episodes:
         if not hasattr(self, "_template"):
             self._template = self.arena.cluster(self.plan, None)
             self._template.cluster["n_requests"] = len(self.states[0].req)
+            self._template.cluster["counted"] = 1  # clusters that keep a cache are never reused
         self._template.cluster["horizon_ticks"] = int(horizon_s(trace) * 1e12)
         return self._template
 

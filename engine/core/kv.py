@@ -151,6 +151,10 @@ def grow(s, p, tail, have, need):
     :return: the new last block
     """
     base = s.pool[p].base
+    if s.cluster[0].counted == 1:
+        s.pool[p].spare_n -= max(need - have, 0)
+        s.pool[p].free -= max(need - have, 0)
+        return tail
     for _ in range(need - have):
         top = s.pool[p].spare_n
         if top > 0:
@@ -170,7 +174,7 @@ def grow(s, p, tail, have, need):
 @kernel
 def publish(s, p, r, before, after):
     """Put the blocks that request ``r`` completed by computing tokens [before, after) into the prefix cache."""
-    if s.req[r].hash_n == 0:
+    if s.req[r].hash_n == 0 or s.cluster[0].counted == 1:
         return
     size = s.cluster[0].block_tokens
     first, last = before // size, after // size
@@ -193,6 +197,10 @@ def publish(s, p, r, before, after):
 @kernel
 def release_chain(s, p, tail, n):
     """Drop one reference from each of the ``n`` blocks of the chain ending in ``tail``, last block first."""
+    if s.cluster[0].counted == 1:
+        s.pool[p].spare_n += n
+        s.pool[p].free += n
+        return
     b = tail
     freed = 0
     for _ in range(n):

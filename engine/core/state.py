@@ -115,6 +115,7 @@ CLUSTER = np.dtype(
         ("n_links", np.int32),
         ("n_classes", np.int32),
         ("block_tokens", np.int32),
+        ("counted", np.int32),  # 1: nobody asks which blocks a request holds, only how many (no prefix data, no engine)
         ("hash_tokens", np.int32),  # tokens covered by one entry of ``hashes`` (a multiple of block_tokens)
         ("allow_hold", np.int32),
         ("allow_shed", np.int32),

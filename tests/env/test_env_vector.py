@@ -165,3 +165,23 @@ def test_resuming_goes_on_with_the_next_episodes(scenario: Scenario) -> None:
         first.episodes.next(b)
     np.testing.assert_array_equal(first.episodes.trace_id, second.episodes.trace_id)
     np.testing.assert_array_equal(observations, first.reset())
+
+
+def test_counting_blocks_instead_of_naming_them_changes_nothing() -> None:
+    """Small pools under load, so that requests wait for blocks and are preempted."""
+    scenario = Scenario.load("tiny-4xa100").with_overrides({f"cluster.{k}.kv_tokens": 6000 for k in range(1)})
+    counted, named = (SlalomVecEnv(scenario, 4, n_requests=120, rates=(30.0, 40.0), seed=5) for _ in range(2))
+    for state in (*named.episodes.states, named.episodes._blank(named.episodes._episode(0)[0])):
+        assert state.cluster["counted"] == 1
+        state.cluster["counted"] = 0
+    seen = [env.reset() for env in (counted, named)]
+    rng = np.random.default_rng(0)
+    for _ in range(300):  # two episodes
+        np.testing.assert_array_equal(*seen)
+        actions = rng.integers(0, counted.n_candidates, 4)
+        (first, *rest), (second, *others) = counted.step(actions), named.step(actions)
+        seen = [first, second]
+        for a, b in zip(rest[:2], others[:2], strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert all(state.block["ref"].any() for state in named.episodes.states)
+    assert not any(state.block["ref"].any() for state in counted.episodes.states)
