@@ -8,10 +8,12 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from env.batch import ASKED
+from engine.core.rows import addresses
+from env.batch import ASKED, Clusters
 from env.vector_env import SlalomVecEnv
 from train.buffer import SMDPRolloutBuffer
 from train.kernels.act import Tape, play
+from train.kernels.pack import Observed
 from train.policy import ScoringPolicy
 
 __all__ = ["Player"]
@@ -25,24 +27,35 @@ class Player:
 
     def __init__(self, env: SlalomVecEnv, policy: ScoringPolicy, buffer: SMDPRolloutBuffer) -> None:
         self.env, self.policy, self.buffer = env, policy, buffer
+        clusters = env.clusters()
+        self._observed = Observed.of(clusters.observation, clusters.mask)  # in place: the environment keeps its arrays
         self._rehearse()
 
     def _rehearse(self) -> None:
         """Compile the kernel (or load it) before a clock runs."""
         now_s, began = np.zeros(self.env.num_envs), np.zeros(self.env.num_envs, bool)
-        self._play(0, 0, 0, np.zeros((0, 1), np.float32), self._tape(now_s, began))
+        clusters, uniform = self.env.clusters(), np.zeros((0, self.env.num_envs), np.float32)
+        self._play(0, 0, 0, uniform, clusters, self._words(self._tape(now_s, began)))
 
-    def _play(self, b: int, begin: int, end: int, uniform: NDArray[np.float32], tape: Tape) -> int:
-        """Decisions ``begin`` to ``end`` of cluster ``b``, or fewer: up to where its episode ends."""
-        fused, packed, (kinds, rule, needs) = self.policy.fused, self.buffer.packed, self.env.rule
+    def _words(self, tape: Tape) -> tuple[NDArray[np.int64], ...]:
+        """The address vectors that a kernel takes for one rollout; ``tape`` must outlive them."""
+        fused, packed = self.policy.fused, self.buffer.packed
         assert fused is not None
         assert packed is not None
-        return int(
-            play(
-                b, begin, end, uniform, self.env.clusters(), kinds, rule, needs, tape, packed.constants, packed.store,
-                packed.scratch, fused.weights, fused.layers, *self.policy.unit, self.policy.seen.numpy(),
-            )
-        )  # fmt: skip
+        return addresses(self._observed), addresses(tape), *packed.words, *fused.words
+
+    def _play(
+        self,
+        b: int,
+        begin: int,
+        end: int,
+        uniform: NDArray[np.float32],
+        clusters: Clusters,
+        words: tuple[NDArray[np.int64], ...],
+    ) -> int:
+        """Decisions ``begin`` to ``end`` of cluster ``b``, or fewer: up to where its episode ends."""
+        unit, seen = self.policy.unit, self.policy.seen.numpy()
+        return int(play(b, begin, end, uniform, clusters, *self.env.rule, *words, *unit, addresses([seen])))
 
     def rollout(self, now_s: NDArray[np.float64], began: NDArray[np.bool_]) -> list[dict[str, Any]]:
         """Take ``buffer_size`` decisions in every cluster.
@@ -55,10 +68,11 @@ class Player:
         n_steps, infos = buffer.buffer_size, []
         uniform = th.rand(n_steps, buffer.n_envs, generator=self.policy.generator).numpy()
         tape = self._tape(now_s, began)
+        words = self._words(tape)
         for b in range(buffer.n_envs):
             step = 0
             while step < n_steps:
-                step = self._play(b, step, n_steps, uniform, tape)
+                step = self._play(b, step, n_steps, uniform, clusters, words)
                 if clusters.status[b] != ASKED:
                     infos.append(self._end(b, step - 1, tape))
         assert buffer.packed is not None
@@ -68,6 +82,8 @@ class Player:
     def _tape(self, now_s: NDArray[np.float64], began: NDArray[np.bool_]) -> Tape:
         names = [name for name in Tape._fields if name not in ("now_s", "began", "now_trace")]
         columns = {name: getattr(self.buffer, name) for name in names}
+        for name in ("observations", "action_masks"):
+            columns[name] = self.buffer.flat(name).numpy()
         return Tape(**columns, now_s=now_s, began=began, now_trace=self.env.trace)
 
     def _end(self, b: int, step: int, tape: Tape) -> dict[str, Any]:

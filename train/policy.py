@@ -14,9 +14,10 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from engine.core.rows import addresses
 from policies.network import ScoringNetwork
 from train.fused import Fused
-from train.kernels.pack import widen
+from train.kernels.pack import Observed, widen
 
 __all__ = ["ScoringPolicy"]
 
@@ -95,7 +96,9 @@ class ScoringPolicy(MaskableActorCriticPolicy):
 
     def note_seen(self, observations: NDArray[np.float32]) -> None:
         """Widen the bounds of what the policy was trained on by observations (B, C + K·F [+ K])."""
-        widen(observations, self.n_context, self.n_features, self.n_candidates, self.seen.numpy())
+        masks = np.zeros((len(observations), self.n_candidates), np.bool_)  # rows count by what is in them
+        observed, seen = Observed.of(observations, masks), self.seen.numpy()
+        widen(addresses(observed), self.n_context, self.n_features, addresses([seen]))
 
     def _scores(self, obs: th.Tensor, mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
         """Logits (B, K) and values (B,). Without a mask, rows of all zeros count as padding."""

@@ -25,7 +25,7 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHECKED", "WORDS", "RowsType", "addresses", "make_attach"]
+__all__ = ["CHECKED", "WORDS", "RowsType", "address", "addresses", "make_attach"]
 
 CHECKED = os.environ.get("SLALOM_BOUNDS", "") == "1"
 #: int64 words per array in the address vector: address, rows, columns.
@@ -64,7 +64,7 @@ def _check(context: Any, builder: Any, rows_type: RowsType, bad: Any) -> None:
         context.call_conv.return_user_exc(builder, IndexError, (what,))
 
 
-def _address(context: Any, builder: Any, rows_type: RowsType, rows: Any, indices: Sequence[Any]) -> Any:
+def address(context: Any, builder: Any, rows_type: RowsType, rows: Any, indices: Sequence[Any]) -> Any:
     """LLVM pointer (i8*) to the element at ``indices``."""
     view = cgutils.create_struct_proxy(rows_type)(context, builder, value=rows)
     offset = indices[0]
@@ -115,7 +115,7 @@ class _SetItem(AbstractTemplate):
 def _get(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     rows, index = sig.args
     result = sig.return_type
-    pointer = _address(context, builder, rows, args[0], _indices(builder, index, args[1]))
+    pointer = address(context, builder, rows, args[0], _indices(builder, index, args[1]))
     if isinstance(result, RowsType):
         view = cgutils.create_struct_proxy(rows)(context, builder, value=args[0])
         row = cgutils.create_struct_proxy(result)(context, builder)
@@ -133,7 +133,7 @@ def _get(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 @lower_builtin(operator.setitem, RowsType, types.Any, types.Any)
 def _put(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     rows, index, _ = sig.args
-    pointer = _address(context, builder, rows, args[0], _indices(builder, index, args[1]))
+    pointer = address(context, builder, rows, args[0], _indices(builder, index, args[1]))
     typed = builder.bitcast(pointer, context.get_data_type(rows.dtype).as_pointer())
     builder.store(context.data_model_manager[rows.dtype].as_data(builder, args[2]), typed)
     return context.get_dummy_value()

@@ -102,9 +102,9 @@ def test_actions_are_drawn_from_the_softmax() -> None:
     np.testing.assert_allclose(np.bincount(actions, minlength=K) / many, expected, atol=0.015)
 
 
-@pytest.mark.parametrize(("hidden", "actor"), [(16, True), (32, True), (16, False)])
+@pytest.mark.parametrize(("hidden", "actor"), [(16, True), (32, True), (40, True), (16, False)])
 def test_gradients_are_those_of_autograd(hidden: int, actor: bool) -> None:
-    n, rng = 700, np.random.default_rng(hidden)  # more than two chunks
+    n, rng = 700, np.random.default_rng(hidden)  # many chunks; narrower and wider than a tile
     net, (obs, masks) = trained(hidden), decisions(n)
     actions, log_probs, _ = acted(net, obs, masks)
     log_probs += rng.normal(0, 0.2, n).astype(np.float32)  # so that some ratios are clipped on either side
@@ -207,6 +207,26 @@ def test_a_rollout_collected_elsewhere_is_packed_alike() -> None:
         model.policy._scores(th.from_numpy(model._last_obs), None)[1].detach(),
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
+
+
+def test_decisions_of_two_workers_arrive_as_they_were_packed() -> None:
+    obs, masks = decisions(24)
+    fused = Fused(trained(), K)
+    whole, parts = fused.packed(24), [fused.packed(12) for _ in range(2)]
+    whole.fill(obs, masks)
+    joined = fused.packed(24)
+    for env, part in zip((0, 2), parts, strict=True):  # 6 steps of 4 environments, two with either worker
+        mine = (np.arange(24) % 4 >= env) & (np.arange(24) % 4 < env + 2)
+        part.fill(obs[mine], masks[mine])
+        joined.add(part.parcel(), 6, env)
+    got, want = joined.store, whole.store
+    for name in ("context", "n_rows", "greatest", "columns", "n_columns", "used"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    at, wanted = (
+        np.concatenate([np.arange(a, a + n) for a, n in zip(s.first, s.n_rows, strict=True)]) for s in (got, want)
+    )
+    for name in ("rows", "cost", "advised", "which"):
+        np.testing.assert_array_equal(getattr(got, name)[at], getattr(want, name)[wanted], err_msg=name)
 
 
 def test_what_was_seen_is_bounded_without_padding() -> None:

@@ -12,54 +12,46 @@ import numpy as np
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
 from engine.core.jit import kernel
+from engine.core.rows import make_attach
 from engine.core.state import attach
 from env.batch import ASKED, advance_one
 from env.clock import attach_sim
-from train.kernels.pack import pack, widen_by
+from train.kernels.layers import attach_weights, narrow, pool, repeat, score, take, value
+from train.kernels.pack import (
+    attach_bounds,
+    attach_constants,
+    attach_observed,
+    attach_scratch,
+    attach_store,
+    pack,
+    widen_by,
+)
+from train.kernels.products import add_product, add_row
 
-__all__ = ["Layers", "Tape", "Weights", "act_many", "play", "values_of"]
+__all__ = ["Layers", "Tape", "act_many", "play", "values_of"]
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _ASKED, _C, _WIDE = ASKED, CONTEXT_DIMENSIONLESS, CANDIDATE_DIMENSIONLESS
-_FAST = {"contract", "reassoc"}
-
-
-class Weights(NamedTuple):
-    """The network's weights, float32; matrices are (inputs, outputs)."""
-
-    context: np.ndarray  # (C, H)
-    context_bias: np.ndarray  # (H,)
-    row: np.ndarray  # (F, H)
-    head: np.ndarray  # (H, H)
-    first: np.ndarray  # (2 H, 2 H): from the pool to the head, then to the value
-    first_bias: np.ndarray  # (2 H,)
-    out: np.ndarray  # (H,)
-    value_out: np.ndarray  # (H,)
-    value_bias: np.ndarray  # (1,)
-    scale: np.ndarray  # (1,): between the base's cost and a logit
 
 
 class Layers(NamedTuple):
-    """Workspace of one decision."""
+    """Workspace of one decision, with room for three rows more."""
 
-    base: np.ndarray  # float32 (1, H)
-    encoded: np.ndarray  # (K, H)
-    mixed: np.ndarray  # (K, H)
-    pooled: np.ndarray  # (1, 2 H)
-    hidden: np.ndarray  # (1, 2 H)
+    base: np.ndarray  # float32 (1, W)
+    encoded: np.ndarray  # (K, W)
+    mixed: np.ndarray  # (K, W)
+    pooled: np.ndarray  # (1, 2 W)
+    hidden: np.ndarray  # (1, 2 W)
     logits: np.ndarray  # float64 (K,)
     chances: np.ndarray  # float64 (K,): of their softmax, not divided by the sum
-    live: np.ndarray  # float32 (F,)
-    columns: np.ndarray  # int64 (F,): features in use, of which ``narrow`` (1,) hold
-    narrow: np.ndarray
-    x: np.ndarray  # float32 (K, F): these features
-    weights: np.ndarray  # (F, H): their weights
+    x: np.ndarray  # float32 (K, F): the features in use
+    size: np.ndarray  # int64 (2,): W, and how many of these features ``Weights.live`` has; 0: none yet
 
 
 class Tape(NamedTuple):
-    """Columns of a rollout, (T, N) or (T, N, width), and where the environments are now, (N,)."""
+    """Columns of a rollout, (T, N), and where the environments are now, (N,)."""
 
-    observations: np.ndarray
+    observations: np.ndarray  # (T · N, ·)
     action_masks: np.ndarray
     actions: np.ndarray
     log_probs: np.ndarray
@@ -74,131 +66,44 @@ class Tape(NamedTuple):
     now_trace: np.ndarray  # int64
 
 
-@kernel(fastmath=_FAST)
-def _add_product(x, first, n, width, weights, out):
-    """``out[k] += x[first + k, :width] @ weights`` for k < n.
-
-    Two rows and four inputs at a time; the inner loop is contiguous and without a reduction, so it becomes SIMD.
-    """
-    whole = width - width % 4
-    for k in range(0, n - 1, 2):
-        r = first + k
-        for i in range(0, whole, 4):
-            a, b, c, d = x[r, i], x[r, i + 1], x[r, i + 2], x[r, i + 3]
-            e, f, g, j = x[r + 1, i], x[r + 1, i + 1], x[r + 1, i + 2], x[r + 1, i + 3]
-            for h in range(weights.shape[1]):
-                p, q, v, w = weights[i, h], weights[i + 1, h], weights[i + 2, h], weights[i + 3, h]
-                out[k, h] += a * p + b * q + c * v + d * w
-                out[k + 1, h] += e * p + f * q + g * v + j * w
-        for i in range(whole, width):
-            a, b = x[r, i], x[r + 1, i]
-            for h in range(weights.shape[1]):
-                out[k, h] += a * weights[i, h]
-                out[k + 1, h] += b * weights[i, h]
-    if n % 2 == 1:
-        k = n - 1
-        r = first + k
-        for i in range(0, whole, 4):
-            a, b, c, d = x[r, i], x[r, i + 1], x[r, i + 2], x[r, i + 3]
-            for h in range(weights.shape[1]):
-                out[k, h] += a * weights[i, h] + b * weights[i + 1, h] + c * weights[i + 2, h] + d * weights[i + 3, h]
-        for i in range(whole, width):
-            a = x[r, i]
-            for h in range(weights.shape[1]):
-                out[k, h] += a * weights[i, h]
-
-
-@kernel
-def _narrow(first, n, rows, weights, live, columns, held, x, out):
-    """Copy the features that are not zero in all rows, and their weights, side by side; returns how many those are.
-
-    About half are zero: other roles, other kinds of decisions.
-
-    :param columns: features that ``out`` holds the weights of, ``held`` (1,) many
-    """
-    size = live.shape[0]
-    for f in range(size):
-        live[f] = _ZERO
-    for r in range(first, first + n):
-        for f in range(size):
-            y = abs(rows[r, f])
-            live[f] = y if y > live[f] else live[f]
-    width, same = 0, True
-    for f in range(size):
-        if live[f] > _ZERO:
-            same = same and columns[width] == f
-            columns[width] = f
-            width += 1
-    if not same or held[0] != width:
-        held[0] = width
-        for i in range(width):
-            for h in range(weights.shape[1]):
-                out[i, h] = weights[columns[i], h]
-    for k in range(n):
-        for i in range(width):
-            x[k, i] = rows[first + k, columns[i]]
-    return width
-
-
-@kernel(fastmath=_FAST)
-def _pool(n, width, encoded, pooled):
-    """relu in place; mean and maximum over the rows."""
-    for h in range(2 * width):
-        pooled[0, h] = _ZERO
-    for k in range(n):
-        for h in range(width):
-            e = encoded[k, h]
-            e = e if e > _ZERO else _ZERO
-            encoded[k, h] = e
-            pooled[0, h] += e
-            most = pooled[0, width + h]
-            pooled[0, width + h] = e if e > most else most
-    share = _ONE / np.float32(max(n, 1))
-    for h in range(width):
-        pooled[0, h] *= share
-
-
-@kernel(fastmath=_FAST)
-def _dot_relu(x, j, first, out):
-    total = _ZERO
-    for h in range(out.shape[0]):
-        y = x[j, first + h]
-        total += (y if y > _ZERO else _ZERO) * out[h]
-    return total
-
-
-@kernel
-def _repeat(row, n, width, out):
-    for k in range(n):
-        for h in range(width):
-            out[k, h] = row[0, h]
+_F4, _F8, _I8 = np.float32, np.float64, np.int64
+attach_layers = make_attach(
+    "Layers",
+    [
+        *((name, _F4, 2) for name in ("base", "encoded", "mixed", "pooled", "hidden")),
+        *(("logits", _F8, 1), ("chances", _F8, 1), ("x", _F4, 2), ("size", _I8, 1)),
+    ],
+)
+attach_tape = make_attach(
+    "Tape",
+    [
+        *(("observations", _F4, 2), ("action_masks", np.bool_, 2), ("actions", _I8, 2), ("log_probs", _F4, 2)),
+        *(("values", _F4, 2), ("rewards", _F4, 2), ("elapsed_s", _F8, 2), ("clock_s", _F8, 2), ("trace", _I8, 2)),
+        *(("episode_starts", _F4, 2), ("now_s", _F8, 1), ("began", np.bool_, 1), ("now_trace", _I8, 1)),
+    ],
+)
 
 
 @kernel
 def look(frame, weights, store, layers):
     """Forward pass of decision ``frame``: logits of its rows into ``layers.logits``; returns the value."""
-    encoded, mixed, base, hidden = layers.encoded, layers.mixed, layers.base, layers.hidden
-    pooled, logits, x, narrow = layers.pooled, layers.logits, layers.x, layers.weights
-    context_bias, first_bias, out, scale = weights.context_bias, weights.first_bias, weights.out, weights.scale[0]
-    context, cost, advised = store.context, store.cost, store.advised
-    width = out.shape[0]
-    first, n = store.first[frame], store.n_rows[frame]
-    for h in range(width):
-        base[0, h] = context_bias[h]
-    for h in range(2 * width):
-        hidden[0, h] = first_bias[h]
-    _add_product(context, frame, 1, context.shape[1], weights.context, base)
-    _repeat(base, n, width, encoded)
-    live = _narrow(first, n, store.rows, weights.row, layers.live, layers.columns, layers.narrow, x, narrow)
-    _add_product(x, 0, n, live, narrow, encoded)
-    _pool(n, width, encoded, pooled)
-    _add_product(pooled, 0, 1, 2 * width, weights.first, hidden)
-    _repeat(hidden, n, width, mixed)
-    _add_product(encoded, 0, n, width, weights.head, mixed)
-    for k in range(n):
-        residual = _dot_relu(mixed, k, 0, out)
-        logits[k] = np.float64(residual - scale * cost[first + k] + advised[first + k])
-    return _dot_relu(hidden, 0, width, weights.value_out) + weights.value_bias[0]
+    encoded, mixed, base, hidden, pooled = layers.encoded, layers.mixed, layers.base, layers.hidden, layers.pooled
+    first, n, inputs, width, x = store.first[frame], store.n_rows[frame], store.n_columns[0], layers.size[0], layers.x
+    if layers.size[1] != inputs:  # the weights have changed, or a feature was seen for the first time
+        narrow(weights, store.columns, inputs, width)
+        layers.size[1] = inputs
+    repeat(weights.context_bias, 0, 1, width, base, 0)
+    add_row(store.context, frame, _C, weights.context, width, base)
+    take(store.rows, first, n, store.columns, inputs, x, 0)
+    repeat(base, 0, n, width, encoded, 0)
+    add_product(x, n, inputs, weights.live, width, encoded)
+    pool(encoded, 0, n, width, pooled, 0)
+    repeat(weights.first_bias, 0, 1, 2 * width, hidden, 0)
+    add_row(pooled, 0, 2 * width, weights.first, 2 * width, hidden)
+    repeat(hidden, 0, n, width, mixed, 0)
+    add_product(encoded, n, width, weights.head, width, mixed)
+    score(mixed, 0, n, width, weights.out, weights.scale[0], store.cost, store.advised, first, layers.logits)
+    return value(hidden, 0, width, weights.value_out, weights.value_bias[0])
 
 
 @kernel
@@ -226,74 +131,81 @@ def draw(n, uniform, logits, chances):
 
 @kernel
 def act_many(
-    observations, masks, frame, uniform, constants, store, scratch, weights, layers, shift, scale,
-    actions, log_probs, values,
-):  # fmt: skip
-    """Append decisions as numbers ``frame`` and following, and draw an action for each."""
-    for b in range(observations.shape[0]):
-        pack(observations, masks, b, frame + b, constants, store, scratch)
-        values[b] = shift + scale * look(frame + b, weights, store, layers)
-        n = store.n_rows[frame + b]
-        k, log_probs[b] = draw(n, uniform[b], layers.logits, layers.chances)
-        actions[b] = store.which[store.first[frame + b] + k] if n > 0 else 0
+    observed, frame, uniform, constants, store, scratch, weights, layers, shift, scale, actions, log_probs, values
+):
+    """Append decisions as numbers ``frame`` and following, and draw an action for each.
+
+    :param observed: address vectors, this one and ``constants`` to ``layers``
+    """
+    o, c, s, w = attach_observed(observed), attach_constants(constants), attach_store(store), attach_scratch(scratch)
+    weigh, work = attach_weights(weights), attach_layers(layers)
+    for b in range(o.size[0]):
+        pack(o, b, frame + b, c, s, w)
+        values[b] = shift + scale * look(frame + b, weigh, s, work)
+        n = s.n_rows[frame + b]
+        k, log_probs[b] = draw(n, uniform[b], work.logits, work.chances)
+        actions[b] = s.which[s.first[frame + b] + k] if n > 0 else 0
 
 
 @kernel
-def values_of(observations, masks, constants, store, scratch, weights, layers, shift, scale, values):
-    """Values of decisions; ``store`` needs room for one."""
-    for b in range(observations.shape[0]):
-        store.used[0] = 0
-        pack(observations, masks, b, 0, constants, store, scratch)
-        values[b] = shift + scale * look(0, weights, store, layers)
+def values_of(observed, constants, store, scratch, weights, layers, shift, scale, values):
+    """Values of decisions; arguments as in :func:`act_many`, the store needs room for one."""
+    o, c, s, w = attach_observed(observed), attach_constants(constants), attach_store(store), attach_scratch(scratch)
+    weigh, work = attach_weights(weights), attach_layers(layers)
+    for b in range(o.size[0]):
+        s.used[0] = 0
+        pack(o, b, 0, c, s, w)
+        values[b] = shift + scale * look(0, weigh, s, work)
 
 
 @kernel
 def play(
-    b, begin, end, uniform, clusters, kinds, decide, needs, tape,
+    b, begin, end, uniform, clusters, kinds, decide, needs, observed, tape,
     constants, store, scratch, weights, layers, shift, scale, seen,
 ):  # fmt: skip
     """Let cluster ``b`` take decisions ``begin`` to ``end`` of a rollout, or fewer: up to where its episode ends.
 
     :param clusters: an ``env.batch.Clusters``, with the ``kinds`` the learner answers, and the rule for others
     :param uniform: (T, N) numbers in [0, 1)
-    :param seen: widened by what is observed, see :func:`train.kernels.pack.widen`
+    :param observed: address vectors, this one of what ``clusters`` shows, and ``tape`` to ``layers``
+    :param seen: address vector of bounds, widened by what is observed, see :func:`train.kernels.pack.widen_by`
     :return: the first decision not taken
     """
     s, q = attach(clusters.state_words[b]), attach_sim(clusters.sim_words[b])
-    observation, waiting = clusters.observation, clusters.mask
-    row, mask, memory = observation[b], waiting[b], clusters.memory[b]
+    mask, memory = clusters.mask[b], clusters.memory[b]
     context, candidates, allowed, params = clusters.context, clusters.candidates, clusters.allowed, clusters.params
-    observations, action_masks, first, n_rows = tape.observations, tape.action_masks, store.first, store.n_rows
-    logits, chances = layers.logits, layers.chances
-    n_envs = tape.actions.shape[1]
-    for t in range(begin, end):
-        for j in range(row.shape[0]):
-            observations[t, b, j] = row[j]
-        for k in range(mask.shape[0]):
-            action_masks[t, b, k] = mask[k]
-        tape.episode_starts[t, b] = _ONE if tape.began[b] else _ZERO
-        tape.clock_s[t, b] = tape.now_s[b]
-        tape.trace[t, b] = tape.now_trace[b]
+    o, c, d, w = attach_observed(observed), attach_constants(constants), attach_store(store), attach_scratch(scratch)
+    weigh, work, to, bounds = attach_weights(weights), attach_layers(layers), attach_tape(tape), attach_bounds(seen)
+    row, returns, n_envs, k_max = clusters.observation[b], 0.0, uniform.shape[1], mask.shape[0]
+    status, t = _ASKED, begin
+    while t < end and status == _ASKED:
         frame = t * n_envs + b
-        pack(observation, waiting, b, frame, constants, store, scratch)
-        widen_by(observation, b, _C, _WIDE, mask.shape[0], seen)
-        tape.values[t, b] = shift + scale * look(frame, weights, store, layers)
-        k, tape.log_probs[t, b] = draw(n_rows[frame], uniform[t, b], logits, chances)
-        action = store.which[first[frame] + k]
-        tape.actions[t, b] = action
+        for j in range(row.shape[0]):
+            to.observations[frame, j] = row[j]
+        for k in range(k_max):
+            to.action_masks[frame, k] = mask[k]
+        to.episode_starts[t, b] = _ONE if to.began[b] else _ZERO
+        to.clock_s[t, b] = to.now_s[b]
+        to.trace[t, b] = to.now_trace[b]
+        pack(o, b, frame, c, d, w)
+        widen_by(o, b, _C, _WIDE, bounds)
+        to.values[t, b] = shift + scale * look(frame, weigh, d, work)
+        k, to.log_probs[t, b] = draw(d.n_rows[frame], uniform[t, b], work.logits, work.chances)
+        action = d.which[d.first[frame] + k]
+        to.actions[t, b] = action
         status, reward, elapsed_s = advance_one(
             s, q, action, kinds, context, candidates, allowed, decide, params, memory, needs, row, mask
         )
-        tape.rewards[t, b] = reward
-        tape.elapsed_s[t, b] = elapsed_s
-        tape.now_s[b] += elapsed_s
-        tape.began[b] = False
-        clusters.returns[b] += reward
-        clusters.lengths[b] += 1
-        if status != _ASKED:
-            clusters.status[b] = status
-            clusters.good[b] = s.cluster[0].good_weight
-            clusters.missed[b] = s.cluster[0].miss_weight
-            return t + 1
-    clusters.status[b] = _ASKED
-    return end
+        to.rewards[t, b] = reward
+        to.elapsed_s[t, b] = elapsed_s
+        to.now_s[b] += elapsed_s
+        to.began[b] = False
+        returns += reward
+        t += 1
+    clusters.returns[b] += returns
+    clusters.lengths[b] += t - begin
+    clusters.status[b] = status
+    if status != _ASKED:
+        clusters.good[b] = s.cluster[0].good_weight
+        clusters.missed[b] = s.cluster[0].miss_weight
+    return t
