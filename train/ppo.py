@@ -192,10 +192,14 @@ class DispatchPPO(MaskablePPO):
             return False
         with self.split.phase("copy"):
             rollout_buffer.compute_returns_and_advantage(last, self._last_episode_starts)  # type: ignore[arg-type]
-            if self.player is None:  # who has noted it
-                self.policy.note_seen(rollout_buffer.flat("observations").numpy())
+            self._note_seen(rollout_buffer)
         callback.on_rollout_end()
         return True
+
+    def _note_seen(self, buffer: SMDPRolloutBuffer) -> None:
+        """Widen the bounds of what the policy was trained on."""
+        if self.player is None:  # who has noted it
+            self.policy.note_seen(buffer.flat("observations").numpy())
 
     def _fill(
         self, env: VecEnv, callback: BaseCallback, buffer: SMDPRolloutBuffer, n_steps: int, use_masking: bool

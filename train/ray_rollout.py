@@ -23,6 +23,7 @@ from eval.points import code_sha256
 from eval.ray_pool import check_code
 from train.collector import ATTRIBUTES, RemoteVecEnv, own_traces
 from train.config import TrainConfig
+from train.packed import Parcel
 from train.ppo import DispatchPPO
 
 __all__ = ["RayCollector", "Rollout", "RolloutWorker"]
@@ -34,7 +35,10 @@ _MOST_DEATHS = 5  # of one worker during one rollout
 class Rollout(NamedTuple):
     """What one worker collected with its n environments in T steps.
 
-    :param columns: arrays (T, n) or (T, n, width) by their names in the rollout buffer
+    :param columns: arrays (T, n) or (T, n, width) by their names in the rollout buffer; without the observations and
+        masks where there is a parcel
+    :param parcel: the decisions as :mod:`train.fused` reads them, if the worker has them, with ``seen``, the bounds of
+        what was observed
     :param values: (n,) values after the last step
     :param observations: (n, D), ``starts`` (n,), ``clock_s`` (n,): where its environments are now
     :param infos: of the episodes that ended
@@ -43,6 +47,8 @@ class Rollout(NamedTuple):
     """
 
     columns: dict[str, NDArray[Any]]
+    parcel: Parcel | None
+    seen: NDArray[np.float32]
     values: NDArray[np.float32]
     observations: NDArray[np.float32]
     starts: NDArray[np.bool_]
@@ -119,8 +125,13 @@ class RolloutWorker:
             buffer.trace[:] = own_traces(buffer.trace, self._seeds[1])
             masks = self._env.action_masks()
             last = policy.predict_values(th.from_numpy(model._last_obs), masks)
+        packed = buffer.packed
+        if packed is not None and model.player is None:  # who notes it where it acts
+            policy.note_seen(buffer.flat("observations").numpy())
         return Rollout(
-            _columns(buffer),
+            _columns(buffer, whole=packed is None),
+            None if packed is None else packed.parcel(),
+            policy.seen.numpy().copy(),
             last.numpy(),
             model._last_obs,
             model._last_episode_starts,
@@ -135,11 +146,14 @@ def _told(info: dict[str, Any]) -> dict[str, Any]:
     return {name: info[name] for name in ("episode", "attainment") if name in info}
 
 
-def _columns(buffer: Any) -> dict[str, NDArray[Any]]:
-    """Every array of the buffer that a collector fills; the learner computes the other two."""
+def _columns(buffer: Any, whole: bool) -> dict[str, NDArray[Any]]:
+    """Every array of the buffer that a collector fills; the learner computes the other two.
+
+    :param whole: with observations and masks
+    """
     shape = (buffer.buffer_size, buffer.n_envs)
     arrays = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray)}
-    skip = ("advantages", "returns")
+    skip = ("advantages", "returns", *(() if whole else ("observations", "action_masks")))
     return {name: value for name, value in arrays.items() if value.shape[:2] == shape and name not in skip}
 
 
