@@ -1,4 +1,4 @@
-"""One policy for many scenarios: CMA-ES on their mean, each at its own knee.
+"""One policy for many scenarios: separable CMA-ES on their mean, each at its own knee.
 
 A generalist is a context-conditioned score on one arrangement that fits clusters of any size (every instance alike),
 with no published rule behind it. Each generation draws a few of the scenarios; a scenario may appear in several
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from cmaes import CMA
+from cmaes import SepCMA
 
 from engine.core.policy import InstancePlan
 from engine.core.state import Batching, Order, Role
@@ -75,7 +75,7 @@ def train_generalist(
     fits = [Fitness(s, arena_of(s).setting) for s in scenarios]
     rng = np.random.default_rng([seed, 4])
     space = Space(fits[0].setting, design)
-    optimiser = CMA(mean=np.zeros(len(space)), sigma=sigma, population_size=population, seed=seed)
+    optimiser = SepCMA(mean=np.zeros(len(space)), sigma=sigma, population_size=population, seed=seed)
     sizes = [min(max(s.n_requests, 2000), 3000) for s in scenarios]
     knees = [s.reference_rate for s in scenarios]
     generation, used = 0, 0
