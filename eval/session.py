@@ -75,7 +75,6 @@ class Request:
     seeds: int = 3
     settings: PointSettings = field(default_factory=PointSettings)
     tune: int = 0
-    prune: bool = False
     jobs: int = 1
     out: Path | None = None
     ray: str | None = None
@@ -84,6 +83,7 @@ class Request:
     knee_rules: tuple[str, ...] = ("least_tokens",)
     backend: Literal["surrogate", "gpu"] = "surrogate"
     model: str = ""
+    prune: bool = False
 
 
 def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
