@@ -35,6 +35,7 @@ __all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
 
 _BEYOND = 1.15  # highest rate of the objective, as a multiple of the knee
 _STRICT = (0.35, 0.95)  # least and greatest of the lowest, likewise; where the goodput at 99 % lies between
+_MODERATE = 0.7  # where it is while that goodput is not known, or none
 #: Successive halving: share of the designs still in, loads (times the knee; empty: the rates of the objective), seeds,
 #: requests of one simulation (for one of 2000).
 _RUNGS: tuple[tuple[float, tuple[float, ...], int, int], ...] = (
@@ -165,7 +166,7 @@ class _Search:
         pool = [Design(name) for name in (*self.rules, "linear_score")]
         knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1), i) for i, d in enumerate(pool)]
         self.knee, best = max(knees)
-        self.strict = 0.7 * self.knee
+        self.strict = _MODERATE * self.knee
         self.incumbent(pool[best])
         # a round costs about 4000 requests a design; a small budget draws fewer
         afford = 0.25 * config.share * self.most_requests / self.n_requests
@@ -220,6 +221,7 @@ class _Search:
             return
         if knee > 0.0:
             least, greatest = _STRICT
+            strict = strict or _MODERATE * knee  # nobody may hold 99 % at any rate
             self.knee, self.strict = knee, min(max(strict, least * knee), greatest * knee)
 
     def known(self, design: Design) -> Design:
@@ -230,7 +232,7 @@ class _Search:
         self.knee = self.fitness.knee(design, self.fitness.scenario.reference_rate, (0,), self.n_requests, 0.1)
         if self.knee <= 0.0:
             raise SlalomError("start", design.rule, "it meets the targets at no rate; start from something else")
-        self.strict = 0.7 * self.knee
+        self.strict = _MODERATE * self.knee
         self.incumbent(design)
         return design
 
