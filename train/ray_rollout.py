@@ -24,6 +24,7 @@ from eval.ray_pool import check_code
 from train.collector import ATTRIBUTES, RemoteVecEnv, own_traces
 from train.config import TrainConfig
 from train.packed import Parcel
+from train.pieces import cut, join, pieces_for
 from train.ppo import DispatchPPO
 
 __all__ = ["RayCollector", "Rollout", "RolloutWorker"]
@@ -103,6 +104,10 @@ class RolloutWorker:
         model._last_episode_starts = np.ones(self._env.num_envs, bool)
         model.clock_s = np.zeros(self._env.num_envs)
         return model._last_obs
+
+    def send(self, number: int, pieces: int, *weights: bytes) -> list[bytes]:
+        """:meth:`collect` as so many pieces, given the pieces of the weights (see :mod:`train.pieces`)."""
+        return cut(self.collect(join(weights), number), pieces)
 
     def collect(self, weights: Weights, number: int) -> Rollout:
         """Rollout ``number`` with the policy given by ``weights`` (its ``state_dict`` as arrays)."""
@@ -186,9 +191,10 @@ class RayCollector(RemoteVecEnv):
         self._resources: dict[str, Any] = {"num_cpus": 1} | options
         self._states: list[bytes | None] = [None] * workers
         self._actors = [self._actor(worker) for worker in range(workers)]
-        self._pending: list[Any] | None = None
+        self._pending: list[list[Any]] | None = None
         self._number = 0
-        self._weights: Any = None
+        self._weights: list[bytes] = []
+        self._pieces = 2  # that a rollout is sent in
         self.replaced = 0
         facts = self._get([actor.facts.remote() for actor in self._actors])
         self._counts = [entry[0] for entry in facts]
@@ -212,8 +218,14 @@ class RayCollector(RemoteVecEnv):
 
     def begin(self, weights: Weights, number: int) -> None:
         """Have every worker collect rollout ``number``; returns at once."""
-        self._number, self._weights = number, self._ray.put(weights)
-        self._pending = [actor.collect.remote(self._weights, number) for actor in self._actors]
+        self._number, self._weights = number, cut(weights)
+        self._pending = [self._ask(actor) for actor in self._actors]
+
+    def _ask(self, actor: Any) -> list[Any]:
+        """Have one worker collect; references to the pieces of its rollout."""
+        ask = actor.send.options(num_returns=self._pieces)
+        pieces: list[Any] = ask.remote(self._number, self._pieces, *self._weights)
+        return pieces
 
     @property
     def busy(self) -> bool:
@@ -223,22 +235,31 @@ class RayCollector(RemoteVecEnv):
     def take(self) -> list[Rollout]:
         """Wait for the rollout that was begun: one part per worker, in the order of their numbers."""
         assert self._pending is not None
-        parts = [self._part(worker, reference) for worker, reference in enumerate(self._pending)]
+        waiting = {pieces[0]: worker for worker, pieces in enumerate(self._pending)}
+        arrived: dict[int, Rollout] = {}
+        largest = 0
+        while waiting:  # what has come is unpacked while others still collect
+            first = self._ray.wait(list(waiting), num_returns=1)[0][0]
+            worker = waiting.pop(first)
+            pieces = self._received(worker, self._pending[worker])
+            largest = max(largest, sum(map(len, pieces)))
+            arrived[worker] = join(pieces)
         self._pending = None
+        self._pieces = pieces_for(largest + largest // 16)  # the next may be a little larger
+        parts = [arrived[worker] for worker in range(len(self._actors))]
         self._states = [part.state for part in parts]
         return parts
 
-    def _part(self, worker: int, reference: Any) -> Rollout:
+    def _received(self, worker: int, pieces: list[Any]) -> list[bytes]:
         died = (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError)
         for _ in range(_MOST_DEATHS):
             try:
-                part: Rollout = self._get([reference])[0]
-                return part
+                return self._get(pieces)
             except died:
                 # without a claim on a core: the node that had one free may be gone
                 self._actors[worker] = self._actor(worker, num_cpus=0)
                 self.replaced += 1
-                reference = self._actors[worker].collect.remote(self._weights, self._number)
+                pieces = self._ask(self._actors[worker])
         fix = "look into the logs of Ray (/tmp/ray); it may be short of memory"
         raise SlalomError("--ray", f"worker {worker}", f"it died {_MOST_DEATHS} times in one rollout; {fix}")
 

@@ -108,6 +108,9 @@ class NoRay:
     def get(self, values: list[Any]) -> list[Any]:
         return values
 
+    def wait(self, values: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return values[-num_returns:], values[:-num_returns]
+
     def kill(self, actor: Any) -> None: ...
 
 
@@ -116,7 +119,9 @@ class _Called:
         self._worker = worker
 
     def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=getattr(self._worker, name))
+        method = SimpleNamespace(remote=getattr(self._worker, name))
+        method.options = lambda **_: method
+        return method
 
 
 def train(kill: bool, rollouts: int) -> tuple[np.ndarray, int, RemotePPO]:
