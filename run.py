@@ -78,7 +78,7 @@ def main_job(arguments: list[str]) -> None:
     policies = [x for name in RULES for x in ("--policy", name)]
     common = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     call(
-        BIN / "train-policy", "--env", "surrogate", "--scenario", SCENARIO, "--algo", "direct", "--budget", "170s",
+        BIN / "train-policy", "--env", "surrogate", "--scenario", SCENARIO, "--algo", "direct", "--budget", "2m",
         *resumed(OUT / "learned"), *arguments, **common,
     )  # fmt: skip
     call(
