@@ -46,6 +46,8 @@ _RUNGS: tuple[tuple[float, tuple[float, ...], int, int], ...] = (
 )
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
 _KNEE_SEEDS, _FINAL_SEEDS = 4, 10
+_KNEE_RATES = 12  # about so many rates are looked at for a knee
+_RUNG_SHARE, _KNEE_SHARE, _FINAL_SHARE = 0.12, 0.02, 0.08  # of the budget, at most
 _TELL = 0.03  # share of the budget between two incumbents of CMA-ES
 _RACE = 0.45  # share of the time of CMA-ES in which several starts compete
 _END = 0.97  # share of the budget at which CMA-ES ends
@@ -149,6 +151,12 @@ class _Search:
         """Share of the budget spent."""
         return max(self.fitness.requests / self.most_requests, (time.monotonic() - self.begin) / self.most_seconds)
 
+    def windows(self, most: int, simulations: int, share: float) -> int:
+        """Arrival sequences, at most ``most``, so that ``simulations`` on each cost at most ``share`` of the budget."""
+        used = self.used
+        total = self.most_requests if self.most_requests < float("inf") else self.fitness.requests / max(used, 1e-3)
+        return int(np.clip(share * total // (simulations * self.n_requests), 1, most))
+
     def note(self, phase: str, done: float, best: float) -> None:
         text = f"{self.fitness.requests / 1e6:.1f} M requests  knee {self.knee:.4g}/s  best {100 * best:.2f} %"
         self.report(phase, min(done, 1.0), text)
@@ -193,6 +201,7 @@ class _Search:
             designs, cut = designs[:left], designs[left:]
             first = _FIRST_SEED + 100 * turn + 10 * rung
             rates = [load * self.knee for load in loads] or self.rates()
+            seeds = self.windows(seeds, len(designs) * len(rates), _RUNG_SHARE) if rung else seeds
             scored = []
             for i, design in enumerate(designs):
                 score = self.fitness.score(design, rates, range(first, first + seeds), n * self.n_requests // 2000)
@@ -215,7 +224,7 @@ class _Search:
     def recentre(self, design: Design, seed: int) -> None:
         """Move the rates to the goodputs of ``design``, if it has any."""
         try:
-            seeds = range(seed, seed + _KNEE_SEEDS)
+            seeds = range(seed, seed + self.windows(_KNEE_SEEDS, _KNEE_RATES, _KNEE_SHARE))
             knee, strict = self.fitness.knees(design, max(self.knee, 1e-3), seeds, self.n_requests)
         except SlalomError:
             return
@@ -344,7 +353,8 @@ def direct_search(
         rule = max(search.rules_seen, key=lambda seen: seen[:2])[2]
     finalists = [*refined, *starts, rule]
     rates = search.rates()
-    scores = [search.fitness.score(d, rates, range(5_000, 5_000 + _FINAL_SEEDS), search.n_requests) for d in finalists]
+    windows = search.windows(_FINAL_SEEDS, len(finalists) * len(rates), _FINAL_SHARE)
+    scores = [search.fitness.score(d, rates, range(5_000, 5_000 + windows), search.n_requests) for d in finalists]
     best = finalists[scores.index(max(scores))]
     search.recentre(best, 6_000)
     return DirectResult(

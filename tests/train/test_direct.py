@@ -176,3 +176,9 @@ def test_a_generalist_takes_scenarios_of_any_size() -> None:
     for scenario in pair:
         policy = design.bind(arena_of(scenario).setting)
         assert len(policy.arrangement) == len(scenario.placements())
+
+
+def test_a_small_budget_is_not_spent_on_choosing_among_a_few() -> None:
+    sizes = DirectConfig(designs=8, starts=2, n_requests=1000, rules=("round_robin", "muxwise"))
+    found = direct_search(CODE, sizes, requests=150_000, seed=3)
+    assert found.requests < 300_000
