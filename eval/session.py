@@ -344,7 +344,9 @@ def _trial_watcher(watcher: Watcher, name: str, trials: int) -> Callable[[int, f
 def _tuning_file(request: Request, contender: Contender, rates: Sequence[float]) -> Path | None:
     if request.out is None:
         return None
-    parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates), "follows"]
+    from eval.tune import MANNER
+
+    parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates), MANNER]
     parts += ["prunes"] if request.prune else []
     parts.append(request.settings.__dict__)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

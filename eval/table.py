@@ -36,7 +36,7 @@ from eval.provenance import commit, machine, versions
 from eval.session import label_of, scaled
 from eval.static import TRIALS, search_static
 from eval.store import read_json, write_json
-from eval.tune import tune
+from eval.tune import MANNER, tune
 from policies.registry import names
 
 __all__ = [
@@ -112,7 +112,7 @@ class _Task:
             policy_sha256(Contender(self.policy)),
             asdict(settings),
         ]
-        parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS), "follows"]
+        parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS), MANNER]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         label = label_of(self.policy).split(":")[0] if self.policy else "knee"
         return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest}.json"

@@ -32,10 +32,12 @@ from policies.rule import Rule, Value
 if TYPE_CHECKING:
     from eval.studies import Outcome
 
-__all__ = ["KNEE", "VALID_SEED", "Finalist", "TuneResult", "knee_rate", "tune"]
+__all__ = ["KNEE", "MANNER", "VALID_SEED", "Finalist", "TuneResult", "knee_rate", "tune"]
 
 #: Rates of the objective as multiples of the knee (goodput at 90 % of the reference rule).
 KNEE = (0.85, 1.0, 1.15, 1.3)
+#: Part of the names of stored results: how searches go about it, which no digest of the simulator's sources tells.
+MANNER = "follows"
 VALID_SEED = 1_000  # seeds of the final ranking start here, away from the search's
 _FOLLOW = (0.25, 0.55)  # shares of the trials after which the rates follow the best setting's knee
 _MOVED = 1.06  # factor between two knees from which on the rates move
@@ -94,11 +96,7 @@ def knee_rate(
     :raises SlalomError: the reference rule meets the target at no rate
     """
     with Evaluator(scenario, replace(settings, split="train"), measure=measure) as evaluator:
-        reference = Contender(policy)
-        found = find_goodput(
-            lambda rate: evaluator.attainment(reference, rate, seeds), start, targets=(0.9,), tolerance=0.05
-        )
-    rate = found.goodput[0].rate
+        rate = _knee(evaluator, Contender(policy), start, seeds)
     if rate <= 0.0:
         raise SlalomError("scenario", policy, "its targets are met at no rate; loosen them or change the cluster")
     return rate
@@ -168,7 +166,7 @@ def tune(
                 break
             before = here.simulated_requests
             leaders = [values for values, _ in _distinct_best(studies[-1].objective, finalists)]
-            found = _own_knee(here, Contender(name, leaders[0]), knee, seeds)
+            found = _knee(here, Contender(name, leaders[0]), knee, seeds, step=1.3, widest=64.0)
             following += here.simulated_requests - before
             if found > 0.0 and max(found / knee, knee / found) > _MOVED:
                 rates, knee = tuple(rate * found / knee for rate in rates), found
@@ -200,15 +198,13 @@ def tune(
     )
 
 
-def _own_knee(here: Evaluator, contender: Contender, start: float, seeds: Sequence[int]) -> float:
-    """Goodput at 90 % on the windows of the search; 0 where the targets are met at no rate near ``start``."""
+def _knee(here: Evaluator, contender: Contender, start: float, seeds: Sequence[int], **search: float) -> float:
+    """Goodput at 90 % as far as ``here`` tells; 0 where the targets are met at no rate.
+
+    :param search: see :func:`eval.goodput.find_goodput`
+    """
     found = find_goodput(
-        lambda rate: here.attainment(contender, rate, seeds),
-        start,
-        targets=(0.9,),
-        tolerance=0.05,
-        step=1.3,
-        widest=64.0,
+        lambda rate: here.attainment(contender, rate, seeds), start, targets=(0.9,), tolerance=0.05, **search
     )
     return found.goodput[0].rate
 

@@ -31,7 +31,7 @@ from train.arrange import composed
 from train.fitness import Fitness
 from train.space import Design, Space, offspring, random_design, reordered, varied
 
-__all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
+__all__ = ["DirectConfig", "DirectResult", "direct_search", "rates_between", "rules_of"]
 
 _BEYOND = 1.15  # highest rate of the objective, as a multiple of the knee
 _STRICT = (0.35, 0.95)  # least and greatest of the lowest, likewise; where the goodput at 99 % lies between
@@ -125,6 +125,11 @@ def rules_of(scenario: Scenario, among: Collection[str] | None = None) -> list[s
     return found
 
 
+def rates_between(strict: float, knee: float, beyond: float) -> list[float]:
+    """From where a policy holds 99 % (``strict``) over the middle to its knee and ``beyond`` times that."""
+    return [strict, (strict * knee) ** 0.5, knee, beyond * knee]
+
+
 class _Search:
     """The state of one search: budget spent, where the knee is."""
 
@@ -153,8 +158,9 @@ class _Search:
 
     def windows(self, most: int, simulations: int, share: float) -> int:
         """Arrival sequences, at most ``most``, so that ``simulations`` on each cost at most ``share`` of the budget."""
-        used = self.used
-        total = self.most_requests if self.most_requests < float("inf") else self.fitness.requests / max(used, 1e-3)
+        total = self.most_requests
+        if total == float("inf"):
+            total = self.fitness.requests / max(self.used, 1e-3)
         return int(np.clip(share * total // (simulations * self.n_requests), 1, most))
 
     def note(self, phase: str, done: float, best: float) -> None:
@@ -201,7 +207,7 @@ class _Search:
             designs, cut = designs[:left], designs[left:]
             first = _FIRST_SEED + 100 * turn + 10 * rung
             rates = [load * self.knee for load in loads] or self.rates()
-            seeds = self.windows(seeds, len(designs) * len(rates), _RUNG_SHARE) if rung else seeds
+            seeds = self.windows(seeds, len(designs) * len(rates), _RUNG_SHARE)
             scored = []
             for i, design in enumerate(designs):
                 score = self.fitness.score(design, rates, range(first, first + seeds), n * self.n_requests // 2000)
@@ -219,7 +225,7 @@ class _Search:
 
     def rates(self) -> list[float]:
         """Of the objective, lowest first."""
-        return [self.strict, (self.strict * self.knee) ** 0.5, self.knee, _BEYOND * self.knee]
+        return rates_between(self.strict, self.knee, _BEYOND)
 
     def recentre(self, design: Design, seed: int) -> None:
         """Move the rates to the goodputs of ``design``, if it has any."""

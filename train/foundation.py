@@ -14,7 +14,7 @@ from env.cluster import arena_of
 from env.scenario import Scenario
 from train.budget import Budget
 from train.config import TrainConfig
-from train.direct import DirectConfig, direct_search
+from train.direct import DirectConfig, direct_search, rates_between
 from train.fitness import Fitness
 from train.progress import Display
 from train.search import SearchResult
@@ -91,8 +91,8 @@ def search_all(
         scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report, on_incumbent=on_incumbent
     )
     display.phase("choose")
-    moderate = [found.strict, (found.strict * found.knee) ** 0.5]
-    rates = [*(load * found.knee for load in config.light_loads), *moderate, found.knee, _BEYOND * found.knee]
+    light = [load * found.knee for load in config.light_loads]
+    rates = [*light, *rates_between(found.strict, found.knee, _BEYOND)]
     scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests, config.wait_limit_s)
     display.update(1.0, "done")
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))

@@ -179,7 +179,7 @@ def _best_rule(
     """
     from eval.points import PointSettings, code_sha256, scenario_hash
     from eval.scoreboard import trials_for
-    from eval.tune import KNEE, knee_rate, tune
+    from eval.tune import KNEE, MANNER, knee_rate, tune
     from policies import registry
 
     settings = PointSettings(n_requests=scenario.n_requests)
@@ -189,7 +189,7 @@ def _best_rule(
     for rule in rules:
         defaults = registry.get(rule).values()
         table.append({"rule": rule, "tuned": False, "goodput": yardstick.design({"rule": rule, "values": defaults})})
-        identity = [code_sha256(), scenario_hash(scenario), rule, trials, "follows"]
+        identity = [code_sha256(), scenario_hash(scenario), rule, trials, MANNER]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         path = out / f"{scenario.name}-{rule}-{digest}.json"
         if not path.exists():
