@@ -241,7 +241,7 @@ def slowed(state: ClusterState, factor: float) -> Mapping[str, np.ndarray]:
 @cache
 def compiled(kernel: Any, *signature: Any) -> Any:
     """``kernel`` compiled for one signature (from disk when warm), after saying so when it takes long."""
-    if not is_warm():
+    if not is_warm(kernel.py_func.__module__):
         print("compiling the scheduling core for this machine (once, under a minute) ...", file=sys.stderr, flush=True)
     kernel.compile(signature)
     kernel.disable_compile()

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
+from engine.core import sources
 from engine.errors import SlalomError
 from eval.metrics import block_counts, detailed, outcomes, summarize
 from eval.store import read_json, write_json
@@ -44,8 +45,6 @@ __all__ = [
 STATIC_PLAN = "static_plan"
 
 Split = Literal["train", "valid", "test"]
-_ROOT = Path(__file__).resolve().parents[1]
-_SOURCES = ("engine/core", "engine/latency", "env", "policies", "eval/metrics.py")
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,8 @@ class Point:
 @cache
 def code_sha256() -> str:
     """Digest of every source file a point depends on: a stored point never outlives the code that made it."""
-    digest = hashlib.sha256()
-    for source in _SOURCES:
-        place = _ROOT / source
-        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
-            digest.update(path.relative_to(_ROOT).as_posix().encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+    simulator = [sources.path_of("env.simulate"), sources.path_of("eval.metrics")]
+    return sources.sha256([*simulator, *(sources.ROOT / "policies").rglob("*.py")])
 
 
 def policy_sha256(contender: Contender) -> str:

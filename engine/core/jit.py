@@ -1,58 +1,97 @@
-"""How every kernel of the core is compiled, and where the machine code is kept.
+"""How every kernel is compiled, and where its machine code is kept.
 
-Numba's on-disk cache only looks at the file of the function itself: a kernel that calls a changed
-helper in another file would be served stale. All kernels therefore share one cache folder whose name
-is a hash of every kernel source, so an upgrade starts a fresh folder and can never run old code.
+Numba's on-disk cache only looks at the file of the function itself: a kernel that calls a changed helper in another
+file would be served stale. Here the machine code of a kernel lies in a folder named by a digest of its own file and of
+every file of ours that this one imports, directly or through others (``sources``). So old machine code is never run,
+a change compiles only what depends on it, and clones of one version share what was compiled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numba
 from numba import njit
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+
+from engine.core import sources
 
 __all__ = ["CACHE_DIR", "is_warm", "kernel"]
 
-_ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ("engine/core", "engine/latency", "env", "policies", "train/kernels")
 
-
-def _source_hash() -> str:
-    digest = hashlib.sha256(f"{numba.__version__}".encode())
-    for folder in _SOURCES:
-        for path in sorted((_ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _usable(folder: Path) -> bool:
+    """Whether ``folder`` is there, ours and closed to others' writing: numba unpickles what lies in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022 and os.access(folder, os.W_OK)
 
 
 def _cache_dir() -> Path:
     override = os.environ.get("SLALOM_CACHE_DIR") or os.environ.get("NUMBA_CACHE_DIR")
     if override:
-        return Path(override) / _source_hash()
+        return Path(override)
     base = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
-    folder = base / "slalom" / _source_hash()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.gettempdir()) / f"slalom-cache-{os.getuid()}" / _source_hash()
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    shared = Path(tempfile.gettempdir()) / f"slalom-cache-{os.getuid()}"
+    for folder in (base / "slalom", shared):
+        if _usable(folder):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="slalom-cache-"))
 
 
 CACHE_DIR = _cache_dir()
-setattr(numba.config, "CACHE_DIR", str(CACHE_DIR))  # noqa: B010  (numba declares it at run time only)
 
 
-def is_warm() -> bool:
-    """Whether this exact version of the kernels was compiled on this machine before."""
-    return any(CACHE_DIR.rglob("*.nbi"))
+@cache
+def _folder_of(file: Path) -> Path:
+    """Where the machine code of the kernels in ``file`` is kept."""
+    digest = sources.sha256([file], numba.__version__)[:16]
+    return CACHE_DIR / f"{sources.dotted(file)}-{digest}"
+
+
+class _Locator:
+    """Tells numba's cache where a kernel's machine code is, by what the kernel is made of (see the module)."""
+
+    def __init__(self, py_func: Any, py_file: str) -> None:
+        self._py_file = py_file
+        self._line = py_func.__code__.co_firstlineno
+        self._folder = _folder_of(Path(py_file).resolve())
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator | None:
+        return cls(py_func, py_file) if os.path.exists(py_file) else None
+
+    def ensure_cache_path(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def get_cache_path(self) -> str:
+        return str(self._folder)
+
+    def get_source_stamp(self) -> str:
+        return self._folder.name  # holds the digest of all that the kernel is made of
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+class _Overloads(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = [_Locator]  # noqa: RUF012  (numba's own attribute)
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    _impl_class = _Overloads
+
+
+def is_warm(module: str) -> bool:
+    """Whether the kernels of this exact version of ``module`` (dotted name) were compiled on this machine before."""
+    return any(_folder_of(sources.path_of(module)).glob("*.nbi"))
 
 
 def kernel(signature: Any = None, **options: Any) -> Callable[..., Any]:
@@ -61,7 +100,15 @@ def kernel(signature: Any = None, **options: Any) -> Callable[..., Any]:
     :param signature: optional eager signature (policies need one, see ``engine.core.decision``);
         used bare (``@kernel``) it compiles lazily.
     """
-    settings: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"} | options
-    if callable(signature):
-        return njit(**settings)(signature)
-    return njit(signature, **settings) if signature is not None else njit(**settings)
+    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options
+
+    def made(function: Any) -> Any:
+        dispatcher = njit(**settings)(function)
+        dispatcher._cache = _Cache(function)
+        if signature is not None and not bare:
+            dispatcher.compile(signature)
+            dispatcher.disable_compile()
+        return dispatcher
+
+    bare = callable(signature) and hasattr(signature, "__code__")
+    return made(signature) if bare else made

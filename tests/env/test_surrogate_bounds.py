@@ -20,7 +20,7 @@ def test_no_access_leaves_its_array() -> None:
         "SLALOM_BOUNDS": "1",
         "SLALOM_EXAMPLES": "300",
         # Checked kernels are other code under the same sources.
-        "SLALOM_CACHE_DIR": str(CACHE_DIR.parent / "checked"),
+        "SLALOM_CACHE_DIR": str(CACHE_DIR / "checked"),
     }
     suites = [str(TESTS / "engine" / "core" / name) for name in ("test_core_invariants.py", "test_core_behaviour.py")]
     done = subprocess.run(
