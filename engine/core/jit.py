@@ -81,11 +81,11 @@ class _Locator:
         return str(self._line)
 
 
-class _Overloads(CompileResultCacheImpl):  # type: ignore[misc]
+class _Overloads(CompileResultCacheImpl):
     _locator_classes = [_Locator]  # noqa: RUF012  (numba's own attribute)
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
+class _Cache(FunctionCache):
     _impl_class = _Overloads
 
 

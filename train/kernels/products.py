@@ -75,6 +75,12 @@ def add_row(x, row, inputs, weights, width, out):
 
 
 @kernel
+def _add_to(sums, i, h, v, w):
+    """``sums[i, h : h + WIDTH] += (v, w)``."""
+    save(sums, i, h, plus(load(sums, i, h), v)), save(sums, i, h + LANES, plus(load(sums, i, h + LANES), w))
+
+
+@kernel
 def add_outer(x, y, n, inputs, width, sums):
     """``sums[i, :width] += Σ x[k, i] · y[k]`` over k < n, for i < inputs; room for a multiple of four of these.
 
@@ -89,10 +95,8 @@ def add_outer(x, y, n, inputs, width, sums):
                 r, s, t, u = splat(x[k, i]), splat(x[k, i + 1]), splat(x[k, i + 2]), splat(x[k, i + 3])
                 a, b, c, d = fma(r, v, a), fma(s, v, b), fma(t, v, c), fma(u, v, d)
                 e, f, p, q = fma(r, w, e), fma(s, w, f), fma(t, w, p), fma(u, w, q)
-            save(sums, i, h, plus(load(sums, i, h), a)), save(sums, i, g, plus(load(sums, i, g), e))
-            save(sums, i + 1, h, plus(load(sums, i + 1, h), b)), save(sums, i + 1, g, plus(load(sums, i + 1, g), f))
-            save(sums, i + 2, h, plus(load(sums, i + 2, h), c)), save(sums, i + 2, g, plus(load(sums, i + 2, g), p))
-            save(sums, i + 3, h, plus(load(sums, i + 3, h), d)), save(sums, i + 3, g, plus(load(sums, i + 3, g), q))
+            _add_to(sums, i, h, a, e), _add_to(sums, i + 1, h, b, f)
+            _add_to(sums, i + 2, h, c, p), _add_to(sums, i + 3, h, d, q)
 
 
 @kernel
@@ -108,7 +112,5 @@ def add_outer_features(rows, at, columns, y, n, inputs, width, sums):
                 r, s, t, u = splat(rows[j, i0]), splat(rows[j, i1]), splat(rows[j, i2]), splat(rows[j, i3])
                 a, b, c, d = fma(r, v, a), fma(s, v, b), fma(t, v, c), fma(u, v, d)
                 e, f, p, q = fma(r, w, e), fma(s, w, f), fma(t, w, p), fma(u, w, q)
-            save(sums, i, h, plus(load(sums, i, h), a)), save(sums, i, g, plus(load(sums, i, g), e))
-            save(sums, i + 1, h, plus(load(sums, i + 1, h), b)), save(sums, i + 1, g, plus(load(sums, i + 1, g), f))
-            save(sums, i + 2, h, plus(load(sums, i + 2, h), c)), save(sums, i + 2, g, plus(load(sums, i + 2, g), p))
-            save(sums, i + 3, h, plus(load(sums, i + 3, h), d)), save(sums, i + 3, g, plus(load(sums, i + 3, g), q))
+            _add_to(sums, i, h, a, e), _add_to(sums, i + 1, h, b, f)
+            _add_to(sums, i + 2, h, c, p), _add_to(sums, i + 3, h, d, q)
