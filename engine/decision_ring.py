@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = ["HEAD", "Control", "Meta", "Ring", "Type"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from engine.clock import VirtualClock
 from engine.core import live
 from engine.core.policy import Policy
-from engine.core.rows import addresses
 from engine.core.state import NEVER, ClusterState, RequestState
+from engine.jit.rows import addresses
 from engine.runtime import Guard, Runtime
 
 __all__ = ["ModelledInstances", "play"]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core import live
-from engine.core.rows import addresses
 from engine.core.state import ClusterState
 from engine.hosts import Executor
+from engine.jit.rows import addresses
 from engine.kernels import Spans
 from engine.lanes import WHOLE
 from engine.request import Delta, Request

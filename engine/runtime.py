@@ -21,9 +21,9 @@ from engine.core import live
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
 from engine.core.lists import HELD
 from engine.core.policy import Policy
-from engine.core.rows import addresses
 from engine.core.state import ClusterState
 from engine.guard_report import GuardReport
+from engine.jit.rows import addresses
 
 __all__ = ["Guard", "Instances", "Runtime", "safe_choice"]
 

@@ -124,9 +124,7 @@ def find_guard(options: Options, state: ClusterState, policy: Policy, *, log: bo
         "deadline_us": options.deadline_us or None,
         "advisory": options.advisory or None,
     }
-    guard: Guard = make(
-        state, policy, options.guard_config or None, given, options.decision_log or None, log=log
-    )
+    guard: Guard = make(state, policy, options.guard_config or None, given, options.decision_log or None, log=log)
     return guard
 
 

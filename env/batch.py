@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, N_CANDIDATE, N_CONTEXT, Need
-from engine.core.jit import kernel
 from engine.core.kv import release
 from engine.core.state import RequestState, attach
+from engine.jit.kernel import kernel
 from env.clock import attach_sim
 from env.surrogate import advance, answer, describe
 

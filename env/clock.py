@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, max_candidates
-from engine.core.jit import kernel
-from engine.core.rows import addresses, make_attach
 from engine.core.state import ClusterState, attach
+from engine.jit.kernel import kernel
+from engine.jit.rows import addresses, make_attach
 from engine.latency.evaluate import PROFILE, SHARE
 
 __all__ = [

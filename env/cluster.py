@@ -11,7 +11,6 @@ from typing import Any
 import numba
 import numpy as np
 
-from engine.core.jit import is_warm
 from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE, InstancePlan
 from engine.core.setup import (
     ClusterOptions,
@@ -23,6 +22,7 @@ from engine.core.setup import (
     new_cluster,
 )
 from engine.core.state import Batching, ClusterState, Order, Role, Split
+from engine.jit.kernel import is_warm
 from engine.latency import pack
 from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario

@@ -13,8 +13,8 @@ import numpy as np
 
 from engine.core.columns import max_candidates
 from engine.core.policy import InstancePlan
-from engine.core.rows import addresses
 from engine.core.state import ClusterState
+from engine.jit.rows import addresses
 from env.batch import Buffers, release_all
 from env.clock import Sim, new_sim
 from env.cluster import Arena, arena_of, build_trace, horizon_s, jittered, requests_of

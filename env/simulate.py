@@ -11,9 +11,9 @@ import numba
 import numpy as np
 
 from engine.core.policy import Policy
-from engine.core.rows import addresses
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
+from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered, slowed

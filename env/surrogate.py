@@ -13,12 +13,12 @@ from engine.core.batching import plan_lane
 from engine.core.decision import apply, build, next_decision, open_control
 from engine.core.durations import step_ticks, transfer_ticks
 from engine.core.handover import pull, transfer_done
-from engine.core.jit import kernel
 from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
 from engine.core.roles import end_role_change, role_change_ready
 from engine.core.slo import seal
 from engine.core.state import LaneKind, RequestState, Role, attach
+from engine.jit.kernel import kernel
 from engine.latency.evaluate import to_ticks
 from env.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 

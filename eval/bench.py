@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from engine.errors import SlalomError
-from eval.provenance import commit, machine
+from engine.provenance import commit, machine
 
 __all__ = ["NAMES", "main", "run"]
 

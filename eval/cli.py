@@ -76,9 +76,7 @@ def evaluate(
     loads: Annotated[
         str, typer.Option(help="With --fidelity: loads as shares of the median goodput of the policies.")
     ] = "0.5,0.65,0.8",
-    repetitions: Annotated[
-        int, typer.Option(min=2, max=100, help="With --fidelity: engine runs of each case.")
-    ] = 3,
+    repetitions: Annotated[int, typer.Option(min=2, max=100, help="With --fidelity: engine runs of each case.")] = 3,
     run_s: Annotated[float, typer.Option(min=1.0, help="With --fidelity: seconds of arrivals of one run.")] = 9.0,
     store: Annotated[bool, typer.Option(help="With --fidelity: keep the table in the scenario's profile.")] = True,
     rates: Annotated[str | None, typer.Option(help="START:STOP:STEP or a,b,c in requests per second.")] = None,
@@ -146,7 +144,7 @@ def evaluate(
             raise SlalomError("--env", env, "the engine serves one scenario at a time: name one")
         _table_of(scenario, policy, counts, jobs, out, resume, "json" if as_json else "md" if markdown else "")
         return
-    from engine.core.jit import is_warm
+    from engine.jit.kernel import is_warm
     from env.scenario import Scenario
     from eval.points import PointSettings
     from eval.session import Request, open_folder, scaled

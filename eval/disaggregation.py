@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numba
 import numpy as np
 
-from engine.core.rows import addresses
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Role
 from engine.errors import SlalomError
+from engine.jit.rows import addresses
 from engine.latency import Profile, pack
 from engine.latency.profile import list_profiles
 from env.clock import new_sim

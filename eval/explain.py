@@ -76,9 +76,9 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
 ) -> None:
     """Explain one decision of a log, a whole log, or a policy on a scenario."""
+    from engine.files import write_text
     from eval import explain_render as render
     from eval.explain_log import explain_decision, summary
-    from eval.store import write_text
 
     if (policy is None) == (log is None):
         raise SlalomError("--policy, --log", policy, "give one of the two")

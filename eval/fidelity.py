@@ -22,11 +22,11 @@ import numpy as np
 
 from engine.core.state import LaneKind
 from engine.errors import SlalomError
+from engine.files import read_json, write_json
+from engine.provenance import commit, machine, versions
 from eval.fidelity_compare import Case, row_of, summary_of
 from eval.metrics import outcomes
 from eval.points import Contender, Evaluator, PointSettings, code_sha256, scenario_hash
-from eval.provenance import commit, machine, versions
-from eval.store import read_json, write_json
 
 __all__ = ["Case", "command", "fidelity", "summary_of"]
 

@@ -23,10 +23,10 @@ import numba
 import numpy as np
 from scipy.optimize import minimize
 
-from engine.core.rows import addresses
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, Role
 from engine.errors import SlalomError
+from engine.jit.rows import addresses
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share
 from env.clock import new_sim

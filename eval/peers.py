@@ -37,12 +37,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from engine.core.columns import Kind
-from engine.core.jit import kernel
 from engine.core.lists import inbound_of, queue_of, ready_of
-from engine.core.rows import addresses
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, Role, attach
 from engine.errors import SlalomError
+from engine.jit.kernel import kernel
+from engine.jit.rows import addresses
 from engine.latency import Profile, pack
 from engine.latency.evaluate import TICKS_PER_S
 from env.clock import attach_sim, new_sim

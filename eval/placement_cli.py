@@ -64,9 +64,9 @@ def place(
 
     With --replan: DistServe's answer to a load that shifts. Example: plan-placement --scenario shift-pd-8xa100 --replan
     """
+    from engine.files import write_json
+    from engine.provenance import commit
     from env.scenario import Scenario
-    from eval.provenance import commit
-    from eval.store import write_json
 
     if out is not None and out.is_dir():
         raise SlalomError("--out", str(out), "this is a folder; name a file")

@@ -138,9 +138,7 @@ def _goodput(result: Result) -> Figure:
             rate = policy["goodput"][f"{target:g}"]["rate"]
             label = f"at {100 * target:g} %" if index == 0 else None
             axis.plot(rate, index, mark, color="white", markeredgecolor="black", markersize=6, label=label)
-        axis.annotate(
-            f"{found['rate']:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        axis.annotate(f"{found['rate']:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9)
     axis.margins(x=0.12)
     axis.set_xlim(left=0)
     if len(result["targets"]) > 1:

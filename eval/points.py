@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 import yaml
 
-from engine.core import sources
 from engine.errors import SlalomError
+from engine.files import read_json, write_json
+from engine.jit import sources
 from eval.metrics import block_counts, detailed, outcomes, summarize
-from eval.store import read_json, write_json
 from policies.rule import Value
 
 __all__ = [

@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from engine.files import write_bytes, write_json, write_text
 from eval.report_parts import cards, starved, watched_sentences, way_rows
-from eval.store import write_bytes, write_json, write_text
 from eval.verdict import ranking, verdict
 
 __all__ = ["embed", "write_report"]
@@ -137,9 +137,7 @@ def _watched(result: Mapping[str, Any], drawn: Mapping[str, str]) -> list[str]:
 
 
 def _sentence(text: str) -> str:
-    kind = (
-        "win" if " beats " in text else "loss" if " loses to " in text else "tie" if "No diff" in text else ""
-    )
+    kind = "win" if " beats " in text else "loss" if " loses to " in text else "tie" if "No diff" in text else ""
     return f'<li class="{kind}">{escape(text)}</li>'
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import SlalomError
+from engine.files import write_bytes, write_json, write_text
+from engine.provenance import commit, machine
 from eval.claims import CLAIMS, Claim
-from eval.provenance import commit, machine
-from eval.store import write_bytes, write_json, write_text
 
 __all__ = ["as_dict", "main", "page_html", "page_markdown", "reproduce", "run"]
 

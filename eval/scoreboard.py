@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import SlalomError
+from engine.files import read_json, write_json
 from env.scenario import Scenario
 from eval.points import PointSettings
 from eval.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
-from eval.store import read_json, write_json
 from eval.tune import KNEE
 
 __all__ = [

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import SlalomError
+from engine.files import read_json, write_json
+from engine.provenance import commit, machine, versions
 from eval.compare import compare
 from eval.goodput import TARGETS
 from eval.points import STATIC_PLAN as STATIC
 from eval.points import Contender, Evaluator, Point, PointSettings, code_sha256, scenario_hash
-from eval.provenance import commit, machine, versions
-from eval.store import read_json, write_json
 from eval.verdict import is_learned, meeting_point, ranking
 
 __all__ = [

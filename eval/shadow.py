@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.columns import Col, Ctx, Kind
-from engine.core.rows import addresses
 from engine.core.state import Role
+from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s

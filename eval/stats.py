@@ -34,18 +34,14 @@ def antitonic(values: Any, weights: Any | None = None) -> Floats:
     :return: array of the shape of ``values``; fit_k = min over i<=k of max over j>=k of mean(i..j)
     """
     y = np.asarray(values, dtype=np.float64)
-    w = np.broadcast_to(
-        np.ones_like(y) if weights is None else np.asarray(weights, dtype=np.float64), y.shape
-    )
+    w = np.broadcast_to(np.ones_like(y) if weights is None else np.asarray(weights, dtype=np.float64), y.shape)
     zero = np.zeros((*y.shape[:-1], 1))
     total = np.concatenate([zero, np.cumsum(y * w, axis=-1)], axis=-1)
     mass = np.concatenate([zero, np.cumsum(w, axis=-1)], axis=-1)
     k = y.shape[-1]
     first, last = np.triu_indices(k)
     mean = np.full((*y.shape[:-1], k, k), -np.inf)
-    mean[..., first, last] = (total[..., last + 1] - total[..., first]) / (
-        mass[..., last + 1] - mass[..., first]
-    )
+    mean[..., first, last] = (total[..., last + 1] - total[..., first]) / (mass[..., last + 1] - mass[..., first])
     best_tail = np.maximum.accumulate(mean[..., ::-1], axis=-1)[..., ::-1]
     fit = np.where(np.tri(k, dtype=bool).T, best_tail, np.inf)
     return np.minimum.accumulate(fit, axis=-2)[..., np.arange(k), np.arange(k)]

@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 
 from engine.errors import SlalomError
+from engine.files import read_json, write_json
+from engine.provenance import commit, machine, versions
 from env.cluster import build_trace
 from env.scenario import Scenario
 from eval.compare import measured_goodput
 from eval.points import STATIC_PLAN as STATIC
 from eval.points import Contender, Evaluator, PointSettings, code_sha256, policy_sha256, scenario_hash
-from eval.provenance import commit, machine, versions
 from eval.session import label_of, scaled
 from eval.static import TRIALS, search_static
-from eval.store import read_json, write_json
 from eval.tune import MANNER, tune
 from policies.registry import names
 

@@ -25,11 +25,11 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.errors import SlalomError
+from engine.files import write_json, write_text
 from env.scenario import Scenario
 from eval.points import PointSettings
 from eval.scoreboard import CHECKPOINTS, KNEE_RULES, OPPONENTS, Lines, pair_ratio, trials_for
 from eval.session import Request, evaluate, label_of
-from eval.store import write_json, write_text
 
 __all__ = ["BAR", "Effort", "main", "native", "rows_of", "table", "variant", "zeroshot"]
 

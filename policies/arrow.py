@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 from policies.common import default_answer, hold, kind_of, or_hold
 from policies.layout import split_layout, split_params
 from policies.planner import flip

@@ -175,9 +175,7 @@ def save_network(
     return _write(folder, manifest, profile, blob)
 
 
-def save_rule(
-    folder: Path, *, rule: str, values: Mapping[str, Value], profile: Any, facts: Facts
-) -> LoadedPolicy:
+def save_rule(folder: Path, *, rule: str, values: Mapping[str, Value], profile: Any, facts: Facts) -> LoadedPolicy:
     """Write a rule with tuned values; see :func:`save_network`."""
     checked = registry.get(rule).values(values)
     manifest = _manifest(facts, kind="rule", rule=RuleRecord(name=rule, values=checked))
@@ -208,9 +206,7 @@ def _json(data: Any, where: str) -> bytes:
     try:
         return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
-        raise SlalomError(
-            where, str(error), "only finite numbers, text, lists and mappings can be saved"
-        ) from error
+        raise SlalomError(where, str(error), "only finite numbers, text, lists and mappings can be saved") from error
 
 
 def _plain(data: Any, where: str) -> Any:
@@ -324,9 +320,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SlalomError(
-            str(path), error.strerror or str(error), "a checkpoint folder needs this file"
-        ) from error
+        raise SlalomError(str(path), error.strerror or str(error), "a checkpoint folder needs this file") from error
 
 
 def _read_json(path: Path) -> Any:

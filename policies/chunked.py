@@ -7,8 +7,8 @@ TPOT; the router spreads prompts over replicas.
 from __future__ import annotations
 
 from engine.core.columns import Col, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.arrangement import all_mixed
 from policies.common import default_answer, kind_of, least, or_hold
 from policies.rule import Param, Rule
@@ -38,9 +38,7 @@ RULE = Rule(
     needs=Need.LOAD | Need.PREDICT,
     params=(
         Param("chunk_tokens", 64, 4096, 512, log=True, integer=True, doc="token budget of one fused step"),
-        Param(
-            "router", default="tokens", choices=("tokens", "queue", "ttft"), doc="what the router minimises"
-        ),
+        Param("router", default="tokens", choices=("tokens", "queue", "ttft"), doc="what the router minimises"),
     ),
     arrange=lambda values, setting: all_mixed(setting, int(values["chunk_tokens"])),
 )

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind
-from engine.core.jit import kernel
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 
 __all__ = [
     "default_answer",

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from engine.core.columns import Kind, max_candidates
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
+from engine.jit.kernel import kernel
 from policies.common import hold
 from policies.features import N_CONTEXT_FEATURES, N_FEATURES, cut, feature
 from policies.normalise import Normalisation
@@ -303,6 +303,4 @@ def check_weights(arrays: Mapping[str, np.ndarray], hidden: int, where: str) -> 
         if array.shape != shape or array.dtype != np.float32:
             raise SlalomError(f"{where}: {name}", f"{array.dtype}{array.shape}", f"expected float32{shape}")
         if not np.isfinite(array).all():
-            raise SlalomError(
-                f"{where}: {name}", "NaN or infinity", "the training diverged; use an earlier save"
-            )
+            raise SlalomError(f"{where}: {name}", "NaN or infinity", "the training diverged; use an earlier save")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, or_hold
 from policies.pools import in_decode_pool, in_prefill_pool, least_prefill, tokens, waiting
 from policies.rule import Param

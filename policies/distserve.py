@@ -13,8 +13,8 @@ delays those behind it (FCFS convoy, acknowledged in the paper).
 from __future__ import annotations
 
 from engine.core.columns import Col, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, or_hold
 from policies.layout import split_layout, split_params
 from policies.pools import least_prefill

@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.arima import slow_decide
 from policies.common import kind_of
 from policies.disaggregated import CONDITIONAL_PARAMS, answer_conditionally

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = ["uniform"]
 

@@ -14,9 +14,9 @@ prefill queue.
 from __future__ import annotations
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
 from policies.disaggregated import CONDITIONAL_PARAMS, answer_conditionally
 from policies.layout import split_layout, split_params

@@ -6,7 +6,7 @@ A linear score cannot say "late is bad, early is worth nothing"; the hinges let 
 from __future__ import annotations
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = [
     "CANDIDATE_NAMES",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = ["METHODS", "SERIES_CELLS", "WINDOW", "forecast", "push"]
 

@@ -97,9 +97,7 @@ def verify(vectors: list[Golden], arrays: dict[str, np.ndarray], normal: Normali
         context[Ctx.KIND] = int(np.argmax(vector.context[: len(Kind)]))
         candidates[:, :CANDIDATE_DIMENSIONLESS] = vector.candidates
         mask = np.array(vector.mask, np.uint8)
-        got = logits(
-            context, candidates, mask, pack(arrays, normal, rows), np.zeros(memory_cells(hidden, rows))
-        )
+        got = logits(context, candidates, mask, pack(arrays, normal, rows), np.zeros(memory_cells(hidden, rows)))
         want = np.array(vector.logits)
         worst = float(np.max(np.abs(got[mask > 0] - want) / (1.0 + np.abs(want))))
         if not worst <= TOLERANCE:

@@ -21,8 +21,8 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from engine.core.columns import Kind
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE
+from engine.jit.kernel import kernel
 from policies import compiled
 from policies.common import hold, kind_of
 from policies.rule import BoundPolicy

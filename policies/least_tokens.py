@@ -7,8 +7,8 @@ default of data-parallel LLM routers.
 from __future__ import annotations
 
 from engine.core.columns import Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.common import default_answer
 from policies.rule import Rule
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE, InstancePlan
+from engine.jit.kernel import kernel
 from policies.arrangement import all_mixed, prefill_decode_split
 from policies.common import hold, kind_of
 from policies.features import LATE, N_FEATURES, SLACK_MISS, STEP_MISS, feature
@@ -108,9 +108,7 @@ RULE = Rule(
     needs=Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS,
     params=(
         *(Param(n, lo, hi, d, doc=doc) for n, (_, lo, hi, d, doc) in (_PREFILL | _DECODE).items()),
-        Param(
-            "hold", 0.0, _THRESHOLD, _THRESHOLD, doc="hold back when every instance costs more; top = never"
-        ),
+        Param("hold", 0.0, _THRESHOLD, _THRESHOLD, doc="hold back when every instance costs more; top = never"),
         Param("shed", 0.0, _THRESHOLD, _THRESHOLD, doc="refuse when every instance costs more; top = never"),
         Param("layout", default="scenario", choices=("scenario", "mixed", "split"), doc="static arrangement"),
         Param("prefill_fraction", 0.0, 1.0, 0.5, doc="of instances, for layout=split"),

@@ -17,9 +17,9 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 from policies.common import default_answer, is_instance, kind_of, or_hold
 from policies.layout import split_layout, split_params
 from policies.pools import in_prefill_pool, least_prefill, row_of

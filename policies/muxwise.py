@@ -14,10 +14,10 @@ Layer boundaries exist beside decode only: with nothing to decode, all layers of
 from __future__ import annotations
 
 from engine.core.columns import Col, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE, InstancePlan
 from engine.core.state import Batching, Role
 from engine.errors import SlalomError
+from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, least, or_hold
 from policies.rule import Param, Rule, Values
 from policies.setting import Setting

@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx
-from engine.core.jit import kernel
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 from policies.common import hold
 from policies.forecast import METHODS, SERIES_CELLS, forecast, push
 from policies.rule import Param

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col
-from engine.core.jit import kernel
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 from policies.common import is_instance, least
 
 __all__ = [

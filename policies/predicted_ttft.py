@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.common import default_answer, is_instance, kind_of, least, or_hold
 from policies.rule import Param, Rule
 

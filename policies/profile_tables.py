@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s
 from policies.rule import Param, Setting, Values
 

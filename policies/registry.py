@@ -87,9 +87,7 @@ def load_policy(spec: str | Path, setting: Setting, values: Mapping[str, Any] | 
     text = str(spec)
     if os.path.isdir(spec):  # unlike Path.is_dir, answers False for a spec longer than a file name
         if values:
-            raise SlalomError(
-                "policy parameters", dict(values), "a checkpoint has its values fixed; name a rule"
-            )
+            raise SlalomError("policy parameters", dict(values), "a checkpoint has its values fixed; name a rule")
         from policies.checkpoint import load
 
         return load(Path(spec)).bind(setting)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.core.columns import Col, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, only_decoders, or_hold, takes_prompts
 from policies.rule import Rule
 

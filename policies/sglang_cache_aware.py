@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, least, or_hold
 from policies.layout import ROUTER_PARAMS, router_layout
 from policies.pools import in_prefill_pool, requests

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx
-from engine.core.jit import kernel
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 from policies.common import is_instance
 from policies.pools import kv_use, least_prefill, row_of, tokens
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.common import default_answer, is_instance, kind_of, least, or_hold, stay_in_place
 from policies.layout import split_layout, split_params
 from policies.pools import in_decode_pool, in_prefill_pool, kv_use

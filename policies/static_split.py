@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
+from engine.jit.kernel import kernel
 from policies.arrangement import prefill_decode_split
 from policies.common import default_answer, kind_of, only_decoders, or_hold, takes_prompts
 from policies.rule import Param, Rule
@@ -38,9 +38,7 @@ RULE = Rule(
     decide=decide,
     needs=Need.LOAD,
     params=(
-        Param(
-            "prefill_fraction", 0.0, 1.0, 0.5, doc="share of instances that prefill (each side at least 1)"
-        ),
+        Param("prefill_fraction", 0.0, 1.0, 0.5, doc="share of instances that prefill (each side at least 1)"),
         Param("prefill_tokens", 256, 16384, 2048, log=True, integer=True, doc="tokens of one prefill batch"),
     ),
     arrange=lambda values, setting: prefill_decode_split(

@@ -20,9 +20,9 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE, InstancePlan
 from engine.core.state import Batching, Role
+from engine.jit.kernel import kernel
 from policies.common import default_answer, is_instance, kind_of, least, or_hold
 from policies.pools import kv_use, tokens
 from policies.rule import Param, Rule, Setting, Values

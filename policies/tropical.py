@@ -23,9 +23,9 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import Role
+from engine.jit.kernel import kernel
 from policies.common import default_answer, hold, is_instance, kind_of, or_hold
 from policies.layout import PREEMPTION_PARAMS, split_layout, split_params
 from policies.pools import waiting

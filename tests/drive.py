@@ -11,10 +11,10 @@ import numpy as np
 from strategies import Case
 
 from engine.core.columns import Col
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
-from engine.core.rows import addresses
 from engine.core.state import ClusterState
+from engine.jit.kernel import kernel
+from engine.jit.rows import addresses
 from env.clock import Sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate import run

@@ -18,9 +18,9 @@ import numpy as np
 
 from engine.core.state import Order
 from engine.errors import SlalomError
+from engine.files import read_json
 from env.cluster import arena_of
 from env.scenario import Scenario
-from eval.store import read_json
 from train.fitness import Fitness
 from train.search import SearchResult
 from train.space import Design, Space

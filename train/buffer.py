@@ -108,10 +108,7 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
         for step in range(self.buffer_size - 1, -1, -1):
             carry = discount[step] * alive
             advantage = (
-                self.rewards[step]
-                + carry * next_values
-                - self.values[step]
-                + carry * self.gae_lambda * advantage
+                self.rewards[step] + carry * next_values - self.values[step] + carry * self.gae_lambda * advantage
             )
             self.advantages[step] = advantage
             next_values = self.values[step]

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from engine.files import write_bytes
 from eval.points import Contender
-from eval.store import write_bytes
 from train.judge import Judge, Verdict
 from train.ppo import DispatchPPO
 from train.state import save_state

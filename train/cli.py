@@ -21,9 +21,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def train_policy(
-    scenario: Annotated[
-        str, typer.Option(help="name of a shipped scenario, or a YAML file")
-    ] = "azure-conv-4xa100",
+    scenario: Annotated[str, typer.Option(help="name of a shipped scenario, or a YAML file")] = "azure-conv-4xa100",
     env: Annotated[
         str, typer.Option(help="where to practise: surrogate, or gpu: the real engine (needs --init)")
     ] = "surrogate",

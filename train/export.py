@@ -10,10 +10,10 @@ from typing import Any
 
 import torch as th
 
+from engine import provenance
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
 from env.cluster import arena_of
 from env.scenario import Scenario
-from eval import provenance
 from policies.checkpoint import Facts, load, save_network, save_rule
 from policies.network import ScoringNetwork
 from policies.setting import Setting
@@ -63,9 +63,7 @@ class Publisher:
         pairs = list(zip(seen[0], seen[1], strict=True))
         bounds = {
             "context": {c.name: pairs[c] for c in Ctx if c < CONTEXT_DIMENSIONLESS},
-            "candidate": {
-                c.name: pairs[CONTEXT_DIMENSIONLESS + c] for c in Col if c < CANDIDATE_DIMENSIONLESS
-            },
+            "candidate": {c.name: pairs[CONTEXT_DIMENSIONLESS + c] for c in Col if c < CANDIDATE_DIMENSIONLESS},
         }
         learned = {
             "frames": model.num_timesteps,
@@ -78,9 +76,7 @@ class Publisher:
         """A snapshot again, now with its evaluation table."""
         loaded = load(snapshot)
         network = self.new_network()
-        network.load_state_dict(
-            {name: th.from_numpy(array) for name, array in loaded.arrays.items()}, strict=False
-        )
+        network.load_state_dict({name: th.from_numpy(array) for name, array in loaded.arrays.items()}, strict=False)
         bounds = loaded.manifest.bounds.model_dump()
         self._save(folder, network, loaded.manifest.training, evaluation, bounds)
 
@@ -106,9 +102,7 @@ class Publisher:
         profiles = [json.loads(profile.to_json()) for profile in self.scenario.load_profiles()]
         return profiles[0] if len(profiles) == 1 else profiles
 
-    def _facts(
-        self, learned: dict[str, Any], evaluation: Sequence[dict[str, Any]], bounds: dict[str, Any]
-    ) -> Facts:
+    def _facts(self, learned: dict[str, Any], evaluation: Sequence[dict[str, Any]], bounds: dict[str, Any]) -> Facts:
         training = {
             "seed": self.seed,
             "search_trials": self.base.trials,

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine import provenance
 from engine.errors import SlalomError
-from eval import provenance
-from eval.store import read_json, write_json, write_text
+from engine.files import read_json, write_json, write_text
 from train.config import TrainConfig
 
 __all__ = ["RunFolder"]
@@ -84,6 +84,4 @@ class RunFolder:
                 fix = f"the run in {self.root} has {before.get(name)!r}; repeat its command (command.txt)"
                 raise SlalomError(f"--resume: {name}", value, fix)
         if (self.root / "config.yml").read_text() != config.to_yaml():
-            raise SlalomError(
-                "--resume: hyper-parameters", "others", f"use --config {self.root / 'config.yml'}"
-            )
+            raise SlalomError("--resume: hyper-parameters", "others", f"use --config {self.root / 'config.yml'}")

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+from engine.progress import Display
 from env.cluster import arena_of
 from env.scenario import Scenario
 from train.budget import Budget
 from train.config import TrainConfig
 from train.direct import DirectConfig, direct_search, rates_between
 from train.fitness import Fitness
-from train.progress import Display
 from train.search import SearchResult
 from train.space import Design
 

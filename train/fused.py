@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from engine.core.rows import addresses
+from engine.jit.rows import addresses
 from policies.features import N_CONTEXT_FEATURES, N_FEATURES
 from policies.network import ScoringNetwork, observation_size
 from train.kernels.act import Layers, act_many, values_of

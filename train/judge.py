@@ -51,10 +51,7 @@ def mean_attainment(
     scenario: Any, contender: Contender, rates: Sequence[float], seeds: Sequence[int], settings: PointSettings
 ) -> Verdict:
     """Simulate every (rate, seed)."""
-    rows = (
-        tuple(measure(scenario, contender, rate, seed, settings).attainment for seed in seeds)
-        for rate in rates
-    )
+    rows = (tuple(measure(scenario, contender, rate, seed, settings).attainment for seed in seeds) for rate in rates)
     return Verdict(tuple(rows))
 
 
@@ -70,15 +67,11 @@ class SimulatorJudge:
     :param background: judge in a second process; otherwise ``submit`` blocks until it is done
     """
 
-    def __init__(
-        self, scenario: Any, rates: Sequence[float], n_requests: int, *, background: bool = True
-    ) -> None:
+    def __init__(self, scenario: Any, rates: Sequence[float], n_requests: int, *, background: bool = True) -> None:
         self._scenario, self._rates = scenario, tuple(rates)
         self._settings = PointSettings(n_requests=n_requests, split="valid")
         self._pool = (
-            ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet_worker)
-            if background
-            else None
+            ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet_worker) if background else None
         )
 
     def submit(self, contender: Contender, seeds: Sequence[int]) -> Future[Verdict]:

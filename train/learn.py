@@ -9,13 +9,14 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
+from engine.progress import Display
 from train.callbacks import Evaluation, EvaluationCallback, InterruptCallback, JsonLog, StateCallback
 from train.config import TrainConfig
 from train.export import Publisher
 from train.folder import RunFolder
 from train.judge import Judge
 from train.ppo import DispatchPPO
-from train.progress import Display, ProgressCallback
+from train.progress import ProgressCallback
 from train.ray_ppo import RemotePPO
 from train.ray_rollout import RayCollector
 from train.state import load_state

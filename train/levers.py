@@ -27,15 +27,15 @@ from engine.core.columns import Kind
 from engine.core.policy import InstancePlan
 from engine.core.state import Batching, Role
 from engine.errors import SlalomError
+from engine.files import read_json, write_json
+from engine.progress import Display
 from env.cluster import arena_of
 from env.scenario import Scenario
 from eval.points import code_sha256
-from eval.store import read_json, write_json
 from policies.setting import Setting
 from train.budget import Budget, parse_budget
 from train.direct import DirectConfig, direct_search
 from train.fitness import Fitness
-from train.progress import Display
 from train.space import Design, Space
 
 __all__ = ["KINDS", "Case", "cases", "every_lever", "main", "measure"]

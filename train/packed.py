@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.rows import addresses
+from engine.jit.rows import addresses
 from policies.features import N_CONTEXT_FEATURES, N_FEATURES
 from policies.network import ScoringNetwork
 from train.kernels.pack import (

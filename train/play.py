@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from engine.core.rows import addresses
+from engine.jit.rows import addresses
 from env.batch import ASKED, Clusters
 from env.vector_env import SlalomVecEnv
 from train.buffer import SMDPRolloutBuffer

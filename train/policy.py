@@ -14,7 +14,7 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from engine.core.rows import addresses
+from engine.jit.rows import addresses
 from policies.network import ScoringNetwork
 from train.fused import Fused
 from train.kernels.pack import Observed, widen
@@ -67,9 +67,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self.register_buffer("value_shift", th.zeros(()))
         self.register_buffer("value_scale", th.ones(()))
         columns = self.n_context + self.n_features
-        self.register_buffer(
-            "seen", th.tensor([float("inf"), -float("inf")]).repeat_interleave(columns).view(2, -1)
-        )
+        self.register_buffer("seen", th.tensor([float("inf"), -float("inf")]).repeat_interleave(columns).view(2, -1))
         self.trainable = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = th.optim.Adam(self.trainable, lr=lr_schedule(1.0), eps=1e-5, fused=True)
 

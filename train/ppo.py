@@ -140,9 +140,7 @@ class DispatchPPO(MaskablePPO):
         Schedules follow whichever limit is nearer. ``on_rollout_start`` is the one moment at which the model
         is between updates; callbacks that save act there, and end the run by setting ``stop``.
         """
-        total, callback = self._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
+        total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
         self.stop = False
         callback.on_training_start(locals(), globals())
         iteration = self._n_updates

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from engine.files import read_json, write_json
+from engine.progress import Display
 from env.cluster import arena_of
 from env.scenario import Scenario
 from env.vector_env import SlalomVecEnv
 from eval.points import Contender, PointSettings, measure
 from eval.ray_pool import RayExecutor, connect, cores
-from eval.store import read_json, write_json
 from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
 from train.collector import ProcessVecEnv
@@ -35,7 +36,6 @@ from train.foundation import AUTO, search_all
 from train.generalist import named, train_generalist
 from train.judge import SimulatorJudge
 from train.learn import learn, monitor_seeds
-from train.progress import Display
 from train.ray_rollout import RayCollector
 from train.search import SearchResult, search_rule
 from train.selection import select
@@ -145,9 +145,7 @@ def _stages(
     summary: dict[str, Any] = {"checkpoint": str(folder.best), "base": asdict(base)}
     if request.algorithm == "search":
         table = [{"policy": f"{base.rule} (tuned)", "attainment": base.score, "split": "valid"}]
-        table.append(
-            {"policy": f"{base.rule} (defaults)", "attainment": base.default_score, "split": "valid"}
-        )
+        table.append({"policy": f"{base.rule} (defaults)", "attainment": base.default_score, "split": "valid"})
         publisher.start(folder.best, table)
         return _finish(summary, folder, display, base.score, base.default_score)
     publisher = replace(publisher, base=_published(publisher, folder.root / "base"))
@@ -301,9 +299,7 @@ def _environments(worker: int, base: SearchResult, scenario: Scenario, seed: int
     design, setting = base.design, arena_of(scenario).setting
     policy = replace(design.base(setting), arrangement=design.arrangement(setting))
     advise = bool(design.network(setting, 4, 1.0).bonus.any())
-    return SlalomVecEnv(
-        scenario, seed=seed + 100_003 * worker, split="train", policy=policy, advise=advise, **settings
-    )
+    return SlalomVecEnv(scenario, seed=seed + 100_003 * worker, split="train", policy=policy, advise=advise, **settings)
 
 
 def make_env(publisher: Publisher, ray: str | None = None) -> VecEnv:
@@ -348,7 +344,6 @@ def _finish(
 ) -> dict[str, Any]:
     write_json(folder.root / "result.json", summary)
     display.say(
-        f"{folder.best}: {what}: {100 * score:.2f} %, "
-        f"{100 * (score - before):+.2f} points against what it started from"
+        f"{folder.best}: {what}: {100 * score:.2f} %, {100 * (score - before):+.2f} points against what it started from"
     )
     return summary

@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
+from engine.progress import Display
 from env.scenario import Scenario
 from eval.goodput import find_goodput
 from eval.points import Contender, Evaluator, PointSettings
@@ -23,7 +24,6 @@ from eval.tune import KNEE, TuneResult, tune
 from policies import registry
 from policies.rule import Value
 from train.config import TrainConfig
-from train.progress import Display
 from train.space import Design
 
 __all__ = ["SearchResult", "search_rule"]

@@ -29,8 +29,8 @@ import numpy as np
 import typer
 
 from engine.errors import SlalomError
+from engine.files import read_json, write_bytes, write_json
 from eval.stats import stratified_iqm
-from eval.store import read_json, write_bytes, write_json
 
 __all__ = ["Curve", "Stage", "app", "main", "read_stages", "summarise"]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from engine.progress import Display
 from eval.points import Contender
 from train.callbacks import Evaluation
 from train.config import TrainConfig
 from train.export import Publisher
 from train.folder import RunFolder
 from train.judge import Judge, Verdict
-from train.progress import Display
 
 __all__ = ["select"]
 

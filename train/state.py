@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
 from engine.errors import SlalomError
-from eval.store import write_bytes
+from engine.files import write_bytes
 from train.ppo import DispatchPPO
 
 __all__ = ["load_state", "save_state"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
 from engine.core.lists import pop_front, push_back, queue_of, ready_of
 from engine.core.parking import overtaker, park, unpark
 from engine.core.predict import (
@@ -25,6 +24,7 @@ from engine.core.predict import (
 from engine.core.preemption import note_due, recount_due, secure_decode
 from engine.core.prompts import admit_alone, plan_queue, take
 from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
+from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, prefill_s, to_ticks
 
 __all__ = ["plan_lane"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
 from engine.core.state import LaneKind
+from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
 
 __all__ = ["step_ticks", "transfer_ticks"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, publish, release, release_chain
 from engine.core.lists import HANDOVER, inbound_of, link_list, pop_front, push_back, queue_of, ready_of, remove
 from engine.core.preemption import requeue, touch_pool
 from engine.core.slo import end_request
 from engine.core.state import LaneKind, RequestState
+from engine.jit.kernel import kernel
 
 __all__ = ["drop_handover", "hand_over", "pull", "transfer_done"]
 

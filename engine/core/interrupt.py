@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
 from engine.core.kv import release, release_chain
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, link_list, push_back, queue_of, ready_of, remove
 from engine.core.live import start_link
@@ -16,6 +15,7 @@ from engine.core.roles import begin_role_change
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, RequestState, Role, attach
+from engine.jit.kernel import kernel
 
 __all__ = ["abort", "evacuate", "fail_transfer", "lose", "release_blocks", "request_role"]
 

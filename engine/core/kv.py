@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = ["adopt", "blocks_for", "evictable_cost", "find_prefix", "grow", "publish", "release", "release_chain"]
 

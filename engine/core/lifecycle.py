@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
 from engine.core.kv import blocks_for, find_prefix, grow, publish, release
 from engine.core.lists import (
     HANDOVER,
@@ -28,6 +27,7 @@ from engine.core.punctual import line_up
 from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, Order, RequestState, Role
+from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, to_ticks
 
 __all__ = [

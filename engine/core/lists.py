@@ -6,7 +6,7 @@ memory of its own. ``lists[k]`` is (head, tail, length).
 
 from __future__ import annotations
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = [
     "ENDED",

@@ -14,7 +14,6 @@ from engine.core.decision import apply, build, next_decision, open_control
 from engine.core.durations import step_ticks as _step_ticks
 from engine.core.durations import transfer_ticks
 from engine.core.handover import pull, transfer_done
-from engine.core.jit import kernel
 from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
 from engine.core.lists import (
     ENDED,
@@ -24,8 +23,9 @@ from engine.core.lists import (
     queue_of,
 )
 from engine.core.roles import end_role_change, role_change_ready
-from engine.core.rows import make_attach
 from engine.core.state import LaneKind, attach
+from engine.jit.kernel import kernel
+from engine.jit.rows import make_attach
 from engine.latency.evaluate import PROFILE, SHARE, to_ticks
 
 __all__ = [

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, Split
+from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 
 __all__ = [

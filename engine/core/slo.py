@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
 from engine.core.lists import ENDED, push_back
 from engine.core.state import RequestState
+from engine.jit.kernel import kernel
 
 __all__ = ["ITL_BINS", "end_request", "itl_edges_s", "on_first_token", "record_gaps", "seal"]
 

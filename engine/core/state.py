@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.core.rows import make_attach
+from engine.jit.rows import make_attach
 from engine.latency.evaluate import PROFILE, SHARE
 
 __all__ = [

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 from engine.kernels.batch import Batch
 from engine.kernels.reference import TorchKernels
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = [
     "MAX_KNOTS",

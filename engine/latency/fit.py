@@ -287,9 +287,7 @@ def _divides(batches: np.ndarray, threshold: float) -> bool:
     return all(len(side) >= MIN_POINTS // 2 and len(np.unique(side)) >= 2 for side in sides)
 
 
-def _fit_regimes(
-    features: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, threshold: int
-) -> DecodeFit:
+def _fit_regimes(features: np.ndarray, y: np.ndarray, train: np.ndarray, test: np.ndarray, threshold: int) -> DecodeFit:
     large = features[:, 1] >= threshold
     predicted, found = np.empty_like(y), {}
     for regime in (False, True):

@@ -51,9 +51,7 @@ def attention_table(path: Path, heads: int, kv_heads: int, head_dim: int) -> pd.
     import pandas as pd
 
     table = pd.read_parquet(path)
-    shape = (
-        (table.num_heads == heads) & (table.num_key_value_heads == kv_heads) & (table.head_dim == head_dim)
-    )
+    shape = (table.num_heads == heads) & (table.num_key_value_heads == kv_heads) & (table.head_dim == head_dim)
     plain = table.kv_cache_dtype == "bfloat16"
     if "window_size" in table:
         plain &= table.window_size == 0

@@ -45,9 +45,7 @@ def plot_profile(
         right.plot(batches, decode_ms, color=colour)
     if prefill is not None:
         sizes = prefill.features()[:, 2]
-        left.plot(
-            sizes, 1e3 * np.asarray(prefill.seconds), ".", color="black", markersize=4, label="measured"
-        )
+        left.plot(sizes, 1e3 * np.asarray(prefill.seconds), ".", color="black", markersize=4, label="measured")
     if decode is not None:
         right.plot(decode.bs, 1e3 * np.asarray(decode.seconds), ".", color="black", markersize=4)
     left.set(xscale="log", yscale="log", xlabel="prompt tokens in the step", ylabel="prefill [ms]")

@@ -209,8 +209,7 @@ def _muxwise_source(notes: str) -> Provenance:
 
 def _muxwise_70b() -> Profile:
     rows = {
-        sms: _per_1024(tables.A100_70B_PREFILL[sms], tables.A100_70B_DECODE[sms])
-        for sms in tables.A100_70B_PREFILL
+        sms: _per_1024(tables.A100_70B_PREFILL[sms], tables.A100_70B_DECODE[sms]) for sms in tables.A100_70B_PREFILL
     }
     notes = (
         "Prefill: the fit for more than 8K tokens; decode: the fit up to 128K context tokens; n "

@@ -87,9 +87,7 @@ class GGUFFile:
         """
         info = self.tensors.get(name)
         if info is None:
-            raise SlalomError(
-                f"{self.path}: tensor", name, "the file lacks it; is it a whole Llama-family model?"
-            )
+            raise SlalomError(f"{self.path}: tensor", name, "the file lacks it; is it a whole Llama-family model?")
         form = _FORMATS[info.kind]
         raw = np.frombuffer(self._data, dtype=np.uint8, count=info.size, offset=info.offset)
         return form.decode(raw.reshape(-1, form.bytes)).reshape(info.shape)

@@ -41,9 +41,7 @@ class ModelRunner:
         return self.model(batch, self.pool, layers, carry)
 
     @torch.inference_mode()
-    def sample(
-        self, batch: Batch, carry: Carry, params: Sequence[SamplingParams], steps: Sequence[int]
-    ) -> Tensor:
+    def sample(self, batch: Batch, carry: Carry, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
         """The next token of each sampling row, int64 [R], still on the device.
 
         :param params: one for each sampling row, in order

@@ -121,9 +121,7 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]
     return tokens
 
 
-def _truncated(
-    logits: Tensor, top_k: Tensor, top_p: Tensor, draws: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
+def _truncated(logits: Tensor, top_k: Tensor, top_p: Tensor, draws: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Draw after top-k, then top-p, from the ``width`` best; and whether those hold all that may be drawn."""
     best, order = logits.topk(width, sorted=True)
     best = best.masked_fill(torch.arange(width, device=logits.device) >= top_k, float("-inf"))

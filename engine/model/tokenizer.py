@@ -143,9 +143,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = time.strftime
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     return environment
 
 

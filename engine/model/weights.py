@@ -203,9 +203,7 @@ class GGUFCheckpoint(Checkpoint):
         self.file = GGUFFile(path)
         self.architecture = str(self.file.metadata.get("general.architecture"))
         if self.architecture not in ("llama", "qwen2", "qwen3"):
-            raise SlalomError(
-                f"{path}: general.architecture", self.architecture, "supported: llama, qwen2, qwen3"
-            )
+            raise SlalomError(f"{path}: general.architecture", self.architecture, "supported: llama, qwen2, qwen3")
         self.config = self._read_config()
 
     def _read_config(self) -> ModelConfig:

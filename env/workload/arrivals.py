@@ -69,9 +69,7 @@ def on_clock(ticks: np.ndarray, at_s: np.ndarray, rates: np.ndarray) -> np.ndarr
     """
     counted = np.concatenate([[0.0], np.cumsum(np.diff(at_s) * rates)])
     piece = np.clip(np.searchsorted(counted, ticks, side="left") - 1, 0, len(rates) - 1)
-    return at_s[piece] + (ticks - counted[piece]) / np.maximum(
-        rates[piece], 1e-300
-    )  # tick 0 on an idle piece
+    return at_s[piece] + (ticks - counted[piece]) / np.maximum(rates[piece], 1e-300)  # tick 0 on an idle piece
 
 
 class _Arrivals(Model, ABC):
@@ -79,9 +77,7 @@ class _Arrivals(Model, ABC):
     def times(self, rate: float, n: int, rng: np.random.Generator, split: Split = "train") -> np.ndarray:
         """``n`` arrival times, f8, sorted, seconds; ``rate`` is the long-run mean in requests per second."""
 
-    def until(
-        self, rate: float, duration_s: float, rng: np.random.Generator, split: Split = "train"
-    ) -> np.ndarray:
+    def until(self, rate: float, duration_s: float, rng: np.random.Generator, split: Split = "train") -> np.ndarray:
         """The arrivals of ``[0, duration_s)``, however many they are."""
         n = int(rate * duration_s * 1.1) + 32
         while True:
@@ -89,9 +85,7 @@ class _Arrivals(Model, ABC):
             times = self.times(rate, n, rng, split)
             if times[-1] >= duration_s:
                 return times[: np.searchsorted(times, duration_s)]
-            rng.bit_generator.state = (
-                state  # draw again, longer: appending would restart the process's memory
-            )
+            rng.bit_generator.state = state  # draw again, longer: appending would restart the process's memory
             n *= 2
 
 
@@ -219,15 +213,11 @@ class ReplayArrivals(_Arrivals):
     def times(self, rate: float, n: int, rng: np.random.Generator, split: Split = "train") -> np.ndarray:
         trace = self.source.part(split, self.split_at)
         if trace.n_roots < n:
-            raise SlalomError(
-                f"arrival.source {trace.name}", n, f"ask for at most {trace.n_roots} ({split} part)"
-            )
+            raise SlalomError(f"arrival.source {trace.name}", n, f"ask for at most {trace.n_roots} ({split} part)")
         start = int(rng.integers(trace.n_roots - n + 1))
         run = trace.arrival_s[start : start + n] - trace.arrival_s[start]
         if n > 1 and run[-1] <= 0:
-            raise SlalomError(
-                f"arrival.source {trace.name}", float(run[-1]), "give a trace whose times differ"
-            )
+            raise SlalomError(f"arrival.source {trace.name}", float(run[-1]), "give a trace whose times differ")
         return run * ((n - 1) / (rate * run[-1])) if n > 1 else run
 
 

@@ -42,9 +42,7 @@ def stream(seed: int, split: Split) -> np.random.Generator:
     """Random stream of (seed, split); spawn keys make the splits independent for every seed."""
     if split not in SPLIT_NAMES:
         raise SlalomError("split", split, f"give one of {', '.join(SPLIT_NAMES)}")
-    return np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(SPLIT_NAMES.index(split),)))
-    )
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(SPLIT_NAMES.index(split),))))
 
 
 def check_request(rate: float, n: int) -> None:

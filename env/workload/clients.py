@@ -89,9 +89,7 @@ class ClientsSpec(WorkloadBase):
         return trace if fits.all() else trace.rows(fits)
 
 
-def client_times(
-    pool: ClientPool, rate: float, n: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def client_times(pool: ClientPool, rate: float, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Superpose the clients over ``n / rate`` seconds.
 
     Each client's number of requests is drawn from its share, its gaps from its family with one gap more
@@ -138,9 +136,7 @@ def _stamp(path: str) -> int:
 
 
 @lru_cache(maxsize=4)
-def _read_clients(
-    rates_path: str, lengths_path: str | None, stamps: tuple[int, ...]
-) -> tuple[ClientPool, ...]:
+def _read_clients(rates_path: str, lengths_path: str | None, stamps: tuple[int, ...]) -> tuple[ClientPool, ...]:
     names = {"client": "client_id", "time": "timestamp", "rate": "rate", "cv": "cv", "pattern": "pattern"}
     table = read_csv(Path(rates_path), names)
     client, time, rate, cv = (table.numbers(name) for name in ("client", "time", "rate", "cv"))
@@ -214,9 +210,7 @@ def _pick(
     return pools[int(rng.integers(first, last))]
 
 
-def _client_lengths(
-    pool: ClientPool, client: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _client_lengths(pool: ClientPool, client: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     prompt, output = np.empty(len(client), np.int32), np.empty(len(client), np.int32)
     for place in np.unique(client):
         rows = np.flatnonzero(client == place)

@@ -20,9 +20,7 @@ __all__ = ["DocumentsPrefix", "PrefixSpec", "RagPrefix", "SystemPrefix", "layere
 def zipf(n: int, exponent: float, size: int | tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Ranks 0..n-1 with probability proportional to (rank + 1) ** -exponent."""
     weights = np.arange(1, n + 1, dtype=float) ** -exponent
-    return np.minimum(
-        np.searchsorted(weights.cumsum() / weights.sum(), rng.random(size), side="right"), n - 1
-    )
+    return np.minimum(np.searchsorted(weights.cumsum() / weights.sum(), rng.random(size), side="right"), n - 1)
 
 
 def layered(keys: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -124,9 +122,7 @@ class DocumentsPrefix(_Prefix):
         tokens = trace.prompt[first][inverse]
         prompt = tokens + draw_marginal(self.question_tokens, rng.random(trace.n))
         keys = mix64(document ^ rng.integers(0, 2**63))[:, None]
-        return self._hashed(
-            trace, prompt, keys, (tokens // self.hash_tokens)[:, None].astype(np.int64), max_context
-        )
+        return self._hashed(trace, prompt, keys, (tokens // self.hash_tokens)[:, None].astype(np.int64), max_context)
 
 
 class RagPrefix(_Prefix):

@@ -57,9 +57,7 @@ def _tool_agent() -> MixtureLengths:
     agents = JointLengths(kind="joint", prompt=_uniform(2900, 3300), output=_uniform(16, 24))
     chat = _table("mooncake-conversation")
     assert isinstance(chat.prompt, QuantileMarginal)
-    shorter = QuantileMarginal(
-        kind="quantiles", q=chat.prompt.q, v=tuple(0.907 * tokens for tokens in chat.prompt.v)
-    )
+    shorter = QuantileMarginal(kind="quantiles", q=chat.prompt.q, v=tuple(0.907 * tokens for tokens in chat.prompt.v))
     return MixtureLengths(
         kind="mixture",
         parts=(

@@ -79,9 +79,7 @@ class Table:
         bad = np.flatnonzero((values < 1) | (values != np.floor(values)) | (values >= 2**31))
         if len(bad):
             row = int(bad[0])
-            raise SlalomError(
-                f"{self.place(row)}, {name}", self.columns[name][row], "give whole tokens, at least 1"
-            )
+            raise SlalomError(f"{self.place(row)}, {name}", self.columns[name][row], "give whole tokens, at least 1")
         return values.astype(np.int64)
 
 
@@ -108,13 +106,9 @@ def _lines(path: Path) -> Iterator[str]:
     except FileNotFoundError as error:
         raise SlalomError("path", str(path), "give a file that exists") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SlalomError(
-            f"{path.name}: after line {number}", str(error), "fetch the file again, it is cut"
-        ) from error
+        raise SlalomError(f"{path.name}: after line {number}", str(error), "fetch the file again, it is cut") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise SlalomError(
-            f"{path.name}: after line {number}", str(error), "give a readable UTF-8 text file"
-        ) from error
+        raise SlalomError(f"{path.name}: after line {number}", str(error), "give a readable UTF-8 text file") from error
 
 
 def _resolve(path: Path, names: dict[str, str], present: list[str]) -> dict[str, str]:
@@ -165,9 +159,7 @@ def read_jsonl(path: Path, names: dict[str, str]) -> Table:
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise SlalomError(
-                f"{path.name}: line {number}", line[:80], f"give whole JSON ({error})"
-            ) from error
+            raise SlalomError(f"{path.name}: line {number}", line[:80], f"give whole JSON ({error})") from error
         if not isinstance(value, dict):
             raise SlalomError(f"{path.name}: line {number}", value, "give one JSON object per line")
         objects.append(value)

@@ -125,9 +125,7 @@ def read_trace(
     table = form.read(path, form.names | (columns or {}))
     dropped: dict[str, int] = {}
     if form.drop_zero:
-        table = table.keep(
-            (table.numbers("prompt") != 0) & (table.numbers("output") != 0), dropped, "zero tokens"
-        )
+        table = table.keep((table.numbers("prompt") != 0) & (table.numbers("output") != 0), dropped, "zero tokens")
     unit = time_unit or form.time_unit
     first_turn, parent = _turns(table)
     open_loop = table.rows_at(first_turn)
@@ -167,9 +165,7 @@ def _turns(table: Table) -> tuple[np.ndarray, np.ndarray]:
             continue
         if delayed[row]:  # without a delay a later turn keeps its own time stamp
             if session not in last:
-                raise SlalomError(
-                    table.place(row), session, "the first turn of a session has no delay but a time"
-                )
+                raise SlalomError(table.place(row), session, "the first turn of a session has no delay but a time")
             parent[row] = last[session]
         last[session] = row
     return np.flatnonzero(parent < 0), parent
@@ -209,9 +205,7 @@ def _build(
 def _delays(table: Table, rows: np.ndarray, unit: str) -> np.ndarray:
     """Seconds; ``delay`` is in the file's unit, ``delay_ms`` says its own."""
     seconds = np.zeros(len(rows))
-    factor = {"s": 1.0, "datetime": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}.get(unit) or float(
-        unit.split()[-1]
-    )
+    factor = {"s": 1.0, "datetime": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}.get(unit) or float(unit.split()[-1])
     for name, scale in (("delay", factor), ("delay_ms", 1e-3)):
         if name in table.columns and len(rows):
             raw = table.optional_numbers(name)[rows]
@@ -226,9 +220,7 @@ def _hashes(table: Table, order: np.ndarray, hash_tokens: int) -> dict[str, Any]
     if "hash_ids" not in table.columns:
         return {}
     if "hash_tokens" in table.columns:
-        table.require(
-            "hash_tokens", lambda size: type(size) is int and size > 0, "give whole tokens per block"
-        )
+        table.require("hash_tokens", lambda size: type(size) is int and size > 0, "give whole tokens per block")
         sizes = {value for value in table.columns["hash_tokens"] if value is not None}
         if len(sizes) > 1:
             raise SlalomError(f"{table.path.name}: hash_tokens", sorted(sizes), "use one block size per file")
@@ -249,16 +241,12 @@ def _hashes(table: Table, order: np.ndarray, hash_tokens: int) -> dict[str, Any]
     return {"hash_tokens": hash_tokens, "hash_n": count, "hash_start": start, "hashes": hashes}
 
 
-def _labels(
-    table: Table, order: np.ndarray, classes: tuple[str, ...], meta: dict[str, Any]
-) -> dict[str, Any]:
+def _labels(table: Table, order: np.ndarray, classes: tuple[str, ...], meta: dict[str, Any]) -> dict[str, Any]:
     """Class indices and per-request targets; ``priority`` is accepted but classes carry the weight here."""
     labels: dict[str, Any] = {}
     for name, column in (("slo_ttft_ms", "ttft_s"), ("slo_tpot_ms", "tpot_s")):
         if name in table.columns:
-            table.require(
-                name, lambda ms: type(ms) in (int, float) and 0 < ms < 1e12, "give milliseconds > 0"
-            )
+            table.require(name, lambda ms: type(ms) in (int, float) and 0 < ms < 1e12, "give milliseconds > 0")
             labels[column] = table.optional_numbers(name)[order] / 1e3
     if "cls" in table.columns:
         fix = "give class names or indices from 0"
@@ -284,9 +272,7 @@ def _spread(trace: Trace, spread_s: float, seed: int) -> Trace:
     jitter = np.random.default_rng(seed).uniform(0.0, spread_s, trace.n_roots)
     moved = trace.arrival_s.copy()
     moved[: trace.n_roots] += jitter
-    order = np.concatenate(
-        [np.argsort(moved[: trace.n_roots], kind="stable"), np.arange(trace.n_roots, trace.n)]
-    )
+    order = np.concatenate([np.argsort(moved[: trace.n_roots], kind="stable"), np.arange(trace.n_roots, trace.n)])
     columns = {
         column: getattr(trace, column)[order]
         for column in (

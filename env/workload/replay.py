@@ -70,9 +70,7 @@ def body_runs(part: Trace, n: int, run: int, rng: np.random.Generator) -> Trace:
 def _end_to_end(picks: list[Trace]) -> Trace:
     """Runs without turns share one ``hashes`` array: blocks of different runs may match, as in the file."""
     columns = ("prompt", "output", "cls", "ttft_s", "tpot_s", "next_turn", "think_s", "hash_start", "hash_n")
-    joined: dict[str, Any] = {
-        column: np.concatenate([getattr(t, column) for t in picks]) for column in columns
-    }
+    joined: dict[str, Any] = {column: np.concatenate([getattr(t, column) for t in picks]) for column in columns}
     n = len(joined["prompt"])
     return replace(picks[0], arrival_s=np.zeros(n), n_roots=n, **joined)
 

@@ -140,13 +140,9 @@ class SessionsSpec(WorkloadBase):
             if have >= n:
                 session, prompt, output = (np.concatenate(parts)[:n] for parts in zip(*columns, strict=True))
                 return session, prompt, output, skipped
-        raise SlalomError(
-            "workload.max_context", self.max_context, "allow longer requests or shorten `first`"
-        )
+        raise SlalomError("workload.max_context", self.max_context, "allow longer requests or shorten `first`")
 
-    def _batch(
-        self, sessions: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    def _batch(self, sessions: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         turns = draw_marginal(self.turns, rng.random(sessions))
         total = int(turns.sum())
         output = draw_marginal(self.output, rng.random(total)).astype(np.int64)

@@ -46,9 +46,7 @@ class SourceSpec(Model):
             raise SlalomError("workload.source.path", self.path, "give a file that exists") from error
         return _read(self.model_dump_json(), stamp)
 
-    def part(
-        self, split: Split, split_at: tuple[float, float], window: tuple[float, float] | None = None
-    ) -> Trace:
+    def part(self, split: Split, split_at: tuple[float, float], window: tuple[float, float] | None = None) -> Trace:
         """The split's stretch of time (of ``window``, if given), starting at 0."""
         return _cut(self.load(), split, split_at, window)
 
@@ -69,9 +67,7 @@ def _read(dumped: str, stamp: int) -> Trace:
 
 
 @lru_cache(maxsize=48)
-def _cut(
-    trace: Trace, split: Split, split_at: tuple[float, float], window: tuple[float, float] | None
-) -> Trace:
+def _cut(trace: Trace, split: Split, split_at: tuple[float, float], window: tuple[float, float] | None) -> Trace:
     if split not in SPLIT_NAMES:
         raise SlalomError("split", split, f"give one of {', '.join(SPLIT_NAMES)}")
     if not 0 < split_at[0] < split_at[1] < 1:

@@ -53,9 +53,7 @@ def _datetimes(table: Table) -> np.ndarray:
             first = first or stamp
             seconds[row] = (stamp - first).total_seconds() + (float(f"0.{fraction}") if fraction else 0.0)
         except (TypeError, ValueError):
-            raise SlalomError(
-                f"{table.place(row)}, time", text, "write times as YYYY-MM-DD HH:MM:SS.ffffff"
-            ) from None
+            raise SlalomError(f"{table.place(row)}, time", text, "write times as YYYY-MM-DD HH:MM:SS.ffffff") from None
     return seconds
 
 
@@ -71,9 +69,7 @@ def _choices(table: Table) -> str:
     values = table.numbers("time")
     span, n = float(values[-1] - values[0]), max(table.n - 1, 1)
     shown = "; ".join(
-        f"{unit}: {span * factor:,.6g} s long, {n / (span * factor):,.4g} req/s"
-        if span > 0
-        else f"{unit}: 0 s long"
+        f"{unit}: {span * factor:,.6g} s long, {n / (span * factor):,.4g} req/s" if span > 0 else f"{unit}: 0 s long"
         for unit, factor in UNITS.items()
     )
     return f"the file does not say its unit, pass time_unit ({shown})"

@@ -129,9 +129,7 @@ class Trace:
     def _cast(self, column: str, dtype: type) -> np.ndarray:
         raw = np.asarray(getattr(self, column))
         if raw.ndim != 1 or len(raw) != len(self.arrival_s):
-            raise SlalomError(
-                f"trace.{column}", raw.shape, f"give one value per request ({len(self.arrival_s)})"
-            )
+            raise SlalomError(f"trace.{column}", raw.shape, f"give one value per request ({len(self.arrival_s)})")
         if np.issubdtype(dtype, np.integer) and not np.issubdtype(raw.dtype, np.integer):
             raise SlalomError(f"trace.{column}", str(raw.dtype), "give whole numbers")
         if raw.dtype != dtype and np.issubdtype(dtype, np.integer) and len(raw):
@@ -148,9 +146,7 @@ class Trace:
         roots = self.arrival_s[: self.n_roots]
         _reject("trace.arrival_s", roots, ~(np.isfinite(roots) & (roots >= 0)), "give finite times >= 0")
         later = self.arrival_s[self.n_roots :]
-        _reject(
-            "trace.arrival_s", later, ~np.isposinf(later), "follow-up turns have arrival inf", self.n_roots
-        )
+        _reject("trace.arrival_s", later, ~np.isposinf(later), "follow-up turns have arrival inf", self.n_roots)
         _reject("trace.arrival_s", roots[1:], roots[1:] < roots[:-1], "sort the requests by arrival", 1)
         for column in ("prompt", "output"):
             values = getattr(self, column)
@@ -181,14 +177,10 @@ class Trace:
 
     def _check_hashes(self) -> None:
         if self.hash_tokens < 0 or self.hash_tokens % 16:
-            raise SlalomError(
-                "trace.hash_tokens", self.hash_tokens, "give a multiple of 16, or 0 for no hashes"
-            )
+            raise SlalomError("trace.hash_tokens", self.hash_tokens, "give a multiple of 16, or 0 for no hashes")
         end = self.hash_start + self.hash_n
         bad = (self.hash_start < 0) | (self.hash_n < 0) | (end > len(self.hashes))
-        _reject(
-            "trace.hash_start", self.hash_start, bad, f"stay within the {len(self.hashes)} entries of hashes"
-        )
+        _reject("trace.hash_start", self.hash_start, bad, f"stay within the {len(self.hashes)} entries of hashes")
         if not self.hash_tokens:
             _reject("trace.hash_n", self.hash_n, self.hash_n > 0, "set hash_tokens, or leave the hashes out")
 
@@ -297,14 +289,10 @@ def scale_rate(trace: Trace, rate: float) -> Trace:
     roots = trace.arrival_s[: trace.n_roots]
     span = float(roots[-1] - roots[0]) if len(roots) else 0.0
     if span <= 0:
-        raise SlalomError(
-            f"trace {trace.name}", span, "give a trace with at least two distinct arrival times"
-        )
+        raise SlalomError(f"trace {trace.name}", span, "give a trace with at least two distinct arrival times")
     factor = (len(roots) - 1) / (rate * span)
     done = trace.meta.get("time_factor", 1.0)
-    return replace(
-        trace, arrival_s=trace.arrival_s * factor, meta=trace.meta | {"time_factor": done * factor}
-    )
+    return replace(trace, arrival_s=trace.arrival_s * factor, meta=trace.meta | {"time_factor": done * factor})
 
 
 def merge(traces: Sequence[Trace], name: str = "mix") -> Trace:
@@ -322,9 +310,7 @@ def merge(traces: Sequence[Trace], name: str = "mix") -> Trace:
         [np.where(t.next_turn >= 0, t.next_turn + off, -1) for t, off in zip(parts, offsets, strict=False)]
     ).astype(np.int32)
     entries = np.cumsum([0, *(len(t.hashes) for t in parts)])
-    joined["hash_start"] = np.concatenate(
-        [t.hash_start + off for t, off in zip(parts, entries, strict=False)]
-    )
+    joined["hash_start"] = np.concatenate([t.hash_start + off for t, off in zip(parts, entries, strict=False)])
     order = np.argsort(joined["arrival_s"], kind="stable")  # inf last, so turns keep following their parents
     place = np.full(len(order) + 1, -1, np.int32)
     place[order] = np.arange(len(order), dtype=np.int32)

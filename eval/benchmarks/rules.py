@@ -14,9 +14,9 @@ import numba
 import numpy as np
 
 from engine.core.columns import Ctx, Kind
-from engine.core.jit import kernel
-from engine.core.rows import addresses
 from engine.errors import SlalomError
+from engine.jit.kernel import kernel
+from engine.jit.rows import addresses
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s
 from env.scenario import Scenario

@@ -133,7 +133,7 @@ def _iteration() -> dict[str, dict[str, float]]:
 def _core_iteration() -> dict[str, float]:
     """Microseconds of what the compiled core does of it: plan and book one decode step."""
     from engine.core import live
-    from engine.core.rows import addresses
+    from engine.jit.rows import addresses
 
     bench, rng = _Bench(1, "least_tokens", slots=2 * BATCH), np.random.default_rng(0)
     for _ in range(BATCH):

@@ -41,8 +41,8 @@ def _has_gpu() -> bool:
 
 
 def _measure_all(options: argparse.Namespace) -> int:
+    from engine.provenance import commit
     from eval.gpu_check.catalogue import GROUPS
-    from eval.provenance import commit
 
     wanted = [name for name in options.only.split(",") if name] or list(GROUPS)
     if unknown := set(wanted) - set(GROUPS):

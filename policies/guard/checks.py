@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col
-from engine.core.jit import kernel
+from engine.jit.kernel import kernel
 
 __all__ = ["FINE", "NOT_FINITE", "OUTSIDE", "fits", "inspect", "widened"]
 

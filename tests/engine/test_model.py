@@ -32,10 +32,7 @@ from engine.model.weights import resolve_model
 torch.set_num_threads(1)
 PAGE = 16
 GREEDY = SamplingParams(temperature=0.0)
-PROMPTS = [
-    torch.randint(0, 257, (n,), generator=torch.Generator().manual_seed(n)).tolist()
-    for n in (1, 7, 16, 33, 70)
-]
+PROMPTS = [torch.randint(0, 257, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 7, 16, 33, 70)]
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +113,7 @@ LLAMA3 = {
     ],
     ids=["llama", "llama3-rope-tied", "llama-linear-rope", "mistral", "qwen2", "qwen3"],
 )
-def test_logits_and_greedy_tokens_match_transformers(
-    family: str, changes: dict[str, Any], tmp_path: Path
-) -> None:
+def test_logits_and_greedy_tokens_match_transformers(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     theirs = oracle(family, **changes)
     theirs.save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
@@ -175,9 +170,7 @@ def test_layer_slices_are_plain_prefill(tiny: ModelRunner, plain: list[list[int]
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_any_schedule_gives_the_same_tokens(
-    tiny: ModelRunner, plain: list[list[int]], data: st.DataObject
-) -> None:
+def test_any_schedule_gives_the_same_tokens(tiny: ModelRunner, plain: list[list[int]], data: st.DataObject) -> None:
     """Mixed batches: at each step any of the sequences move on, by a chunk or a token, in any order."""
     sequences = [Sequence(tiny, prompt, blocks_of(i)) for i, prompt in enumerate(PROMPTS)]
     for _ in range(200):

@@ -72,14 +72,11 @@ def test_flat_distributions_reach_past_the_first_look() -> None:
     """Top-p over nearly equal tokens keeps far more of them than are sorted at first."""
     n = 3000
     logits = torch.zeros(1, n)
-    tokens = [
-        choose_tokens(logits, [SamplingParams(seed=seed, top_p=0.9)], [0], NONE).item() for seed in range(400)
-    ]
+    tokens = [choose_tokens(logits, [SamplingParams(seed=seed, top_p=0.9)], [0], NONE).item() for seed in range(400)]
     assert len(set(tokens)) > 300
     ranks = torch.linspace(0, 0.01, n).flip(0)  # falling slightly: token i has rank i
     drawn = [
-        choose_tokens(ranks[None], [SamplingParams(seed=seed, top_p=0.5)], [0], NONE).item()
-        for seed in range(400)
+        choose_tokens(ranks[None], [SamplingParams(seed=seed, top_p=0.5)], [0], NONE).item() for seed in range(400)
     ]
     assert 1300 < max(drawn) < 1505
 
@@ -148,9 +145,7 @@ def test_a_possible_stop_string_is_held_back() -> None:
     assert [output.push(token) for token in b"xababd"] == ["x", "", "", "ab", "", "abd"]
 
 
-@given(
-    st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3)
-)
+@given(st.text(alphabet="ab", max_size=30), st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=3))
 def test_streamed_text_is_the_text_cut_at_the_first_stop(text: str, stops: list[str]) -> None:
     """However the pieces fall: what was streamed is what one would cut from the text seen so far."""
     output = Generation(SamplingParams(max_tokens=100, stop=tuple(stops)), TOKENIZER)

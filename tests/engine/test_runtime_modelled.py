@@ -14,10 +14,10 @@ from runtime_cases import RandomPolicy, crowded_cluster, random_cluster
 
 from engine.clock import VirtualClock
 from engine.core import interrupt
-from engine.core.rows import addresses
 from engine.core.state import ClusterState, RequestState
 from engine.errors import SlalomError
 from engine.integrity import faults
+from engine.jit.rows import addresses
 from engine.modelled import ModelledInstances, play
 from engine.runtime import Runtime
 from env.clock import new_sim

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.core.rows import addresses
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, Role
+from engine.jit.rows import addresses
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
@@ -200,9 +200,7 @@ def test_decode_at_constant_pace_holds_a_poisson_number_of_requests():
     step_s, output, rate = 0.020, 50, 40.0
     arrival = poisson(rate, 100_000, 7)
     device = latency(decode=(0.0, 0.0, step_s))
-    req = serve(
-        device, arrival, 16, output, role=Role.MIXED, chunk_tokens=8192, max_prefills=128, kv_tokens=1_000_000
-    )
+    req = serve(device, arrival, 16, output, role=Role.MIXED, chunk_tokens=8192, max_prefills=128, kv_tokens=1_000_000)
     # An idle instance would start a step at once; at this load that never happens after the first seconds.
     at = np.random.default_rng(8).integers(int(10e12), arrival[-1], 50_000)
     inside = np.searchsorted(arrival, at, "right") - np.searchsorted(np.sort(req["finished"]), at, "right")

@@ -20,8 +20,7 @@ MOONCAKE = [
     {"timestamp": 3000, "input_length": 600, "output_length": 2, "hash_ids": [4, 1]},
 ]
 AZURE = (
-    "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-    "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:47.1805901,20,3\n"
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:47.1805901,20,3\n"
 )
 BURST = (
     "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.core.jit import CACHE_DIR
+from engine.jit.kernel import CACHE_DIR
 
 TESTS = Path(__file__).resolve().parents[1]
 

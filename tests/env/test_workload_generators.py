@@ -94,9 +94,7 @@ def test_bins_and_sinusoid_put_the_rate_where_they_say() -> None:
 
 
 def test_clock_inverts_the_integral_of_the_rate() -> None:
-    out = on_clock(
-        np.array([0.0, 1.0, 2.0, 2.5, 9.0]), np.array([0.0, 2.0, 5.0, 6.0]), np.array([1.0, 0.0, 2.0])
-    )
+    out = on_clock(np.array([0.0, 1.0, 2.0, 2.5, 9.0]), np.array([0.0, 2.0, 5.0, 6.0]), np.array([1.0, 0.0, 2.0]))
     assert out == pytest.approx([0.0, 1.0, 2.0, 5.25, 8.5])
 
 
@@ -256,9 +254,7 @@ def test_each_turn_contains_all_that_was_said() -> None:
 def test_system_prompts_are_reused_by_popularity() -> None:
     prefix = {"kind": "system", "prompts": 2, "tokens": 512, "zipf": 1.0, "share": 0.5, "included": False}
     lengths = {"kind": "fixed", "prompt": 88, "output": 20}
-    trace = parse_workload({"kind": "synthetic", "lengths": lengths, "prefix": prefix}).build(
-        1, 6000, 0, "train"
-    )
+    trace = parse_workload({"kind": "synthetic", "lengths": lengths, "prefix": prefix}).build(1, 6000, 0, "train")
     first = trace.hashes[trace.hash_start[trace.prompt == 600]]
     counts = np.sort(np.unique(first, return_counts=True)[1])[::-1]
     assert counts.sum() / 6000 == pytest.approx(0.5, abs=0.03)
@@ -280,9 +276,7 @@ def test_shift_moves_rate_and_mix() -> None:
         {"duration": 2, "rate": 1, "weights": [1, 0], "ramp": True},
     ]
     lengths = [{"kind": "fixed", "prompt": p, "output": 1} for p in (10, 20)]
-    trace = parse_workload({"kind": "shift", "lengths": lengths, "phases": phases}).build(
-        10, 80_000, 0, "train"
-    )
+    trace = parse_workload({"kind": "shift", "lengths": lengths, "phases": phases}).build(10, 80_000, 0, "train")
     assert trace.duration_s == pytest.approx(8000, rel=0.02)
     quarter = np.minimum((trace.arrival_s // 2000).astype(int), 3)
     # over the ramp the rate falls 3 -> 1: its halves average 2.5 and 1.5 of the total 1 + 3 + 2.5 + 1.5 = 8
@@ -375,9 +369,7 @@ def small_trace(folder: Path, rows: int = 1000) -> str:
 def test_trace_kind_cuts_by_time_and_scales_or_swaps(tmp_path: Path) -> None:
     source = {"path": small_trace(tmp_path), "format": "mooncake", "time_unit": "ms"}
     replay = parse_workload({"kind": "trace", "source": source})
-    seen = {
-        s: set(np.concatenate([replay.build(2.0, 50, k, s).prompt for k in range(30)])) for s in SPLIT_NAMES
-    }
+    seen = {s: set(np.concatenate([replay.build(2.0, 50, k, s).prompt for k in range(30)])) for s in SPLIT_NAMES}
     assert max(seen["train"]) < 1200 <= min(seen["valid"])
     assert max(seen["valid"]) < 1400 <= min(seen["test"])
     trace = replay.build(2.0, 50, 0, "train")

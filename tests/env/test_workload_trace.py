@@ -33,11 +33,7 @@ def traces(draw: st.DrawFn) -> Trace:
             row, free = free, free + 1
     count = (prompt + output) // unit if unit else np.zeros(n, int)
     owner = Trace.make(arrival, prompt, output, n_roots=roots, next_turn=next_turn).owner()
-    ids = (
-        np.concatenate([1000 * owner[i] + np.arange(count[i]) for i in range(n)])
-        if unit
-        else np.empty(0, int)
-    )
+    ids = np.concatenate([1000 * owner[i] + np.arange(count[i]) for i in range(n)]) if unit else np.empty(0, int)
     columns = {"hash_n": count, "hash_start": np.cumsum(count) - count, "hashes": chain(ids, count)}
     think = rng.random(n)
     return Trace.make(
@@ -196,9 +192,7 @@ def test_refined_hashes_keep_reuse() -> None:
     start = np.cumsum(count) - count
     hashes = chain(np.array([1, 2, 3, 1, 2, 1, 9, 3]), count)
     arrival, prompt, output = np.arange(3.0), np.array([96, 64, 96]), np.ones(3, int)
-    coarse = Trace.make(
-        arrival, prompt, output, hash_n=count, hash_start=start, hashes=hashes, hash_tokens=32
-    )
+    coarse = Trace.make(arrival, prompt, output, hash_n=count, hash_start=start, hashes=hashes, hash_tokens=32)
     fine_start, fine_count, fine = refine(start, count, hashes, 2)
     finer = replace(coarse, hash_start=fine_start, hash_n=fine_count, hashes=fine, hash_tokens=16)
     assert reused_tokens(coarse).tolist() == [0, 64, 32]

@@ -32,9 +32,7 @@ def test_goodput_search_finds_the_truth_and_the_ratio_has_a_paired_interval(eval
     assert ratio["value"] == pytest.approx(1 / 1.1, rel=0.02)
     assert ratio["low"] < 1 / 1.1 < ratio["high"] < 1.0
     alone = better["goodput"]["0.9"]
-    assert (
-        ratio["high"] - ratio["low"] < (alone["high"] - alone["low"]) / alone["rate"]
-    )  # pairing cancels luck
+    assert ratio["high"] - ratio["low"] < (alone["high"] - alone["low"]) / alone["rate"]  # pairing cancels luck
 
 
 def test_all_policies_meet_at_the_rates_where_the_two_best_just_hold(evaluator):
@@ -88,9 +86,7 @@ def test_a_rival_that_never_meets_the_target_has_no_ratio(evaluator):
     assert any("at no rate" in s for s in verdict(result))
 
 
-@pytest.mark.parametrize(
-    ("contenders", "seeds"), [([], [0]), (["x1", "x1"], [0]), (["x1"], []), (["x1"], [0, 0])]
-)
+@pytest.mark.parametrize(("contenders", "seeds"), [([], [0]), (["x1", "x1"], [0]), (["x1"], []), (["x1"], [0, 0])])
 def test_ambiguous_comparisons_are_refused(evaluator, contenders, seeds):
     with pytest.raises(SlalomError):
         compare(evaluator, [Contender(c) for c in contenders], seeds, rates=[1.0])

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import eval.cli as cli
 from engine.errors import SlalomError
-from eval.store import read_json
+from engine.files import read_json
 
 FACTORS = {"least_tokens": 1.0, "round_robin": 0.8}
 
@@ -74,9 +74,7 @@ def test_rates_are_read_as_ranges_or_lists(text, expected):
     assert cli.parse_rates(text) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "a", "1:2", "2:1:1", "1:2:0", "-1", "0", "nan", "inf", "1:2:3:4", "1:1e8:1e-3"]
-)
+@pytest.mark.parametrize("text", ["", "a", "1:2", "2:1:1", "1:2:0", "-1", "0", "nan", "inf", "1:2:3:4", "1:1e8:1e-3"])
 def test_rates_that_make_no_sense_are_refused(text):
     with pytest.raises(SlalomError):
         cli.parse_rates(text)

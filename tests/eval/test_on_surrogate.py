@@ -53,10 +53,7 @@ def test_throughput_obeys_littles_law_and_conservation(run):
 
 def test_policies_see_the_same_arrivals_and_a_point_repeats_exactly(scenario):
     rate = scenario.reference_rate
-    runs = [
-        simulate(scenario, name, rate=rate, n_requests=200, seed=5)
-        for name in ("least_tokens", "round_robin")
-    ]
+    runs = [simulate(scenario, name, rate=rate, n_requests=200, seed=5) for name in ("least_tokens", "round_robin")]
     for column in ("arrival", "prompt", "output", "ttft_slo"):
         np.testing.assert_array_equal(runs[0].req[column], runs[1].req[column])
     settings = PointSettings(n_requests=200)

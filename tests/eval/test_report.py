@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 import pytest
 from eval_cases import Scenario, synthetic_measure
 
+from engine.files import read_json
 from eval.compare import compare
 from eval.points import Contender, Evaluator, PointSettings
 from eval.report import write_report
-from eval.store import read_json
 
 
 class Page(HTMLParser):

@@ -55,9 +55,7 @@ def test_seed_noise_widens_the_interval_that_block_noise_alone_would_give():
     rng = np.random.default_rng(2)
     level = rng.normal(0.85, 0.05, size=6)
     good = np.broadcast_to((100 * level).round()[None, :, None], (1, 6, 20))
-    low, high = interval(
-        bootstrap_attainment(good, np.full((1, 6, 20), 100), bootstrap_weights(6, 20, 1000, 0))[:, 0]
-    )
+    low, high = interval(bootstrap_attainment(good, np.full((1, 6, 20), 100), bootstrap_weights(6, 20, 1000, 0))[:, 0])
     assert high - low > 0.04
     assert low < level.mean() < high
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from engine.errors import SlalomError
-from eval.store import read_json, write_json
+from engine.files import read_json, write_json
 
 
 def test_a_full_disk_is_a_clear_message_and_leaves_the_old_file(tmp_path, monkeypatch):

@@ -77,9 +77,7 @@ def random_decision(rng: np.random.Generator, kind: Kind, rows: int) -> tuple[np
     table = instances(*listed, last=Col.IS_KEEP if control else Col.IS_HOLD)
     table[:-1, Col.TTFT : Col.DRAINING] = rng.exponential(0.7, (rows - 1, Col.DRAINING - Col.TTFT))
     table[:-1, Col.SLACK : Col.SLACK_AFTER + 1] -= 0.7
-    table[:-1, Col.QUEUE_TOKENS : Col.NEW_ROLE] = rng.exponential(
-        100.0, (rows - 1, Col.NEW_ROLE - Col.QUEUE_TOKENS)
-    )
+    table[:-1, Col.QUEUE_TOKENS : Col.NEW_ROLE] = rng.exponential(100.0, (rows - 1, Col.NEW_ROLE - Col.QUEUE_TOKENS))
     return ctx, table[rng.permutation(rows)]
 
 

@@ -61,9 +61,7 @@ def test_a_loaded_network_decides_like_the_one_that_was_saved(saved: Path) -> No
     for trial in range(30):
         ctx, rows = random_decision(rng, Kind(trial % 4), 5)
         params = compiled.pack(net.arrays(), net.normalisation, 5)
-        want = compiled.decide(
-            ctx, rows, np.ones(5, np.uint8), params, np.zeros(compiled.memory_cells(16, 5))
-        )
+        want = compiled.decide(ctx, rows, np.ones(5, np.uint8), params, np.zeros(compiled.memory_cells(16, 5)))
         assert choose(policy, ctx, rows) == want
     assert policy.describe()["kind"] == "network"
     assert policy.arrangement[3].chunk_tokens == 256
@@ -88,9 +86,7 @@ def test_facts_come_back_and_the_card_tells_them(saved: Path) -> None:
 
 
 def test_a_tuned_rule_round_trips(tmp_path: Path) -> None:
-    save_rule(
-        tmp_path / "r", rule="chunked", values={"chunk_tokens": 300}, profile={}, facts=Facts(name="mine")
-    )
+    save_rule(tmp_path / "r", rule="chunked", values={"chunk_tokens": 300}, profile={}, facts=Facts(name="mine"))
     policy = registry.load_policy(tmp_path / "r", setting(2))
     assert policy.name == "mine"
     assert policy.params.tolist() == [300.0, 0.0]
@@ -98,9 +94,7 @@ def test_a_tuned_rule_round_trips(tmp_path: Path) -> None:
     assert choose(policy, context(Kind.PLACE_PREFILL), instances({"OUTSTANDING": 2}, {"OUTSTANDING": 1})) == 1
 
 
-def _rewrite_weights(
-    folder: Path, change: Callable[[dict[str, np.ndarray]], Any], fix_hash: bool = True
-) -> None:
+def _rewrite_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], Any], fix_hash: bool = True) -> None:
     import hashlib
 
     path = folder / "weights.safetensors"
@@ -189,9 +183,7 @@ def test_weights_that_diverged_are_not_saved(tmp_path: Path) -> None:
 def test_facts_that_are_no_json_are_refused(tmp_path: Path) -> None:
     for training in ({"loss": float("nan")}, {"when": object()}):
         with pytest.raises(SlalomError):
-            save_rule(
-                tmp_path / "p", rule="chunked", values={}, profile={}, facts=Facts("p", training=training)
-            )
+            save_rule(tmp_path / "p", rule="chunked", values={}, profile={}, facts=Facts("p", training=training))
     assert list(tmp_path.iterdir()) == []
 
 

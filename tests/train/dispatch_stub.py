@@ -118,9 +118,7 @@ class StubEnv(VecEnv):
         return self._observe(), rewards, dones, infos
 
     def env_state(self) -> bytes:
-        return json.dumps(
-            {n: getattr(self, n).tolist() for n in ("round", "step_no", "queue", "total")}
-        ).encode()
+        return json.dumps({n: getattr(self, n).tolist() for n in ("round", "step_no", "queue", "total")}).encode()
 
     def set_env_state(self, state: bytes) -> None:
         for name, value in json.loads(state).items():

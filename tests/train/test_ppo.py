@@ -136,9 +136,7 @@ def test_time_split_is_reported(make_model: Make) -> None:
 
 def test_value_scale_is_set_once_and_near_the_steady_state() -> None:
     env = StubEnv(16, seed=0)
-    model = DispatchPPO(
-        env, StubNetwork, TrainConfig(n_envs=16, groups=4, n_steps=64, batch_size=256), seed=0
-    )
+    model = DispatchPPO(env, StubNetwork, TrainConfig(n_envs=16, groups=4, n_steps=64, batch_size=256), seed=0)
     model.learn(1024)
     shift, scale = float(model.policy.value_shift), float(model.policy.value_scale)
     buffer = model.rollout_buffer

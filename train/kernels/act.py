@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
-from engine.core.jit import kernel
-from engine.core.rows import make_attach
 from engine.core.state import attach
+from engine.jit.kernel import kernel
+from engine.jit.rows import make_attach
 from env.batch import ASKED, advance_one
 from env.clock import attach_sim
 from train.kernels.layers import attach_weights, narrow, pool, repeat, score, take, value

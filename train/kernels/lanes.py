@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.extending import intrinsic, models, register_model
 
-from engine.core.rows import RowsType, address
+from engine.jit.rows import RowsType, address
 
 __all__ = [
     "LANES",

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.core.jit import kernel
-from engine.core.rows import make_attach
+from engine.jit.kernel import kernel
+from engine.jit.rows import make_attach
 from train.kernels.lanes import LANES, fma, load, most, plus, relu, save, splat, times, total
 from train.kernels.products import WIDTH
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Kind
-from engine.core.jit import kernel
-from engine.core.rows import make_attach
+from engine.jit.kernel import kernel
+from engine.jit.rows import make_attach
 from policies.features import CLIP, LATE, N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS, STEP_MISS
 from train.kernels.lanes import (
     LANES,

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.core.jit import kernel
-from engine.core.rows import make_attach
+from engine.jit.kernel import kernel
+from engine.jit.rows import make_attach
 from policies.features import N_CONTEXT_FEATURES, N_FEATURES
 from train.kernels.lanes import LANES, equal, fetch, fma, load, most, over, plus, positive, save, splat, times
 from train.kernels.layers import attach_weights, narrow, pool, repeat, score, value

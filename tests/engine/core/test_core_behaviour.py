@@ -10,10 +10,10 @@ from audit import check_end
 from drive import Driver
 from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.core.state import Batching, ClusterState, Order, RequestState, Role, Split
+from engine.jit.kernel import kernel
 
 MS = 10**9  # ticks
 MIXED, PREFILL, DECODE, MULTIPLEXED = Role.MIXED, Role.PREFILL, Role.DECODE, Role.MULTIPLEXED

@@ -10,10 +10,10 @@ from drive import Driver
 from strategies import Case, ProfileSpec, RequestSpec
 
 from engine.core.columns import Col, Ctx, Kind, Need
-from engine.core.jit import kernel
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.core.state import Order, Role
+from engine.jit.kernel import kernel
 
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED
 _NOW, _KIND = int(Ctx.NOW_S), int(Ctx.KIND)

@@ -11,9 +11,9 @@ from drive import Driver, played
 from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 
 from engine.core import interrupt
-from engine.core.rows import addresses
 from engine.core.setup import InstanceSpec
 from engine.core.state import Batching, ClusterState, RequestState, Role
+from engine.jit.rows import addresses
 
 MS = 10**9
 #: 1 ms a prompt token on either half of the device, 10 ms a decode step, ten layers: slices of 100 ms for 1000 tokens.

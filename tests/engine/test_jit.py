@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine.core import sources
+from engine.jit import sources
 
-HELPER = "from engine.core.jit import kernel\n\n\n@kernel\ndef helper(x):\n    return x + {}\n"
-TOP = "from rooms.inner.helper import helper\nfrom engine.core.jit import kernel\n\n\n@kernel\ndef top(x):\n"
+HELPER = "from engine.jit.kernel import kernel\n\n\n@kernel\ndef helper(x):\n    return x + {}\n"
+TOP = "from rooms.inner.helper import helper\nfrom engine.jit.kernel import kernel\n\n\n@kernel\ndef top(x):\n"
 TOP += "    return helper(x)\n"
 
 
@@ -46,10 +46,10 @@ def test_a_change_in_a_sub_folder_is_compiled_anew(tmp_path: Path) -> None:
 def test_a_kernel_is_made_of_its_imports_and_of_nothing_else() -> None:
     names = {sources.dotted(path) for path in sources.closure([sources.path_of("engine.core.kv")])}
     assert {"engine.core.kv", "engine.core.lists", "engine.core.state"} >= names - {
-        "engine.core.jit", "engine.core.sources", "engine.core.rows", "engine.errors", "engine.core.__init__",
+        "engine.jit.kernel", "engine.jit.sources", "engine.jit.rows", "engine.errors", "engine.core.__init__",
     }  # fmt: skip
     assert "engine.core.kv" in names
-    assert "engine.core.jit" in names
+    assert "engine.jit.kernel" in names
 
 
 def test_relative_and_parenthesised_imports_are_followed(tmp_path: Path) -> None:

@@ -55,6 +55,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SlalomError(
-            "result file", str(path), f"delete it or choose another folder ({error})"
-        ) from error
+        raise SlalomError("result file", str(path), f"delete it or choose another folder ({error})") from error

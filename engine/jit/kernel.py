@@ -19,7 +19,7 @@ import numba
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
-from engine.core import sources
+from engine.jit import sources
 
 __all__ = ["CACHE_DIR", "is_warm", "kernel"]
 
