@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from env.measure.goodput import find_goodput
+from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.simulate import RunResult, simulate
 from eval.disaggregation import LEAST_LOAD
-from eval.goodput import find_goodput
-from eval.metrics import outcomes
 
 __all__ = ["Claim", "Curve", "Passes", "clustered", "joint", "ratio", "ratio_interval", "search", "share_at"]
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from engine.latency import Profile
+from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.simulate import RunResult, simulate
 from eval.claim import Claim, Curve, clustered, joint, ratio, ratio_interval, search, share_at
 from eval.claims_mux import muxwise
 from eval.claims_planners import planners
 from eval.disaggregation import algorithm_2
-from eval.metrics import outcomes
 
 __all__ = ["CLAIMS", "S1_LENGTHS", "Claim", "distserve_search", "distserve_vs_vllm", "muxwise", "planners", "tropical"]
 

@@ -11,10 +11,10 @@ import numpy as np
 from engine.core.slo import itl_edges_s
 from engine.core.state import RequestState
 from engine.latency import Profile
+from env.measure.metrics import histogram_stats
 from env.scenario import Scenario
 from env.simulate import RunResult
 from eval.claim import Claim, Curve, Passes, clustered, ratio, ratio_interval, search
-from eval.metrics import histogram_stats
 
 __all__ = ["muxwise"]
 

@@ -145,8 +145,8 @@ def evaluate(
         _table_of(scenario, policy, counts, jobs, out, resume, "json" if as_json else "md" if markdown else "")
         return
     from engine.jit.kernel import is_warm
+    from env.measure.contender import PointSettings
     from env.scenario import Scenario
-    from eval.points import PointSettings
     from eval.session import Request, open_folder, scaled
     from eval.session import evaluate as run
 

@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SlalomError
-from eval.goodput import TARGETS, find_goodput, goodput_of_curve
-from eval.points import Contender, Evaluator, Point, policy_sha256
-from eval.stats import antitonic, bootstrap_attainment, bootstrap_weights, crossing, interval, stratified_iqm
+from env.measure.contender import Contender, Point
+from env.measure.digest import policy_sha256
+from env.measure.evaluator import Evaluator
+from env.measure.goodput import TARGETS, find_goodput, goodput_of_curve
+from env.measure.stats import antitonic, bootstrap_attainment, bootstrap_weights, crossing, interval, stratified_iqm
 
 __all__ = ["Curve", "compare", "measured_goodput"]
 
@@ -149,7 +151,7 @@ def measured_goodput(
     """Goodput of one contender at one target, with its interval, from few runs: the search starts close by.
 
     :param start: requests per second, the goodput of a neighbour (another rule, or this one before tuning)
-    :param step: see :func:`eval.goodput.find_goodput`, with ``widest``
+    :param step: see :func:`env.measure.goodput.find_goodput`, with ``widest``
     :return: ``rate``, ``low``, ``high`` (bootstrap 95 %), ``per_gpu``, ``rates`` and ``attainment`` as measured
     """
     curve = Curve(contender)

@@ -24,12 +24,12 @@ from engine.latency import Profile, pack
 from engine.latency.profile import list_profiles
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, build_trace, compiled, horizon_s, requests_of
+from env.measure.goodput import find_goodput
+from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.simulate import simulate
 from env.surrogate import run
 from env.workload import Trace
-from eval.goodput import find_goodput
-from eval.metrics import outcomes
 from policies.registry import load_policy
 from policies.setting import Setting
 

@@ -291,9 +291,9 @@ def gain(
 
     :param differing: per seed, the requests for which the policy deviated
     """
+    from env.measure.metrics import block_counts, outcomes, summarize
+    from env.measure.stats import bootstrap_attainment, bootstrap_weights, interval
     from env.simulate import simulate
-    from eval.metrics import block_counts, outcomes, summarize
-    from eval.stats import bootstrap_attainment, bootstrap_weights, interval
 
     good, sent, rows, touched = [], [], [], np.zeros(3)
     for seed in seeds:

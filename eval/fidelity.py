@@ -24,9 +24,11 @@ from engine.core.state import LaneKind
 from engine.errors import SlalomError
 from engine.files import read_json, write_json
 from engine.provenance import commit, machine, versions
+from env.measure.contender import Contender, PointSettings
+from env.measure.digest import code_sha256, scenario_hash
+from env.measure.evaluator import Evaluator
+from env.measure.metrics import outcomes
 from eval.fidelity_compare import Case, row_of, summary_of
-from eval.metrics import outcomes
-from eval.points import Contender, Evaluator, PointSettings, code_sha256, scenario_hash
 
 __all__ = ["Case", "command", "fidelity", "summary_of"]
 
@@ -94,7 +96,7 @@ def plan(scenario: Any, policies: Sequence[str], loads: Sequence[float], run_s: 
 
     Of the best policy's goodput, most others would be asked for more than they can serve.
     """
-    from eval.goodput import find_goodput
+    from env.measure.goodput import find_goodput
 
     settings = PointSettings(n_requests=max(int(20 * scenario.reference_rate), 200))
     goodput = {}
@@ -121,7 +123,7 @@ def plan(scenario: Any, policies: Sequence[str], loads: Sequence[float], run_s: 
 
 
 def _rate_of(found: Any) -> float:
-    """The rate of the first target in a :class:`eval.goodput.GoodputResult`."""
+    """The rate of the first target in a :class:`env.measure.goodput.GoodputResult`."""
     return float(found.goodput[0].rate)
 
 
@@ -278,9 +280,9 @@ def command(
     """``eval-policy --fidelity``."""
     from rich.console import Console
 
+    from env.measure.on_engine import park_for
     from env.scenario import Scenario
     from eval.cli import parse_rates
-    from eval.on_engine import park_for
 
     if out is not None and not resume and (out / "runs").exists() and any((out / "runs").iterdir()):
         raise SlalomError("--out", str(out), "it holds runs already; add --resume or name another folder")

@@ -22,6 +22,8 @@ import numpy as np
 
 from engine.errors import SlalomError
 from engine.latency import Profile
+from env.measure.goodput import find_goodput
+from env.measure.metrics import outcomes
 from env.scenario import InstanceGroup, Scenario
 from env.simulate import simulate
 from eval.disaggregation import (
@@ -34,8 +36,6 @@ from eval.disaggregation import (
     siblings,
     steady_requests,
 )
-from eval.goodput import find_goodput
-from eval.metrics import outcomes
 
 __all__ = ["Arrangement", "Effort", "Found", "arrangements", "measure", "plan", "variants"]
 

@@ -17,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from eval.points import Point
+from env.measure.contender import Point
 from eval.session import Watcher
 
 __all__ = ["Bar", "CellBar"]

@@ -16,8 +16,8 @@ import numpy as np
 import typer
 
 from engine.errors import SlalomError
+from env.measure.contender import PointSettings
 from env.scenario import Scenario
-from eval.points import PointSettings
 from eval.studies import SAMPLERS
 from eval.tune import KNEE, knee_rate, tune
 

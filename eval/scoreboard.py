@@ -28,8 +28,8 @@ from typing import Any, Literal
 
 from engine.errors import SlalomError
 from engine.files import read_json, write_json
+from env.measure.contender import PointSettings
 from env.scenario import Scenario
-from eval.points import PointSettings
 from eval.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
 from eval.tune import KNEE
 

@@ -18,10 +18,12 @@ from typing import Any, Literal
 from engine.errors import SlalomError
 from engine.files import read_json, write_json
 from engine.provenance import commit, machine, versions
+from env.measure.contender import STATIC_PLAN as STATIC
+from env.measure.contender import Contender, Point, PointSettings
+from env.measure.digest import code_sha256, scenario_hash
+from env.measure.evaluator import Evaluator
+from env.measure.goodput import TARGETS
 from eval.compare import compare
-from eval.goodput import TARGETS
-from eval.points import STATIC_PLAN as STATIC
-from eval.points import Contender, Evaluator, Point, PointSettings, code_sha256, scenario_hash
 from eval.verdict import is_learned, meeting_point, ranking
 
 __all__ = [
@@ -233,7 +235,7 @@ def _pool(request: Request) -> tuple[Executor | None, int]:
     """Where points are simulated (None: here or in ``jobs`` processes), and how many policies are measured at once."""
     if request.ray is None:
         return None, 1
-    from eval.ray_pool import RayExecutor, connect, cores
+    from env.measure.pool import RayExecutor, connect, cores
 
     connect(request.ray)
     return RayExecutor(), max(1, -(-cores() // request.seeds))
@@ -243,7 +245,7 @@ def _engine(request: Request, watcher: Watcher) -> dict[str, Any]:
     """How points are measured when not by the surrogate: on one engine, one after the other."""
     if request.backend == "surrogate":
         return {}
-    from eval.on_engine import measure, park_for
+    from env.measure.on_engine import measure, park_for
 
     if request.ray is not None:
         raise SlalomError("--ray", request.ray, "the engine runs on this machine: leave it out with --env gpu")

@@ -19,10 +19,10 @@ from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s
+from env.measure.contender import Contender, PointSettings
+from env.measure.metrics import outcomes
 from env.simulate import bind_policy
 from env.surrogate import run
-from eval.metrics import outcomes
-from eval.points import Contender, PointSettings
 
 __all__ = ["SAMPLES", "shadow"]
 
@@ -166,7 +166,7 @@ class _Watched:
 
 
 class _Run:
-    """As much of a ``RunResult`` as ``eval.metrics.outcomes`` reads."""
+    """As much of a ``RunResult`` as ``env.measure.metrics.outcomes`` reads."""
 
     def __init__(self, req: NDArray[Any]) -> None:
         self.req = req

@@ -14,10 +14,11 @@ from itertools import zip_longest
 from typing import Any
 
 from engine.errors import SlalomError
+from env.measure.contender import STATIC_PLAN as NAME
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import Evaluator
 from eval.disaggregation import reference, siblings
 from eval.placement import Arrangement, arrangements, variants
-from eval.points import STATIC_PLAN as NAME
-from eval.points import Contender, Evaluator, PointSettings
 from eval.tune import VALID_SEED
 
 __all__ = ["TRIALS", "StaticFound", "as_contender", "place_to_beat", "score_of", "search_static", "spread"]

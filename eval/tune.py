@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from engine.errors import SlalomError
-from eval.goodput import find_goodput
-from eval.points import Contender, Evaluator, PointSettings, code_sha256, measure, scenario_hash
+from env.measure.contender import Contender, PointSettings
+from env.measure.digest import code_sha256, scenario_hash
+from env.measure.evaluator import Evaluator, measure
+from env.measure.goodput import find_goodput
 from policies.registry import get, parse
 from policies.rule import Rule, Value
 
@@ -201,7 +203,7 @@ def tune(
 def _knee(here: Evaluator, contender: Contender, start: float, seeds: Sequence[int], **search: float) -> float:
     """Goodput at 90 % as far as ``here`` tells; 0 where the targets are met at no rate.
 
-    :param search: see :func:`eval.goodput.find_goodput`
+    :param search: see :func:`env.measure.goodput.find_goodput`
     """
     found = find_goodput(
         lambda rate: here.attainment(contender, rate, seeds), start, targets=(0.9,), tolerance=0.05, **search

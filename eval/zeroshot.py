@@ -26,8 +26,8 @@ import numpy as np
 
 from engine.errors import SlalomError
 from engine.files import write_json, write_text
+from env.measure.contender import PointSettings
 from env.scenario import Scenario
-from eval.points import PointSettings
 from eval.scoreboard import CHECKPOINTS, KNEE_RULES, OPPONENTS, Lines, pair_ratio, trials_for
 from eval.session import Request, evaluate, label_of
 

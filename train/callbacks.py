@@ -22,7 +22,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from engine.files import write_bytes
-from eval.points import Contender
+from env.measure.contender import Contender
 from train.judge import Judge, Verdict
 from train.ppo import DispatchPPO
 from train.state import save_state

@@ -21,9 +21,9 @@ from engine.errors import SlalomError
 from engine.files import write_json
 from env.engine_env import EngineVecEnv
 from env.gpu_backend import replay
+from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.simulate import bind_policy
-from eval.metrics import outcomes
 from policies.checkpoint import Facts, LoadedPolicy, load, save_network
 from policies.network import ScoringNetwork
 from train.config import TrainConfig

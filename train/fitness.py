@@ -18,11 +18,11 @@ import numpy as np
 from engine.core.policy import Policy
 from engine.errors import SlalomError
 from env.cluster import build_trace
+from env.measure.goodput import find_goodput
+from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.simulate import simulate
 from env.workload import Trace
-from eval.goodput import find_goodput
-from eval.metrics import outcomes
 from policies.setting import Setting
 from train.space import Design
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, Protocol
 
-from eval.points import Contender, PointSettings, measure
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import measure
 
 __all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_attainment"]
 

@@ -30,8 +30,8 @@ from engine.errors import SlalomError
 from engine.files import read_json, write_json
 from engine.progress import Display
 from env.cluster import arena_of
+from env.measure.digest import code_sha256
 from env.scenario import Scenario
-from eval.points import code_sha256
 from policies.setting import Setting
 from train.budget import Budget, parse_budget
 from train.direct import DirectConfig, direct_search

@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from engine.errors import SlalomError
-from eval.points import code_sha256
-from eval.ray_pool import check_code
+from env.measure.digest import code_sha256
+from env.measure.pool import check_code
 from train.collector import ATTRIBUTES, RemoteVecEnv, own_traces
 from train.config import TrainConfig
 from train.packed import Parcel

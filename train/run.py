@@ -21,10 +21,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from engine.files import read_json, write_json
 from engine.progress import Display
 from env.cluster import arena_of
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import measure
+from env.measure.pool import RayExecutor, connect, cores
 from env.scenario import Scenario
 from env.vector_env import SlalomVecEnv
-from eval.points import Contender, PointSettings, measure
-from eval.ray_pool import RayExecutor, connect, cores
 from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
 from train.collector import ProcessVecEnv

@@ -17,9 +17,10 @@ import numpy as np
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
 from engine.progress import Display
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import Evaluator
+from env.measure.goodput import find_goodput
 from env.scenario import Scenario
-from eval.goodput import find_goodput
-from eval.points import Contender, Evaluator, PointSettings
 from eval.tune import KNEE, TuneResult, tune
 from policies import registry
 from policies.rule import Value

@@ -30,7 +30,7 @@ import typer
 
 from engine.errors import SlalomError
 from engine.files import read_json, write_bytes, write_json
-from eval.stats import stratified_iqm
+from env.measure.stats import stratified_iqm
 
 __all__ = ["Curve", "Stage", "app", "main", "read_stages", "summarise"]
 
@@ -126,7 +126,7 @@ class _Yardstick:
 
     def __init__(self, scenario: Any, folder: Path) -> None:
         from env.cluster import arena_of
-        from eval.points import code_sha256, scenario_hash
+        from env.measure.digest import code_sha256, scenario_hash
         from train.fitness import Fitness
 
         self.scenario, self._folder, self._windows = scenario, folder, _WINDOWS
@@ -154,7 +154,8 @@ class _Yardstick:
 
     def folder(self, path: Path) -> float:
         """The same of a checkpoint."""
-        from eval.points import Contender, policy_sha256
+        from env.measure.contender import Contender
+        from env.measure.digest import policy_sha256
         from policies.checkpoint import load
 
         return self._kept([policy_sha256(Contender(str(path)))], load(path).bind)
@@ -177,7 +178,8 @@ def _best_rule(
 
     :return: ``rule``, ``tuned``, ``goodput``, and ``all`` of them
     """
-    from eval.points import PointSettings, code_sha256, scenario_hash
+    from env.measure.contender import PointSettings
+    from env.measure.digest import code_sha256, scenario_hash
     from eval.scoreboard import trials_for
     from eval.tune import KNEE, MANNER, knee_rate, tune
     from policies import registry

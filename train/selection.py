@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.progress import Display
-from eval.points import Contender
+from env.measure.contender import Contender
 from train.callbacks import Evaluation
 from train.config import TrainConfig
 from train.export import Publisher

@@ -28,8 +28,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from engine.errors import SlalomError
 from engine.files import read_json, write_json, write_text
+from env.measure.contender import Contender
 from env.scenario import Scenario
-from eval.points import Contender
 from train.budget import Budget, parse_budget
 from train.config import TrainConfig, load_config
 from train.export import Publisher

@@ -10,7 +10,8 @@ from eval_cases import Scenario, synthetic_measure
 
 from engine.core.slo import ITL_BINS
 from engine.core.state import CLUSTER, REQUEST
-from eval.points import Evaluator, PointSettings
+from env.measure.contender import PointSettings
+from env.measure.evaluator import Evaluator
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.core.state import RequestState
 from engine.latency.evaluate import TICKS_PER_S
-from eval.points import Point
+from env.measure.contender import Point
 
 MS = TICKS_PER_S // 1000
 

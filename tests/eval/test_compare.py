@@ -7,8 +7,10 @@ import pytest
 from eval_cases import Scenario, synthetic_measure, true_goodput
 
 from engine.errors import SlalomError
+from env.measure.contender import Contender, PointSettings
+from env.measure.digest import policy_sha256
+from env.measure.evaluator import Evaluator
 from eval.compare import compare
-from eval.points import Contender, Evaluator, PointSettings, policy_sha256
 from eval.verdict import ranking, verdict
 
 SETTINGS = PointSettings(n_requests=2_000)

@@ -15,11 +15,11 @@ from engine.latency import Profile
 from env import gpu_backend
 from env.cluster import build_trace
 from env.gpu_backend import EngineRun, Park, model_of, replay
+from env.measure.on_engine import engine_facts
 from env.scenario import Scenario
 from env.simulate import simulate
 from eval import cli
 from eval.fidelity import fidelity, keep_in_profile, stored_form
-from eval.on_engine import engine_facts
 
 POLICIES = ["round_robin", "least_tokens", "static_split"]
 

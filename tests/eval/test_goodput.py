@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from eval_cases import true_attainment, true_goodput
 
-from eval.goodput import find_goodput, goodput_of_curve
+from env.measure.goodput import find_goodput, goodput_of_curve
 
 
 @pytest.mark.parametrize("start", [0.01, 1.0, 37.0, 5_000.0])

@@ -7,7 +7,7 @@ from eval_cases import request
 from engine.core.slo import ITL_BINS, itl_edges_s
 from engine.core.state import RequestState
 from engine.errors import SlalomError
-from eval.metrics import block_counts, detailed, histogram_stats, outcomes, summarize
+from env.measure.metrics import block_counts, detailed, histogram_stats, outcomes, summarize
 
 
 def test_four_requests_by_hand(make_run):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from engine.latency.evaluate import TICKS_PER_S
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import Evaluator
+from env.measure.metrics import outcomes, summarize
 from env.scenario import Scenario
 from env.simulate import simulate
-from eval.metrics import outcomes, summarize
-from eval.points import Contender, Evaluator, PointSettings
 
 TINY = "tiny-4xa100"
 

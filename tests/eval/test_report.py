@@ -7,8 +7,9 @@ import pytest
 from eval_cases import Scenario, synthetic_measure
 
 from engine.files import read_json
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import Evaluator
 from eval.compare import compare
-from eval.points import Contender, Evaluator, PointSettings
 from eval.report import write_report
 
 

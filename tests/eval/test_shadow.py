@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from engine.errors import SlalomError
+from env.measure.contender import Contender, PointSettings
+from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.simulate import simulate
-from eval.metrics import outcomes
-from eval.points import Contender, PointSettings
 from eval.session import scaled
 from eval.shadow import shadow
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from eval.stats import (
+from env.measure.stats import (
     antitonic,
     bootstrap_attainment,
     bootstrap_weights,

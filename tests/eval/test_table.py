@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from engine.errors import SlalomError
+from env.measure.contender import Contender, PointSettings
+from env.measure.digest import scenario_hash
+from env.measure.evaluator import Evaluator
 from env.scenario import Scenario
 from eval import table
 from eval.placement import arrangements
-from eval.points import Contender, Evaluator, PointSettings, scenario_hash
 from eval.static import as_contender, place_to_beat, score_of, search_static, spread
 from eval.table_page import markdown, page, summary
 

@@ -8,7 +8,7 @@ from eval_cases import Scenario, synthetic_measure, true_goodput
 
 import eval.tune as tuning
 from engine.errors import SlalomError
-from eval.points import PointSettings
+from env.measure.contender import PointSettings
 from policies.rule import Param, Rule
 
 KEYWORDS = tuning.Evaluator.__init__.__kwdefaults__

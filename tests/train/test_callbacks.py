@@ -15,7 +15,7 @@ import pytest
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 
-from eval.points import Contender
+from env.measure.contender import Contender
 from train.callbacks import EvaluationCallback, InterruptCallback, JsonLog, StateCallback, replace_folder
 from train.judge import Verdict
 from train.ppo import DispatchPPO

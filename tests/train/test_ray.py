@@ -17,7 +17,7 @@ from dispatch_stub import StubEnv, StubNetwork
 from stable_baselines3.common.callbacks import BaseCallback
 
 from engine.errors import SlalomError
-from eval import ray_pool
+from env.measure import pool as ray_pool
 from train.config import TrainConfig, load_config
 from train.ray_ppo import RemotePPO
 from train.ray_rollout import RayCollector, RolloutWorker

@@ -10,146 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
-from functools import cache, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Any
 
 from engine.errors import SlalomError
 from engine.files import read_json, write_json
-from engine.jit import sources
-from eval.metrics import block_counts, detailed, outcomes, summarize
-from policies.rule import Value
+from env.measure.contender import Contender, Point, PointSettings
+from env.measure.digest import code_sha256, policy_sha256, scenario_hash
+from env.measure.metrics import block_counts, detailed, outcomes, summarize
 
-__all__ = [
-    "STATIC_PLAN",
-    "Contender",
-    "Evaluator",
-    "Point",
-    "PointSettings",
-    "arranged",
-    "code_sha256",
-    "point_of",
-    "policy_sha256",
-    "scenario_hash",
-]
-
-#: The policy that is searched instead of named: the best fixed arrangement of a scenario, see ``eval.static``.
-STATIC_PLAN = "static_plan"
-
-Split = Literal["train", "valid", "test"]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One policy in a comparison.
-
-    :param policy: name, ``name:param=value`` or a checkpoint folder
-    :param values: parameter values that replace the rule's defaults
-    :param label: how the report calls it (unique within a comparison)
-    :param tuned: its parameters come from a search
-    :param cluster: instance groups that replace the scenario's, with every lever but placement off (a fixed plan)
-    """
-
-    policy: str
-    values: Mapping[str, Value] = field(default_factory=dict)
-    label: str = ""
-    tuned: bool = False
-    cluster: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.label or self.policy
-
-
-@dataclass(frozen=True)
-class PointSettings:
-    """What every point of one comparison has in common; ``detailed``: keep every request of a run as well."""
-
-    n_requests: int = 10_000
-    split: Split = "test"
-    warmup: float = 0.05
-    drain: float = 0.0
-    n_blocks: int = 20
-    detailed: bool = False
-
-    def __post_init__(self) -> None:
-        if self.n_requests < self.n_blocks:
-            raise SlalomError("requests", self.n_requests, f"at least {self.n_blocks} per run are needed")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A measured point: the metrics of ``eval.metrics`` and sent/good counts per block of arrivals."""
-
-    rate: float
-    seed: int
-    metrics: dict[str, Any]
-    sent: list[int]
-    good: list[int]
-
-    @property
-    def attainment(self) -> float:
-        return sum(self.good) / max(sum(self.sent), 1)
-
-
-@cache
-def code_sha256() -> str:
-    """Digest of every source file a point depends on: a stored point never outlives the code that made it."""
-    simulator = [sources.path_of("env.simulate"), sources.path_of("eval.metrics")]
-    return sources.sha256([*simulator, *(sources.ROOT / "policies").rglob("*.py")])
-
-
-def policy_sha256(contender: Contender) -> str:
-    """Digest of what decides: every file of a checkpoint folder, or the name and values of a rule."""
-    parts: list[Any] = [contender.policy, sorted(contender.values.items())]
-    parts += [contender.cluster] if contender.cluster else []
-    digest = hashlib.sha256(json.dumps(parts).encode())
-    folder = Path(contender.policy)
-    if os.path.isdir(folder):  # unlike Path.is_dir, answers False for a spec longer than a file name
-        digest = hashlib.sha256(json.dumps(sorted(contender.values.items())).encode())
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            digest.update(path.relative_to(folder).as_posix().encode())
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def scenario_hash(scenario: Any) -> str:
-    """Digest of a scenario's content, of the latency profiles it names and of the trace files it replays."""
-    digest = hashlib.sha256(scenario.hash().encode())
-    for profile in scenario.load_profiles():
-        digest.update(profile.model_dump_json().encode())
-    for path in _files_of(yaml.safe_load(scenario.to_yaml()).get("workload")):
-        digest.update(file_sha256(path, path.stat().st_mtime_ns).encode())
-    return digest.hexdigest()
-
-
-def _files_of(spec: Any) -> Iterator[Path]:
-    """Existing files that a workload section names: every ``path``, ``rates_path``, ... at any depth."""
-    if isinstance(spec, dict):
-        for key, value in spec.items():
-            if isinstance(value, str) and (key == "path" or key.endswith("_path")):
-                if os.path.isfile(value):  # a missing one is reported by whoever reads it
-                    yield Path(value)
-            else:
-                yield from _files_of(value)
-    elif isinstance(spec, list):
-        for value in spec:
-            yield from _files_of(value)
-
-
-@lru_cache(maxsize=64)
-def file_sha256(path: Path, stamp: int) -> str:
-    """Digest of a file's content; ``stamp`` (modification time, ns) makes a changed file be read again."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+__all__ = ["Evaluator", "arranged", "point_of"]
 
 
 _ARRANGED: dict[tuple[str, str], Any] = {}

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.points import Contender, Point, PointSettings, arranged, point_of
+from env.measure.contender import Contender, Point, PointSettings
+from env.measure.evaluator import arranged, point_of
 
 __all__ = ["engine_facts", "measure", "open_park"]
 
@@ -53,7 +54,7 @@ def engine_facts(run: Any) -> dict[str, Any]:
 def measure(
     scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, *, park: Any
 ) -> Point:
-    """As :func:`eval.points.measure`, on the engine of ``park``."""
+    """As :func:`env.measure.evaluator.measure`, on the engine of ``park``."""
     from env.gpu_backend import replay
 
     run = replay(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.stats import antitonic, crossing
+from env.measure.stats import antitonic, crossing
 
 __all__ = ["TARGETS", "Goodput", "GoodputResult", "find_goodput", "goodput_of_curve"]
 

@@ -13,7 +13,7 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 from engine.errors import SlalomError
-from eval.points import code_sha256
+from env.measure.digest import code_sha256
 
 __all__ = ["RayExecutor", "check_code", "connect", "cores"]
 

@@ -1,0 +1,72 @@
+"""What is compared: a contender, a measured point, and what all points of a comparison have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.errors import SlalomError
+from policies.rule import Value
+
+__all__ = ["STATIC_PLAN", "Contender", "Point", "PointSettings", "Split"]
+
+
+#: The policy that is searched instead of named: the best fixed arrangement of a scenario, see ``eval.static``.
+STATIC_PLAN = "static_plan"
+
+
+Split = Literal["train", "valid", "test"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One policy in a comparison.
+
+    :param policy: name, ``name:param=value`` or a checkpoint folder
+    :param values: parameter values that replace the rule's defaults
+    :param label: how the report calls it (unique within a comparison)
+    :param tuned: its parameters come from a search
+    :param cluster: instance groups that replace the scenario's, with every lever but placement off (a fixed plan)
+    """
+
+    policy: str
+    values: Mapping[str, Value] = field(default_factory=dict)
+    label: str = ""
+    tuned: bool = False
+    cluster: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.label or self.policy
+
+
+@dataclass(frozen=True)
+class PointSettings:
+    """What every point of one comparison has in common; ``detailed``: keep every request of a run as well."""
+
+    n_requests: int = 10_000
+    split: Split = "test"
+    warmup: float = 0.05
+    drain: float = 0.0
+    n_blocks: int = 20
+    detailed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_requests < self.n_blocks:
+            raise SlalomError("requests", self.n_requests, f"at least {self.n_blocks} per run are needed")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured point: the metrics of ``env.measure.metrics`` and sent/good counts per block of arrivals."""
+
+    rate: float
+    seed: int
+    metrics: dict[str, Any]
+    sent: list[int]
+    good: list[int]
+
+    @property
+    def attainment(self) -> float:
+        return sum(self.good) / max(sum(self.sent), 1)

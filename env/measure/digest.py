@@ -1,0 +1,70 @@
+"""Digests of all that determines a measured point: the code, the scenario with its files, and the policy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.jit import sources
+from env.measure.contender import Contender
+
+__all__ = ["code_sha256", "file_sha256", "policy_sha256", "scenario_hash"]
+
+
+@cache
+def code_sha256() -> str:
+    """Digest of every source file a point depends on: a stored point never outlives the code that made it."""
+    simulator = [sources.path_of("env.simulate"), sources.path_of("env.measure.metrics")]
+    return sources.sha256([*simulator, *(sources.ROOT / "policies").rglob("*.py")])
+
+
+def policy_sha256(contender: Contender) -> str:
+    """Digest of what decides: every file of a checkpoint folder, or the name and values of a rule."""
+    parts: list[Any] = [contender.policy, sorted(contender.values.items())]
+    parts += [contender.cluster] if contender.cluster else []
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    folder = Path(contender.policy)
+    if os.path.isdir(folder):  # unlike Path.is_dir, answers False for a spec longer than a file name
+        digest = hashlib.sha256(json.dumps(sorted(contender.values.items())).encode())
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def scenario_hash(scenario: Any) -> str:
+    """Digest of a scenario's content, of the latency profiles it names and of the trace files it replays."""
+    digest = hashlib.sha256(scenario.hash().encode())
+    for profile in scenario.load_profiles():
+        digest.update(profile.model_dump_json().encode())
+    for path in _files_of(yaml.safe_load(scenario.to_yaml()).get("workload")):
+        digest.update(file_sha256(path, path.stat().st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+def _files_of(spec: Any) -> Iterator[Path]:
+    """Existing files that a workload section names: every ``path``, ``rates_path``, ... at any depth."""
+    if isinstance(spec, dict):
+        for key, value in spec.items():
+            if isinstance(value, str) and (key == "path" or key.endswith("_path")):
+                if os.path.isfile(value):  # a missing one is reported by whoever reads it
+                    yield Path(value)
+            else:
+                yield from _files_of(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from _files_of(value)
+
+
+@lru_cache(maxsize=64)
+def file_sha256(path: Path, stamp: int) -> str:
+    """Digest of a file's content; ``stamp`` (modification time, ns) makes a changed file be read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
