@@ -2,7 +2,7 @@
 
 Every sampler searches the continuous parameters of one rule with the same number of trials, the same arrivals and
 several seeds; the settings found are scored on fresh windows of the ``valid`` split. Prints one row per sampler and
-scenario. ``auto`` in ``eval.studies`` follows from this table.
+scenario. ``auto`` in ``train.search.record`` follows from this table.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import typer
 from engine.errors import SlalomError
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
-from eval.studies import SAMPLERS
-from eval.tune import KNEE, knee_rate, tune
+from train.search.record import SAMPLERS
+from train.search.tune import KNEE, knee_rate, tune
 
 __all__ = ["app", "compare_samplers", "main"]
 

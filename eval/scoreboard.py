@@ -7,7 +7,7 @@
     python -m eval.scoreboard --all-rules           every rule of ``policies/`` instead of the strongest of a screening
     python -m eval.scoreboard --read                the tables again from finished results, nothing is simulated
 
-Each opponent is searched with as many simulated requests as the checkpoint's whole training took (``eval.tune``, so
+Each opponent is searched with as many simulated requests as the checkpoint's whole training took (``train.search.tune``, so
 on the training split, ranked on validation windows); then all meet the same test windows. ``OPPONENTS`` are the best
 four per scenario of the table of all rules (``eval-policy --scenario all --policy all --tune 25``), with linear_score.
 
@@ -31,7 +31,7 @@ from engine.files import read_json, write_json
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from eval.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
-from eval.tune import KNEE
+from train.search.tune import KNEE
 
 __all__ = [
     "CHECKPOINTS",
@@ -60,7 +60,7 @@ OPPONENTS: dict[str, tuple[str, ...]] = {
 }
 #: Whose best knee says where opponents are tuned when the targets are not the scenario's own.
 KNEE_RULES = ("least_tokens", "predicted_ttft", "static_split", "linear_score")
-_SEARCH_SEEDS = 2  # of eval.tune
+_SEARCH_SEEDS = 2  # of train.search.tune
 _TARGETS = ("0.9", "0.95", "0.99")
 
 
@@ -100,7 +100,7 @@ class Lines(Watcher):
 
 
 def trials_for(requests: float, n_requests: int) -> int:
-    """Trials of ``eval.tune`` that simulate as many requests; ``n_requests`` is the size of one run."""
+    """Trials of ``train.search.tune`` that simulate as many requests; ``n_requests`` is the size of one run."""
     return max(1, math.ceil(requests / (len(KNEE) * _SEARCH_SEEDS * n_requests)))
 
 

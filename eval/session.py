@@ -287,7 +287,7 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
     if not asked:
         return []
     from eval.static import TRIALS, search_static
-    from eval.tune import KNEE, tune
+    from train.search.tune import KNEE, tune
 
     pool, width = _pool(request)
     watcher.phase("knee", None)
@@ -324,7 +324,7 @@ def _knee(request: Request) -> float:
 
     :raises SlalomError: none of them has one
     """
-    from eval.tune import knee_rate
+    from train.search.tune import knee_rate
 
     found, refusal = 0.0, None
     for rule in request.knee_rules:
@@ -346,7 +346,7 @@ def _trial_watcher(watcher: Watcher, name: str, trials: int) -> Callable[[int, f
 def _tuning_file(request: Request, contender: Contender, rates: Sequence[float]) -> Path | None:
     if request.out is None:
         return None
-    from eval.tune import MANNER
+    from train.search.tune import MANNER
 
     parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates), MANNER]
     parts += ["prunes"] if request.prune else []

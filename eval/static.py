@@ -1,6 +1,6 @@
 """``static_plan``: the best fixed arrangement of a scenario's GPUs, searched with the budget of a rule's tuning.
 
-One trial scores one arrangement (of :func:`eval.placement.arrangements`) by the objective of :func:`eval.tune.tune`:
+One trial scores one arrangement (of :func:`eval.placement.arrangements`) by the objective of :func:`train.search.tune.tune`:
 mean attainment over rates around the knee, on the ``train`` split. At most half of the trials look at arrangements
 with default budgets, the rest at the budgets (chunks, prefill batches, SM splits) of the best ones. The leaders are
 ranked again on fresh seeds of the ``valid`` split, as a rule's settings are. Nothing moves at run time.
@@ -19,7 +19,7 @@ from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from eval.disaggregation import reference, siblings
 from eval.placement import Arrangement, arrangements, variants
-from eval.tune import VALID_SEED
+from train.search.tune import VALID_SEED
 
 __all__ = ["TRIALS", "StaticFound", "as_contender", "place_to_beat", "score_of", "search_static", "spread"]
 
@@ -109,7 +109,7 @@ def search_static(
     jobs: int = 1,
     on_trial: Callable[[int, float], None] | None = None,
 ) -> StaticFound:
-    """Search the plan, see the module docstring. Further parameters as those of :func:`eval.tune.tune`.
+    """Search the plan, see the module docstring. Further parameters as those of :func:`train.search.tune.tune`.
 
     :param knee: requests per second near which rules of the scenario reach their limit; arrangements that hold more
         with default budgets move it up, since an objective that everybody meets tells nothing

@@ -38,8 +38,8 @@ from env.scenario import Scenario
 from eval.compare import measured_goodput
 from eval.session import label_of, scaled
 from eval.static import TRIALS, search_static
-from eval.tune import MANNER, tune
 from policies.registry import names
+from train.search.tune import MANNER, tune
 
 __all__ = [
     "FACTORS",

@@ -21,9 +21,9 @@ from engine.errors import SlalomError
 from engine.files import read_json
 from env.cluster import arena_of
 from env.scenario import Scenario
-from train.fitness import Fitness
-from train.search import SearchResult
-from train.space import Design, Space
+from train.search.fitness import Fitness
+from train.search.rule import SearchResult
+from train.search.space import Design, Space
 
 __all__ = ["main", "variants"]
 

@@ -19,7 +19,7 @@ from policies.network import ScoringNetwork
 from policies.setting import Setting
 from train.config import TrainConfig
 from train.ppo import DispatchPPO
-from train.search import SearchResult
+from train.search.rule import SearchResult
 
 __all__ = ["Publisher"]
 

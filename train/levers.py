@@ -34,9 +34,9 @@ from env.measure.digest import code_sha256
 from env.scenario import Scenario
 from policies.setting import Setting
 from train.budget import Budget, parse_budget
-from train.direct import DirectConfig, direct_search
-from train.fitness import Fitness
-from train.space import Design, Space
+from train.search.direct import DirectConfig, direct_search
+from train.search.fitness import Fitness
+from train.search.space import Design, Space
 
 __all__ = ["KINDS", "Case", "cases", "every_lever", "main", "measure"]
 

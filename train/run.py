@@ -30,17 +30,17 @@ from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
 from train.collector import ProcessVecEnv
 from train.config import TrainConfig, load_config
-from train.direct import rules_of
 from train.export import Publisher
 from train.folder import RunFolder
-from train.foundation import AUTO, search_all
-from train.generalist import named, train_generalist
 from train.judge import SimulatorJudge
 from train.learn import learn, monitor_seeds
 from train.ray_rollout import RayCollector
-from train.search import SearchResult, search_rule
+from train.search.choose import AUTO, search_all
+from train.search.direct import rules_of
+from train.search.generalist import named, train_generalist
+from train.search.rule import SearchResult, search_rule
+from train.search.space import Design
 from train.selection import select
-from train.space import Design
 
 __all__ = ["Interrupted", "Request", "run", "run_or_read"]
 
@@ -195,7 +195,7 @@ def _generalist(
 
 
 def _table(base: SearchResult) -> list[dict[str, Any]]:
-    """What the model card says of a direct search: :func:`train.fitness.merged` over loads of 0.3 to 1.1 knees."""
+    """What the model card says of a direct search: :func:`train.search.fitness.merged` over loads of 0.3 to 1.1 knees."""
     rows = [
         ("this policy, score over light load to beyond its knee", base.score),
         ("best published rule, score at the same (for it too high) rates", base.default_score),

@@ -43,7 +43,7 @@ _NEAR = 0.01  # tolerance of the goodput search: this near the shipped checkpoin
 
 @dataclass(frozen=True)
 class Stage:
-    """A policy that a training had at a time: a design as :class:`train.search.SearchResult` names it, or a
+    """A policy that a training had at a time: a design as :class:`train.search.rule.SearchResult` names it, or a
     checkpoint folder."""
 
     seconds: float
@@ -127,7 +127,7 @@ class _Yardstick:
     def __init__(self, scenario: Any, folder: Path) -> None:
         from env.cluster import arena_of
         from env.measure.digest import code_sha256, scenario_hash
-        from train.fitness import Fitness
+        from train.search.fitness import Fitness
 
         self.scenario, self._folder, self._windows = scenario, folder, _WINDOWS
         self._fitness = Fitness(scenario, arena_of(scenario).setting, "valid", class_floor=0.0)
@@ -141,7 +141,7 @@ class _Yardstick:
     def design(self, facts: dict[str, Any]) -> float:
         """The same of a design given by its ``rule``, ``values``, ``plans`` and ``theta``."""
         from engine.core.policy import InstancePlan
-        from train.space import Design
+        from train.search.space import Design
 
         plans, theta = facts.get("plans"), facts.get("theta")
         design = Design(
@@ -181,8 +181,8 @@ def _best_rule(
     from env.measure.contender import PointSettings
     from env.measure.digest import code_sha256, scenario_hash
     from eval.scoreboard import trials_for
-    from eval.tune import KNEE, MANNER, knee_rate, tune
     from policies import registry
+    from train.search.tune import KNEE, MANNER, knee_rate, tune
 
     settings = PointSettings(n_requests=scenario.n_requests)
     trials = trials_for(requests, settings.n_requests)

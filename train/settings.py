@@ -36,7 +36,7 @@ from train.export import Publisher
 from train.judge import SimulatorJudge
 from train.ppo import DispatchPPO
 from train.run import Request, make_env, run_or_read
-from train.search import SearchResult
+from train.search.rule import SearchResult
 
 __all__ = ["main", "search", "suggest"]
 

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from eval_cases import Scenario, synthetic_measure, true_goodput
 
-import eval.tune as tuning
+import train.search.tune as tuning
 from engine.errors import SlalomError
 from env.measure.contender import PointSettings
 from policies.rule import Param, Rule

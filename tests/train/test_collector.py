@@ -13,7 +13,7 @@ from train.collector import ProcessVecEnv, own_traces
 from train.config import TrainConfig
 from train.ppo import DispatchPPO
 from train.run import _environments
-from train.search import SearchResult
+from train.search.rule import SearchResult
 
 
 def make(worker: int, n_envs: int = 8) -> StubEnv:

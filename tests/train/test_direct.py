@@ -18,13 +18,13 @@ from env.vector_env import SlalomVecEnv
 from policies.checkpoint import load
 from train.budget import Budget
 from train.config import TrainConfig
-from train.direct import DirectConfig, direct_search
-from train.fitness import merged
-from train.generalist import named, train_generalist
 from train.ppo import DispatchPPO
 from train.recipe import load_recipe, recipe_names
 from train.run import Request, run
-from train.space import Design, Space, offspring, random_design, reordered, varied
+from train.search.direct import DirectConfig, direct_search
+from train.search.fitness import merged
+from train.search.generalist import named, train_generalist
+from train.search.space import Design, Space, offspring, random_design, reordered, varied
 
 SHIFT = Scenario.load("shift-pd-8xa100")
 CODE = Scenario.load("azure-code-mux-4xa100")

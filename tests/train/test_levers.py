@@ -14,7 +14,7 @@ from env.scenario import Scenario
 from env.simulate import simulate
 from train import levers
 from train.levers import KINDS, cases, every_lever, main
-from train.space import Design, Space
+from train.search.space import Design, Space
 
 SHIFT = every_lever(Scenario.load("shift-pd-8xa100"))
 SETTING = arena_of(SHIFT).setting

@@ -99,7 +99,7 @@ def test_trainings_are_measured_and_read_back(tmp_path: Path, monkeypatch: pytes
     assert all(len(run["seconds"]) > 3 for run in found["runs"])  # a curve, not a step
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr("train.run._stages", None)  # nothing is trained again
-    monkeypatch.setattr("train.fitness.Fitness.goodput", None)  # nor measured
+    monkeypatch.setattr("train.search.fitness.Fitness.goodput", None)  # nor measured
     again = CliRunner().invoke(app, [*command, "--budget", "40k"], catch_exceptions=False)
     assert json.loads(again.stdout) == json.loads(first.stdout)
     with pytest.raises(SlalomError, match="budget"):

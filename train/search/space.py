@@ -24,7 +24,7 @@ from policies.network import ScoringNetwork
 from policies.normalise import default_normalisation
 from policies.rule import BoundPolicy, Param, Value
 from policies.setting import Setting
-from train.arrange import ORDERS, random_plans
+from train.search.arrange import ORDERS, random_plans
 
 __all__ = [
     "Coordinate",

@@ -15,15 +15,15 @@ from env.cluster import arena_of
 from env.scenario import Scenario
 from train.budget import Budget
 from train.config import TrainConfig
-from train.direct import DirectConfig, direct_search, rates_between
-from train.fitness import Fitness
-from train.search import SearchResult
-from train.space import Design
+from train.search.direct import DirectConfig, direct_search, rates_between
+from train.search.fitness import Fitness
+from train.search.rule import SearchResult
+from train.search.space import Design
 
 __all__ = ["AUTO", "calmer", "rank", "search_all"]
 
 AUTO = "auto"
-_FIRST_SEED = 1_000  # as in eval.tune
+_FIRST_SEED = 1_000  # as in train.search.tune
 _CALM = 0.005  # score that queues in order of arrival may cost
 _BEYOND = 1.1  # times the knee: the highest rate of the choice
 _RANKING_SHARE = 0.12  # of the search's time for the choice
@@ -32,7 +32,7 @@ _RANKING_SHARE = 0.12  # of the search's time for the choice
 def rank(
     scenario: Scenario, designs: list[Design], rates: list[float], seeds: int, n: int, wait_limit_s: float | None = None
 ) -> list[float]:
-    """Score of each design over fresh validation windows; see :class:`train.fitness.Fitness`."""
+    """Score of each design over fresh validation windows; see :class:`train.search.fitness.Fitness`."""
     fitness = Fitness(scenario, arena_of(scenario).setting, "valid", wait_limit_s=wait_limit_s)
     return [fitness.score(design, rates, range(_FIRST_SEED, _FIRST_SEED + seeds), n) for design in designs]
 
@@ -61,7 +61,7 @@ def search_all(
     """The best design within a budget.
 
     :param alone: the search is the whole training; otherwise it gets ``config.direct_share`` of the time
-    :param on_incumbent: see :func:`train.direct.direct_search`
+    :param on_incumbent: see :func:`train.search.direct.direct_search`
     """
     begin = time.monotonic()
     share = 1.0 if alone else config.direct_share

@@ -32,7 +32,7 @@ from policies.registry import get, parse
 from policies.rule import Rule, Value
 
 if TYPE_CHECKING:
-    from eval.studies import Outcome
+    from train.search.record import Outcome
 
 __all__ = ["KNEE", "MANNER", "VALID_SEED", "Finalist", "TuneResult", "knee_rate", "tune"]
 
@@ -133,7 +133,7 @@ def tune(
     :param rates: requests per second of the objective, e.g. ``KNEE`` × :func:`knee_rate`
     :param knee: what ``rates`` are multiples of; they then follow the knee of the best setting. None: they stay
     :param storage: journal file or URL of a database that makes the search resumable; None keeps it in memory
-    :param sampler: one of ``eval.studies.SAMPLERS``
+    :param sampler: one of ``train.search.record.SAMPLERS``
     :param prune: end hopeless trials early
     :param pool: where trials run, each as one job; ``width`` of them are asked for at a time, and the same width
         gives the same search
@@ -149,7 +149,7 @@ def tune(
     free = [p for p in rule.params if p.name not in given]
     if not free:
         return TuneResult(name, rule.values(given), 0.0, 0.0, 0, 0, "none", tuple(rates), ())
-    from eval.studies import choose_sampler
+    from train.search.record import choose_sampler
 
     chosen = choose_sampler(sampler, free)
     inside = replace(settings, split="train")
@@ -286,7 +286,7 @@ def _trial(
 
     :return: no cells for a setting that does not fit the cluster: it serves nobody
     """
-    from eval.studies import Outcome
+    from train.search.record import Outcome
 
     highest, floor = outlook
     cells: list[float] = []
@@ -337,7 +337,7 @@ class _Study:
     ) -> None:
         import optuna
 
-        from eval.studies import Record, new_sampler
+        from train.search.record import Record, new_sampler
 
         chosen = new_sampler(sampler, seed)
         self.objective, self.sampler = objective, type(chosen).__name__

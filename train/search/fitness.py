@@ -24,7 +24,7 @@ from env.scenario import Scenario
 from env.simulate import simulate
 from env.workload import Trace
 from policies.setting import Setting
-from train.space import Design
+from train.search.space import Design
 
 __all__ = ["Fitness", "merged"]
 

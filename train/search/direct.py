@@ -4,7 +4,7 @@
               roles, and over random designs: other parameters, other arrangements, linear scores; the survivors'
               neighbours and offspring (the score of one on the arrangement of another) join the next round
     refine    CMA-ES from the best designs of different arrangements, then on from what became best, over the offsets of
-              ``train.space``: all weights, their slopes in the context, budgets of the arrangement. A rule starts as
+              ``train.search.space``: all weights, their slopes in the context, budgets of the arrangement. A rule starts as
               itself, plus deviations. The covariance is diagonal (Ros and Hansen 2008): some hundred generations are
               too few to learn that of sixty to ninety offsets
 
@@ -27,9 +27,9 @@ from engine.errors import SlalomError
 from env.cluster import arena_of
 from env.scenario import Scenario
 from policies import registry
-from train.arrange import composed
-from train.fitness import Fitness
-from train.space import Design, Space, offspring, random_design, reordered, varied
+from train.search.arrange import composed
+from train.search.fitness import Fitness
+from train.search.space import Design, Space, offspring, random_design, reordered, varied
 
 __all__ = ["DirectConfig", "DirectResult", "direct_search", "rates_between", "rules_of"]
 
@@ -63,7 +63,7 @@ class DirectConfig:
     :param rules: published rules to draw from; None: all that fit
     :param share: of the budget for exploration
     :param seeds: arrival sequences per rate and generation
-    :param wait_limit_s: see :class:`train.fitness.Fitness`
+    :param wait_limit_s: see :class:`train.search.fitness.Fitness`
     :param light_loads: as multiples of the knee; every third generation of CMA-ES trades one of its two rates for the
         next of these: what is learned around the knee alone may hold prompts back when nothing presses
     :param n_requests: of one simulation in CMA-ES; None: as many as the scenario's own runs, 2000 to 4000

@@ -1,6 +1,6 @@
 """The learner ``search``: Optuna over the parameters a rule declares, within a budget of time or requests.
 
-It also tunes the base rule that PPO starts from. The search itself is ``eval.tune``; here a budget becomes a
+It also tunes the base rule that PPO starts from. The search itself is ``train.search.tune``; here a budget becomes a
 number of trials, and the outcome something a later stage, or a resumed run, can start from.
 """
 
@@ -21,15 +21,15 @@ from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import find_goodput
 from env.scenario import Scenario
-from eval.tune import KNEE, TuneResult, tune
 from policies import registry
 from policies.rule import Value
 from train.config import TrainConfig
-from train.space import Design
+from train.search.space import Design
+from train.search.tune import KNEE, TuneResult, tune
 
 __all__ = ["SearchResult", "search_rule"]
 
-_SEEDS = (0, 1)  # of the search, as in eval.tune
+_SEEDS = (0, 1)  # of the search, as in train.search.tune
 
 
 class _Ranking(NamedTuple):
@@ -47,7 +47,7 @@ _MOST_TRIALS = 20_000
 class SearchResult:
     """A rule with the best parameters found.
 
-    :param plans: arrangement, where it is not the rule's own; ``theta``: see ``train.space``
+    :param plans: arrangement, where it is not the rule's own; ``theta``: see ``train.search.space``
     :param knee: its goodput at 90 % in requests per second on the ``train`` split
     :param default_score: score of the untuned rule in the final ranking, 0 to 1
     :param score: score of ``values`` there

@@ -20,8 +20,8 @@ from engine.core.state import Batching, Order, Role
 from engine.errors import SlalomError
 from env.cluster import arena_of
 from env.scenario import Scenario
-from train.fitness import Fitness
-from train.space import Design, Space
+from train.search.fitness import Fitness
+from train.search.space import Design, Space
 
 __all__ = ["generalist_design", "named", "sized", "train_generalist"]
 
