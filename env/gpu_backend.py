@@ -68,8 +68,8 @@ class Park:
     """
 
     def __init__(self, model: str, device: str = "auto", dtype: str = "auto") -> None:
-        from engine.calibrate import choose_device, choose_dtype
         from engine.calibration.assemble import device_name
+        from engine.model.device import choose_device, choose_dtype
 
         torch.set_num_threads(1)
         place = choose_device(device)

@@ -47,8 +47,8 @@ from engine.latency import Profile, pack
 from engine.latency.evaluate import TICKS_PER_S
 from env.clock import attach_sim, new_sim
 from env.surrogate import advance, answer
-from eval.from_requests import compare, fit, replay
-from eval.request_log import EngineSettings, RequestLog, read_log, read_settings
+from eval.calibrate.from_requests import compare, fit, replay
+from eval.calibrate.request_log import EngineSettings, RequestLog, read_log, read_settings
 
 __all__ = [
     "DISTSERVE",
@@ -236,7 +236,7 @@ def vllm_reference(folder: Path) -> list[Row]:
     """Mean, P50, P90 and P99 of TTFT and TPOT over the second half of a real run, and ours.
 
     Arrivals and lengths of all requests go in; of the times that came out, the fit sees the first half
-    (:mod:`eval.from_requests`). ``on_grid`` is ``nan``: nothing was rounded.
+    (:mod:`eval.calibrate.from_requests`). ``on_grid`` is ``nan``: nothing was rounded.
 
     :raises SlalomError: see :meth:`VllmRun.load`
     """

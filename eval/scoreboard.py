@@ -7,9 +7,10 @@
     python -m eval.scoreboard --all-rules           every rule of ``policies/`` instead of the strongest of a screening
     python -m eval.scoreboard --read                the tables again from finished results, nothing is simulated
 
-Each opponent is searched with as many simulated requests as the checkpoint's whole training took (``train.search.tune``, so
-on the training split, ranked on validation windows); then all meet the same test windows. ``OPPONENTS`` are the best
-four per scenario of the table of all rules (``eval-policy --scenario all --policy all --tune 25``), with linear_score.
+Each opponent is searched with as many simulated requests as the checkpoint's whole training took
+(``train.search.tune``, so on the training split, ranked on validation windows); then all meet the same test windows.
+``OPPONENTS`` are the best four per scenario of the table of all rules (``eval-policy --scenario all --policy all
+--tune 25``), with linear_score.
 
 With scaled targets the opponents are searched anew under them; the checkpoint is the shipped one, which has never met
 them. The screening is that of the unscaled targets.

@@ -1,9 +1,10 @@
 """``static_plan``: the best fixed arrangement of a scenario's GPUs, searched with the budget of a rule's tuning.
 
-One trial scores one arrangement (of :func:`eval.placement.arrangements`) by the objective of :func:`train.search.tune.tune`:
-mean attainment over rates around the knee, on the ``train`` split. At most half of the trials look at arrangements
-with default budgets, the rest at the budgets (chunks, prefill batches, SM splits) of the best ones. The leaders are
-ranked again on fresh seeds of the ``valid`` split, as a rule's settings are. Nothing moves at run time.
+One trial scores one arrangement (of :func:`eval.placement.arrangements`) by the objective of
+:func:`train.search.tune.tune`: mean attainment over rates around the knee, on the ``train`` split. At most half of the
+trials look at arrangements with default budgets, the rest at the budgets (chunks, prefill batches, SM splits) of the
+best ones. The leaders are ranked again on fresh seeds of the ``valid`` split, as a rule's settings are. Nothing moves
+at run time.
 """
 
 from __future__ import annotations

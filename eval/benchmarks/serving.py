@@ -160,7 +160,7 @@ def _modelled(name: str) -> dict[str, Any]:
 
 def _live() -> dict[str, Any]:
     from engine.model import SamplingParams
-    from engine.serve import Options, build
+    from policies.serve import Options, build
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "decisions.jsonl"

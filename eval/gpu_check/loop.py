@@ -87,7 +87,7 @@ def loop(rig: Rig) -> dict[str, Any]:
         folder = Path(name)
         profile, scenario, config = folder / "device.json", folder / "loop.yaml", folder / "train.yaml"
         calibrated = _command(
-            "engine.calibrate", "--model", sizes.model, "--dtype", sizes.dtype, "--device", sizes.device,
+            "eval.calibrate.cli", "--model", sizes.model, "--dtype", sizes.dtype, "--device", sizes.device,
             "--instances", "2", "--budget", sizes.calibrate, "--max-tokens", str(2 * sizes.prompt),
             "--max-batch", str(sizes.max_batch), "--max-context", str(2 * sizes.prompt),
             "--kv-tokens", str(sizes.kv_tokens), "--out", str(profile), "--json",

@@ -8,10 +8,10 @@ from typing import Any
 
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
-from engine.decision_log import DecisionLog
 from engine.errors import SlalomError
 from policies.guard.config import GuardConfig
 from policies.guard.guard import Guard
+from policies.guard.log.log import DecisionLog
 from policies.guard.snapshot import is_ours
 from policies.registry import load_policy
 from policies.setting import Setting

@@ -55,7 +55,7 @@ class DriftConfig(_Strict):
 
 
 class LogConfig(_Strict):
-    """See :class:`engine.decision_log.DecisionLog`."""
+    """See :class:`policies.guard.log.log.DecisionLog`."""
 
     path: str | None = None
     max_mb: Positive = 64.0

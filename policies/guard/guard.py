@@ -30,14 +30,14 @@ import numpy as np
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
-from engine.decision_log import DecisionLog
-from engine.decision_log_writer import REASONS
-from engine.decision_ring import Meta
 from engine.guard_report import DriftReport, GuardReport, RecentDecision
 from engine.runtime import Runtime, safe_choice
 from policies.guard.breaker import Breaker, BreakerState
 from policies.guard.checks import NOT_FINITE, fits, inspect
 from policies.guard.config import GuardConfig
+from policies.guard.log.log import DecisionLog
+from policies.guard.log.ring import Meta
+from policies.guard.log.writer import REASONS
 from policies.guard.outcomes import Outcomes
 from policies.guard.roles import RoleGuard
 from policies.guard.snapshot import Snapshot

@@ -9,10 +9,10 @@ import numpy as np
 
 from engine.core.columns import Col, Kind
 from engine.core.state import RequestState
-from engine.decision_log import DecisionLog
 from engine.latency.evaluate import TICKS_PER_S
 from policies.guard.config import DriftConfig
 from policies.guard.drift import Drift
+from policies.guard.log.log import DecisionLog
 
 __all__ = ["Outcomes"]
 

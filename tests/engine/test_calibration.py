@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from live_cases import MODEL, TOKENIZER
 from typer.testing import CliRunner
 
-from engine.calibrate import app, parse_seconds
 from engine.calibration import Bench, Campaign, Limits, Measured, Point, Store, assemble
 from engine.calibration.assemble import plot, predict_s
 from engine.calibration.bench import believed
@@ -22,6 +21,7 @@ from engine.calibration.shares import measure_share
 from engine.errors import SlalomError
 from engine.lanes import make_device
 from engine.latency import Profile, pack
+from eval.calibrate.cli import app, parse_seconds
 
 SPACE = Space(max_tokens=256, max_reused=512, max_batch=16, max_context=512, kv_tokens=8192)
 FACTS = {"roofline": [1e15, 1e15], "host": {"fixed_s": 1e-3, "per_sequence_s": 1e-5, "steps": 9}, "switch_s": 1e-4,

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
-from engine.decision_log import DecisionLog
-from engine.decision_log_writer import REASONS, Lines, Rotated
-from engine.decision_ring import Meta, Ring, Type
 from engine.errors import SlalomError
+from policies.guard.log.log import DecisionLog
+from policies.guard.log.ring import Meta, Ring, Type
+from policies.guard.log.writer import REASONS, Lines, Rotated
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -120,7 +120,7 @@ _KILLED = """
 import os, signal, sys, time
 sys.path[:0] = [{tests!r}]
 from test_decision_log import decision
-from engine.decision_log import DecisionLog
+from policies.guard.log.log import DecisionLog
 log = DecisionLog({path!r})
 for seq in range(2000):
     log.decision(*decision(seq))

@@ -23,8 +23,8 @@ from live_cases import TOKENIZER, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import SlalomError
-from engine.serve import Options, build, load_classes, parse_roles
 from engine.server.protocol import targets_of
+from policies.serve import Options, build, load_classes, parse_roles
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "the gate is open"
@@ -329,7 +329,7 @@ def test_impossible_roles_are_refused(roles: str, instances: int, field: str) ->
 
 def test_mistakes_on_the_command_line_are_one_line() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "engine.serve", "--model", "dummy:tiny", "--roles", "boss"],
+        [sys.executable, "-m", "policies.serve", "--model", "dummy:tiny", "--roles", "boss"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -339,7 +339,7 @@ def test_mistakes_on_the_command_line_are_one_line() -> None:
 @pytest.mark.slow
 def test_sigterm_under_load_drains() -> None:
     command = [
-        sys.executable, "-m", "engine.serve", "--model", "dummy:tiny", "--instances", "2",
+        sys.executable, "-m", "policies.serve", "--model", "dummy:tiny", "--instances", "2",
         "--roles", "prefill,decode", "--port", "0", "--drain-s", "20",
     ]  # fmt: skip
     with socket.socket() as probe:

@@ -59,7 +59,7 @@ def url(tokenizer: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--model", MODEL, "--instances", "2", "--roles", "prefill,decode", "--port", str(port)]
-    process = subprocess.Popen([sys.executable, "-m", "engine.serve", *options], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "policies.serve", *options], cwd=ROOT)
     base = f"http://127.0.0.1:{port}"
 
     def up() -> bool:

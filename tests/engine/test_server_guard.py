@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_server import GREEDY, PROMPT, Served
 
 from engine.errors import SlalomError
-from engine.serve import Options, build
+from policies.serve import Options, build
 
 SWAPS = 100
 

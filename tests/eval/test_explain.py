@@ -73,7 +73,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The log of a guarded run: a policy that fails at times, and outcomes."""
     from guard_cases import Plain, cluster, first, guarded
 
-    from engine.decision_log import DecisionLog
+    from policies.guard.log.log import DecisionLog
 
     path = tmp_path_factory.mktemp("log") / "log.jsonl"
     state = cluster(60)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from engine.calibrate import app
 from engine.latency import Profile
-from eval.from_requests import compare, fit, replay
-from eval.request_log import EngineSettings, RequestLog
+from eval.calibrate.cli import app
+from eval.calibrate.from_requests import compare, fit, replay
+from eval.calibrate.request_log import EngineSettings, RequestLog
 
 TRUE = np.array([8e-5, 1e-3, 9e-8, 1.5e-5, 2e-2, 6e-3])
 TIGHT = EngineSettings(16, 512, 6400, True, False, True, 16, {})

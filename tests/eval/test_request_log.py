@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import SlalomError
-from eval.request_log import AMPLE_KV_TOKENS, read_log, read_settings
+from eval.calibrate.request_log import AMPLE_KV_TOKENS, read_log, read_settings
 
 ROWS = [(0.1 * k, 5 + k, 1 + k % 4, 0.1 * k + 0.05, 0.1 * k + 0.05 + 0.01 * (k % 4)) for k in range(24)]
 NAMES = ("arrival", "input_tokens", "output_tokens", "first_token", "last_token")

@@ -4,9 +4,9 @@
               roles, and over random designs: other parameters, other arrangements, linear scores; the survivors'
               neighbours and offspring (the score of one on the arrangement of another) join the next round
     refine    CMA-ES from the best designs of different arrangements, then on from what became best, over the offsets of
-              ``train.search.space``: all weights, their slopes in the context, budgets of the arrangement. A rule starts as
-              itself, plus deviations. The covariance is diagonal (Ros and Hansen 2008): some hundred generations are
-              too few to learn that of sixty to ninety offsets
+              ``train.search.space``: all weights, their slopes in the context, budgets of the arrangement. A rule
+              starts as itself, plus deviations. The covariance is diagonal (Ros and Hansen 2008): some hundred
+              generations are too few to learn that of sixty to ninety offsets
 
 Every generation meets fresh arrivals, the same for all its members. Rates follow the best so far: its goodput at
 99 %, at 90 % (the knee), the middle between them, where 95 % is decided, and beyond the knee.

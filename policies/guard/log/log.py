@@ -1,7 +1,7 @@
 """The decision log: one line of JSON a decision, later one with what became of the request.
 
-The scheduler copies numbers into a ring (``engine.decision_ring``); a process of its own makes the text
-(``engine.decision_log_writer``), ten times a second, and survives the server long enough to write the rest.
+The scheduler copies numbers into a ring (``policies.guard.log.ring``); a process of its own makes the text
+(``policies.guard.log.writer``), ten times a second, and survives the server long enough to write the rest.
 Lines have a ``type``:
 
 * ``decision``: seq, time, kind, request, generation (of the policy), choice, action, advised (the policy's own
@@ -25,14 +25,14 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from engine.decision_log_writer import Lines, Rotated, pump
-from engine.decision_ring import Ring
 from engine.errors import SlalomError
+from engine.jit.sources import ROOT
+from policies.guard.log.ring import Ring
+from policies.guard.log.writer import Lines, Rotated, pump
 
 __all__ = ["DecisionLog"]
 
 _log = logging.getLogger("slalom.decisions")
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 class DecisionLog:
@@ -78,9 +78,9 @@ class DecisionLog:
             self._thread.start()
 
     def _start_process(self) -> None:
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "engine.decision_log_writer", *self._arguments, str(os.getpid())],
+            [sys.executable, "-m", "policies.guard.log.writer", *self._arguments, str(os.getpid())],
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the server
@@ -108,8 +108,8 @@ class DecisionLog:
     def decision(
         self, meta: np.ndarray, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray, scores: np.ndarray
     ) -> None:
-        """Log one decision; see :meth:`engine.decision_ring.Ring.put`. Scheduler's thread only, as is :meth:`note`."""
-        if not self._closed and self._ring.put(meta, context, candidates, mask, scores):
+        """Log one decision; see :meth:`policies.guard.log.ring.Ring.put`. Scheduler's thread only, as is
+        :meth:`note`.""" if not self._closed and self._ring.put(meta, context, candidates, mask, scores):
             self.written += 1
 
     def note(self, kind: str, **content: Any) -> None:

@@ -1,6 +1,6 @@
 """Turns the ring's records into lines of JSON, in a process of its own: the scheduler shares no interpreter with it.
 
-    python -m engine.decision_log_writer RING LOG MAX_BYTES KEEP FEATURES PARENT
+    python -m policies.guard.log.writer RING LOG MAX_BYTES KEEP FEATURES PARENT
 
 It ends when the ring is closed or its parent is gone, after it has written everything that was left.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 
 from engine.core.columns import CONTEXT_DIMENSIONLESS, N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
-from engine.decision_ring import HEAD, Control, Meta, Ring, Type
+from policies.guard.log.ring import HEAD, Control, Meta, Ring, Type
 
 __all__ = ["REASONS", "Lines", "Rotated", "action_name", "pump"]
 
@@ -68,7 +68,7 @@ class Lines:
         self._full = features == "full"
 
     def line(self, record: np.ndarray) -> bytes:
-        """One record (int64 cells, see ``engine.decision_ring``) as a line."""
+        """One record (int64 cells, see ``policies.guard.log.ring``) as a line."""
         if record[1] == Type.NOTE:
             return bytes(record[HEAD + 1 :].view(np.uint8)[: record[HEAD]]) + b"\n"
         return orjson.dumps(self.decision(record), option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)

@@ -6,7 +6,6 @@ Progress goes to standard error, the result to standard output. Exit codes: 0 do
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import platform
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.errors import SlalomError
+from engine.model.device import choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from engine.model.llama import Llama
 
-__all__ = ["app", "choose_device", "main", "parse_seconds"]
+__all__ = ["app", "main", "parse_seconds"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -40,35 +40,6 @@ def parse_seconds(text: str) -> float:
     if not 0.0 < seconds < 1e6:
         raise SlalomError("--budget", text, "write a time such as 90s, 4m or 1h")
     return seconds
-
-
-def choose_device(device: str) -> str:
-    """``auto`` as CUDA where there is one, else the CPU.
-
-    :raises SlalomError: a device this machine does not have
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise SlalomError("--device", device, "use auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SlalomError("--device", device, "this machine has no CUDA device; use auto or cpu")
-    return device
-
-
-def choose_dtype(dtype: str, device: str) -> Any:
-    """``auto`` as bfloat16 on a GPU and on a CPU with matrix units for it, else float32."""
-    import torch
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype == "auto":
-        fast = device == "cuda" or bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
-        return torch.bfloat16 if fast else torch.float32
-    if dtype not in kinds:
-        raise SlalomError("--dtype", dtype, f"use auto, {', '.join(kinds)}")
-    return kinds[dtype]
 
 
 @app.command()
@@ -111,8 +82,9 @@ def calibrate(
     if out.suffix != ".json":
         raise SlalomError("--out", str(out), "name the profile's file, ending in .json")
     if from_requests is not None:
-        # This is where the floors meet: matching the surrogate to a log is evaluation, built on the engine.
-        importlib.import_module("eval.from_requests").command(from_requests, engine_config, out, holdout, as_json)
+        from eval.calibrate.from_requests import command
+
+        command(from_requests, engine_config, out, holdout, as_json)
         return
     if engine_config is not None:
         raise SlalomError("--engine-config", str(engine_config), "give it together with --from-requests")

@@ -32,7 +32,7 @@ from engine.latency.profile import FitError, Profile, Provenance, Roofline, Shar
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate import run
-from eval.request_log import EngineSettings, RequestLog, read_log, read_settings
+from eval.calibrate.request_log import EngineSettings, RequestLog, read_log, read_settings
 from policies.registry import load_policy
 from policies.setting import Setting
 

@@ -6,7 +6,6 @@ Heavy imports wait until the options are known to be good.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import signal
 import sys
@@ -23,6 +22,9 @@ from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
 from engine.core.state import Batching, ClusterState, Role
 from engine.errors import SlalomError
+from policies.guard.build import build_guard
+from policies.registry import load_policy
+from policies.setting import Setting
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -106,10 +108,7 @@ def find_policy(spec: str, state: ClusterState) -> Policy:
 
     :raises SlalomError: unknown, or a checkpoint that does not pass its checks
     """
-    registry = importlib.import_module("policies.registry")
-    setting = importlib.import_module("policies.setting").Setting.of_state(state)
-    policy: Policy = registry.load_policy(spec, setting)
-    return policy
+    return load_policy(spec, Setting.of_state(state))
 
 
 def find_guard(options: Options, state: ClusterState, policy: Policy, *, log: bool = True) -> Guard:
@@ -118,14 +117,12 @@ def find_guard(options: Options, state: ClusterState, policy: Policy, *, log: bo
     :param log: False leaves the decision log out
     :raises SlalomError: a bad configuration, an unknown fallback, a log that cannot be written
     """
-    make = importlib.import_module("policies.guard.build").build_guard
     given = {
         "fallback": options.fallback or None,
         "deadline_us": options.deadline_us or None,
         "advisory": options.advisory or None,
     }
-    guard: Guard = make(state, policy, options.guard_config or None, given, options.decision_log or None, log=log)
-    return guard
+    return build_guard(state, policy, options.guard_config or None, given, options.decision_log or None, log=log)
 
 
 def parse_roles(roles: str, instances: int) -> list[Role]:
