@@ -196,7 +196,8 @@ def _generalist(
 
 def _table(base: SearchResult) -> list[dict[str, Any]]:
     """What the model card says of a direct search: :func:`train.search.fitness.merged` over loads of 0.3 to 1.1
-    knees.""" rows = [
+    knees."""
+    rows = [
         ("this policy, score over light load to beyond its knee", base.score),
         ("best published rule, score at the same (for it too high) rates", base.default_score),
     ]
