@@ -109,7 +109,8 @@ class DecisionLog:
         self, meta: np.ndarray, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray, scores: np.ndarray
     ) -> None:
         """Log one decision; see :meth:`policies.guard.log.ring.Ring.put`. Scheduler's thread only, as is
-        :meth:`note`.""" if not self._closed and self._ring.put(meta, context, candidates, mask, scores):
+        :meth:`note`."""
+        if not self._closed and self._ring.put(meta, context, candidates, mask, scores):
             self.written += 1
 
     def note(self, kind: str, **content: Any) -> None:
