@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from engine.clock import WallClock
-from engine.core import interrupt, live
+from engine.core import loop
+from engine.core.events import interrupt
 from engine.core.setup import blank_requests
 from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
 from engine.hosts import Host, InstanceLost
@@ -149,7 +150,7 @@ class LiveInstances:
         record["cls"], record["ttft_slo"], record["tpot_slo"] = request.cls, request.ttft_slo, request.tpot_slo
         record["hash_off"], record["priority"] = r * self._hash_room, request.priority
         self._hash(request, request.n_prompt)
-        live.begin(self._words, r, request.arrival)
+        loop.begin(self._words, r, request.arrival)
 
     def doom(self, request: Request, reason: str) -> None:
         """End ``request`` from outside: at once, or when what is in flight with it has ended."""
@@ -181,7 +182,7 @@ class LiveInstances:
         if last > first:
             begin = request.slot * self._hash_room
             room = self._state.hashes[begin : begin + self._hash_room]
-            live.chain_hashes(request.tokens, size, self._salt, first, last, room)
+            loop.chain_hashes(request.tokens, size, self._salt, first, last, room)
             self._hashed[request.slot] = last
 
     # -- steps ---------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class LiveInstances:
         for request, delta in outcome.due:
             self._hash(request, request.n_tokens - 1)
             if delta.finish is not None:
-                live.last_token(self._words, request.slot)
+                loop.last_token(self._words, request.slot)
         self._deltas.extend(outcome.deltas)
         self._runtime.book_lane(i, l)
         self._evacuate()
@@ -238,7 +239,7 @@ class LiveInstances:
 
     def start_link(self, link: int) -> None:
         source, target = np.zeros(self._width, np.int32), np.zeros(self._width, np.int32)
-        r, sender, receiver, n = live.describe_transfer(self._words, link, source, target)
+        r, sender, receiver, n = loop.describe_transfer(self._words, link, source, target)
         pairs = list(zip(source[:n].tolist(), target[:n].tolist(), strict=True))
         transfer = Transfer(self._pools[sender], self._pools[receiver], pairs)
         self._moving[link] = (transfer, r)

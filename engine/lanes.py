@@ -111,7 +111,7 @@ class Lanes:
         return fitting[-1]
 
     def _left_beside(self, decode_row: int) -> int:
-        """Row left to prefill (:func:`engine.core.predict.prefill_share`)."""
+        """Row left to prefill (:func:`engine.core.schedule.predict.prefill_share`)."""
         rest = self.sizes[-1] - self.sizes[decode_row]
         return max((k for k, size in enumerate(self.sizes) if size <= rest), default=0)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.clock import VirtualClock
-from engine.core import live
+from engine.core import loop
 from engine.core.policy import Policy
 from engine.core.state import NEVER, ClusterState, RequestState
 from engine.jit.rows import addresses
@@ -67,14 +67,14 @@ class ModelledInstances:
     # -- what the runtime starts and hears of ----------------------------------------------------------------
 
     def start_lane(self, i: int, l: int) -> None:
-        self._clock.at(2 * i + l, self._clock.now + live.step_ticks(self._words, self._truth, i, l))
+        self._clock.at(2 * i + l, self._clock.now + loop.step_ticks(self._words, self._truth, i, l))
 
     def start_link(self, link: int) -> None:
-        ticks = live.link_ticks(self._words, self._truth, link)
+        ticks = loop.link_ticks(self._words, self._truth, link)
         self._clock.at(self._slots.links + link, self._clock.now + ticks)
 
     def start_switch(self, i: int) -> None:
-        self._clock.at(self._slots.switches + i, self._clock.now + live.switch_ticks(self._truth, i))
+        self._clock.at(self._slots.switches + i, self._clock.now + loop.switch_ticks(self._truth, i))
 
     def lane_ends(self, i: int, l: int, outcome: Any) -> None:
         self._runtime.book_lane(i, l)
@@ -88,12 +88,12 @@ class ModelledInstances:
         else:
             r = self._next_root
             self._next_root += 1
-        live.begin(self._words, r, self._clock.now)
+        loop.begin(self._words, r, self._clock.now)
         self._expect()
 
     def settled(self) -> None:
         """Send the next turn of each session whose last turn was answered; a refused turn ends its session."""
-        while (r := live.next_ended(self._words)) >= 0:
+        while (r := loop.next_ended(self._words)) >= 0:
             ended = self._state.req[r]
             if ended["state"] == RequestState.FINISHED:
                 turn = (int(ended["finished"]) + int(ended["think"]), int(ended["next_turn"]))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.core import live
+from engine.core import loop
 from engine.core.state import ClusterState
 from engine.hosts import Executor
 from engine.jit.rows import addresses
@@ -52,7 +52,7 @@ class LaneRunner:
     def __init__(self, executor: Executor, state: ClusterState, requests: Sequence[Request | None], width: int) -> None:
         self.executor, self._requests = executor, requests
         self._state = state
-        self._columns = live.step_columns(state.run.shape[1] + state.prefills.shape[1], width)
+        self._columns = loop.step_columns(state.run.shape[1] + state.prefills.shape[1], width)
         self._where = addresses(self._columns)
         self._first = self._views(0)  # of the columns, their part that the last step used
         self._sampling: list[list[Request]] = []  # of the passes under way; those that stand aside first
@@ -63,7 +63,7 @@ class LaneRunner:
 
     def describe(self, words: np.ndarray, i: int, l: int) -> Step:
         """The step that the core has put into lane (i, l)."""
-        n, prompts, begin, end = live.describe_step(words, self._where, i, l)
+        n, prompts, begin, end = loop.describe_step(words, self._where, i, l)
         if n != len(self._first[0]):
             self._first = self._views(n)
         # Views, not copies: the columns are written again only when this step, or its next slice, has ended.

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.clock import Clock, Slots
-from engine.core import live
+from engine.core import loop
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
 from engine.core.lists import HELD
 from engine.core.policy import Policy
@@ -190,7 +190,7 @@ class Runtime:
     def _settle(self) -> None:
         now, hold = self.clock.now, self.slots.hold
         self._decide(now)
-        for slot in self._started[: live.start_idle(self.words, now, self._started)].tolist():
+        for slot in self._started[: loop.start_idle(self.words, now, self._started)].tolist():
             self._start(slot)
         self.instances.settled()
         if self.state.lists[HELD, 2] > 0 and not self.clock.is_set(hold):
@@ -209,14 +209,14 @@ class Runtime:
         guard = self.guard
         while True:
             needs = self._needs if guard is None else guard.needs
-            kind, subject, k = live.ask(self.words, now, needs, self._context, self._candidates, self._mask)
+            kind, subject, k = loop.ask(self.words, now, needs, self._context, self._candidates, self._mask)
             if kind < 0:
                 return
             if guard is None:
                 action = self._choose(kind, self._candidates[:k], self._mask[:k])
             else:
                 action = guard.choose(kind, subject, now, self._context, self._candidates[:k], self._mask[:k])
-            live.answer(self.words, kind, subject, action, now)
+            loop.answer(self.words, kind, subject, action, now)
             self.decisions[_KINDS[kind]] += 1
 
     def _choose(self, kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
@@ -244,20 +244,20 @@ class Runtime:
         elif slot < slots.switches:
             self.instances.link_ends(slot - slots.links, outcome)
         elif slot < slots.control:
-            live.finish_switch(self.words, slot - slots.switches)
+            loop.finish_switch(self.words, slot - slots.switches)
         elif slot == slots.control:
-            live.end_control(self.words, now)
+            loop.end_control(self.words, now)
             self.clock.at(slots.control, now + int(self.state.cluster[0]["control_ticks"]))
         elif slot == slots.hold:
-            live.wake(self.words)
+            loop.wake(self.words)
         else:
             self.instances.arrives(outcome)
 
     def book_lane(self, i: int, l: int) -> None:
         """Book the step of lane (i, l) as done; the lane is idle then (for ``lane_ends``)."""
-        live.finish_lane(self.words, i, l, self.clock.now)
+        loop.finish_lane(self.words, i, l, self.clock.now)
 
     def book_transfer(self, link: int) -> None:
         """Book the transfer at the head of ``link`` as done and start the next (for ``link_ends``)."""
-        if live.finish_transfer(self.words, link, self.clock.now):
+        if loop.finish_transfer(self.words, link, self.clock.now):
             self.instances.start_link(link)

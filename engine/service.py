@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine.clock import WallClock
-from engine.core import interrupt
+from engine.core.events import interrupt
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Batching, ClusterState, Role

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import plan_lane
-from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.decide.decision import apply, build, next_decision, open_control
 from engine.core.durations import step_ticks, transfer_ticks
-from engine.core.handover import pull, transfer_done
-from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
+from engine.core.events.handover import pull, transfer_done
+from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
+from engine.core.events.roles import end_role_change, role_change_ready
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
-from engine.core.roles import end_role_change, role_change_ready
+from engine.core.schedule.batching import plan_lane
 from engine.core.slo import seal
 from engine.core.state import LaneKind, RequestState, Role, attach
 from engine.jit.kernel import kernel

@@ -7,8 +7,9 @@ At each decode step boundary the core chooses s and launches decode, beside it N
 (first come first served, whole prompts); with nothing to decode, P runs on all SMs. The largest partial share
 serves where none qualifies (inferred). This rule only arranges instances for it and spreads requests: the
 paper has one instance, so the dispatch is inferred. With ``preempt=on`` P stands aside at a layer boundary for a
-prompt that would be late behind it, meets its TTFT target now, and leaves P's within reach (``engine.core.parking``).
-Layer boundaries exist beside decode only: with nothing to decode, all layers of P are one launch here.
+prompt that would be late behind it, meets its TTFT target now, and leaves P's within reach
+(``engine.core.schedule.layer_preemption``). Layer boundaries exist beside decode only: with nothing to decode, all
+layers of P are one launch here.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Col(IntEnum):
     TTFT = 9  # predicted TTFT ÷ target
     WAIT = 10  # predicted wait before its prefill starts ÷ TTFT target
     PREFILL = 11  # predicted prefill time here, after prefix hits ÷ TTFT target
-    SLACK = 12  # least TPOT slack of the running set, in TPOT targets, scaled (see engine.core.decision)
+    SLACK = 12  # least TPOT slack of the running set, in TPOT targets, scaled (see engine.core.decide.decision)
     SLACK_AFTER = 13  # the same after the stall this prefill causes
     STEP = 14  # predicted decode step ÷ tightest TPOT target running here (or the request's own)
     STEP_WITH = 15  # the same with this request added ÷ its own TPOT target

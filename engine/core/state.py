@@ -72,7 +72,7 @@ class Split(IntEnum):
 class Order(IntEnum):
     """In which order an instance prefills its queue; shortest remaining first among prompts not yet started, or at
     every chunk (a PREFILL instance then computes chunks; Tropical); or earliest TTFT deadline first, with those put
-    last that keep the most others from theirs (``engine.core.punctual``)."""
+    last that keep the most others from theirs (``engine.core.schedule.on_time``)."""
 
     FCFS = 0
     SHORTEST = 1

@@ -97,7 +97,7 @@ def is_warm(module: str) -> bool:
 def kernel(signature: Any = None, **options: Any) -> Callable[..., Any]:
     """``numba.njit`` with the settings every kernel shares: cached, GIL released, IEEE arithmetic.
 
-    :param signature: optional eager signature (policies need one, see ``engine.core.decision``);
+    :param signature: optional eager signature (policies need one, see ``engine.core.decide.decision``);
         used bare (``@kernel``) it compiles lazily.
     """
     settings: dict[str, Any] = {"nogil": True, "error_model": "numpy"} | options

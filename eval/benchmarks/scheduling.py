@@ -132,7 +132,7 @@ def _iteration() -> dict[str, dict[str, float]]:
 
 def _core_iteration() -> dict[str, float]:
     """Microseconds of what the compiled core does of it: plan and book one decode step."""
-    from engine.core import live
+    from engine.core import loop
     from engine.jit.rows import addresses
 
     bench, rng = _Bench(1, "least_tokens", slots=2 * BATCH), np.random.default_rng(0)
@@ -144,8 +144,8 @@ def _core_iteration() -> dict[str, float]:
     spent = []
     for k in range(ITERATIONS // 2):
         begin = time.perf_counter()
-        live.finish_lane(words, 0, 0, bench.clock.now + 1000 * k)
-        live.start_idle(words, bench.clock.now + 1000 * k, started)
+        loop.finish_lane(words, 0, 0, bench.clock.now + 1000 * k)
+        loop.start_idle(words, bench.clock.now + 1000 * k, started)
         spent.append((time.perf_counter() - begin) * 1e6)
     return _quantiles(np.array(spent[50:]))
 

@@ -33,7 +33,7 @@ POLICIES = ("least_tokens", "linear_score", "network")
 
 
 class _Timed:
-    """Stands in for ``engine.core.live`` in the runtime: stamps each decision from question to answer."""
+    """Stands in for ``engine.core.loop`` in the runtime: stamps each decision from question to answer."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -56,13 +56,13 @@ class _Timed:
 def _timing() -> Any:
     import engine.runtime as runtime
 
-    before: Any = runtime.live
+    before: Any = runtime.loop
     timed = _Timed(before)
-    runtime.live = timed  # type: ignore[assignment]
+    runtime.loop = timed  # type: ignore[assignment]
     try:
         yield timed
     finally:
-        runtime.live = before
+        runtime.loop = before
 
 
 def run() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from engine.clock import VirtualClock
-from engine.core import interrupt
+from engine.core.events import interrupt
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.core.state import NEVER, ClusterState, RequestState, Role
 from engine.errors import SlalomError

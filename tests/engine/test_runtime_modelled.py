@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runtime_cases import RandomPolicy, crowded_cluster, random_cluster
 
 from engine.clock import VirtualClock
-from engine.core import interrupt
+from engine.core.events import interrupt
 from engine.core.state import ClusterState, RequestState
 from engine.errors import SlalomError
 from engine.integrity import faults

@@ -10,7 +10,7 @@ from audit import check, check_end
 from drive import Driver, played
 from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 
-from engine.core import interrupt
+from engine.core.events import interrupt
 from engine.core.setup import InstanceSpec
 from engine.core.state import Batching, ClusterState, RequestState, Role
 from engine.jit.rows import addresses

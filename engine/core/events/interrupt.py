@@ -1,17 +1,17 @@
 """What the surrogate never needs: clients hang up, links break, instances die, an administrator changes a role.
 
-Entry points like those of ``engine.core.live``: the address vector of a cluster and plain numbers.
+Entry points like those of ``engine.core.loop``: the address vector of a cluster and plain numbers.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from engine.core.events.handover import start_link
+from engine.core.events.roles import begin_role_change
 from engine.core.kv import release, release_chain
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, link_list, push_back, queue_of, ready_of, remove
-from engine.core.live import start_link
-from engine.core.preemption import note_due, touch_pool
-from engine.core.roles import begin_role_change
+from engine.core.schedule.preemption import note_due, touch_pool
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, RequestState, Role, attach

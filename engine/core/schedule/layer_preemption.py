@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.lists import queue_of, ready_of
-from engine.core.predict import prefill_share, running_ctx, split_for, whole_device
+from engine.core.schedule.predict import prefill_share, running_ctx, split_for, whole_device
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import RequestState
 from engine.jit.kernel import kernel

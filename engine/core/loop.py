@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.batching import plan_lane
-from engine.core.decision import apply, build, next_decision, open_control
+from engine.core.decide.decision import apply, build, next_decision, open_control
 from engine.core.durations import step_ticks as _step_ticks
 from engine.core.durations import transfer_ticks
-from engine.core.handover import pull, transfer_done
-from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
+from engine.core.events.handover import pull, start_link, transfer_done
+from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
+from engine.core.events.roles import end_role_change, role_change_ready
 from engine.core.lists import (
     ENDED,
     inbound_of,
@@ -22,7 +22,7 @@ from engine.core.lists import (
     pop_front,
     queue_of,
 )
-from engine.core.roles import end_role_change, role_change_ready
+from engine.core.schedule.batching import plan_lane
 from engine.core.state import LaneKind, attach
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
@@ -43,7 +43,6 @@ __all__ = [
     "link_ticks",
     "next_ended",
     "start_idle",
-    "start_link",
     "step_columns",
     "step_ticks",
     "switch_ticks",
@@ -73,15 +72,6 @@ def answer(words, kind, subject, action, now):
 
 
 # -- what may start ----------------------------------------------------------------------------------------
-
-
-@kernel
-def start_link(s, link):
-    """Whether ``link`` was idle and its next transfer starts now."""
-    if s.link[link].busy == 1 or s.lists[link_list(s.cluster[0].n_instances, link), 2] == 0:
-        return False
-    s.link[link].busy = 1
-    return True
 
 
 @kernel

@@ -6,8 +6,8 @@ import numpy as np
 
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow
 from engine.core.lists import queue_of, ready_of
-from engine.core.preemption import give_way, partly_prefilled, preempt, touch_pool
-from engine.core.punctual import give_up_late
+from engine.core.schedule.on_time import give_up_late
+from engine.core.schedule.preemption import give_way, partly_prefilled, preempt, touch_pool
 from engine.core.state import Order, RequestState, Role
 from engine.jit.kernel import kernel
 

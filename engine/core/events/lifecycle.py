@@ -21,9 +21,9 @@ from engine.core.lists import (
     ready_of,
     remove,
 )
-from engine.core.predict import whole_device
-from engine.core.preemption import note_due, touch_pool
-from engine.core.punctual import line_up
+from engine.core.schedule.on_time import line_up
+from engine.core.schedule.predict import whole_device
+from engine.core.schedule.preemption import note_due, touch_pool
 from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import LaneKind, Order, RequestState, Role

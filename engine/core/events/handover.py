@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, publish, release, release_chain
-from engine.core.lists import HANDOVER, inbound_of, link_list, pop_front, push_back, queue_of, ready_of, remove
-from engine.core.preemption import requeue, touch_pool
+from engine.core.lists import (
+    HANDOVER,
+    inbound_of,
+    link_list,
+    pop_front,
+    push_back,
+    queue_of,
+    ready_of,
+    remove,
+)
+from engine.core.schedule.preemption import requeue, touch_pool
 from engine.core.slo import end_request
 from engine.core.state import LaneKind, RequestState
 from engine.jit.kernel import kernel
 
-__all__ = ["drop_handover", "hand_over", "pull", "transfer_done"]
+__all__ = ["drop_handover", "hand_over", "pull", "start_link", "transfer_done"]
 
 _INBOUND = int(RequestState.INBOUND)
 _MOVING = int(RequestState.MOVING)
@@ -141,3 +150,12 @@ def transfer_done(s, link, now):
     publish(s, s.inst[dest].pool, r, req.dst_cached, req.computed)
     push_back(s.lists, s.req, ready_of(dest), r)
     return r
+
+
+@kernel
+def start_link(s, link):
+    """Whether ``link`` was idle and its next transfer starts now."""
+    if s.link[link].busy == 1 or s.lists[link_list(s.cluster[0].n_instances, link), 2] == 0:
+        return False
+    s.link[link].busy = 1
+    return True

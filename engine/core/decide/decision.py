@@ -11,12 +11,12 @@ import numpy as np
 
 from engine.core.columns import N_CANDIDATE as _N_CANDIDATE
 from engine.core.columns import Col, Kind
-from engine.core.features import candidate_row, context_row
-from engine.core.handover import drop_handover, hand_over
+from engine.core.decide.features import candidate_row, context_row
+from engine.core.events.handover import drop_handover, hand_over
+from engine.core.events.lifecycle import hold, place, shed
+from engine.core.events.roles import begin_role_change
 from engine.core.kv import blocks_for
-from engine.core.lifecycle import hold, place, shed
 from engine.core.lists import HANDOVER, PLACING, remove
-from engine.core.roles import begin_role_change
 from engine.core.slo import end_request
 from engine.core.state import Batching, RequestState, Role
 from engine.jit.kernel import kernel

@@ -1,0 +1,1 @@
+"""What is decided: the questions a policy is asked, its candidates, their features and the outlook."""

@@ -1,0 +1,1 @@
+"""What happened: arrivals, ends, hand-overs over links, role changes, cancellations."""

@@ -1,0 +1,1 @@
+"""What runs next: batches of a lane, order of prompts, preemption, predicted times."""
