@@ -36,7 +36,7 @@ from engine.distributed_wire import KEY, ask, connect, parse_address, step_messa
 from engine.errors import SlalomError
 from engine.hosts import InstanceLost
 from engine.kernels import Spans
-from engine.lanes import WHOLE
+from engine.lanes.base import WHOLE
 from engine.latency.evaluate import PROFILE, SHARE
 from engine.model.config import ModelConfig
 from engine.model.sampling import SamplingParams

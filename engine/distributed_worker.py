@@ -23,7 +23,7 @@ from engine.distributed_kv import Puller, serve_pulls
 from engine.distributed_wire import admit, listen, parse_address, receive, send, step_from
 from engine.errors import SlalomError
 from engine.hosts import LocalExecutor
-from engine.lanes import Lanes, make_device
+from engine.lanes.partitions import Lanes, make_device
 from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
 from engine.quick_profile import measure
 

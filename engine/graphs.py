@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.kernels import Batch, Span, Spans
-from engine.lanes import WHOLE, Lane, Lanes
+from engine.lanes.base import WHOLE, Lane
+from engine.lanes.partitions import Lanes
 from engine.model.runner import ModelRunner
 
 __all__ = ["BUCKETS", "Capturer", "CudaCapturer", "DecodeGraphs", "graphs_of"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from engine.core.state import ClusterState
 from engine.graphs import DecodeGraphs, graphs_of
 from engine.kernels import Batch, Spans
-from engine.lanes import WHOLE, Device, Lane, Lanes, make_device
-from engine.lanes_core import lanes_of, partition_of
+from engine.lanes.base import WHOLE, Device, Lane
+from engine.lanes.partitions import Lanes, lanes_of, make_device, partition_of
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner

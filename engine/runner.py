@@ -14,7 +14,7 @@ from engine.core.state import ClusterState
 from engine.hosts import Executor
 from engine.jit.rows import addresses
 from engine.kernels import Spans
-from engine.lanes import WHOLE
+from engine.lanes.base import WHOLE
 from engine.request import Delta, Request
 
 __all__ = ["LaneRunner", "Step", "StepResult"]

@@ -13,7 +13,7 @@ from engine.calibration.design import KINDS, Space, held_out_error, next_points
 from engine.calibration.live import host_time, link_time, neighbour_time, role_change_s
 from engine.calibration.points import Kind, Measured, Point, Store
 from engine.calibration.shares import measure_share
-from engine.lanes import make_device
+from engine.lanes.partitions import make_device
 from engine.model.llama import Llama
 from engine.model.tokenizer import Tokenizer
 

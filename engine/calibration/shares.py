@@ -1,8 +1,8 @@
 """Parts of a device: how much slower a phase is on some of its SMs or cores, and beside the other phase on the rest.
 
 A few steps stand for all: a share's row is the whole device's fit, prefill and decode each times one factor. Lanes and
-partitions are the engine's own (:mod:`engine.lanes`), so what is measured is what a MULTIPLEXED instance runs on. Not
-yet verified on a GPU.
+partitions are the engine's own (:mod:`engine.lanes.base`), so what is measured is what a MULTIPLEXED instance runs on.
+Not yet verified on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import suppress
 from engine.calibration.bench import Bench, believed
 from engine.calibration.design import Space
 from engine.calibration.points import Point
-from engine.lanes import Device, Lane
+from engine.lanes.base import Device, Lane
 from engine.model.llama import Llama
 
 __all__ = ["measure_share", "measured_shares", "share_sizes"]

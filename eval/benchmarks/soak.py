@@ -27,7 +27,7 @@ from engine.core.state import NEVER, ClusterState, RequestState, Role
 from engine.errors import SlalomError
 from engine.hosts import LocalExecutor, LocalHost, local_hosts
 from engine.integrity import faults
-from engine.lanes_cpu import CpuDevice
+from engine.lanes.cpu import CpuDevice
 from engine.model import KVPool, ModelRunner, SamplingParams, Span, load_model, load_tokenizer
 from engine.model.llama import Llama
 from engine.modelled import ModelledInstances

@@ -154,7 +154,7 @@ def _measure(
 def _parts(shares: str, device: str) -> tuple[list[int], int]:
     """(shares to measure, units of the device); auto: quarters of a GPU, none of a CPU."""
     from engine.calibration.shares import share_sizes
-    from engine.lanes import make_device
+    from engine.lanes.partitions import make_device
 
     whole = make_device(device)
     total = whole.total

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.kernels import Span, Spans
-from engine.lanes import Lane
+from engine.lanes.base import Lane
 from engine.model import SamplingParams
 from eval.gpu_check.partitions import ceilings, decode_spans, graphs_on
 from eval.gpu_check.rig import Rig

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.graphs import Capturer, CudaCapturer
 from engine.kernels import Kernels, make_kernels
-from engine.lanes import Lane
-from engine.lanes_driver import Driver, Resource
-from engine.lanes_gpu import GpuDevice, Streams, TorchStreams
+from engine.lanes.base import Lane
+from engine.lanes.driver import Driver, Resource
+from engine.lanes.gpu import GpuDevice, Streams, TorchStreams
 from engine.model import KVPool, ModelRunner, load_model
 
 __all__ = ["REAL", "TINY", "Rig", "Sizes", "make_rig"]
@@ -203,7 +203,7 @@ def make_rig(*, dry: bool) -> Rig:
     if dry:
         torch.set_num_threads(1)
         return Rig("cpu", TINY, DryDriver(), DryStreams(), dry=True)
-    from engine.lanes_driver import CudaDriver
+    from engine.lanes.driver import CudaDriver
 
     torch.zeros(1, device="cuda")
     return Rig("cuda", REAL, CudaDriver(0), TorchStreams(0), dry=False)

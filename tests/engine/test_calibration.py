@@ -19,7 +19,7 @@ from engine.calibration.design import KINDS, Space, doubts, held_out_error, next
 from engine.calibration.live import neighbour_time
 from engine.calibration.shares import measure_share
 from engine.errors import SlalomError
-from engine.lanes import make_device
+from engine.lanes.partitions import make_device
 from engine.latency import Profile, pack
 from eval.calibrate.cli import app, parse_seconds
 

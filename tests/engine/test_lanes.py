@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import SlalomError
-from engine.lanes import WHOLE, Device, Lane, Lanes, Partition, make_device
-from engine.lanes_cpu import CpuDevice
-from engine.lanes_driver import Resource
-from engine.lanes_gpu import GpuDevice, GpuLane
+from engine.lanes.base import WHOLE, Device, Lane, Partition
+from engine.lanes.cpu import CpuDevice
+from engine.lanes.driver import Resource
+from engine.lanes.gpu import GpuDevice, GpuLane
+from engine.lanes.partitions import Lanes, make_device
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 needs_two_cores = pytest.mark.skipif(len(CORES) < 2, reason="a partition needs two cores")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from engine.errors import SlalomError
-from engine.lanes_driver import CudaDriver, _Resource
-from engine.lanes_gpu import make_gpu
+from engine.lanes.driver import CudaDriver, _Resource
+from engine.lanes.gpu import make_gpu
 
 RESOURCE = POINTER(_Resource)
 

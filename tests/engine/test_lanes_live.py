@@ -16,7 +16,8 @@ from torch import Tensor
 from engine.core.state import Batching, Role
 from engine.graphs import DecodeGraphs, graphs_of
 from engine.kernels import Span
-from engine.lanes import WHOLE, Lane, Lanes, make_device
+from engine.lanes.base import WHOLE, Lane
+from engine.lanes.partitions import Lanes, make_device
 from engine.model import KVPool, ModelRunner, SamplingParams
 from engine.runner import LaneRunner, Step
 

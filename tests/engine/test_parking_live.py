@@ -12,7 +12,8 @@ from test_lanes import CORES, needs_two_cores
 from engine.core.state import Batching, Role
 from engine.hosts import LocalExecutor
 from engine.kernels import Span, Spans
-from engine.lanes import WHOLE, Lanes, make_device
+from engine.lanes.base import WHOLE
+from engine.lanes.partitions import Lanes, make_device
 from engine.model import KVPool, ModelRunner, SamplingParams
 
 LAYERS = MODEL.config.n_layers

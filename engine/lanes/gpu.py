@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from engine.errors import SlalomError
-from engine.lanes import Device, Lane, Partition
-from engine.lanes_driver import CudaDriver, Driver
+from engine.lanes.base import Device, Lane, Partition
+from engine.lanes.driver import CudaDriver, Driver
 
 __all__ = ["GpuDevice", "GpuLane", "Streams", "TorchStreams", "make_gpu"]
 

@@ -1,82 +1,40 @@
-"""Lanes: where an instance's prefill and decode run, and how a device is cut in two for them.
-
-A *lane* is a part of a device that runs one thing after the other: SMs behind a stream on a GPU (``lanes_gpu``),
-cores on a CPU (``lanes_cpu``). A *partition* is a pair of disjoint lanes. Asking for one that cannot be had is an
-error, never a quiet fall-back to less: a measurement always measures the mode that was asked for.
-
-Changing the partition drains nothing. A step in flight ends where it began; the next one starts on the new lane,
-which first waits for an event of the old one.
-"""
+"""The lanes of an instance: a device's partitions, and which of them the scheduling core's share rows mean."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
 
+from engine.core.state import ClusterState, LaneKind, Role
 from engine.errors import SlalomError
+from engine.lanes.base import WHOLE, Device, Lane
 
-__all__ = ["WHOLE", "Device", "Lane", "Lanes", "Partition", "make_device"]
-
-#: Index of the partition that is none: both lanes may use the whole device.
-WHOLE = -1
+__all__ = ["Lanes", "lanes_of", "make_device", "partition_of"]
 
 
-class Lane(ABC):
-    """A part of a device. Used by one thread at a time.
+def lanes_of(state: ClusterState, device: Device) -> list[Lanes]:
+    """The lanes of every instance: partitions only for those that may ever be MULTIPLEXED.
 
-    :ivar size: SMs or cores that it really has
+    :raises SlalomError: as :class:`Lanes`
     """
-
-    size: int
-
-    @abstractmethod
-    def open(self) -> AbstractContextManager[Any]:
-        """Within it, work of the calling thread goes to this lane."""
-
-    @abstractmethod
-    def follow(self, other: Lane) -> None:
-        """What is launched here from now on waits for what has been launched on ``other``; the host does not."""
-
-    @abstractmethod
-    def wait(self) -> None:
-        """Wait, on the host, for the end of what has been launched here."""
-
-    def keep(self, *tensors: Any) -> None:
-        """Tensors made on another lane are used here: their memory must outlive that use."""
-        return
+    may_become = state.cluster[0]["ask_realloc"] and state.cluster[0]["roles_allowed"] >> int(Role.MULTIPLEXED) & 1
+    found = []
+    for i, instance in enumerate(state.inst):
+        profile = int(instance["profile"])
+        sizes = state.share[profile]["sms"][: int(state.profile[profile]["n_shares"])].tolist()
+        if not (may_become or instance["role"] == Role.MULTIPLEXED):
+            sizes = [device.total]
+        try:
+            found.append(Lanes(device, sizes))
+        except SlalomError as error:
+            raise SlalomError(f"instances[{i}]: {error.field}", error.value, error.fix) from error
+    return found
 
 
-class Partition(NamedTuple):
-    """Two lanes: disjoint, or both the whole device."""
-
-    prefill: Lane
-    decode: Lane
-
-
-class Device(ABC):
-    """What lanes are cut from.
-
-    :ivar total: its SMs or cores
-    """
-
-    total: int
-
-    @abstractmethod
-    def whole(self) -> Partition:
-        """Two new lanes that both may use all of it."""
-
-    @abstractmethod
-    def split(self, decode: int) -> Partition:
-        """Two new disjoint lanes: ``decode`` units, and all others for prefill.
-
-        :raises SlalomError: the device cannot be cut there
-        """
-
-    def close(self) -> None:
-        """Give everything back. No lane may be in use any more."""
-        return
+def partition_of(state: ClusterState, lanes: Lanes, i: int, l: int) -> int:
+    """Which partition the step in lane (i, l) runs on."""
+    decode = state.lane[i, 1]
+    busy = l == 0 and decode["kind"] != LaneKind.IDLE
+    return lanes.partition(l, int(state.lane[i, l]["share"]), int(decode["share"]) if busy else WHOLE)
 
 
 class Lanes:
@@ -134,11 +92,11 @@ def make_device(kind: str, index: int = 0) -> Device:
     :raises SlalomError: another kind, or no driver
     """
     if kind == "cpu":
-        from engine.lanes_cpu import CpuDevice
+        from engine.lanes.cpu import CpuDevice
 
         return CpuDevice()
     if kind == "cuda":
-        from engine.lanes_gpu import make_gpu
+        from engine.lanes.gpu import make_gpu
 
         return make_gpu(index)
     raise SlalomError("device", kind, "choose cpu or cuda")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from engine.errors import SlalomError
-from engine.lanes import Device, Lane, Partition
+from engine.lanes.base import Device, Lane, Partition
 
 __all__ = ["CpuDevice", "CpuLane"]
 
