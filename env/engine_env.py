@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Ctx, Kind, Need
 from engine.core.policy import Policy
-from engine.service import Engine
+from engine.live.engine import Engine
 from env.cluster import arena_of
 from env.gpu_backend import Park, model_of, park_of, replay
 from env.scenario import Scenario

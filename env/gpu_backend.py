@@ -28,9 +28,9 @@ from engine.core.setup import InstanceSpec, blank_requests
 from engine.core.state import ClusterState, RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
+from engine.live.engine import Engine, build_state
+from engine.live.request import ABORT, Delta, Request
 from engine.model import SamplingParams, load_model, load_tokenizer
-from engine.request import ABORT, Delta, Request
-from engine.service import Engine, build_state
 from env.cluster import arena_of, build_trace, requests_of
 from env.scenario import Scenario
 from env.simulate import RunResult, bind_policy

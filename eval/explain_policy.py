@@ -126,7 +126,7 @@ def record(scenario: Any, policy: Any, *, rate: float, n_requests: int, seed: in
 
     :raises SlalomError: unknown policy; a run without a single choice
     """
-    from engine.modelled import play
+    from engine.live.modelled import play
     from env.cluster import arena_of, build_trace, horizon_s
     from env.simulate import bind_policy
 

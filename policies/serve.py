@@ -29,9 +29,9 @@ from policies.setting import Setting
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from engine.distributed import Workers
-    from engine.runtime import Guard
-    from engine.service import Engine
+    from engine.live.engine import Engine
+    from engine.live.guard import Guard
+    from engine.workers.pool import Workers
 
 __all__ = ["Options", "app", "build", "main"]
 
@@ -176,9 +176,9 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     roles = parse_roles(options.roles, options.instances)
     import torch
 
+    from engine.live.engine import Engine, build_state
     from engine.model import load_tokenizer
     from engine.server import create_app
-    from engine.service import Engine, build_state
 
     torch.set_num_threads(1)
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -246,7 +246,7 @@ def _weights(options: Options, dtype: Any) -> tuple[Any, Workers | None]:
 
     if not options.workers:
         return load_model(options.model, device=options.device, dtype=dtype, kernels=options.kernels), None
-    from engine.distributed import Workers
+    from engine.workers.pool import Workers
 
     checkpoint = open_checkpoint(options.model)
     more: dict[str, Any] = {"pipe": options.kv_transport, "transfer_timeout_s": options.transfer_timeout_s}
@@ -283,7 +283,7 @@ def _profile(options: Options, source: Any) -> tuple[Any, Any]:
     if options.workers:
         profile, share = source.measured()
         return profile, share
-    from engine.quick_profile import measure
+    from engine.calibration.quick import measure
 
     return measure(source)
 

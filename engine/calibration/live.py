@@ -15,11 +15,11 @@ from engine.calibration.probe import StepProbe, StepTrace
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.core.state import Batching, ClusterState, LaneKind, Role
 from engine.latency.evaluate import PROFILE, SHARE
+from engine.live.engine import Engine, build_state
+from engine.live.request import Delta
 from engine.model.llama import Llama
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
-from engine.request import Delta
-from engine.service import Engine, build_state
 
 __all__ = ["Host", "Link", "host_time", "link_time", "neighbour_time", "role_change_s"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.core.state import LANE
-from engine.service import Engine
+from engine.live.engine import Engine
 
 __all__ = ["StepProbe", "StepTrace"]
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from engine.core.policy import Policy
 from engine.core.state import Role
 from engine.errors import SlalomError
-from engine.service import Engine
+from engine.live.engine import Engine
 
 __all__ = ["add_admin"]
 

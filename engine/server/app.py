@@ -17,13 +17,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from engine.core.policy import Policy
 from engine.errors import SlalomError
-from engine.request import SHED, UNPLACEABLE, Delta
+from engine.live.engine import Engine, Overloaded, Unavailable
+from engine.live.request import SHED, UNPLACEABLE, Delta
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
 from engine.server.metrics import Metrics
 from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, class_of, error_body, targets_of
 from engine.server.streams import Mailroom, Stream, unanswered
-from engine.service import Engine, Overloaded, Unavailable
 
 __all__ = ["create_app"]
 

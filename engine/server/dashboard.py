@@ -11,8 +11,8 @@ import orjson
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, StreamingResponse
 
+from engine.live.engine import Engine
 from engine.server.view import Attainment, view
-from engine.service import Engine
 
 __all__ = ["add_dashboard"]
 

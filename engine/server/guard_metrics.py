@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from engine.guard_report import GuardReport
+from engine.live.guard import GuardReport
 
 __all__ = ["guard_metrics"]
 

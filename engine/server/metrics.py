@@ -23,10 +23,10 @@ from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
 from engine.core.state import RequestState, Role
 from engine.latency.evaluate import TICKS_PER_S
-from engine.request import Request
+from engine.live.engine import Engine
+from engine.live.request import Request
 from engine.server.guard_metrics import guard_metrics
 from engine.server.view import Attainment, sm_shares
-from engine.service import Engine
 
 __all__ = ["Metrics"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from engine.live.engine import Engine
+from engine.live.request import Delta, Request
 from engine.model.sampling import SamplingParams
-from engine.request import Delta, Request
 from engine.server.protocol import Targets
-from engine.service import Engine
 
 __all__ = ["Mailroom", "Stream"]
 

@@ -14,8 +14,8 @@ import numpy as np
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, queue_of, ready_of
 from engine.core.state import ClusterState, RequestState, Role
 from engine.latency.evaluate import TICKS_PER_S
-from engine.request import ABORT
-from engine.service import Engine
+from engine.live.engine import Engine
+from engine.live.request import ABORT
 
 __all__ = ["Attainment", "sm_shares", "view"]
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from engine.calibration.quick import measure
 from engine.core.setup import InstanceSpec, SloClass
 from engine.core.state import Batching, Role
 from engine.errors import SlalomError
+from engine.live.engine import Engine, build_state
 from engine.model import SamplingParams, load_model, load_tokenizer, open_checkpoint
 from engine.model.config import ModelConfig
-from engine.quick_profile import measure
-from engine.service import Engine, build_state
 from policies.registry import load_policy
 from policies.setting import Setting
 

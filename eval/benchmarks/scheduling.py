@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from engine.clock import Event, WallClock
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.core.state import ClusterState, Role
-from engine.hosts import local_hosts
 from engine.kernels import Batch
 from engine.latency import Profile, pack
+from engine.live.clock import Event, WallClock
+from engine.live.engine import Engine, build_state
+from engine.live.hosts import local_hosts
+from engine.live.request import Delta
+from engine.live.steps import Step
 from engine.model import SamplingParams, load_model, load_tokenizer
-from engine.request import Delta
-from engine.runner import Step
-from engine.service import Engine, build_state
 from policies.registry import load_policy
 from policies.setting import Setting
 

@@ -54,7 +54,7 @@ class _Timed:
 
 @contextmanager
 def _timing() -> Any:
-    import engine.runtime as runtime
+    import engine.live.runtime as runtime
 
     before: Any = runtime.loop
     timed = _Timed(before)
@@ -128,7 +128,7 @@ def _modelled(name: str) -> dict[str, Any]:
     from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
     from engine.core.state import Role
     from engine.latency import Profile, pack
-    from engine.modelled import play
+    from engine.live.modelled import play
     from policies.guard.build import build_guard
     from policies.setting import Setting
 

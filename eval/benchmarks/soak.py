@@ -20,22 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from engine.clock import VirtualClock
+from engine.calibration.quick import measure
 from engine.core.events import interrupt
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.core.state import NEVER, ClusterState, RequestState, Role
 from engine.errors import SlalomError
-from engine.hosts import LocalExecutor, LocalHost, local_hosts
-from engine.integrity import faults
 from engine.lanes.cpu import CpuDevice
+from engine.live.clock import VirtualClock
+from engine.live.engine import Engine, Overloaded, Unavailable, build_state
+from engine.live.hosts import LocalExecutor, LocalHost, local_hosts
+from engine.live.integrity import faults
+from engine.live.modelled import ModelledInstances
+from engine.live.request import Delta, Request
+from engine.live.runtime import Runtime
+from engine.live.transfer import CopyTransport, Transfer
 from engine.model import KVPool, ModelRunner, SamplingParams, Span, load_model, load_tokenizer
 from engine.model.llama import Llama
-from engine.modelled import ModelledInstances
-from engine.quick_profile import measure
-from engine.request import Delta, Request
-from engine.runtime import Runtime
-from engine.service import Engine, Overloaded, Unavailable, build_state
-from engine.transfer import CopyTransport, Transfer
 from env.cluster import arena_of, build_trace, horizon_s
 from env.scenario import Scenario, list_scenarios
 from eval.benchmarks.growth import growth_of

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import SlalomError
-from engine.graphs import DecodeGraphs
 from engine.kernels import Batch, Span, Spans
 from engine.lanes.base import Lane
+from engine.live.graphs import DecodeGraphs
 from eval.gpu_check.rig import Rig
 
 __all__ = ["all_splits", "ceilings", "graph_follows_capture", "slowdown", "sm_resource", "switch_cost", "versions"]

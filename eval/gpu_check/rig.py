@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.graphs import Capturer, CudaCapturer
 from engine.kernels import Kernels, make_kernels
 from engine.lanes.base import Lane
 from engine.lanes.driver import Driver, Resource
 from engine.lanes.gpu import GpuDevice, Streams, TorchStreams
+from engine.live.graphs import Capturer, CudaCapturer
 from engine.model import KVPool, ModelRunner, load_model
 
 __all__ = ["REAL", "TINY", "Rig", "Sizes", "make_rig"]

@@ -36,8 +36,8 @@ def engine_tokens(rig: Rig) -> dict[str, Any]:
     from engine.core.setup import InstanceSpec, SloClass
     from engine.core.state import Batching, Role
     from engine.latency.evaluate import PROFILE, SHARE
+    from engine.live.engine import Engine, build_state
     from engine.model import SamplingParams, load_model, load_tokenizer
-    from engine.service import Engine, build_state
 
     model, tokenizer = load_model("dummy:tiny", device=rig.device), load_tokenizer("dummy:tiny")
     total = torch.get_num_threads() if rig.dry else rig.gpu.total

@@ -30,8 +30,8 @@ import numpy as np
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
-from engine.guard_report import DriftReport, GuardReport, RecentDecision
-from engine.runtime import Runtime, safe_choice
+from engine.live.guard import DriftReport, GuardReport, RecentDecision
+from engine.live.runtime import Runtime, safe_choice
 from policies.guard.breaker import Breaker, BreakerState
 from policies.guard.checks import NOT_FINITE, fits, inspect
 from policies.guard.config import GuardConfig
@@ -66,7 +66,7 @@ def _recent(
 
 
 class Guard:
-    """Satisfies :class:`engine.runtime.Guard`. Everything but :meth:`prepare` belongs to the loop's thread.
+    """Satisfies :class:`engine.live.guard.Guard`. Everything but :meth:`prepare` belongs to the loop's thread.
 
     :param fallback: a compiled rule of this package, bound to the same setting
     :param log: where decisions and outcomes go, None for nowhere

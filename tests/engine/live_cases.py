@@ -14,9 +14,9 @@ from runtime_cases import tables
 
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.core.state import Role
+from engine.live.engine import Engine, build_state
+from engine.live.request import Delta, Request
 from engine.model import SamplingParams, load_model, load_tokenizer
-from engine.request import Delta, Request
-from engine.service import Engine, build_state
 from policies.registry import load_policy
 from policies.setting import Setting
 

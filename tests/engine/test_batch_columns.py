@@ -13,9 +13,9 @@ from live_cases import GREEDY, KV, PROMPTS, engine_on, mixed, send
 
 from engine.core.setup import InstanceSpec
 from engine.core.state import Batching, ClusterState, Role
-from engine.distributed_wire import step_from, step_message
 from engine.kernels import Batch, Span, Spans
-from engine.runner import LaneRunner
+from engine.live.steps import LaneRunner
+from engine.workers.wire import step_from, step_message
 
 PAGE = 16
 

@@ -14,12 +14,12 @@ from test_lanes import CORES, needs_two_cores
 from torch import Tensor
 
 from engine.core.state import Batching, Role
-from engine.graphs import DecodeGraphs, graphs_of
 from engine.kernels import Span
 from engine.lanes.base import WHOLE, Lane
 from engine.lanes.partitions import Lanes, make_device
+from engine.live.graphs import DecodeGraphs, graphs_of
+from engine.live.steps import LaneRunner, Step
 from engine.model import KVPool, ModelRunner, SamplingParams
-from engine.runner import LaneRunner, Step
 
 LONG = replace(GREEDY, max_tokens=160)
 

@@ -10,10 +10,10 @@ from live_cases import GREEDY, MODEL, PROMPTS, cores, engine_on, mixed, send, un
 from test_lanes import CORES, needs_two_cores
 
 from engine.core.state import Batching, Role
-from engine.hosts import LocalExecutor
 from engine.kernels import Span, Spans
 from engine.lanes.base import WHOLE
 from engine.lanes.partitions import Lanes, make_device
+from engine.live.hosts import LocalExecutor
 from engine.model import KVPool, ModelRunner, SamplingParams
 
 LAYERS = MODEL.config.n_layers

@@ -7,10 +7,10 @@ import time
 import numpy as np
 from live_cases import MODEL
 
+from engine.calibration.quick import measure
 from engine.kernels import Span
 from engine.latency.evaluate import decode_s, prefill_s
 from engine.model import KVPool, ModelRunner, SamplingParams
-from engine.quick_profile import measure
 
 
 def test_predictions_are_near_what_steps_take() -> None:

@@ -19,16 +19,16 @@ import torch
 from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, engine_on, mixed, send, until
 from runtime_cases import tables
 
-from engine import distributed_kv
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.core.state import Role
-from engine.distributed import Workers
-from engine.distributed_kv import Puller, check_pipe
-from engine.distributed_wire import KEY, ask, connect, listen, parse_address, step_from, step_message
-from engine.distributed_worker import Worker
 from engine.errors import SlalomError
+from engine.live.engine import Engine, build_state
 from engine.model import KVPool, SamplingParams, open_checkpoint
-from engine.service import Engine, build_state
+from engine.workers import kv as kv
+from engine.workers.kv import Puller, check_pipe
+from engine.workers.pool import Workers
+from engine.workers.wire import KEY, ask, connect, listen, parse_address, step_from, step_message
+from engine.workers.worker import Worker
 
 LONG = replace(GREEDY, max_tokens=60)
 PD = [InstanceSpec(Role.PREFILL, 0, KV), InstanceSpec(Role.DECODE, 1, KV, gpu=1, link=1)]
@@ -131,14 +131,14 @@ def test_a_sender_that_says_nothing_costs_a_timeout_and_the_next_pull_a_new_pair
         return slow
 
     if state == "at the door":
-        monkeypatch.setattr("engine.distributed_worker.serve_pulls", stall(distributed_kv.serve_pulls))
+        monkeypatch.setattr("engine.workers.worker.serve_pulls", stall(kv.serve_pulls))
     elif state == "while it opens":
         monkeypatch.setitem(
-            distributed_kv.PIPES, "gloo",
+            kv.PIPES, "gloo",
             lambda store, rank, *rest: (stall(REAL) if rank == 0 else REAL)(store, rank, *rest),
         )  # fmt: skip
     else:
-        monkeypatch.setattr(distributed_kv, "_gather", stall(distributed_kv._gather))
+        monkeypatch.setattr(kv, "_gather", stall(kv._gather))
     puller, pairs = Puller("gloo", "127.0.0.1"), [(k, 99 - k) for k in range(100)]
     begin = time.monotonic()
     with pytest.raises(Exception, match=r"(?i)time|answer"):
@@ -152,11 +152,11 @@ def test_a_sender_that_says_nothing_costs_a_timeout_and_the_next_pull_a_new_pair
     puller.close()
 
 
-REAL = distributed_kv.PIPES["gloo"]
+REAL = kv.PIPES["gloo"]
 
 
 def test_pulls_that_break_are_recomputed(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    gather, left = distributed_kv._gather, [2]
+    gather, left = kv._gather, [2]
 
     def broken(*args: Any) -> Any:
         if left[0]:
@@ -164,7 +164,7 @@ def test_pulls_that_break_are_recomputed(expected: list[list[int]], monkeypatch:
             raise ConnectionError("cable")
         return gather(*args)
 
-    monkeypatch.setattr(distributed_kv, "_gather", broken)
+    monkeypatch.setattr(kv, "_gather", broken)
     with served_by(Workers.join([InThread().text(), InThread().text()]), PD) as engine:
         callers = [send(engine, prompt, LONG) for prompt in PROMPTS]
         assert [caller.wait().tokens for caller in callers] == expected

@@ -13,9 +13,9 @@ from live_cases import GREEDY, KV, PROMPTS, FirstAllowed, engine_on, mixed, send
 from engine.core.setup import ClusterOptions, InstanceSpec
 from engine.core.state import Batching, Role
 from engine.errors import SlalomError
+from engine.live.engine import Unavailable
+from engine.live.transfer import CopyTransport, Transfer, TransferState
 from engine.model import ModelRunner
-from engine.service import Unavailable
-from engine.transfer import CopyTransport, Transfer, TransferState
 
 LONG = replace(GREEDY, max_tokens=60)
 

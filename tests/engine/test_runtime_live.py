@@ -13,14 +13,14 @@ import pytest
 from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, Caller, engine_on, mixed, send, tables, until
 from runtime_cases import RandomPolicy
 
-from engine.clock import WallClock
 from engine.core.columns import Kind
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass
 from engine.core.state import Batching, RequestState, Role
 from engine.errors import SlalomError
+from engine.live.clock import WallClock
+from engine.live.engine import Engine, Overloaded, Unavailable, build_state
+from engine.live.steps import LaneRunner
 from engine.model import Batch, KVPool, ModelRunner, SamplingParams, Span
-from engine.runner import LaneRunner
-from engine.service import Engine, Overloaded, Unavailable, build_state
 
 
 def alone(prompt: list[int], params: SamplingParams) -> list[int]:

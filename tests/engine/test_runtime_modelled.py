@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_cases import RandomPolicy, crowded_cluster, random_cluster
 
-from engine.clock import VirtualClock
 from engine.core.events import interrupt
 from engine.core.state import ClusterState, RequestState
 from engine.errors import SlalomError
-from engine.integrity import faults
 from engine.jit.rows import addresses
-from engine.modelled import ModelledInstances, play
-from engine.runtime import Runtime
+from engine.live.clock import VirtualClock
+from engine.live.integrity import faults
+from engine.live.modelled import ModelledInstances, play
+from engine.live.runtime import Runtime
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered
 from env.scenario import Scenario, list_scenarios

@@ -11,8 +11,8 @@ from live_cases import GREEDY, KV, MODEL, PROMPTS, FirstAllowed, engine_on, send
 
 from engine.core.setup import InstanceSpec
 from engine.core.state import Role
+from engine.live.transfer import CopyTransport, Mover, Transfer, TransferState
 from engine.model import KVPool
-from engine.transfer import CopyTransport, Mover, Transfer, TransferState
 
 SPECS = [InstanceSpec(Role.PREFILL, 0, KV), InstanceSpec(Role.DECODE, 1, KV, link=1)]
 

@@ -13,8 +13,8 @@ import numpy as np
 from engine.core.columns import Col, Ctx, Kind
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import ClusterState, RequestState, Role
-from engine.modelled import play
-from engine.runtime import Runtime
+from engine.live.modelled import play
+from engine.live.runtime import Runtime
 from policies.guard import Guard
 from policies.guard.config import GuardConfig
 from policies.guard.log.log import DecisionLog

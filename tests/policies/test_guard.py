@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx, Kind
 from engine.core.state import Role
 from engine.errors import SlalomError
-from engine.modelled import play
+from engine.live.modelled import play
 from policies.guard import Guard
 from policies.guard.breaker import Breaker, BreakerState
 from policies.guard.checks import FINE, NOT_FINITE, OUTSIDE, inspect

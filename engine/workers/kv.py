@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.distributed_wire import ask, connect, receive, send
 from engine.errors import SlalomError
 from engine.model.kv import KVPool
+from engine.workers.wire import ask, connect, receive, send
 
 __all__ = ["PIPES", "Pipe", "Puller", "check_pipe", "serve_pulls"]
 

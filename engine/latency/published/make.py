@@ -1,6 +1,6 @@
-"""Profiles made from published numbers; ``python -m engine.latency.published`` writes the shipped files.
+"""Profiles made from published numbers; ``python -m engine.latency.published.make`` writes the shipped files.
 
-The numbers are in :mod:`engine.latency.published_tables`. What no source gives is inferred here, in one
+The numbers are in :mod:`engine.latency.published.tables`. What no source gives is inferred here, in one
 place, and every profile's notes say so:
 
 * KV capacity (OPT's is published): 90 % of 80 GiB per device, less weights and 2 GiB of activations;
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.latency import published_tables as tables
 from engine.latency.fit import PrefillSamples, fit_prefill
 from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share, profiles_dir
+from engine.latency.published import tables
 
 __all__ = ["published", "write"]
 

@@ -1,7 +1,7 @@
 """Instances in other processes: one process per GPU holds weights and KV, this one holds the scheduler and the door.
 
 Steps go to a worker over a connection of their lane; KV goes from worker to worker, pulled by the receiver
-(``engine.distributed_kv``). When a worker dies, hangs or cannot be reached, its instances are lost and what they had
+(``engine.workers.kv``). When a worker dies, hangs or cannot be reached, its instances are lost and what they had
 is computed by the others; nothing else notices. A lost worker does not come back before ``serve`` is started anew.
 
 On one machine, ``serve --model M --instances 2 --roles prefill,decode --workers 2`` starts both (worker ``k`` on
@@ -31,16 +31,16 @@ from typing import Any
 import numpy as np
 
 from engine.core.state import ClusterState, Role
-from engine.distributed_kv import check_pipe
-from engine.distributed_wire import KEY, ask, connect, parse_address, step_message
 from engine.errors import SlalomError
-from engine.hosts import InstanceLost
 from engine.kernels import Spans
 from engine.lanes.base import WHOLE
 from engine.latency.evaluate import PROFILE, SHARE
+from engine.live.hosts import InstanceLost
+from engine.live.transfer import Transfer
 from engine.model.config import ModelConfig
 from engine.model.sampling import SamplingParams
-from engine.transfer import Transfer
+from engine.workers.kv import check_pipe
+from engine.workers.wire import KEY, ask, connect, parse_address, step_message
 
 __all__ = ["RemoteTransport", "RemoteWorker", "Workers"]
 
@@ -114,7 +114,8 @@ class RemotePool:
 
 
 class RemoteExecutor:
-    """An :class:`engine.hosts.Executor` that asks a worker; on the whole device, SM partitions are not passed on."""
+    """An :class:`engine.live.hosts.Executor` that asks a worker; on the whole device, SM partitions are not passed
+    on."""
 
     def __init__(self, worker: RemoteWorker, pool: int, l: int, timeout_s: float) -> None:
         self._worker, self._timeout_s = worker, timeout_s
@@ -122,7 +123,7 @@ class RemoteExecutor:
         self.n_layers: int = ask(self._connection, {"do": "lane", "lane": l, "pool": pool}, _START_S)["n_layers"]
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
-        """See :class:`engine.hosts.Executor`."""
+        """See :class:`engine.live.hosts.Executor`."""
         return WHOLE
 
     def run(
@@ -133,7 +134,7 @@ class RemoteExecutor:
         steps: Sequence[int],
         partition: int,
     ) -> list[int]:
-        """See :class:`engine.hosts.Executor`."""
+        """See :class:`engine.live.hosts.Executor`."""
         try:
             answer = ask(self._connection, step_message(spans, layers, params, steps), self._timeout_s)
         except (EOFError, OSError) as error:
@@ -145,22 +146,22 @@ class RemoteExecutor:
 
 
 class RemoteHost:
-    """A :class:`engine.hosts.Host` in a worker."""
+    """A :class:`engine.live.hosts.Host` in a worker."""
 
     def __init__(self, worker: RemoteWorker, pool: int, step_timeout_s: float) -> None:
         self._worker, self._timeout_s = worker, step_timeout_s
         self.pool = RemotePool(worker, pool)
 
     def executor(self, l: int) -> RemoteExecutor:
-        """See :class:`engine.hosts.Host`."""
+        """See :class:`engine.live.hosts.Host`."""
         return RemoteExecutor(self._worker, self.pool.index, l, self._timeout_s)
 
     def watch(self, gone: Callable[[Exception], None]) -> None:
-        """See :class:`engine.hosts.Host`."""
+        """See :class:`engine.live.hosts.Host`."""
         self._worker.watch(gone)
 
     def close(self) -> None:
-        """See :class:`engine.hosts.Host`."""
+        """See :class:`engine.live.hosts.Host`."""
         self._worker.close()
 
 
@@ -175,7 +176,7 @@ class RemoteTransport:
         self._own = threading.local()
 
     def copy(self, transfer: Transfer) -> None:
-        """See :class:`engine.transfer.Transport`."""
+        """See :class:`engine.live.transfer.Transport`."""
         source, target = transfer.source, transfer.target
         assert isinstance(source, RemotePool)
         assert isinstance(target, RemotePool)
@@ -206,7 +207,7 @@ class RemoteTransport:
 class Workers:
     """The workers of one engine.
 
-    :param pipe: how KV travels between them, a name of :data:`engine.distributed_kv.PIPES`
+    :param pipe: how KV travels between them, a name of :data:`engine.workers.kv.PIPES`
     :param transfer_timeout_s: a KV transfer may take in each of its states
     :param step_timeout_s: a worker that takes longer for one step is lost
     """
@@ -235,7 +236,7 @@ class Workers:
         try:
             for k in range(n):
                 where = f"cuda:{k}" if device == "cuda" else device
-                command = [sys.executable, "-m", "engine.distributed_worker", "--model", model, "--once"]
+                command = [sys.executable, "-m", "engine.workers.worker", "--model", model, "--once"]
                 command += ["--device", where, "--dtype", dtype, "--kernels", kernels]
                 # Its standard input closes with this process, whatever ends it: then the worker ends too.
                 begun.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
@@ -278,7 +279,7 @@ class Workers:
                     raise SlalomError(f"worker {worker.address[0]}:{worker.address[1]}: {name}", found, fix)
 
     def measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """A rough profile (:func:`engine.quick_profile.measure`), taken by the first worker."""
+        """A rough profile (:func:`engine.calibration.quick.measure`), taken by the first worker."""
         answer = self.workers[0].ask({"do": "measure"})
         share = np.frombuffer(bytes.fromhex(answer["share"]), SHARE).reshape(-1, answer["shares"])
         return np.frombuffer(bytes.fromhex(answer["profile"]), PROFILE).copy(), share.copy()

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from engine.core.state import ClusterState
-from engine.graphs import DecodeGraphs, graphs_of
 from engine.kernels import Batch, Spans
 from engine.lanes.base import WHOLE, Device, Lane
 from engine.lanes.partitions import Lanes, lanes_of, make_device, partition_of
+from engine.live.graphs import DecodeGraphs, graphs_of
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
@@ -59,7 +59,7 @@ class Host(Protocol):
 
     @property
     def pool(self) -> Any:
-        """What stands for its KV pool in a :class:`engine.transfer.Transfer`."""
+        """What stands for its KV pool in a :class:`engine.live.transfer.Transfer`."""
         ...
 
     def executor(self, l: int) -> Executor:

@@ -93,7 +93,7 @@ def ask(connection: Connection, message: dict[str, Any], timeout_s: float | None
 def step_message(
     spans: Spans | None, layers: tuple[int, int], params: Sequence[SamplingParams], steps: Sequence[int]
 ) -> dict[str, Any]:
-    """The arguments of :meth:`engine.hosts.Executor.run`. Of the block tables only what is used travels."""
+    """The arguments of :meth:`engine.live.hosts.Executor.run`. Of the block tables only what is used travels."""
     columns = None
     if spans is not None:
         used = spans.blocks[:, : spans.width][_used(spans.n_blocks)]

@@ -16,16 +16,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine.clock import Clock, Slots
 from engine.core import loop
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
 from engine.core.lists import HELD
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
-from engine.guard_report import GuardReport
 from engine.jit.rows import addresses
+from engine.live.clock import Clock, Slots
+from engine.live.guard import Guard
 
-__all__ = ["Guard", "Instances", "Runtime", "safe_choice"]
+__all__ = ["Instances", "Runtime", "safe_choice"]
 
 _log = logging.getLogger("slalom.runtime")
 _KINDS = tuple(kind.name.lower() for kind in Kind)
@@ -64,57 +64,6 @@ class Instances(Protocol):
 
     def is_over(self) -> bool:
         """Whether the loop should end."""
-        ...
-
-
-class Guard(Protocol):
-    """Stands between the scheduler and a policy (``policies.guard``). All of it belongs to the loop's thread."""
-
-    #: Answers in the policy's place, by reason.
-    fallbacks: Counter[str]
-
-    @property
-    def needs(self) -> int:
-        """What to compute for the next decision (bit mask of Need)."""
-        ...
-
-    @property
-    def policy(self) -> Policy:
-        """The policy in force."""
-        ...
-
-    def adopt(self, ready: Any) -> None:
-        """Let another policy answer from the next decision on."""
-        ...
-
-    def attach(self, runtime: Runtime) -> None:
-        """Work for ``runtime``."""
-        ...
-
-    def report(self, recent: int = 0) -> GuardReport:
-        """How things stand; any thread may ask. ``recent``: decisions to include."""
-        ...
-
-    def prepare(self, policy: Policy, *, rehearse: bool = False) -> Any:
-        """What :meth:`adopt` takes, made in any thread; ``rehearse`` refuses a policy that fails at once."""
-        ...
-
-    def freeze(self, *, restore: bool = False) -> None:
-        """At once: the fallback rule places and nothing else changes, or goes back to the start."""
-        ...
-
-    def thaw(self, *, advisory: bool | None = None) -> None:
-        """Let the policy decide again, or only advise."""
-        ...
-
-    def close(self) -> None:
-        """The engine has ended."""
-        ...
-
-    def choose(
-        self, kind: int, subject: int, now: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray
-    ) -> int:
-        """The row to carry out; always an allowed one."""
         ...
 
 

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 import typer
 
-from engine.distributed_kv import Puller, serve_pulls
-from engine.distributed_wire import admit, listen, parse_address, receive, send, step_from
+from engine.calibration.quick import measure
 from engine.errors import SlalomError
-from engine.hosts import LocalExecutor
 from engine.lanes.partitions import Lanes, make_device
+from engine.live.hosts import LocalExecutor
 from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
-from engine.quick_profile import measure
+from engine.workers.kv import Puller, serve_pulls
+from engine.workers.wire import admit, listen, parse_address, receive, send, step_from
 
 __all__ = ["DTYPES", "Worker", "app", "main"]
 

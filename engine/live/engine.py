@@ -14,23 +14,24 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from engine.clock import WallClock
 from engine.core.events import interrupt
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Batching, ClusterState, Role
 from engine.errors import SlalomError
-from engine.hosts import Host, local_hosts
-from engine.instance import LiveInstances
-from engine.integrity import faults
 from engine.latency.evaluate import to_ticks
+from engine.live.clock import WallClock
+from engine.live.guard import Guard
+from engine.live.hosts import Host, local_hosts
+from engine.live.instances import LiveInstances
+from engine.live.integrity import faults
+from engine.live.request import ABORT, ERROR, Delta, Request
+from engine.live.runtime import Runtime
+from engine.live.transfer import CopyTransport, Transport
 from engine.model.llama import Llama
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
 from engine.model.weights import Checkpoint
-from engine.request import ABORT, ERROR, Delta, Request
-from engine.runtime import Guard, Runtime
-from engine.transfer import CopyTransport, Transport
 
 __all__ = ["Engine", "Overloaded", "Unavailable", "build_state"]
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.clock import VirtualClock
 from engine.core import loop
 from engine.core.policy import Policy
 from engine.core.state import NEVER, ClusterState, RequestState
 from engine.jit.rows import addresses
-from engine.runtime import Guard, Runtime
+from engine.live.clock import VirtualClock
+from engine.live.guard import Guard
+from engine.live.runtime import Runtime
 
 __all__ = ["ModelledInstances", "play"]
 
@@ -116,7 +117,7 @@ def play(
 ) -> Runtime:
     """Serve the requests of ``state`` under ``policy``; their records then hold the timeline.
 
-    See :class:`ModelledInstances` and, for ``guard``, :class:`engine.runtime.Runtime` for the parameters.
+    See :class:`ModelledInstances` and, for ``guard``, :class:`engine.live.runtime.Runtime` for the parameters.
     The run ends at the cluster's ``horizon_ticks``.
     """
     horizon = int(state.cluster[0]["horizon_ticks"])

@@ -11,11 +11,11 @@ import numpy as np
 
 from engine.core import loop
 from engine.core.state import ClusterState
-from engine.hosts import Executor
 from engine.jit.rows import addresses
 from engine.kernels import Spans
 from engine.lanes.base import WHOLE
-from engine.request import Delta, Request
+from engine.live.hosts import Executor
+from engine.live.request import Delta, Request
 
 __all__ = ["LaneRunner", "Step", "StepResult"]
 

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from engine.clock import WallClock
 from engine.core import loop
 from engine.core.events import interrupt
 from engine.core.setup import blank_requests
 from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
-from engine.hosts import Host, InstanceLost
 from engine.latency.evaluate import to_ticks
-from engine.request import ERROR, SHED, UNPLACEABLE, Delta, Request
-from engine.runner import LaneRunner, Step, StepResult
-from engine.runtime import Runtime
-from engine.transfer import Mover, Transfer, TransferState, Transport
+from engine.live.clock import WallClock
+from engine.live.hosts import Host, InstanceLost
+from engine.live.request import ERROR, SHED, UNPLACEABLE, Delta, Request
+from engine.live.runtime import Runtime
+from engine.live.steps import LaneRunner, Step, StepResult
+from engine.live.transfer import Mover, Transfer, TransferState, Transport
 
 __all__ = ["LiveInstances"]
 

@@ -1,0 +1,1 @@
+"""The core at work on the wall clock: instances, their steps, transfers, the engine above them."""

@@ -1,0 +1,1 @@
+"""Instances in other processes: the pool, their KV, the wire between, and the worker itself."""
