@@ -60,7 +60,7 @@ def bind_policy(policy: Any, scenario: Scenario, values: Mapping[str, Any] | Non
     """
     if not isinstance(policy, str) and isinstance(policy, Policy):
         return policy
-    from policies.registry import load_policy
+    from policies.load import load_policy
 
     return load_policy(policy, arena_of(scenario).setting, values)
 

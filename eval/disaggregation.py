@@ -30,7 +30,7 @@ from env.scenario import Scenario
 from env.simulate import simulate
 from env.surrogate import run
 from env.workload import Trace
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 __all__ = [

@@ -4,7 +4,8 @@ A rule is one short file that ends in ``RULE = Rule(...)``; ``registry`` finds i
 knows an environment, a learner or a server.
 """
 
-from policies.registry import get, load_policy, names
+from policies.load import load_policy
+from policies.registry import get, names
 from policies.rule import BoundPolicy, Param, Rule, Setting
 
 __all__ = ["BoundPolicy", "Param", "Rule", "Setting", "get", "load_policy", "names"]

@@ -1,6 +1,6 @@
-"""Finding a policy by name: rules of this folder, rules of other packages, checkpoint folders.
+"""Finding a rule by its name: those of ``policies/rules`` and those of other packages.
 
-A rule of this folder is a file with a line ``RULE = Rule(...)``, named like the file. Files are looked at as
+A rule of ours is a file with a line ``RULE = Rule(...)``, named like the file. Files are looked at as
 text, because importing a rule compiles it. Another package adds one through the entry-point group
 ``slalom.policies``; its entry is a :class:`Rule` or a plain class, see ``policies.python``.
 """
@@ -8,26 +8,21 @@ text, because importing a rule compiles it. Another package adds one through the
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from engine.core.policy import Policy
 from engine.errors import SlalomError
 from policies.rule import Rule
-from policies.setting import Setting
 
-__all__ = ["GROUP", "get", "load_policy", "names", "parse"]
+__all__ = ["GROUP", "get", "names", "parse"]
 
 GROUP = "slalom.policies"
 
 
 @cache
 def _built_in() -> tuple[str, ...]:
-    files = Path(__file__).parent.glob("*.py")
+    files = (Path(__file__).parent / "rules").glob("*.py")
     return tuple(sorted(f.stem for f in files if "\nRULE = " in f.read_text(encoding="utf-8")))
 
 
@@ -41,12 +36,12 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Rule:
-    """The rule called ``name``; a rule of this folder wins over another package's of the same name.
+    """The rule called ``name``; a rule of ours wins over another package's of the same name.
 
     :raises SlalomError: unknown name, or an entry that cannot be imported or is no policy
     """
     if name in _built_in():
-        rule: Rule = importlib.import_module(f"policies.{name}").RULE
+        rule: Rule = importlib.import_module(f"policies.rules.{name}").RULE
         return rule
     entry = _entries().get(name)
     if entry is None:
@@ -75,23 +70,3 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
             raise SlalomError("policy", spec, "write NAME:parameter=value,parameter=value")
         values[key.strip()] = value.strip()
     return name.strip(), values
-
-
-def load_policy(spec: str | Path, setting: Setting, values: Mapping[str, Any] | None = None) -> Policy:
-    """The policy that ``spec`` names, bound to ``setting``.
-
-    :param spec: a rule's name, ``NAME:parameter=value,...``, or a checkpoint folder
-    :param values: parameters that override those in ``spec`` (rules only)
-    :raises SlalomError: unknown name or parameter, or a checkpoint that does not pass its checks
-    """
-    text = str(spec)
-    if os.path.isdir(spec):  # unlike Path.is_dir, answers False for a spec longer than a file name
-        if values:
-            raise SlalomError("policy parameters", dict(values), "a checkpoint has its values fixed; name a rule")
-        from policies.checkpoint import load
-
-        return load(Path(spec)).bind(setting)
-    if "/" in text or "\\" in text:
-        raise SlalomError("policy", text, "no such folder; give a checkpoint folder or a rule's name")
-    name, given = parse(text)
-    return get(name).bind({**given, **(values or {})}, setting)

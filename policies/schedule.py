@@ -16,8 +16,8 @@ from engine.core.policy import POLICY_SIGNATURE, InstancePlan
 from engine.core.state import Role
 from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
-from policies.distserve import decide as place
 from policies.rule import BoundPolicy
+from policies.rules.distserve import decide as place
 
 __all__ = ["scheduled"]
 

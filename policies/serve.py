@@ -23,7 +23,7 @@ from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, 
 from engine.core.state import Batching, ClusterState, Role
 from engine.errors import SlalomError
 from policies.guard.build import build_guard
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 if TYPE_CHECKING:

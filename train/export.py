@@ -14,8 +14,8 @@ from engine import provenance
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
 from env.cluster import arena_of
 from env.scenario import Scenario
-from policies.checkpoint import Facts, load, save_network, save_rule
-from policies.network import ScoringNetwork
+from policies.checkpoint.folder import Facts, load, save_network, save_rule
+from policies.network.scoring import ScoringNetwork
 from policies.setting import Setting
 from train.config import TrainConfig
 from train.ppo import DispatchPPO

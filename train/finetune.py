@@ -24,8 +24,8 @@ from env.gpu_backend import replay
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.simulate import bind_policy
-from policies.checkpoint import Facts, LoadedPolicy, load, save_network
-from policies.network import ScoringNetwork
+from policies.checkpoint.folder import Facts, LoadedPolicy, load, save_network
+from policies.network.scoring import ScoringNetwork
 from train.config import TrainConfig
 from train.ppo import DispatchPPO
 

@@ -3,7 +3,7 @@
 Autograd runs some thirty small operations over all candidates of a batch, each a pass over memory. Here some hundreds
 of rows go through the whole network, forwards and backwards, before the next ones are touched, and masked candidates
 and features that are zero throughout a rollout are left out (their gradient is zero). Results are those of
-:class:`policies.network.ScoringNetwork` under autograd up to rounding.
+:class:`policies.network.scoring.ScoringNetwork` under autograd up to rounding.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch as th
 from numpy.typing import NDArray
 
 from engine.jit.rows import addresses
-from policies.features import N_CONTEXT_FEATURES, N_FEATURES
-from policies.network import ScoringNetwork, observation_size
+from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES
+from policies.network.scoring import ScoringNetwork, observation_size
 from train.kernels.act import Layers, act_many, values_of
 from train.kernels.layers import Weights
 from train.kernels.pack import Observed

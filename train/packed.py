@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.jit.rows import addresses
-from policies.features import N_CONTEXT_FEATURES, N_FEATURES
-from policies.network import ScoringNetwork
+from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES
+from policies.network.scoring import ScoringNetwork
 from train.kernels.pack import (
     CONTEXT_WIDTH,
     ROW_WIDTH,

@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from engine.jit.rows import addresses
-from policies.network import ScoringNetwork
+from policies.network.scoring import ScoringNetwork
 from train.fused import Fused
 from train.kernels.pack import Observed, widen
 
@@ -30,7 +30,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
 
     :param make_network: builds a module called as ``network(observations, mask (B, K))`` whose answer has
         ``logits`` (B, K), masked rows far below the others, and ``value`` (B,) on a unit scale;
-        :class:`policies.network.ScoringNetwork` is one
+        :class:`policies.network.scoring.ScoringNetwork` is one
     :param n_context: C
     :param n_features: F
     :param seed: of the exploration noise and minibatch order, kept apart from torch's global generator so

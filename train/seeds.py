@@ -156,7 +156,7 @@ class _Yardstick:
         """The same of a checkpoint."""
         from env.measure.contender import Contender
         from env.measure.digest import policy_sha256
-        from policies.checkpoint import load
+        from policies.checkpoint.folder import load
 
         return self._kept([policy_sha256(Contender(str(path)))], load(path).bind)
 

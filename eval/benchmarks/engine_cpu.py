@@ -24,7 +24,7 @@ from engine.errors import SlalomError
 from engine.live.engine import Engine, build_state
 from engine.model import SamplingParams, load_model, load_tokenizer, open_checkpoint
 from engine.model.config import ModelConfig
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 __all__ = ["Speed", "Theirs", "compare", "decode_speed", "run"]

@@ -24,7 +24,7 @@ from engine.live.hosts import local_hosts
 from engine.live.request import Delta
 from engine.live.steps import Step
 from engine.model import SamplingParams, load_model, load_tokenizer
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 __all__ = ["run"]

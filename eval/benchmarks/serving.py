@@ -98,16 +98,16 @@ def _summary(ns: list[int], guard: Any, path: Path) -> dict[str, Any]:
 
 def _policy(name: str, setting: Any) -> Any:
     """A rule, or a network of the default width with random weights: their values do not change its speed."""
-    from policies.registry import load_policy
+    from policies.load import load_policy
 
     if name != "network":
         return load_policy(name, setting)
     import torch
 
     from engine.core.columns import Need
-    from policies import compiled
-    from policies.network import ScoringNetwork
-    from policies.normalise import default_normalisation
+    from policies.network import compiled
+    from policies.network.normalise import default_normalisation
+    from policies.network.scoring import ScoringNetwork
 
     torch.manual_seed(0)
     base: Any = load_policy("linear_score", setting)

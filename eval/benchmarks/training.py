@@ -125,8 +125,8 @@ def _environment(n_envs: int) -> Any:
 
 
 def _network() -> Any:
-    from policies import linear_score
-    from policies.network import ScoringNetwork
+    from policies.network.scoring import ScoringNetwork
+    from policies.rules import linear_score
     from train.config import load_config
 
     config = load_config(None, "")

@@ -33,7 +33,7 @@ from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate import run
 from eval.calibrate.request_log import EngineSettings, RequestLog, read_log, read_settings
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 __all__ = ["Fitted", "command", "compare", "fit", "profile_of", "replay"]

@@ -13,7 +13,7 @@ from policies.guard.config import GuardConfig
 from policies.guard.guard import Guard
 from policies.guard.log.log import DecisionLog
 from policies.guard.snapshot import is_ours
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 __all__ = ["build_guard"]

@@ -11,10 +11,10 @@ from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind, Need
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
-from policies import compiled
 from policies.guard.checks import widened
 from policies.guard.config import GuardConfig
 from policies.guard.worker import Worker
+from policies.network import compiled
 
 __all__ = ["Snapshot", "is_ours"]
 

@@ -17,7 +17,7 @@ from engine.core.state import Role
 from engine.live.engine import Engine, build_state
 from engine.live.request import Delta, Request
 from engine.model import SamplingParams, load_model, load_tokenizer
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 torch.set_num_threads(1)

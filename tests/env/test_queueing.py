@@ -17,7 +17,7 @@ from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from env.clock import new_sim
 from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate import run
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 US = TICKS_PER_S // 1_000_000

@@ -10,9 +10,9 @@ import torch
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
 from engine.core.state import Batching, Role
 from engine.latency.evaluate import PROFILE, SHARE
-from policies import linear_score
-from policies.network import ScoringNetwork
+from policies.network.scoring import ScoringNetwork
 from policies.rule import BoundPolicy, Setting, SloTarget
+from policies.rules import linear_score
 
 BASE = linear_score.weights(linear_score.RULE.values())
 

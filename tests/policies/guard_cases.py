@@ -18,7 +18,7 @@ from engine.live.runtime import Runtime
 from policies.guard import Guard
 from policies.guard.config import GuardConfig
 from policies.guard.log.log import DecisionLog
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "engine"))

@@ -18,8 +18,11 @@ from engine.core.columns import Kind
 from engine.core.policy import InstancePlan
 from engine.core.state import Role
 from engine.errors import SlalomError
-from policies import checkpoint, compiled, linear_score, registry
-from policies.checkpoint import Facts, load, save_network, save_rule
+from policies import registry
+from policies.checkpoint import folder as checkpoint
+from policies.checkpoint.folder import Facts, load, save_network, save_rule
+from policies.network import compiled
+from policies.rules import linear_score
 
 FACTS = Facts(
     name="test policy",

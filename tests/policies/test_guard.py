@@ -21,7 +21,7 @@ from policies.guard import Guard
 from policies.guard.breaker import Breaker, BreakerState
 from policies.guard.checks import FINE, NOT_FINITE, OUTSIDE, inspect
 from policies.guard.config import BreakerConfig, GuardConfig
-from policies.registry import load_policy
+from policies.load import load_policy
 from policies.setting import Setting
 
 NO_BOUNDS = np.zeros((0, 0))
@@ -182,8 +182,8 @@ def test_inspect_sees_every_allowed_cell(column: int, row: int, value: float) ->
 def test_nan_features_and_nan_scores() -> None:
     from decisions import BASE, network
 
-    from policies import compiled
-    from policies.normalise import default_normalisation
+    from policies.network import compiled
+    from policies.network.normalise import default_normalisation
 
     state = cluster()
     setting = Setting.of_state(state)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from engine.core.columns import Kind
 from engine.core.policy import InstancePlan
 from engine.core.state import Role
-from policies import compiled, guided, registry
+from policies import registry
 from policies.arrangement import resized
-from policies.normalise import default_normalisation
+from policies.network import compiled, guided
+from policies.network.normalise import default_normalisation
 
 
 @pytest.mark.parametrize("name", ["round_robin", "tropical_code", "least_tokens"])

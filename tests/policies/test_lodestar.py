@@ -7,8 +7,9 @@ import pytest
 from decisions import choose, instances, setting
 from published import place
 
-from policies import lodestar, registry
+from policies import registry
 from policies.rule import BoundPolicy
+from policies.rules import lodestar
 
 
 def bound(n: int = 2, kinds: tuple[int, ...] = (0, 0), **values: float) -> BoundPolicy:

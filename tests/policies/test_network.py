@@ -8,9 +8,10 @@ import torch
 from decisions import BASE, network, random_decision
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Kind
-from policies import compiled, linear_score
-from policies.network import ScoringNetwork, observation_size
-from policies.normalise import default_normalisation
+from policies.network import compiled
+from policies.network.normalise import default_normalisation
+from policies.network.scoring import ScoringNetwork, observation_size
+from policies.rules import linear_score
 
 torch.set_num_threads(1)
 

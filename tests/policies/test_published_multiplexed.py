@@ -16,7 +16,7 @@ from engine.latency import Profile, pack
 from env.scenario import Scenario
 from env.simulate import RunResult, simulate
 from policies import registry
-from policies.pdmux_table import TABLES, share_rows
+from policies.rules.pdmux_table import TABLES, share_rows
 from policies.setting import Setting
 
 MUX = float(Role.MULTIPLEXED)

@@ -16,11 +16,13 @@ from published import D, P, bound, place, roles_table
 from engine.core.columns import Kind
 from engine.errors import SlalomError
 from engine.latency.evaluate import PROFILE, SHARE
-from policies import arima, dopd, dopd_code, dyn_sla, registry
-from policies.forecast import SERIES_CELLS, WINDOW, forecast, push
-from policies.planner import fit_fleet
-from policies.profile_tables import itl_prof, largest_batch, profile_block, ttft_prof
+from policies import registry
 from policies.rule import BoundPolicy, Setting
+from policies.rules import dopd, dopd_code, dyn_sla
+from policies.rules.parts import arima
+from policies.rules.parts.forecast import SERIES_CELLS, WINDOW, forecast, push
+from policies.rules.parts.planner import fit_fleet
+from policies.rules.parts.profile_tables import itl_prof, largest_batch, profile_block, ttft_prof
 
 #: prefill 0.1 ms a token; decode 20 ms + 0.1 ms a sequence + 0.1 µs a context token
 PREFILL, DECODE = 1e-4, (1e-7, 1e-4, 0.02)

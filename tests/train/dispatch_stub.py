@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from policies.network import MASKED, Scores
+from policies.network.scoring import MASKED, Scores
 
 C, F = 3, 4
 

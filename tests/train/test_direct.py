@@ -15,7 +15,7 @@ from env.cluster import arena_of
 from env.scenario import Scenario
 from env.simulate import simulate
 from env.vector_env import SlalomVecEnv
-from policies.checkpoint import load
+from policies.checkpoint.folder import load
 from train.budget import Budget
 from train.config import TrainConfig
 from train.ppo import DispatchPPO

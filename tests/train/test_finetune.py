@@ -8,9 +8,10 @@ import pytest
 from engine.errors import SlalomError
 from engine.latency import Profile
 from env.scenario import Scenario
-from policies import linear_score, registry
-from policies.checkpoint import Facts, load, save_network, save_rule
-from policies.network import ScoringNetwork
+from policies import registry
+from policies.checkpoint.folder import Facts, load, save_network, save_rule
+from policies.network.scoring import ScoringNetwork
+from policies.rules import linear_score
 from train.finetune import finetune
 
 

@@ -13,8 +13,8 @@ from gymnasium import spaces
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Kind
 from env.scenario import Scenario
 from env.vector_env import SlalomVecEnv
-from policies import linear_score
-from policies.network import ScoringNetwork
+from policies.network.scoring import ScoringNetwork
+from policies.rules import linear_score
 from train.buffer import Batch
 from train.config import TrainConfig
 from train.fused import Fused, Samples

@@ -1,4 +1,4 @@
-"""Layers of the scoring network for one decision among several, as :mod:`policies.network` has them.
+"""Layers of the scoring network for one decision among several, as :mod:`policies.network.scoring` has them.
 
 W is the hidden width, a multiple of ``products.WIDTH``. A decision owns rows ``at`` to ``at + n`` of arrays (R, W), and
 row ``b`` of ``pooled`` and ``hidden`` (B, 2 W). ``hidden`` holds, before the activation, what the head takes from the

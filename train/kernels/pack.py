@@ -1,6 +1,6 @@
 """Decisions as the scoring network reads them: allowed candidates only, without gaps, normalised.
 
-The equations are those of :meth:`policies.network.ScoringNetwork.prepare`, in float32 like there.
+The equations are those of :meth:`policies.network.scoring.ScoringNetwork.prepare`, in float32 like there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Kind
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
-from policies.features import CLIP, LATE, N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS, STEP_MISS
+from policies.network.features import CLIP, LATE, N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS, STEP_MISS
 from train.kernels.lanes import (
     LANES,
     choose,
@@ -150,7 +150,7 @@ attach_bounds = make_attach("Bounds", [("seen", _F4, 2)])
 
 @kernel(forceinline=True)
 def _cut(x):
-    """``x`` cut to ±CLIP; NaN reads as +CLIP (``policies.features.cut`` in float32)."""
+    """``x`` cut to ±CLIP; NaN reads as +CLIP (``policies.network.features.cut`` in float32)."""
     x = x if x <= _CUT else _CUT
     return x if x >= -_CUT else -_CUT
 
@@ -189,7 +189,8 @@ def _log(x):
 
 @kernel(forceinline=True)
 def _normal(x, log, factor, bound):
-    """``policies.normalise`` for many: sign(x) log(1 + |x|) where ``log`` is set, else x; by the factor, bounded."""
+    """``policies.network.normalise`` for many: sign(x) log(1 + |x|) where ``log`` is set, else x; by the factor,
+    bounded."""
     y = choose(log, signed(_log(plus(magnitude(x), splat(_ONE))), x), x)
     return most(least(times(y, factor), splat(bound)), splat(-bound))
 

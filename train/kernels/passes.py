@@ -2,7 +2,7 @@
 
 The decisions of a chunk, some hundreds of rows, go through the whole network, forwards and backwards, before the next
 ones are touched, so that everything but the rollout itself stays in the nearest caches. The equations are those of
-:mod:`policies.network`; shapes as in :mod:`train.kernels.layers`.
+:mod:`policies.network.scoring`; shapes as in :mod:`train.kernels.layers`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
-from policies.features import N_CONTEXT_FEATURES, N_FEATURES
+from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES
 from train.kernels.lanes import LANES, equal, fetch, fma, load, most, over, plus, positive, save, splat, times
 from train.kernels.layers import attach_weights, narrow, pool, repeat, score, value
 from train.kernels.pack import attach_store

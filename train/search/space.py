@@ -16,13 +16,14 @@ import numpy as np
 from engine.core.columns import Col, Ctx, Kind
 from engine.core.policy import InstancePlan
 from engine.core.state import Order, Role
-from policies import linear_score, registry
+from policies import registry
 from policies.arrangement import resized
-from policies.checkpoint import bind_network
-from policies.features import N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS
-from policies.network import ScoringNetwork
-from policies.normalise import default_normalisation
+from policies.checkpoint.folder import bind_network
+from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS
+from policies.network.normalise import default_normalisation
+from policies.network.scoring import ScoringNetwork
 from policies.rule import BoundPolicy, Param, Value
+from policies.rules import linear_score
 from policies.setting import Setting
 from train.search.arrange import ORDERS, random_plans
 

@@ -1,0 +1,1 @@
+"""The checkpoint folder: manifest, model card, golden answers, reading and writing."""

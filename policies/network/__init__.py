@@ -1,0 +1,1 @@
+"""The learned network: its features, normalisation, torch form and compiled form."""

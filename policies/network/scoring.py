@@ -1,0 +1,167 @@
+"""The learned policy in torch: a base rule's score plus a learned residual, per candidate.
+
+    e_k = relu(W_c c + W_x x_k + b)                 shared encoder; W_c c once per decision
+    p   = [mean_k e_k, max_k e_k]                   over allowed candidates
+    z_k = relu(W_e e_k + W_p p + b')
+    logit_k = −scale · (W_base[kind] + c · G[kind]) · x_k + w · z_k + bonus[kind] · [k is the advice]
+    value   = V_2 relu(V_1 p + b_1) + b_2
+
+At the start w = 0. G, the gates, let the weights of the cost follow the context (a searched policy uses nothing
+else); the advice is the answer of a published rule, which the policy then departs from only where that pays.
+
+Nothing depends on a row's index or on the number of rows: permutation-equivariant, for clusters of any size.
+ReLU is the cheapest activation in both runtimes; ``policies.network.compiled`` runs the same weights without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Kind
+from policies.network.features import CLIP, N_CONTEXT_FEATURES, N_FEATURES
+from policies.network.normalise import Normalisation, default_normalisation
+
+__all__ = ["Prepared", "Scores", "ScoringNetwork", "observation_size"]
+
+#: Logit of a masked candidate: its probability underflows to exactly 0.
+MASKED = -1e8
+
+
+def observation_size(rows: int) -> int:
+    """Length of a flat observation with room for ``rows`` candidates."""
+    return N_CONTEXT_FEATURES + rows * CANDIDATE_DIMENSIONLESS
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """``logits`` (B, K), masked rows at ``MASKED``; ``value`` (B,)."""
+
+    logits: Tensor
+    value: Tensor
+
+
+class Prepared(NamedTuple):
+    """What :meth:`ScoringNetwork.score` reads: normalised ``context`` (B, C) and ``rows`` (B, K, F), ``cost`` (B, K)
+    of the base, ``advised`` (B, K) logits of the advice, ``allowed`` bool (B, K)."""
+
+    context: Tensor
+    rows: Tensor
+    cost: Tensor
+    advised: Tensor
+    allowed: Tensor
+
+
+class ScoringNetwork(nn.Module):
+    """Scores candidates; see the module's docstring for the equations.
+
+    :param base: cost weights of the base rule, (4 kinds, N_FEATURES), frozen; see ``linear_score.weights``
+    :param gate: G, (4 kinds, context features, N_FEATURES); None: zeros
+    :param bonus: logits added to the advised candidate, per kind; None: zeros, and no advice is asked for
+    :param hidden: width of the encoder and of both heads
+    :param scale: start of the learned positive factor between the base rule's cost and a logit
+    """
+
+    context_scale: Tensor
+    context_log: Tensor
+    candidate_scale: Tensor
+    candidate_log: Tensor
+    base: Tensor
+    bonus: Tensor
+    gate: Tensor
+
+    def __init__(
+        self,
+        base: np.ndarray,
+        hidden: int = 32,
+        scale: float = 5.0,
+        normalisation: Normalisation | None = None,
+        gate: np.ndarray | None = None,
+        bonus: np.ndarray | None = None,
+    ) -> None:
+        super().__init__()
+        if base.shape != (len(Kind), N_FEATURES):
+            raise ValueError(f"base weights have shape {base.shape}, expected {(len(Kind), N_FEATURES)}")
+        self.hidden = hidden
+        self.normalisation = normalisation or default_normalisation()
+        for name in ("context_scale", "candidate_scale"):
+            self.register_buffer(name, torch.tensor(getattr(self.normalisation, name), dtype=torch.float32))
+        for name in ("context_log", "candidate_log"):
+            self.register_buffer(name, torch.tensor(getattr(self.normalisation, name), dtype=torch.bool))
+        self.register_buffer("base", torch.tensor(base, dtype=torch.float32))
+        zeros = np.zeros((len(Kind), N_CONTEXT_FEATURES, N_FEATURES))
+        given_bonus = np.zeros(len(Kind)) if bonus is None else bonus
+        for name, given in (("gate", zeros if gate is None else gate), ("bonus", given_bonus)):
+            self.register_buffer(name, torch.tensor(given, dtype=torch.float32))
+        self.log_scale = nn.Parameter(torch.tensor([float(np.log(scale))]))
+        self.context = nn.Linear(N_CONTEXT_FEATURES, hidden)
+        self.candidate = nn.Linear(N_FEATURES, hidden, bias=False)
+        self.pool = nn.Linear(2 * hidden, hidden)
+        self.head = nn.Linear(hidden, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1, bias=False)
+        first, last = nn.Linear(2 * hidden, hidden), nn.Linear(hidden, 1)
+        self.value = nn.Sequential(first, nn.ReLU(), last)
+        for layer in (self.context, self.candidate, self.pool, self.head, first):
+            nn.init.orthogonal_(layer.weight, gain=2**0.5)
+        for layer in (self.context, self.pool, first, last):
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, observations: Tensor, mask: Tensor) -> Scores:
+        """Score a batch of decisions.
+
+        :param observations: float32 (B, C + K·F [+ K]): dimensionless context, K rows of dimensionless columns and,
+            where the environment gives advice, 1 at the advised row
+        :param mask: (B, K), nonzero where the candidate is allowed
+        """
+        return self.score(self.prepare(observations, mask))
+
+    def prepare(self, observations: Tensor, mask: Tensor) -> Prepared:
+        """Everything that does not depend on trainable weights, so that PPO computes it once per rollout."""
+        batch, rows = mask.shape
+        allowed = mask.bool()
+        observations = observations.nan_to_num(nan=CLIP).clamp(-CLIP, CLIP)
+        context = observations[:, :N_CONTEXT_FEATURES]
+        end = N_CONTEXT_FEATURES + rows * CANDIDATE_DIMENSIONLESS
+        raw = _with_hinges(observations[:, N_CONTEXT_FEATURES:end].reshape(batch, rows, CANDIDATE_DIMENSIONLESS))
+        kind = nn.functional.one_hot(context[:, : len(Kind)].argmax(1), len(Kind)).to(raw.dtype)
+        normal = self._normal(context, self.context_scale, self.context_log)
+        by_kind = (kind.unsqueeze(2) * normal.unsqueeze(1)).flatten(1)
+        weights = kind @ self.base + by_kind @ self.gate.flatten(0, 1)
+        cost = torch.bmm(raw, weights.unsqueeze(2)).squeeze(2)
+        advised = observations[:, end:] if observations.shape[1] > end else torch.zeros_like(cost)
+        advised = advised * (kind @ self.bonus).unsqueeze(1)
+        return Prepared(normal, self._normal(raw, self.candidate_scale, self.candidate_log), cost, advised, allowed)
+
+    def score(self, x: Prepared) -> Scores:
+        """The rest of :meth:`forward`."""
+        allowed = x.allowed.unsqueeze(-1)
+        encoded = torch.relu(self.candidate(x.rows) + self.context(x.context).unsqueeze(1)) * allowed
+        count = allowed.sum(1).clamp(min=1)
+        # relu ≥ 0 and masked rows are 0, so a plain maximum is the maximum over allowed rows
+        pooled = torch.cat([encoded.sum(1) / count, encoded.amax(1)], dim=1)
+        mixed = torch.relu(self.head(encoded) + self.pool(pooled).unsqueeze(1))
+        logits = self.out(mixed).squeeze(-1) - self.log_scale.exp() * x.cost + x.advised
+        return Scores(logits.masked_fill(~x.allowed, MASKED), self.value(pooled).squeeze(-1))
+
+    def _normal(self, x: Tensor, scale: Tensor, log: Tensor) -> Tensor:
+        bound = self.normalisation.bound
+        return (torch.where(log, x.sign() * x.abs().log1p(), x) / scale).clamp(-bound, bound)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All weights as float32 arrays, by the names that ``policies.network.compiled`` and the checkpoint use."""
+        skip = {"context_scale", "context_log", "candidate_scale", "candidate_log"}
+        state = self.state_dict()
+        return {k: v.detach().cpu().numpy().astype(np.float32) for k, v in state.items() if k not in skip}
+
+
+def _with_hinges(columns: Tensor) -> Tensor:
+    """The dimensionless columns and the three hinges of ``policies.network.features``."""
+    hinges = torch.stack(
+        [columns[..., Col.TTFT] - 1.0, -columns[..., Col.SLACK_AFTER], columns[..., Col.STEP_WITH] - 1.0], -1
+    )
+    return torch.cat([columns, hinges.clamp(min=0.0)], -1)

@@ -1,0 +1,1 @@
+"""Published systems' rules, one file each; each ends in RULE."""

@@ -1,0 +1,1 @@
+"""What several rules share: pools, planners, forecasts, slack, layouts."""
