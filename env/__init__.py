@@ -10,4 +10,4 @@ from gymnasium.envs.registration import register, registry
 __all__: list[str] = []
 
 if "slalom/Dispatch-v0" not in registry:
-    register(id="slalom/Dispatch-v0", entry_point="env.dispatch_env:DispatchEnv")
+    register(id="slalom/Dispatch-v0", entry_point="env.gym.dispatch_env:DispatchEnv")

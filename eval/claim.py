@@ -12,7 +12,7 @@ import numpy as np
 from env.measure.goodput import find_goodput
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
-from env.simulate import RunResult, simulate
+from env.surrogate.simulate import RunResult, simulate
 from eval.disaggregation import LEAST_LOAD
 
 __all__ = ["Claim", "Curve", "Passes", "clustered", "joint", "ratio", "ratio_interval", "search", "share_at"]

@@ -14,7 +14,7 @@ import numpy as np
 from engine.latency import Profile
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
-from env.simulate import RunResult, simulate
+from env.surrogate.simulate import RunResult, simulate
 from eval.claim import Claim, Curve, clustered, joint, ratio, ratio_interval, search, share_at
 from eval.claims_mux import muxwise
 from eval.claims_planners import planners

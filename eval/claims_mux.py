@@ -13,7 +13,7 @@ from engine.core.state import RequestState
 from engine.latency import Profile
 from env.measure.metrics import histogram_stats
 from env.scenario import Scenario
-from env.simulate import RunResult
+from env.surrogate.simulate import RunResult
 from eval.claim import Claim, Curve, Passes, clustered, ratio, ratio_interval, search
 
 __all__ = ["muxwise"]

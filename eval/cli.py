@@ -170,7 +170,7 @@ def evaluate(
         model=model,
     )
     console = Console(stderr=True)
-    if not is_warm("env.surrogate"):
+    if not is_warm("env.surrogate.loop"):
         console.print("first use of this version: compiling takes about a minute, once")
     from eval.progress import Bar
 

@@ -22,13 +22,14 @@ from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.latency import Profile, pack
 from engine.latency.profile import list_profiles
-from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, build_trace, compiled, horizon_s, requests_of
 from env.measure.goodput import find_goodput
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
-from env.simulate import simulate
-from env.surrogate import run
+from env.surrogate.arena import build_trace, horizon_s, requests_of
+from env.surrogate.clock import new_sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run
+from env.surrogate.simulate import simulate
 from env.workload import Trace
 from policies.load import load_policy
 from policies.setting import Setting

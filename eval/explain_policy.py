@@ -127,8 +127,8 @@ def record(scenario: Any, policy: Any, *, rate: float, n_requests: int, seed: in
     :raises SlalomError: unknown policy; a run without a single choice
     """
     from engine.live.modelled import play
-    from env.cluster import arena_of, build_trace, horizon_s
-    from env.simulate import bind_policy
+    from env.surrogate.arena import arena_of, build_trace, horizon_s
+    from env.surrogate.simulate import bind_policy
 
     arena = arena_of(scenario)
     bound, baseline = bind_policy(policy, scenario), bind_policy(BASELINE, scenario)
@@ -293,7 +293,7 @@ def gain(
     """
     from env.measure.metrics import block_counts, outcomes, summarize
     from env.measure.stats import bootstrap_attainment, bootstrap_weights, interval
-    from env.simulate import simulate
+    from env.surrogate.simulate import simulate
 
     good, sent, rows, touched = [], [], [], np.zeros(3)
     for seed in seeds:

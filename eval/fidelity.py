@@ -150,10 +150,10 @@ def fidelity(
     :param gauge: by scenario, what measures how much longer than by the profile steps take now; None: not measured
     :raises SlalomError: a policy or scenario that does not fit
     """
-    from env.simulate import simulate
+    from env.surrogate.simulate import simulate
 
     if replay is None:
-        from env.gpu_backend import replay
+        from env.live.replay import replay
     assert replay is not None
     by_name = {s.name: s for s in scenarios}
     cases = [case for s in scenarios for case in plan(s, policies, loads, run_s)]

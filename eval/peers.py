@@ -45,8 +45,8 @@ from engine.jit.kernel import kernel
 from engine.jit.rows import addresses
 from engine.latency import Profile, pack
 from engine.latency.evaluate import TICKS_PER_S
-from env.clock import attach_sim, new_sim
-from env.surrogate import advance, answer
+from env.surrogate.clock import attach_sim, new_sim
+from env.surrogate.loop import advance, answer
 from eval.calibrate.from_requests import compare, fit, replay
 from eval.calibrate.request_log import EngineSettings, RequestLog, read_log, read_settings
 

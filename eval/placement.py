@@ -25,7 +25,7 @@ from engine.latency import Profile
 from env.measure.goodput import find_goodput
 from env.measure.metrics import outcomes
 from env.scenario import InstanceGroup, Scenario
-from env.simulate import simulate
+from env.surrogate.simulate import simulate
 from eval.disaggregation import (
     LEAST_LOAD,
     Disaggregated,

@@ -29,10 +29,10 @@ import numpy as np
 
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
-from env.cluster import build_trace
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.arena import build_trace
+from env.surrogate.simulate import simulate
 from env.workload import Trace, scale_rate
 from eval.disaggregation import phase_goodput, steady_requests
 from policies.schedule import scheduled

@@ -17,12 +17,13 @@ from engine.core.columns import Col, Ctx, Kind
 from engine.core.state import Role
 from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
-from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s
 from env.measure.contender import Contender, PointSettings
 from env.measure.metrics import outcomes
-from env.simulate import bind_policy
-from env.surrogate import run
+from env.surrogate.arena import arena_of, build_trace, horizon_s
+from env.surrogate.clock import new_sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run
+from env.surrogate.simulate import bind_policy
 
 __all__ = ["SAMPLES", "shadow"]
 

@@ -29,12 +29,12 @@ import numpy as np
 from engine.errors import SlalomError
 from engine.files import read_json, write_json
 from engine.provenance import commit, machine, versions
-from env.cluster import build_trace
 from env.measure.contender import STATIC_PLAN as STATIC
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
 from env.scenario import Scenario
+from env.surrogate.arena import build_trace
 from eval.compare import measured_goodput
 from eval.session import label_of, scaled
 from eval.static import TRIALS, search_static

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.core.lists import ENDED, HANDOVER, HELD, PLACING
 from engine.core.state import NEVER, ClusterState, LaneKind, RequestState, Role
-from env.clock import Sim
+from env.surrogate.clock import Sim
 
 S = RequestState
 _MASK = 2**64 - 1

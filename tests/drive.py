@@ -15,9 +15,9 @@ from engine.core.policy import POLICY_SIGNATURE
 from engine.core.state import ClusterState
 from engine.jit.kernel import kernel
 from engine.jit.rows import addresses
-from env.clock import Sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate import run
+from env.surrogate.clock import Sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run
 
 #: Wall-clock seconds that one call may take; a normal one takes milliseconds.
 PATIENCE_S = float(os.environ.get("SLALOM_PATIENCE", "30"))

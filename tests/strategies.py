@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, ClusterState, Order, Role, Split
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
-from env.clock import Sim, new_sim
+from env.surrogate.clock import Sim, new_sim
 
 #: Simulated seconds after which a run counts as stuck; every case ends well before.
 STUCK_S = 2e4

@@ -19,8 +19,8 @@ import numpy as np
 from engine.core.state import Order
 from engine.errors import SlalomError
 from engine.files import read_json
-from env.cluster import arena_of
 from env.scenario import Scenario
+from env.surrogate.arena import arena_of
 from train.search.fitness import Fitness
 from train.search.rule import SearchResult
 from train.search.space import Design, Space

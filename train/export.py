@@ -12,8 +12,8 @@ import torch as th
 
 from engine import provenance
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
-from env.cluster import arena_of
 from env.scenario import Scenario
+from env.surrogate.arena import arena_of
 from policies.checkpoint.folder import Facts, load, save_network, save_rule
 from policies.network.scoring import ScoringNetwork
 from policies.setting import Setting

@@ -19,11 +19,11 @@ import torch
 
 from engine.errors import SlalomError
 from engine.files import write_json
-from env.engine_env import EngineVecEnv
-from env.gpu_backend import replay
+from env.gym.engine_env import EngineVecEnv
+from env.live.replay import replay
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
-from env.simulate import bind_policy
+from env.surrogate.simulate import bind_policy
 from policies.checkpoint.folder import Facts, LoadedPolicy, load, save_network
 from policies.network.scoring import ScoringNetwork
 from train.config import TrainConfig

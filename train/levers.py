@@ -29,9 +29,9 @@ from engine.core.state import Batching, Role
 from engine.errors import SlalomError
 from engine.files import read_json, write_json
 from engine.progress import Display
-from env.cluster import arena_of
 from env.measure.digest import code_sha256
 from env.scenario import Scenario
+from env.surrogate.arena import arena_of
 from policies.setting import Setting
 from train.budget import Budget, parse_budget
 from train.search.direct import DirectConfig, direct_search

@@ -9,8 +9,8 @@ import torch as th
 from numpy.typing import NDArray
 
 from engine.jit.rows import addresses
-from env.batch import ASKED, Clusters
-from env.vector_env import SlalomVecEnv
+from env.gym.vector_env import SlalomVecEnv
+from env.surrogate.batch import ASKED, Clusters
 from train.buffer import SMDPRolloutBuffer
 from train.kernels.act import Tape, play
 from train.kernels.pack import Observed

@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from env.vector_env import SlalomVecEnv
+from env.gym.vector_env import SlalomVecEnv
 from train.buffer import SMDPRolloutBuffer
 from train.config import TrainConfig
 from train.objective import Losses, Objective, differentiate
@@ -58,7 +58,7 @@ class TimeSplit:
 
 
 class DispatchPPO(MaskablePPO):
-    """MaskablePPO for :class:`env.vector_env.SlalomVecEnv`.
+    """MaskablePPO for :class:`env.gym.vector_env.SlalomVecEnv`.
 
     The environment is a ``VecEnv`` with flat observations ``[context | candidates]``, ``action_masks()`` of
     shape (N, K), and after each step ``elapsed_s`` (N,) seconds to the next decision; ``beta`` (1/s) is its

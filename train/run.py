@@ -20,12 +20,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from engine.files import read_json, write_json
 from engine.progress import Display
-from env.cluster import arena_of
+from env.gym.vector_env import SlalomVecEnv
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import measure
 from env.measure.pool import RayExecutor, connect, cores
 from env.scenario import Scenario
-from env.vector_env import SlalomVecEnv
+from env.surrogate.arena import arena_of
 from train.budget import Budget
 from train.callbacks import Evaluation, JsonLog
 from train.collector import ProcessVecEnv

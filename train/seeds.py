@@ -125,8 +125,8 @@ class _Yardstick:
     """Goodput at 90 % on fresh validation windows, kept in a folder so that a second run measures nothing twice."""
 
     def __init__(self, scenario: Any, folder: Path) -> None:
-        from env.cluster import arena_of
         from env.measure.digest import code_sha256, scenario_hash
+        from env.surrogate.arena import arena_of
         from train.search.fitness import Fitness
 
         self.scenario, self._folder, self._windows = scenario, folder, _WINDOWS

@@ -4,7 +4,7 @@ One loop, in one thread, is the only code that touches the cluster's state::
 
     decide what is due → start what may start → hand out what came of it → wait for the next event → book it
 
-It is the surrogate's loop step by step (``env/surrogate.py``); with modelled instances and a virtual clock the
+It is the surrogate's loop step by step (``env/surrogate/loop.py``); with modelled instances and a virtual clock the
 timelines agree to the last bit.
 """
 

@@ -56,7 +56,7 @@ def _served(scenario: Any) -> dict[str, Any]:
 
 def measure(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
     """Simulate one point."""
-    from env.simulate import simulate
+    from env.surrogate.simulate import simulate
 
     scenario = arranged(scenario, contender)
     run = simulate(

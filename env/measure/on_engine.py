@@ -16,7 +16,7 @@ __all__ = ["engine_facts", "measure", "open_park"]
 @cache
 def open_park(model: str, profile_model: str, dtype: str, device: str = "auto") -> Any:
     """The loaded model: ``model`` if given, else that of the scenario's profile."""
-    from env.gpu_backend import park_of
+    from env.live.replay import park_of
 
     return park_of(model or profile_model, device, dtype)
 
@@ -26,7 +26,7 @@ def park_for(scenario: Any, model: str = "", device: str = "auto") -> Any:
 
     :raises SlalomError: no model is named, and the profile is of another engine
     """
-    from env.gpu_backend import model_of
+    from env.live.replay import model_of
 
     named, dtype = (model, "auto") if model else model_of(scenario)
     return open_park(model, named, dtype, device)
@@ -55,7 +55,7 @@ def measure(
     scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, *, park: Any
 ) -> Point:
     """As :func:`env.measure.evaluator.measure`, on the engine of ``park``."""
-    from env.gpu_backend import replay
+    from env.live.replay import replay
 
     run = replay(
         arranged(scenario, contender),

@@ -18,7 +18,8 @@ from pydantic import Field, model_validator
 from engine.errors import SlalomError
 from env.workload.arrivals import gamma_gaps, weibull_gaps
 from env.workload.base import Split, WorkloadBase, check_request, stream
-from env.workload.lengths import LengthsSpec, PresetLengths, QuantileMarginal, draw_marginal, within_context
+from env.workload.lengths import QuantileMarginal, draw_marginal
+from env.workload.presets import LengthsSpec, PresetLengths, within_context
 from env.workload.rawfile import read_csv, read_jsonl
 from env.workload.trace import Trace
 

@@ -17,15 +17,11 @@ __all__ = [
     "EmpiricalLengths",
     "FixedLengths",
     "JointLengths",
-    "LengthsSpec",
     "LognormalMarginal",
     "Marginal",
-    "MixtureLengths",
-    "PresetLengths",
     "QuantileMarginal",
     "UniformMarginal",
     "draw_marginal",
-    "within_context",
 ]
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -114,13 +110,13 @@ def draw_marginal(marginal: Marginal, u: np.ndarray) -> np.ndarray:
     return np.maximum(whole, 1).astype(np.int32)
 
 
-class _Lengths(Model, ABC):
+class Lengths(Model, ABC):
     @abstractmethod
     def draw(self, n: int, rng: np.random.Generator, split: Split = "train") -> Pair:
         """Prompt and output tokens, both i4 (n,), >= 1."""
 
 
-class FixedLengths(_Lengths):
+class FixedLengths(Lengths):
     """Every request alike."""
 
     kind: Literal["fixed"]
@@ -131,7 +127,7 @@ class FixedLengths(_Lengths):
         return np.full(n, self.prompt, np.int32), np.full(n, self.output, np.int32)
 
 
-class JointLengths(_Lengths):
+class JointLengths(Lengths):
     """Two marginals joined by a Gaussian copula.
 
     Spearman's rho of a bivariate normal with correlation r is 6/pi asin(r/2), so r = 2 sin(pi rho / 6)
@@ -152,34 +148,7 @@ class JointLengths(_Lengths):
         return draw_marginal(self.prompt, ndtr(first)), draw_marginal(self.output, ndtr(second))
 
 
-class PresetLengths(_Lengths):
-    """Lengths of a published workload by name (``presets.PRESETS``), measured figures, no download.
-
-    :param scale: factor on prompt and output tokens, e.g. for another tokenizer
-    """
-
-    kind: Literal["preset"]
-    name: str
-    scale: float = Field(default=1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _known(self) -> PresetLengths:
-        from env.workload.presets import preset_names
-
-        if self.name not in preset_names():
-            raise ValueError(f"unknown preset; choose from {', '.join(preset_names())}")
-        return self
-
-    def draw(self, n: int, rng: np.random.Generator, split: Split = "train") -> Pair:
-        from env.workload.presets import preset
-
-        prompt, output = preset(self.name).draw(n, rng, split)
-        if self.scale == 1:
-            return prompt, output
-        return _scaled(prompt, self.scale), _scaled(output, self.scale)
-
-
-class EmpiricalLengths(_Lengths):
+class EmpiricalLengths(Lengths):
     """Bootstrap from a trace file in contiguous runs of ``run`` rows, so that neighbours stay alike."""
 
     kind: Literal["empirical"]
@@ -195,67 +164,3 @@ class EmpiricalLengths(_Lengths):
         starts = rng.integers(trace.n - run + 1, size=-(-n // run))
         rows = (starts[:, None] + np.arange(run)).ravel()[:n]
         return trace.prompt[rows], trace.output[rows]
-
-
-class MixturePart(Model):
-    """One component and its weight."""
-
-    weight: float = Field(gt=0)
-    lengths: LengthsSpec
-
-
-class MixtureLengths(_Lengths):
-    """Each request draws its component."""
-
-    kind: Literal["mixture"]
-    parts: tuple[MixturePart, ...] = Field(min_length=1)
-
-    def draw(self, n: int, rng: np.random.Generator, split: Split = "train") -> Pair:
-        weights = np.array([part.weight for part in self.parts])
-        which = np.searchsorted(weights.cumsum()[:-1] / weights.sum(), rng.random(n), side="right")
-        return draw_parts([part.lengths for part in self.parts], which, rng, split)
-
-
-def draw_parts(models: list[_Lengths], which: np.ndarray, rng: np.random.Generator, split: Split) -> Pair:
-    """Row ``i`` from ``models[which[i]]``."""
-    prompt, output = np.empty(len(which), np.int32), np.empty(len(which), np.int32)
-    for place, model in enumerate(models):
-        rows = np.flatnonzero(which == place)
-        if len(rows):
-            prompt[rows], output[rows] = model.draw(len(rows), rng, split)
-    return prompt, output
-
-
-LengthsSpec = Annotated[
-    FixedLengths | JointLengths | PresetLengths | EmpiricalLengths | MixtureLengths,
-    Field(discriminator="kind"),
-]
-MixturePart.model_rebuild()
-MixtureLengths.model_rebuild()
-
-
-def within_context(
-    model: _Lengths, n: int, rng: np.random.Generator, split: Split, max_context: int | None
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Lengths with prompt + output <= max_context: longer draws are drawn again, never cut short.
-
-    :return: prompt i4 (n,), output i4 (n,), how many draws were dropped
-    :raises SlalomError: the model gives almost only longer requests
-    """
-    prompt, output = model.draw(n, rng, split)
-    dropped = 0
-    if max_context is None:
-        return prompt, output, dropped
-    for _ in range(1000):
-        over = np.flatnonzero(prompt.astype(np.int64) + output > max_context)
-        if not len(over):
-            return prompt, output, dropped
-        dropped += len(over)
-        fresh_prompt, fresh_output = model.draw(4 * len(over), rng, split)
-        fits = np.flatnonzero(fresh_prompt.astype(np.int64) + fresh_output <= max_context)[: len(over)]
-        prompt[over[: len(fits)]], output[over[: len(fits)]] = fresh_prompt[fits], fresh_output[fits]
-    raise SlalomError("workload.max_context", max_context, "allow longer requests or choose shorter lengths")
-
-
-def _scaled(tokens: np.ndarray, factor: float) -> np.ndarray:
-    return np.maximum(np.rint(tokens * factor), 1).astype(np.int32)

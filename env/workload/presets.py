@@ -7,18 +7,35 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
+from pydantic import Field, model_validator
+
+from engine.errors import SlalomError
+from env.workload.base import Model, Split
 from env.workload.lengths import (
+    EmpiricalLengths,
+    FixedLengths,
     JointLengths,
+    Lengths,
     LognormalMarginal,
-    MixtureLengths,
-    MixturePart,
+    Pair,
     QuantileMarginal,
     UniformMarginal,
 )
 
-__all__ = ["preset", "preset_facts", "preset_names"]
+__all__ = [
+    "LengthsSpec",
+    "MixtureLengths",
+    "MixturePart",
+    "PresetLengths",
+    "draw_parts",
+    "preset",
+    "preset_facts",
+    "preset_names",
+    "within_context",
+]
 
 _DATA = Path(__file__).parent / "data" / "lengths.json"
 
@@ -100,3 +117,96 @@ def preset(name: str) -> JointLengths | MixtureLengths:
 def preset_facts(name: str) -> dict[str, Any]:
     """Source, licence and the statistics a tabulated preset was checked against."""
     return {key: value for key, value in _tables()[name].items() if key not in ("prompt", "output")}
+
+
+class PresetLengths(Lengths):
+    """Lengths of a published workload by name (``presets.PRESETS``), measured figures, no download.
+
+    :param scale: factor on prompt and output tokens, e.g. for another tokenizer
+    """
+
+    kind: Literal["preset"]
+    name: str
+    scale: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _known(self) -> PresetLengths:
+        from env.workload.presets import preset_names
+
+        if self.name not in preset_names():
+            raise ValueError(f"unknown preset; choose from {', '.join(preset_names())}")
+        return self
+
+    def draw(self, n: int, rng: np.random.Generator, split: Split = "train") -> Pair:
+        from env.workload.presets import preset
+
+        prompt, output = preset(self.name).draw(n, rng, split)
+        if self.scale == 1:
+            return prompt, output
+        return _scaled(prompt, self.scale), _scaled(output, self.scale)
+
+
+class MixturePart(Model):
+    """One component and its weight."""
+
+    weight: float = Field(gt=0)
+    lengths: LengthsSpec
+
+
+class MixtureLengths(Lengths):
+    """Each request draws its component."""
+
+    kind: Literal["mixture"]
+    parts: tuple[MixturePart, ...] = Field(min_length=1)
+
+    def draw(self, n: int, rng: np.random.Generator, split: Split = "train") -> Pair:
+        weights = np.array([part.weight for part in self.parts])
+        which = np.searchsorted(weights.cumsum()[:-1] / weights.sum(), rng.random(n), side="right")
+        return draw_parts([part.lengths for part in self.parts], which, rng, split)
+
+
+def draw_parts(models: list[Lengths], which: np.ndarray, rng: np.random.Generator, split: Split) -> Pair:
+    """Row ``i`` from ``models[which[i]]``."""
+    prompt, output = np.empty(len(which), np.int32), np.empty(len(which), np.int32)
+    for place, model in enumerate(models):
+        rows = np.flatnonzero(which == place)
+        if len(rows):
+            prompt[rows], output[rows] = model.draw(len(rows), rng, split)
+    return prompt, output
+
+
+LengthsSpec = Annotated[
+    FixedLengths | JointLengths | PresetLengths | EmpiricalLengths | MixtureLengths,
+    Field(discriminator="kind"),
+]
+
+
+def within_context(
+    model: Lengths, n: int, rng: np.random.Generator, split: Split, max_context: int | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Lengths with prompt + output <= max_context: longer draws are drawn again, never cut short.
+
+    :return: prompt i4 (n,), output i4 (n,), how many draws were dropped
+    :raises SlalomError: the model gives almost only longer requests
+    """
+    prompt, output = model.draw(n, rng, split)
+    dropped = 0
+    if max_context is None:
+        return prompt, output, dropped
+    for _ in range(1000):
+        over = np.flatnonzero(prompt.astype(np.int64) + output > max_context)
+        if not len(over):
+            return prompt, output, dropped
+        dropped += len(over)
+        fresh_prompt, fresh_output = model.draw(4 * len(over), rng, split)
+        fits = np.flatnonzero(fresh_prompt.astype(np.int64) + fresh_output <= max_context)[: len(over)]
+        prompt[over[: len(fits)]], output[over[: len(fits)]] = fresh_prompt[fits], fresh_output[fits]
+    raise SlalomError("workload.max_context", max_context, "allow longer requests or choose shorter lengths")
+
+
+def _scaled(tokens: np.ndarray, factor: float) -> np.ndarray:
+    return np.maximum(np.rint(tokens * factor), 1).astype(np.int32)
+
+
+MixturePart.model_rebuild()
+MixtureLengths.model_rebuild()

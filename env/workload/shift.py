@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from env.workload.arrivals import gamma_gaps, on_clock
 from env.workload.base import Model, Split, WorkloadBase, check_request, stream
-from env.workload.lengths import LengthsSpec, draw_parts
+from env.workload.presets import LengthsSpec, draw_parts
 from env.workload.trace import Trace
 
 __all__ = ["Phase", "RandomPhases", "ShiftSpec"]

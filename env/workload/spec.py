@@ -57,8 +57,8 @@ from engine.errors import SlalomError
 from env.workload.arrivals import ArrivalSpec, PoissonArrivals
 from env.workload.base import Model, Split, WorkloadBase, check_request, stream
 from env.workload.clients import ClientsSpec
-from env.workload.lengths import LengthsSpec, within_context
 from env.workload.prefix import PrefixSpec
+from env.workload.presets import LengthsSpec, within_context
 from env.workload.replay import TraceSpec
 from env.workload.sessions import SessionsSpec
 from env.workload.shift import ShiftSpec

@@ -254,12 +254,6 @@ class Trace:
         owner = self.owner()
         return self.rows((owner >= first) & (owner < last))
 
-    def describe(self) -> dict[str, Any]:
-        """Rate, burstiness, lengths and reuse (see ``env.workload.stats``)."""
-        from env.workload.stats import describe
-
-        return describe(self)
-
 
 def _first_rows(trace: Trace, n: int) -> np.ndarray:
     """Mask of ``n`` rows: all chains but the last whole, the last one cut short."""

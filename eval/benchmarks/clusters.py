@@ -24,7 +24,7 @@ def run() -> dict[str, Any]:
 
 def _many_instances(n: int) -> float:
     """The reference load per instance on ``n`` instances, 50,000 requests."""
-    from env.simulate import simulate
+    from env.surrogate.simulate import simulate
 
     scenario = reference_scenario().with_overrides({"cluster.0.count": n, "rates.high": 2000.0})
     requests = 50_000
@@ -37,7 +37,7 @@ def _many_instances(n: int) -> float:
 def _prefix_cache() -> dict[str, Any]:
     """Mooncake's conversation prompts with their block hashes: the file under SLALOM_SHARED, else the generator."""
     from env.scenario import Scenario
-    from env.simulate import simulate
+    from env.surrogate.simulate import simulate
     from env.workload import read_trace, scale_rate
 
     scenario = Scenario.load("mooncake-pd-8xh100")

@@ -18,7 +18,7 @@ REPEATS = 5
 
 def run() -> dict[str, Any]:
     """Decisions per second over all environments, random allowed actions: median after a warm-up."""
-    from env.vector_env import SlalomVecEnv
+    from env.gym.vector_env import SlalomVecEnv
 
     env = SlalomVecEnv(reference_scenario(), N_ENVS, rates=(0.8 * RATE, 1.2 * RATE), seed=0)
     rng = np.random.default_rng(0)

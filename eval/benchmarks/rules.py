@@ -17,11 +17,12 @@ from engine.core.columns import Ctx, Kind
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from engine.jit.rows import addresses
-from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s
 from env.scenario import Scenario
-from env.simulate import bind_policy
-from env.surrogate import run as drive
+from env.surrogate.arena import arena_of, build_trace, horizon_s
+from env.surrogate.clock import new_sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run as drive
+from env.surrogate.simulate import bind_policy
 
 __all__ = ["BAR_US", "measure", "run", "settings"]
 

@@ -21,7 +21,7 @@ REPEATS = 3
 
 def measure(n_requests: int) -> dict[str, float]:
     """Cost per request and peak memory of this process, median of repeats after a warm-up."""
-    from env.simulate import simulate
+    from env.surrogate.simulate import simulate
 
     scenario = reference_scenario()
     simulate(scenario, POLICY, rate=RATE, n_requests=1_000, seed=0)

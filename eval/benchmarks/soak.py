@@ -36,8 +36,8 @@ from engine.live.runtime import Runtime
 from engine.live.transfer import CopyTransport, Transfer
 from engine.model import KVPool, ModelRunner, SamplingParams, Span, load_model, load_tokenizer
 from engine.model.llama import Llama
-from env.cluster import arena_of, build_trace, horizon_s
 from env.scenario import Scenario, list_scenarios
+from env.surrogate.arena import arena_of, build_trace, horizon_s
 from eval.benchmarks.growth import growth_of
 
 __all__ = ["run"]

@@ -21,7 +21,7 @@ def run() -> dict[str, Any]:
     ``requests_per_second`` times the event loop, as the figures of other simulators do; the whole call adds
     drawing the arrivals, laying out the state and the result.
     """
-    from env.simulate import simulate
+    from env.surrogate.simulate import simulate
 
     scenario = reference_scenario()
     first = simulate(scenario, POLICY, rate=RATE, n_requests=REQUESTS, seed=0)

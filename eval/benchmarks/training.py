@@ -117,7 +117,7 @@ def _gemm_flops() -> float:
 
 
 def _environment(n_envs: int) -> Any:
-    from env.vector_env import SlalomVecEnv
+    from env.gym.vector_env import SlalomVecEnv
 
     scenario = reference_scenario().with_overrides({"cluster.0.count": INSTANCES, "rates.high": 400.0})
     rate = RATE * INSTANCES / 4

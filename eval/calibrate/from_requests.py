@@ -29,9 +29,9 @@ from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share
-from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate import run
+from env.surrogate.clock import new_sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run
 from eval.calibrate.request_log import EngineSettings, RequestLog, read_log, read_settings
 from policies.load import load_policy
 from policies.setting import Setting

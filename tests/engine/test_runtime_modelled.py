@@ -20,11 +20,12 @@ from engine.live.clock import VirtualClock
 from engine.live.integrity import faults
 from engine.live.modelled import ModelledInstances, play
 from engine.live.runtime import Runtime
-from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered
 from env.scenario import Scenario, list_scenarios
-from env.simulate import bind_policy
-from env.surrogate import run
+from env.surrogate.arena import arena_of, build_trace, horizon_s, jittered
+from env.surrogate.clock import new_sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run
+from env.surrogate.simulate import bind_policy
 from policies.registry import names
 
 

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 
 import env  # noqa: F401  (registers the environment)
 from engine.core.columns import Kind
-from env.dispatch_env import DispatchEnv
+from env.gym.dispatch_env import DispatchEnv
 
 SCENARIOS = ["azure-conv-4xa100", "azure-code-mux-4xa100", "classes-6xa100", "mooncake-pd-8xh100", "tiny-4xa100"]
 

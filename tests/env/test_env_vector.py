@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario
-from env.vector_env import SlalomVecEnv
 
 TINY_BETA = 1e-12
 

@@ -14,9 +14,9 @@ from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requ
 from engine.core.state import Batching, Role
 from engine.jit.rows import addresses
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
-from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate import run
+from env.surrogate.clock import new_sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run
 from policies.load import load_policy
 from policies.setting import Setting
 

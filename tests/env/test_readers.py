@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import SlalomError
 from env.workload import Trace, read_trace, write_trace
-from env.workload.stats import gap_cv, reused_tokens
+from env.workload.stats import describe, gap_cv, reused_tokens
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 2]},
@@ -228,7 +228,7 @@ def test_published_figures_of_real_traces(
     name: str, format: str, rows: int, rate: float, cv: float, idc: tuple, prompt: float, output: float
 ) -> None:
     trace = read_trace(SHARED / name, format, time_unit="ms" if format == "mooncake" else None)
-    facts = trace.describe()
+    facts = describe(trace)
     assert facts["n"] == rows
     assert facts["rate"] == pytest.approx(rate, rel=0.005)
     assert facts["cv"] == pytest.approx(cv, rel=0.01)

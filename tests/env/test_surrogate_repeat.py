@@ -10,10 +10,10 @@ from strategies import Case, cases
 
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
-from env.clock import Sim
-from env.cluster import arena_of
 from env.scenario import Scenario, list_scenarios
-from env.simulate import simulate
+from env.surrogate.arena import arena_of
+from env.surrogate.clock import Sim
+from env.surrogate.simulate import simulate
 from policies import registry
 
 #: What a run is judged by. Block numbers and planning scratch may differ between jumping and stepping.

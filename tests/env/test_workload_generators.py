@@ -16,9 +16,8 @@ from scipy.stats import kstest, spearmanr
 from engine.errors import SlalomError
 from env.workload import SPLIT_NAMES, parse_workload
 from env.workload.arrivals import ArrivalSpec, on_clock, weibull_shape
-from env.workload.lengths import LengthsSpec
-from env.workload.presets import preset, preset_facts, preset_names
-from env.workload.stats import gap_cv, idc
+from env.workload.presets import LengthsSpec, preset, preset_facts, preset_names
+from env.workload.stats import describe, gap_cv, idc
 
 ARRIVAL: TypeAdapter = TypeAdapter(ArrivalSpec)
 LENGTHS: TypeAdapter = TypeAdapter(LengthsSpec)
@@ -231,7 +230,7 @@ def test_agents_look_like_the_recorded_sessions() -> None:
     think = trace.think_s[trace.next_turn >= 0]
     assert np.median(think) == pytest.approx(12, rel=0.05)
     assert np.percentile(think, 90) == pytest.approx(191, rel=0.05)
-    assert trace.describe()["reuse"] == pytest.approx(0.956, abs=0.03)
+    assert describe(trace)["reuse"] == pytest.approx(0.956, abs=0.03)
     assert trace.prompt.mean() == pytest.approx(124_183, rel=0.2)
     assert (trace.prompt.astype(int) + trace.output <= 200_000).all()
 
@@ -248,7 +247,7 @@ def test_each_turn_contains_all_that_was_said() -> None:
         assert np.array_equal(shared, trace.hashes[trace.hash_start[turn] :][: trace.hash_n[row]])
     unit = trace.hash_tokens
     expected = (said // unit * unit).sum() / trace.prompt.sum()  # sessions share nothing with each other
-    assert trace.describe()["reuse"] == pytest.approx(expected, abs=1e-9)
+    assert describe(trace)["reuse"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_system_prompts_are_reused_by_popularity() -> None:
@@ -259,14 +258,14 @@ def test_system_prompts_are_reused_by_popularity() -> None:
     counts = np.sort(np.unique(first, return_counts=True)[1])[::-1]
     assert counts.sum() / 6000 == pytest.approx(0.5, abs=0.03)
     assert counts / counts.sum() == pytest.approx([2 / 3, 1 / 3], abs=0.03)
-    assert trace.describe()["reuse"] == pytest.approx(3000 * 512 / trace.prompt.sum(), rel=0.05)
+    assert describe(trace)["reuse"] == pytest.approx(3000 * 512 / trace.prompt.sum(), rel=0.05)
 
 
 def test_documents_are_asked_about_several_times() -> None:
     trace = parse_workload(KINDS["loogle"]).build(1, 8800, 0, "train")
     documents = np.unique(trace.hashes[trace.hash_start])
     assert 8800 / len(documents) == pytest.approx(11, rel=0.05)
-    assert trace.describe()["reuse"] == pytest.approx(1 - 1 / 11, abs=0.02)
+    assert describe(trace)["reuse"] == pytest.approx(1 - 1 / 11, abs=0.02)
 
 
 def test_shift_moves_rate_and_mix() -> None:
@@ -373,14 +372,14 @@ def test_trace_kind_cuts_by_time_and_scales_or_swaps(tmp_path: Path) -> None:
     assert max(seen["train"]) < 1200 <= min(seen["valid"])
     assert max(seen["valid"]) < 1400 <= min(seen["test"])
     trace = replay.build(2.0, 50, 0, "train")
-    assert trace.describe()["rate"] == pytest.approx(2.0, rel=0.03)
+    assert describe(trace)["rate"] == pytest.approx(2.0, rel=0.03)
     assert trace.meta["time_factor"] == pytest.approx(0.5)
     with pytest.raises(SlalomError, match="at most"):
         replay.build(2.0, 500, 0, "test")
     swap = parse_workload({"kind": "trace", "source": source, "arrival": {"kind": "poisson"}, "run": 20})
     trace = swap.build(2.0, 500, 0, "test")
     assert (np.diff(trace.prompt.reshape(-1, 20), axis=1) == 1).all()
-    assert trace.describe()["reuse"] > 0.5  # neighbours still share their first block
+    assert describe(trace)["reuse"] > 0.5  # neighbours still share their first block
     assert gap_cv(trace.arrival_s) == pytest.approx(1, abs=0.15)
 
 
@@ -406,14 +405,14 @@ def test_mooncake_bodies_on_poisson_keep_their_reuse() -> None:
         "spread_s": 3,
         "max_context": 131072,
     }
-    replayed = parse_workload({"kind": "trace", "source": source}).build(3.0, 4000, 0, "train").describe()
+    replayed = describe(parse_workload({"kind": "trace", "source": source}).build(3.0, 4000, 0, "train"))
     section = {"kind": "trace", "source": source, "arrival": {"kind": "poisson"}}
-    swapped = parse_workload(section).build(3.0, 4000, 0, "train").describe()
+    swapped = describe(parse_workload(section).build(3.0, 4000, 0, "train"))
     assert swapped["reuse"] == pytest.approx(replayed["reuse"])
     assert 0.25 < swapped["reuse"] < 0.4
     assert replayed["cv"] == pytest.approx(1.0, abs=0.15)  # near Poisson once the 3-s stamps are spread
     section["run"] = 5
-    shuffled = parse_workload(section).build(3.0, 4000, 0, "train").describe()
+    shuffled = describe(parse_workload(section).build(3.0, 4000, 0, "train"))
     assert shuffled["reuse"] > swapped["reuse"]  # runs may repeat bodies, which an infinite cache finds again
 
 

@@ -37,14 +37,14 @@ def world(monkeypatch, make_run):
         ]
         return make_run(rows)
 
-    scenario, simulator = ModuleType("env.scenario"), ModuleType("env.simulate")
+    scenario, simulator = ModuleType("env.scenario"), ModuleType("env.surrogate.simulate")
     watched = ModuleType("eval.shadow")
     watched.shadow = lambda *request: None  # needs the real simulator, see test_shadow
     monkeypatch.setitem(sys.modules, "eval.shadow", watched)
     scenario.Scenario = SimpleNamespace(load=lambda name: Scenario())
     simulator.simulate = simulate
     monkeypatch.setitem(sys.modules, "env.scenario", scenario)
-    monkeypatch.setitem(sys.modules, "env.simulate", simulator)
+    monkeypatch.setitem(sys.modules, "env.surrogate.simulate", simulator)
     return World
 
 

@@ -12,12 +12,12 @@ import env  # noqa: F401  (registers the environment)
 from engine.core.state import RequestState, Role
 from engine.errors import SlalomError
 from engine.latency import Profile
-from env import gpu_backend
-from env.cluster import build_trace
-from env.gpu_backend import EngineRun, Park, model_of, replay
+from env.live import replay
+from env.live.replay import EngineRun, Park, model_of, replay
 from env.measure.on_engine import engine_facts
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.arena import build_trace
+from env.surrogate.simulate import simulate
 from eval import cli
 from eval.fidelity import fidelity, keep_in_profile, stored_form
 
@@ -109,12 +109,12 @@ def test_a_static_plan_brings_its_own_arrangement_to_the_engine(scenario, tmp_pa
     (tmp_path / "own.yaml").write_text(own.to_yaml())
     ran = []
 
-    class Watched(gpu_backend.Engine):
+    class Watched(replay.Engine):
         def __init__(self, model, tokenizer, state, *more, **options):
             ran.append(sorted((Role(i["role"]).name.lower(), int(i["chunk_tokens"])) for i in state.inst))
             super().__init__(model, tokenizer, state, *more, **options)
 
-    monkeypatch.setattr(gpu_backend, "Engine", Watched)
+    monkeypatch.setattr(replay, "Engine", Watched)
     command = "eval-policy --env gpu --policy static_plan --tune 2 --rates 60 --seeds 1 --requests 20 --json"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--scenario", str(tmp_path / "own.yaml")])
     with pytest.raises(SystemExit) as stop:
@@ -203,7 +203,7 @@ def test_finished_runs_are_read_back(scenario, tmp_path):
 
 
 def test_domain_randomisation_takes_its_width_from_the_table(scenario):
-    from env.cluster import _jitter
+    from env.surrogate.arena import _jitter
 
     name = scenario.profile_names()[0]
     profile = Profile.load(name)

@@ -12,7 +12,7 @@ from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.metrics import outcomes, summarize
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.simulate import simulate
 
 TINY = "tiny-4xa100"
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from engine.core.state import Role
 from engine.errors import SlalomError
-from env.cluster import build_trace
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.arena import build_trace
+from env.surrogate.simulate import simulate
 from env.workload import Trace
 from eval import placement_cli
 from eval.replan import best_split, capacity, changes, find_shifts, load_of, replan, splits

@@ -7,7 +7,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.simulate import simulate
 from eval.session import scaled
 from eval.shadow import shadow
 

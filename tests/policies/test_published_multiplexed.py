@@ -14,7 +14,7 @@ from engine.core.state import Batching, RequestState, Role, Split
 from engine.errors import SlalomError
 from engine.latency import Profile, pack
 from env.scenario import Scenario
-from env.simulate import RunResult, simulate
+from env.surrogate.simulate import RunResult, simulate
 from policies import registry
 from policies.rules.pdmux_table import TABLES, share_rows
 from policies.setting import Setting

@@ -12,7 +12,7 @@ from decisions import choose, random_decision, setting
 from engine.core.columns import Kind
 from engine.core.state import RequestState
 from env.scenario import Scenario
-from env.simulate import RunResult, simulate
+from env.surrogate.simulate import RunResult, simulate
 from policies import registry
 
 PUBLISHED = (

@@ -69,7 +69,7 @@ def test_both_commands_run_the_rule_of_an_installed_package(tmp_path: Path) -> N
 
 
 def _setting() -> Setting:
-    from env.cluster import arena_of
     from env.scenario import Scenario
+    from env.surrogate.arena import arena_of
 
     return arena_of(Scenario.load("tiny-4xa100")).setting

@@ -11,10 +11,10 @@ import torch as th
 
 from engine.core.state import Order
 from engine.errors import SlalomError
-from env.cluster import arena_of
+from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario
-from env.simulate import simulate
-from env.vector_env import SlalomVecEnv
+from env.surrogate.arena import arena_of
+from env.surrogate.simulate import simulate
 from policies.checkpoint.folder import load
 from train.budget import Budget
 from train.config import TrainConfig

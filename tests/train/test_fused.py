@@ -11,8 +11,8 @@ import torch as th
 from gymnasium import spaces
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Kind
+from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario
-from env.vector_env import SlalomVecEnv
 from policies.network.scoring import ScoringNetwork
 from policies.rules import linear_score
 from train.buffer import Batch

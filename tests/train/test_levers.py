@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from engine.core.columns import Kind
-from env.cluster import arena_of
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.arena import arena_of
+from env.surrogate.simulate import simulate
 from train import levers
 from train.levers import KINDS, cases, every_lever, main
 from train.search.space import Design, Space

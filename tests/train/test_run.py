@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from engine.errors import SlalomError
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.simulate import simulate
 from policies.checkpoint.folder import load
 from train.budget import Budget
 from train.run import Request, run

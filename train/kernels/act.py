@@ -14,8 +14,8 @@ from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
 from engine.core.state import attach
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
-from env.batch import ASKED, advance_one
-from env.clock import attach_sim
+from env.surrogate.batch import ASKED, advance_one
+from env.surrogate.clock import attach_sim
 from train.kernels.layers import attach_weights, narrow, pool, repeat, score, take, value
 from train.kernels.pack import (
     attach_bounds,
@@ -165,7 +165,8 @@ def play(
 ):  # fmt: skip
     """Let cluster ``b`` take decisions ``begin`` to ``end`` of a rollout, or fewer: up to where its episode ends.
 
-    :param clusters: an ``env.batch.Clusters``, with the ``kinds`` the learner answers, and the rule for others
+    :param clusters: an ``env.surrogate.batch.Clusters``, with the ``kinds`` the learner answers, and the rule for
+    others
     :param uniform: (T, N) numbers in [0, 1)
     :param observed: address vectors, this one of what ``clusters`` shows, and ``tape`` to ``layers``
     :param seen: address vector of bounds, widened by what is observed, see :func:`train.kernels.pack.widen_by`

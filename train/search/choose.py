@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from engine.progress import Display
-from env.cluster import arena_of
 from env.scenario import Scenario
+from env.surrogate.arena import arena_of
 from train.budget import Budget
 from train.config import TrainConfig
 from train.search.direct import DirectConfig, direct_search, rates_between

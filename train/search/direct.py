@@ -24,8 +24,8 @@ from cmaes import SepCMA
 
 from engine.core.state import Order
 from engine.errors import SlalomError
-from env.cluster import arena_of
 from env.scenario import Scenario
+from env.surrogate.arena import arena_of
 from policies import registry
 from train.search.arrange import composed
 from train.search.fitness import Fitness

@@ -17,11 +17,11 @@ import numpy as np
 
 from engine.core.policy import Policy
 from engine.errors import SlalomError
-from env.cluster import build_trace
 from env.measure.goodput import find_goodput
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
-from env.simulate import simulate
+from env.surrogate.arena import build_trace
+from env.surrogate.simulate import simulate
 from env.workload import Trace
 from policies.setting import Setting
 from train.search.space import Design

@@ -18,8 +18,8 @@ from cmaes import SepCMA
 from engine.core.policy import InstancePlan
 from engine.core.state import Batching, Order, Role
 from engine.errors import SlalomError
-from env.cluster import arena_of
 from env.scenario import Scenario
+from env.surrogate.arena import arena_of
 from train.search.fitness import Fitness
 from train.search.space import Design, Space
 

@@ -9,20 +9,20 @@ import numpy as np
 
 from engine.core.columns import Kind
 from engine.errors import SlalomError
+from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario
-from env.vector_env import SlalomVecEnv
 
 __all__ = ["DispatchEnv"]
 
 
 class DispatchEnv(gym.Env[np.ndarray, int]):
-    """One decision per step. Observation, reward and truncation as in :class:`env.vector_env.SlalomVecEnv`.
+    """One decision per step. Observation, reward and truncation as in :class:`env.gym.vector_env.SlalomVecEnv`.
 
     ``info`` of every step holds ``action_mask`` (bool (K,)) and ``elapsed_s``; ``action_masks()`` gives the mask in
     the form sb3-contrib expects. An action that is masked is replaced by the first allowed one.
 
     :param scenario: name, path or Scenario
-    :param backend: "surrogate", or "gpu": the engine in this process, in real time (:mod:`env.engine_env`)
+    :param backend: "surrogate", or "gpu": the engine in this process, in real time (:mod:`env.gym.engine_env`)
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
@@ -48,7 +48,7 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         self._backend = backend
         self._env: Any
         if backend == "gpu":
-            from env.engine_env import EngineVecEnv
+            from env.gym.engine_env import EngineVecEnv
 
             self._env = EngineVecEnv(self.scenario, seed=0, auto_reset=False, **self._options)
         else:

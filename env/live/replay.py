@@ -31,9 +31,9 @@ from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import Engine, build_state
 from engine.live.request import ABORT, Delta, Request
 from engine.model import SamplingParams, load_model, load_tokenizer
-from env.cluster import arena_of, build_trace, requests_of
 from env.scenario import Scenario
-from env.simulate import RunResult, bind_policy
+from env.surrogate.arena import arena_of, build_trace, requests_of
+from env.surrogate.simulate import RunResult, bind_policy
 from env.workload import Trace
 
 __all__ = ["DRAIN_S", "EngineRun", "Park", "park_of", "replay"]
@@ -225,7 +225,7 @@ def replay(
     drain_s: float = DRAIN_S,
     watch: Callable[[Engine], None] = lambda engine: None,
 ) -> EngineRun:
-    """Serve the requests that :func:`env.simulate.simulate` would, on the engine; parameters as there.
+    """Serve the requests that :func:`env.surrogate.simulate.simulate` would, on the engine; parameters as there.
 
     :param park: the model to serve with; that of the scenario's profile if not given
     :param drain_s: requests still open this long after the last arrival are cut off and count as unfinished

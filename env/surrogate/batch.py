@@ -14,8 +14,8 @@ from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, 
 from engine.core.kv import release
 from engine.core.state import RequestState, attach
 from engine.jit.kernel import kernel
-from env.clock import attach_sim
-from env.surrogate import advance, answer, describe
+from env.surrogate.clock import attach_sim
+from env.surrogate.loop import advance, answer, describe
 
 __all__ = [
     "ASKED",

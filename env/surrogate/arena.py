@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
 
-from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE, InstancePlan
+from engine.core.policy import InstancePlan
 from engine.core.setup import (
     ClusterOptions,
     InstanceSpec,
@@ -22,14 +20,13 @@ from engine.core.setup import (
     new_cluster,
 )
 from engine.core.state import Batching, ClusterState, Order, Role, Split
-from engine.jit.kernel import is_warm
 from engine.latency import pack
 from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario
 from env.workload import Trace, assign_classes
 from policies.setting import Setting
 
-__all__ = ["Arena", "FirstClass", "arena_of", "build_trace", "compiled", "jittered", "requests_of", "slowed"]
+__all__ = ["Arena", "arena_of", "build_trace", "jittered", "requests_of", "slowed"]
 
 #: Simulated seconds that requests still running at the last arrival are given to end.
 DRAIN_S = 300.0
@@ -236,31 +233,3 @@ def slowed(state: ClusterState, factor: float) -> Mapping[str, np.ndarray]:
     share["fused_shared_s"] *= factor
     profile["step_overhead_s"] *= factor
     return {"true_profile": profile, "true_share": share}
-
-
-@cache
-def compiled(kernel: Any, *signature: Any) -> Any:
-    """``kernel`` compiled for one signature (from disk when warm), after saying so when it takes long."""
-    if not is_warm(kernel.py_func.__module__):
-        print("compiling the scheduling core for this machine (once, under a minute) ...", file=sys.stderr, flush=True)
-    kernel.compile(signature)
-    kernel.disable_compile()
-    return kernel
-
-
-class FirstClass:
-    """A compiled ``decide`` as a plain function address, so that a driver takes it without a look-up per call."""
-
-    _numba_type_ = POLICY_TYPE
-
-    def __init__(self, decide: Any) -> None:
-        result = decide.get_compile_result(POLICY_SIGNATURE)
-        self._decide = decide  # keeps the machine code alive
-        self._address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
-
-    def __wrapper_address__(self) -> int:
-        return int(self._address)
-
-
-WORDS = numba.int64[::1]
-POLICY_ARGS = (numba.float64[::1], numba.float64[:, ::1], numba.uint8[::1], POLICY_TYPE, numba.float64[::1])

@@ -1,8 +1,8 @@
 """The real engine as a learner's environment: one cluster, in real time, one decision a step.
 
-Same observations, masks and actions as :class:`env.vector_env.SlalomVecEnv`. Two things are as reality has them. While
-the learner thinks, the scheduler waits and lanes go on with the steps they are in. A miss is part of the reward when
-the engine seals the request's fate (its first token, or its end), not when the deadline passes.
+Same observations, masks and actions as :class:`env.gym.vector_env.SlalomVecEnv`. Two things are as reality has them.
+While the learner thinks, the scheduler waits and lanes go on with the steps they are in. A miss is part of the reward
+when the engine seals the request's fate (its first token, or its end), not when the deadline passes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Ctx, Kind, Need
 from engine.core.policy import Policy
 from engine.live.engine import Engine
-from env.cluster import arena_of
-from env.gpu_backend import Park, model_of, park_of, replay
+from env.gym.vector_env import asked_kinds, observed_candidates
+from env.live.replay import Park, model_of, park_of, replay
 from env.scenario import Scenario
-from env.simulate import bind_policy
-from env.vector_env import asked_kinds, observed_candidates
+from env.surrogate.arena import arena_of
+from env.surrogate.simulate import bind_policy
 
 __all__ = ["EngineVecEnv"]
 
@@ -86,7 +86,8 @@ class _Learner:
 
 
 class EngineVecEnv(VecEnv):
-    """One cluster on the engine; parameters as :class:`env.vector_env.SlalomVecEnv`, which has those not named here.
+    """One cluster on the engine; parameters as :class:`env.gym.vector_env.SlalomVecEnv`, which has those not named
+    here.
 
     :param park: the model served; that of the scenario's profile if not given
     :param auto_reset: begin the next episode when one ends, as a ``VecEnv`` does; else wait for ``reset``

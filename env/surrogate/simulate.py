@@ -15,10 +15,11 @@ from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
-from env.clock import new_sim
-from env.cluster import POLICY_ARGS, WORDS, FirstClass, arena_of, build_trace, compiled, horizon_s, jittered, slowed
 from env.scenario import Scenario
-from env.surrogate import run
+from env.surrogate.arena import arena_of, build_trace, horizon_s, jittered, slowed
+from env.surrogate.clock import new_sim
+from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.loop import run
 from env.workload import Trace
 
 __all__ = ["RunResult", "bind_policy", "simulate"]

@@ -20,7 +20,7 @@ from engine.core.slo import seal
 from engine.core.state import LaneKind, RequestState, Role, attach
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import to_ticks
-from env.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
+from env.surrogate.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 
 __all__ = ["advance", "answer", "describe", "run"]
 

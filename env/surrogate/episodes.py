@@ -15,10 +15,10 @@ from engine.core.columns import max_candidates
 from engine.core.policy import InstancePlan
 from engine.core.state import ClusterState
 from engine.jit.rows import addresses
-from env.batch import Buffers, release_all
-from env.clock import Sim, new_sim
-from env.cluster import Arena, arena_of, build_trace, horizon_s, jittered, requests_of
 from env.scenario import Scenario
+from env.surrogate.arena import Arena, arena_of, build_trace, horizon_s, jittered, requests_of
+from env.surrogate.batch import Buffers, release_all
+from env.surrogate.clock import Sim, new_sim
 from env.workload import Trace
 
 __all__ = ["Episodes"]

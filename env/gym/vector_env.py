@@ -13,11 +13,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Kind, max_candidates
 from engine.core.policy import Policy
-from env.batch import ENDED, LAST, Clusters, advance_many, new_buffers
-from env.cluster import POLICY_ARGS, FirstClass, arena_of, compiled
-from env.episodes import Episodes
 from env.scenario import Scenario
-from env.simulate import bind_policy
+from env.surrogate.arena import arena_of
+from env.surrogate.batch import ENDED, LAST, Clusters, advance_many, new_buffers
+from env.surrogate.compiled import POLICY_ARGS, FirstClass, compiled
+from env.surrogate.episodes import Episodes
+from env.surrogate.simulate import bind_policy
 
 __all__ = ["SlalomVecEnv", "asked_kinds", "observed_candidates"]
 

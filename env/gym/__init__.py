@@ -1,0 +1,1 @@
+"""Gymnasium environments and vector environments around the surrogate and the engine."""

@@ -1,0 +1,1 @@
+"""A scenario's workload played against the real engine, in real time."""

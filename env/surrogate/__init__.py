@@ -1,0 +1,1 @@
+"""The surrogate: the scheduling core under an event queue and a latency profile."""

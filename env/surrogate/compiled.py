@@ -1,0 +1,44 @@
+"""Compiled entries of the surrogate: one signature each, from disk when warm, and policies as plain addresses."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any
+
+import numba
+
+from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE
+from engine.jit.kernel import is_warm
+
+__all__ = ["POLICY_ARGS", "WORDS", "FirstClass", "compiled"]
+
+
+@cache
+def compiled(kernel: Any, *signature: Any) -> Any:
+    """``kernel`` compiled for one signature (from disk when warm), after saying so when it takes long."""
+    if not is_warm(kernel.py_func.__module__):
+        print("compiling the scheduling core for this machine (once, under a minute) ...", file=sys.stderr, flush=True)
+    kernel.compile(signature)
+    kernel.disable_compile()
+    return kernel
+
+
+class FirstClass:
+    """A compiled ``decide`` as a plain function address, so that a driver takes it without a look-up per call."""
+
+    _numba_type_ = POLICY_TYPE
+
+    def __init__(self, decide: Any) -> None:
+        result = decide.get_compile_result(POLICY_SIGNATURE)
+        self._decide = decide  # keeps the machine code alive
+        self._address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+
+    def __wrapper_address__(self) -> int:
+        return int(self._address)
+
+
+WORDS = numba.int64[::1]
+
+
+POLICY_ARGS = (numba.float64[::1], numba.float64[:, ::1], numba.uint8[::1], POLICY_TYPE, numba.float64[::1])
