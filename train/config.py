@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
     n_steps: int = Field(256, ge=2, description="decisions of each environment between two updates")
     load_low: float = Field(0.9, gt=0, description="least training load, times the base rule's goodput")
     load_high: float = Field(1.1, gt=0, description="greatest training load, times the base rule's goodput")
-    workers: int = Field(0, ge=0, description="rollout processes; 0 collects in this process")
+    workers: int = Field(0, ge=0, description="rollout workers on Ray (--ray); 0: one a core but one")
 
     # -- network
     hidden: int = Field(32, ge=4, le=512, multiple_of=4, description="width of the shared encoder")

@@ -18,7 +18,7 @@ from policies.checkpoint.folder import Facts, load, save_network, save_rule
 from policies.network.scoring import ScoringNetwork
 from policies.setting import Setting
 from train.config import TrainConfig
-from train.ppo import DispatchPPO
+from train.ppo.learner import DispatchPPO
 from train.search.rule import SearchResult
 
 __all__ = ["Publisher"]

@@ -27,7 +27,7 @@ from env.surrogate.simulate import bind_policy
 from policies.checkpoint.folder import Facts, LoadedPolicy, load, save_network
 from policies.network.scoring import ScoringNetwork
 from train.config import TrainConfig
-from train.ppo import DispatchPPO
+from train.ppo.learner import DispatchPPO
 
 __all__ = ["finetune"]
 

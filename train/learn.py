@@ -10,16 +10,22 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
 from engine.progress import Display
-from train.callbacks import Evaluation, EvaluationCallback, InterruptCallback, JsonLog, StateCallback
+from train.collect.learner import RemotePPO
+from train.collect.workers import RayCollector
 from train.config import TrainConfig
 from train.export import Publisher
 from train.folder import RunFolder
-from train.judge import Judge
-from train.ppo import DispatchPPO
-from train.progress import ProgressCallback
-from train.ray_ppo import RemotePPO
-from train.ray_rollout import RayCollector
-from train.state import load_state
+from train.ppo.callbacks import (
+    Evaluation,
+    EvaluationCallback,
+    InterruptCallback,
+    JsonLog,
+    ProgressCallback,
+    StateCallback,
+)
+from train.ppo.judge import Judge
+from train.ppo.learner import DispatchPPO
+from train.ppo.state import load_state
 
 __all__ = ["learn", "monitor_seeds"]
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from engine.errors import SlalomError
 from engine.files import read_json, write_json
 from engine.progress import Display
 from env.gym.vector_env import SlalomVecEnv
@@ -27,14 +28,13 @@ from env.measure.pool import RayExecutor, connect, cores
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from train.budget import Budget
-from train.callbacks import Evaluation, JsonLog
-from train.collector import ProcessVecEnv
+from train.collect.workers import RayCollector
 from train.config import TrainConfig, load_config
 from train.export import Publisher
 from train.folder import RunFolder
-from train.judge import SimulatorJudge
 from train.learn import learn, monitor_seeds
-from train.ray_rollout import RayCollector
+from train.ppo.callbacks import Evaluation, JsonLog
+from train.ppo.judge import SimulatorJudge
 from train.search.choose import AUTO, search_all
 from train.search.direct import rules_of
 from train.search.generalist import named, train_generalist
@@ -94,6 +94,8 @@ def run(request: Request) -> dict[str, Any]:
     if request.ray is not None:
         connect(request.ray)
     config = load_config(request.config, scenario.name, **request.overrides)
+    if config.workers and request.ray is None:
+        raise SlalomError("workers", config.workers, "leave it out, or let Ray's workers collect: --ray auto")
     torch.set_num_threads(config.torch_threads)
     root = request.out or Path("runs") / f"{scenario.name}-{request.algorithm}-{request.seed}"
     folder = RunFolder(root)
@@ -305,11 +307,7 @@ def _environments(worker: int, base: SearchResult, scenario: Scenario, seed: int
 
 
 def make_env(publisher: Publisher, ray: str | None = None) -> VecEnv:
-    """Training environments around the base rule's knee: here, in processes, or on a Ray cluster.
-
-    ``config.workers`` processes share the environments; on a cluster 0 means one worker a core but one, which the
-    learner keeps, as far as the groups can be divided.
-    """
+    """Training environments around the base rule's knee: in this process, or on a Ray cluster."""
     config, base = publisher.config, publisher.base
     workers = _workers(config, ray)
     build = partial(
@@ -325,11 +323,11 @@ def make_env(publisher: Publisher, ray: str | None = None) -> VecEnv:
     )
     if ray is not None:
         return RayCollector(build, publisher.new_network, config, workers, seed=publisher.seed)
-    return ProcessVecEnv(build, workers) if config.workers else build(0)
+    return build(0)
 
 
 def _workers(config: TrainConfig, ray: str | None) -> int:
-    """Rollout workers, 1 or more."""
+    """Rollout workers, 1 or more; on a cluster 0 means one a core but one, which the learner keeps."""
     if ray is None or config.workers:
         return max(config.workers, 1)
     spare = max(cores() - 1, 1)

@@ -10,11 +10,11 @@ import numpy as np
 
 from engine.progress import Display
 from env.measure.contender import Contender
-from train.callbacks import Evaluation
 from train.config import TrainConfig
 from train.export import Publisher
 from train.folder import RunFolder
-from train.judge import Judge, Verdict
+from train.ppo.callbacks import Evaluation
+from train.ppo.judge import Judge, Verdict
 
 __all__ = ["select"]
 

@@ -33,8 +33,8 @@ from env.scenario import Scenario
 from train.budget import Budget, parse_budget
 from train.config import TrainConfig, load_config
 from train.export import Publisher
-from train.judge import SimulatorJudge
-from train.ppo import DispatchPPO
+from train.ppo.judge import SimulatorJudge
+from train.ppo.learner import DispatchPPO
 from train.run import Request, make_env, run_or_read
 from train.search.rule import SearchResult
 

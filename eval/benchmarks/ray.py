@@ -40,8 +40,8 @@ def run() -> dict[str, Any]:
 
 
 def _measure() -> dict[str, Any]:
+    from train.collect.workers import RayCollector, RolloutWorker
     from train.config import load_config
-    from train.ray_rollout import RayCollector, RolloutWorker
 
     config = load_config(None, "", workers=1)
     build = partial(_worker_environments, n_envs=config.n_envs)

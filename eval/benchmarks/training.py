@@ -144,7 +144,7 @@ def _timed(model: Any, frames: int) -> Timed:
 
 def _ours() -> tuple[Any, Callable[[], Timed]]:
     from train.config import load_config
-    from train.ppo import DispatchPPO
+    from train.ppo.learner import DispatchPPO
 
     config = load_config(None, "", target_kl=None)  # every epoch is run to its end
     model = DispatchPPO(_environment(config.n_envs), _network, config)

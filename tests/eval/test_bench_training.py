@@ -7,7 +7,7 @@ from gymnasium import spaces
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
 from eval.benchmarks import training
-from train.policy import ScoringPolicy
+from train.ppo.policy import ScoringPolicy
 
 K, C, F = 6, CONTEXT_DIMENSIONLESS, CANDIDATE_DIMENSIONLESS
 SPACES = spaces.Box(-100.0, 100.0, (C + K * F,)), spaces.Discrete(K)

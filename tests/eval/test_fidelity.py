@@ -12,8 +12,7 @@ import env  # noqa: F401  (registers the environment)
 from engine.core.state import RequestState, Role
 from engine.errors import SlalomError
 from engine.latency import Profile
-from env.live import replay
-from env.live.replay import EngineRun, Park, model_of, replay
+from env.live.replay import Engine, EngineRun, Park, model_of, replay
 from env.measure.on_engine import engine_facts
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
@@ -109,12 +108,12 @@ def test_a_static_plan_brings_its_own_arrangement_to_the_engine(scenario, tmp_pa
     (tmp_path / "own.yaml").write_text(own.to_yaml())
     ran = []
 
-    class Watched(replay.Engine):
+    class Watched(Engine):
         def __init__(self, model, tokenizer, state, *more, **options):
             ran.append(sorted((Role(i["role"]).name.lower(), int(i["chunk_tokens"])) for i in state.inst))
             super().__init__(model, tokenizer, state, *more, **options)
 
-    monkeypatch.setattr(replay, "Engine", Watched)
+    monkeypatch.setattr("env.live.replay.Engine", Watched)
     command = "eval-policy --env gpu --policy static_plan --tune 2 --rates 60 --seeds 1 --requests 20 --json"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--scenario", str(tmp_path / "own.yaml")])
     with pytest.raises(SystemExit) as stop:

@@ -10,7 +10,7 @@ import torch as th
 from dispatch_stub import StubEnv, StubNetwork
 
 from train.config import TrainConfig
-from train.ppo import DispatchPPO
+from train.ppo.learner import DispatchPPO
 
 
 @pytest.fixture(autouse=True)

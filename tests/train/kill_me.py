@@ -8,9 +8,9 @@ from pathlib import Path
 import torch as th
 from dispatch_stub import StubEnv, StubNetwork
 
-from train.callbacks import StateCallback
 from train.config import TrainConfig
-from train.ppo import DispatchPPO
+from train.ppo.callbacks import StateCallback
+from train.ppo.learner import DispatchPPO
 
 if __name__ == "__main__":
     th.set_num_threads(1)

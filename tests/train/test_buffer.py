@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from train.buffer import SMDPRolloutBuffer, arrival_baseline
+from train.ppo.buffer import SMDPRolloutBuffer, arrival_baseline
 
 OBS, ACT = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
 

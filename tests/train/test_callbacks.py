@@ -16,10 +16,10 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 
 from env.measure.contender import Contender
-from train.callbacks import EvaluationCallback, InterruptCallback, JsonLog, StateCallback, replace_folder
-from train.judge import Verdict
-from train.ppo import DispatchPPO
-from train.state import load_state
+from train.ppo.callbacks import EvaluationCallback, InterruptCallback, JsonLog, StateCallback, replace_folder
+from train.ppo.judge import Verdict
+from train.ppo.learner import DispatchPPO
+from train.ppo.state import load_state
 
 Make = Callable[..., DispatchPPO]
 

@@ -18,7 +18,7 @@ from env.surrogate.simulate import simulate
 from policies.checkpoint.folder import load
 from train.budget import Budget
 from train.config import TrainConfig
-from train.ppo import DispatchPPO
+from train.ppo.learner import DispatchPPO
 from train.recipe import load_recipe, recipe_names
 from train.run import Request, run
 from train.search.direct import DirectConfig, direct_search

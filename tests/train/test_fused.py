@@ -15,12 +15,12 @@ from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario
 from policies.network.scoring import ScoringNetwork
 from policies.rules import linear_score
-from train.buffer import Batch
 from train.config import TrainConfig
-from train.fused import Fused, Samples
-from train.objective import Objective, differentiate
-from train.policy import ScoringPolicy
-from train.ppo import DispatchPPO
+from train.ppo.batch import Batch, Samples
+from train.ppo.fast.fused import Fused
+from train.ppo.learner import DispatchPPO
+from train.ppo.objective import Objective, differentiate
+from train.ppo.policy import ScoringPolicy
 
 K, C, F = 7, CONTEXT_DIMENSIONLESS, CANDIDATE_DIMENSIONLESS
 BASE = linear_score.weights(linear_score.RULE.values())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.pieces import _MOST, _PIECE, cut, join, pieces_for
+from train.collect.pieces import _MOST, _PIECE, cut, join, pieces_for
 
 DTYPES = (np.float32, np.float64, np.int64, np.uint8, np.bool_)
 

@@ -11,7 +11,7 @@ from dispatch_stub import StubEnv, StubNetwork
 from stable_baselines3.common.callbacks import CallbackList
 
 from train.config import TrainConfig
-from train.ppo import DispatchPPO
+from train.ppo.learner import DispatchPPO
 
 Make = Callable[..., DispatchPPO]
 

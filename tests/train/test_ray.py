@@ -18,9 +18,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from engine.errors import SlalomError
 from env.measure import pool as ray_pool
+from train.collect.learner import RemotePPO
+from train.collect.workers import RayCollector, RolloutWorker
 from train.config import TrainConfig, load_config
-from train.ray_ppo import RemotePPO
-from train.ray_rollout import RayCollector, RolloutWorker
 
 CONFIG: TrainConfig = load_config(None, "", n_envs=16, groups=4, n_steps=32, batch_size=128)
 HALF = CONFIG.model_copy(update={"n_envs": 8})

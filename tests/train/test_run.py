@@ -141,3 +141,10 @@ def test_ctrl_c_saves_and_exits_130(tmp_path: Path, config: Path) -> None:
     assert child.returncode == 130
     assert "go on with --resume" in stderr
     assert load(tmp_path / "run" / "best").manifest.kind in ("rule", "network")
+
+
+def test_workers_without_a_cluster_are_refused(tmp_path: Path) -> None:
+    request = Request("tiny-4xa100", "ppo", "auto", Budget(seconds=1.0), out=tmp_path / "run", overrides={"workers": 2})
+    with pytest.raises(SlalomError, match="--ray auto"):
+        run(request)
+    assert not (tmp_path / "run").exists()

@@ -17,8 +17,8 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from engine.errors import SlalomError
-from train.ppo import DispatchPPO
-from train.state import load_state, save_state
+from train.ppo.learner import DispatchPPO
+from train.ppo.state import load_state, save_state
 
 Make = Callable[..., DispatchPPO]
 HERE = Path(__file__).parent

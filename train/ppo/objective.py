@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch as th
 
 if TYPE_CHECKING:
-    from train.buffer import Batch
-    from train.policy import ScoringPolicy
+    from train.ppo.batch import Batch
+    from train.ppo.policy import ScoringPolicy
 
 __all__ = ["Losses", "Objective", "differentiate"]
 
@@ -45,8 +45,8 @@ class Losses(NamedTuple):
 
 
 def differentiate(policy: ScoringPolicy, batch: Batch, goal: Objective) -> Losses:
-    """Gradient of ``goal`` over ``batch`` into the parameters' ``grad``; :mod:`train.fused` does the same faster for
-    the network of this project."""
+    """Gradient of ``goal`` over ``batch`` into the parameters' ``grad``; :mod:`train.ppo.fast.fused` does the same
+    faster for the network of this project."""
     policy.optimizer.zero_grad(set_to_none=True)
     values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, batch.masks)
     value_loss = ((batch.returns - values) / goal.scale).square().mean()

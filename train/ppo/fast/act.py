@@ -16,8 +16,8 @@ from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
 from env.surrogate.batch import ASKED, advance_one
 from env.surrogate.clock import attach_sim
-from train.kernels.layers import attach_weights, narrow, pool, repeat, score, take, value
-from train.kernels.pack import (
+from train.ppo.fast.layers import attach_weights, narrow, pool, repeat, score, take, value
+from train.ppo.fast.pack import (
     attach_bounds,
     attach_constants,
     attach_observed,
@@ -26,7 +26,7 @@ from train.kernels.pack import (
     pack,
     widen_by,
 )
-from train.kernels.products import add_product, add_row
+from train.ppo.fast.products import add_product, add_row
 
 __all__ = ["Layers", "Tape", "act_many", "play", "values_of"]
 
@@ -169,7 +169,7 @@ def play(
     others
     :param uniform: (T, N) numbers in [0, 1)
     :param observed: address vectors, this one of what ``clusters`` shows, and ``tape`` to ``layers``
-    :param seen: address vector of bounds, widened by what is observed, see :func:`train.kernels.pack.widen_by`
+    :param seen: address vector of bounds, widened by what is observed, see :func:`train.ppo.fast.pack.widen_by`
     :return: the first decision not taken
     """
     s, q = attach(clusters.state_words[b]), attach_sim(clusters.sim_words[b])

@@ -8,7 +8,7 @@ discount).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -16,21 +16,10 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 
-from train.fused import Samples
-from train.packed import Packed
+from train.ppo.batch import Batch, Samples
+from train.ppo.fast.packed import Packed
 
-__all__ = ["Batch", "SMDPRolloutBuffer", "arrival_baseline"]
-
-
-class Batch(NamedTuple):
-    """A minibatch of B frames."""
-
-    observations: th.Tensor
-    masks: th.Tensor
-    actions: th.Tensor
-    old_log_prob: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
+__all__ = ["SMDPRolloutBuffer", "arrival_baseline"]
 
 
 class SMDPRolloutBuffer(MaskableRolloutBuffer):
@@ -39,7 +28,7 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
     Arrays are allocated once and are (T, N) or (T, N, width); a collector writes row ``pos`` in place.
     ``elapsed_s[t]`` is the simulated time from decision t to decision t + 1. ``trace`` names the arrival
     sequence an environment was on and ``clock_s`` its simulated time since the episode began. ``packed``, where there
-    is one, holds the observations once more, in the order of time, as :mod:`train.fused` reads them.
+    is one, holds the observations once more, in the order of time, as :mod:`train.ppo.fast.fused` reads them.
 
     :param beta: discount rate in 1/s
     :param slice_s: width in seconds of the time slices of the input-driven baseline; 0 turns it off
@@ -151,7 +140,7 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
         return Batch(*(self.flat(name)[frames] for name in names))
 
     def samples(self) -> Samples:
-        """All frames, as :meth:`train.fused.Fused.differentiate` reads them; shares memory."""
+        """All frames, as :meth:`train.ppo.fast.fused.Fused.differentiate` reads them; shares memory."""
         return Samples(*(self.flat(name).numpy() for name in Samples._fields))
 
 

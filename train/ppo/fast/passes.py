@@ -2,7 +2,7 @@
 
 The decisions of a chunk, some hundreds of rows, go through the whole network, forwards and backwards, before the next
 ones are touched, so that everything but the rollout itself stays in the nearest caches. The equations are those of
-:mod:`policies.network.scoring`; shapes as in :mod:`train.kernels.layers`.
+:mod:`policies.network.scoring`; shapes as in :mod:`train.ppo.fast.layers`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
 from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES
-from train.kernels.lanes import LANES, equal, fetch, fma, load, most, over, plus, positive, save, splat, times
-from train.kernels.layers import attach_weights, narrow, pool, repeat, score, value
-from train.kernels.pack import attach_store
-from train.kernels.products import ROWS, add_features, add_outer, add_outer_features, add_product
+from train.ppo.fast.layers import attach_weights, narrow, pool, repeat, score, value
+from train.ppo.fast.pack import attach_store
+from train.ppo.fast.products import ROWS, add_features, add_outer, add_outer_features, add_product
+from train.ppo.fast.simd import LANES, equal, fetch, fma, load, most, over, plus, positive, save, splat, times
 
 __all__ = ["CHUNK", "CHUNK_ROWS", "Chunk", "Goal", "Sums", "learn"]
 
@@ -50,7 +50,7 @@ class Chunk(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """``train.objective.Objective`` as kernels take it."""
+    """``train.ppo.objective.Objective`` as kernels take it."""
 
     clip: float
     entropy_weight: float
@@ -61,7 +61,7 @@ class Goal(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Gradients of the weights of the same names, and what ``train.objective.Losses`` are the means of."""
+    """Gradients of the weights of the same names, and what ``train.ppo.objective.Losses`` are the means of."""
 
     context: np.ndarray
     context_bias: np.ndarray
@@ -317,7 +317,7 @@ def learn(order, width, store, samples, weights, goal, chunk, sums):
     """Add the gradient of ``goal`` over the minibatch ``order`` (decisions of the store), and its losses, to the sums.
 
     :param width: W
-    :param store: addresses of a Store; of a ``train.fused.Samples``, of Weights, of a Chunk and of Sums
+    :param store: addresses of a Store; of a ``train.ppo.batch.Samples``, of Weights, of a Chunk and of Sums
     :param goal: a Goal
     """
     s, samples, weights, c, sums = (

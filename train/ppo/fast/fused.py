@@ -8,8 +8,6 @@ and features that are zero throughout a rollout are left out (their gradient is 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
@@ -17,26 +15,18 @@ from numpy.typing import NDArray
 from engine.jit.rows import addresses
 from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES
 from policies.network.scoring import ScoringNetwork, observation_size
-from train.kernels.act import Layers, act_many, values_of
-from train.kernels.layers import Weights
-from train.kernels.pack import Observed
-from train.kernels.passes import CHUNK, CHUNK_ROWS, Chunk, Goal, Sums, learn
-from train.kernels.products import ROWS, WIDTH
-from train.objective import Losses, Objective
-from train.packed import Packed
+from train.ppo.batch import Samples
+from train.ppo.fast.act import Layers, act_many, values_of
+from train.ppo.fast.layers import Weights
+from train.ppo.fast.pack import Observed
+from train.ppo.fast.packed import Packed
+from train.ppo.fast.passes import CHUNK, CHUNK_ROWS, Chunk, Goal, Sums, learn
+from train.ppo.fast.products import ROWS, WIDTH
+from train.ppo.objective import Losses, Objective
 
-__all__ = ["Fused", "Samples"]
+__all__ = ["Fused"]
 
 _CRITIC = ("context", "candidate", "value")  # layers that the value depends on
-
-
-class Samples(NamedTuple):
-    """What PPO knows of every decision of a rollout, each (frames,)."""
-
-    actions: NDArray[np.int64]
-    log_probs: NDArray[np.float32]
-    advantages: NDArray[np.float32]
-    returns: NDArray[np.float32]
 
 
 class Fused:

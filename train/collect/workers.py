@@ -21,16 +21,39 @@ from torch import nn
 from engine.errors import SlalomError
 from env.measure.digest import code_sha256
 from env.measure.pool import check_code
-from train.collector import ATTRIBUTES, RemoteVecEnv, own_traces
+from train.collect.pieces import cut, join, pieces_for
 from train.config import TrainConfig
-from train.packed import Parcel
-from train.pieces import cut, join, pieces_for
-from train.ppo import DispatchPPO
+from train.ppo.fast.packed import Parcel
+from train.ppo.learner import DispatchPPO
 
 __all__ = ["RayCollector", "Rollout", "RolloutWorker"]
 
 Weights = dict[str, NDArray[Any]]
 _MOST_DEATHS = 5  # of one worker during one rollout
+
+#: What PPO asks of an environment beside the interface of a ``VecEnv``.
+ATTRIBUTES = ("n_context", "n_features", "n_candidates", "beta")
+
+
+def own_traces(trace: NDArray[np.int64], worker: int) -> NDArray[np.int64]:
+    """Names of arrival sequences that no other worker uses: each counts its groups from 0, with seeds of its own."""
+    return trace + (worker << 40)
+
+
+class RemoteVecEnv(VecEnv):
+    """The part of SB3's contract that training does not use, for environments that live in other processes."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError("settings are fixed when the environments are built")
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        raise NotImplementedError("environments live in batches, not one by one")
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * len(list(self._get_indices(indices)))
 
 
 class Rollout(NamedTuple):
@@ -38,7 +61,8 @@ class Rollout(NamedTuple):
 
     :param columns: arrays (T, n) or (T, n, width) by their names in the rollout buffer; without the observations and
         masks where there is a parcel
-    :param parcel: the decisions as :mod:`train.fused` reads them, if the worker has them, with ``seen``, the bounds of
+    :param parcel: the decisions as :mod:`train.ppo.fast.fused` reads them, if the worker has them, with ``seen``, the
+    bounds of
         what was observed
     :param values: (n,) values after the last step
     :param observations: (n, D), ``starts`` (n,), ``clock_s`` (n,): where its environments are now
@@ -106,7 +130,7 @@ class RolloutWorker:
         return model._last_obs
 
     def send(self, number: int, pieces: int, *weights: bytes) -> list[bytes]:
-        """:meth:`collect` as so many pieces, given the pieces of the weights (see :mod:`train.pieces`)."""
+        """:meth:`collect` as so many pieces, given the pieces of the weights (see :mod:`train.collect.pieces`)."""
         return cut(self.collect(join(weights), number), pieces)
 
     def collect(self, weights: Weights, number: int) -> Rollout:

@@ -1,10 +1,10 @@
 """PPO on dispatch decisions: a masked, semi-Markov, residual variant of sb3-contrib's MaskablePPO.
 
 It differs from the parent in four ways: the network scores candidates instead of a flat observation; time
-between decisions discounts (``train.buffer``), also where a time limit cuts an episode; value targets are put
+between decisions discounts (``train.ppo.buffer``), also where a time limit cuts an episode; value targets are put
 on a unit scale once, measured on the first rollout and then frozen, so the objective does not move with the
 load; and rollouts and updates of this project's network run in compiled loops on preallocated arrays
-(``train.play``, ``train.fused``).
+(``train.ppo.fast.play``, ``train.ppo.fast.fused``).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from env.gym.vector_env import SlalomVecEnv
-from train.buffer import SMDPRolloutBuffer
 from train.config import TrainConfig
-from train.objective import Losses, Objective, differentiate
-from train.play import Player
-from train.policy import ScoringPolicy
+from train.ppo.buffer import SMDPRolloutBuffer
+from train.ppo.fast.play import Player
+from train.ppo.objective import Losses, Objective, differentiate
+from train.ppo.policy import ScoringPolicy
 
 __all__ = ["DispatchPPO", "TimeSplit"]
 
@@ -64,7 +64,7 @@ class DispatchPPO(MaskablePPO):
     shape (N, K), and after each step ``elapsed_s`` (N,) seconds to the next decision; ``beta`` (1/s) is its
     discount rate and ``trace`` (N,) names the arrival sequence each environment is on.
 
-    :param make_network: builds the scoring network (see :class:`train.policy.ScoringPolicy`)
+    :param make_network: builds the scoring network (see :class:`train.ppo.policy.ScoringPolicy`)
     """
 
     policy: ScoringPolicy
@@ -354,7 +354,7 @@ class DispatchPPO(MaskablePPO):
             return fused.differentiate(buffer.packed, buffer.samples(), frames.numpy(), goal)
         return differentiate(self.policy, buffer.batch(frames), goal)
 
-    # -- everything a resumed run needs (see train.state) -------------------------------------------------
+    # -- everything a resumed run needs (see train.ppo.state) -------------------------------------------------
 
     def counters(self) -> dict[str, Any]:
         """Plain numbers of the run, JSON-ready."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engine.jit.rows import addresses
 from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES
 from policies.network.scoring import ScoringNetwork
-from train.kernels.pack import (
+from train.ppo.fast.pack import (
     CONTEXT_WIDTH,
     ROW_WIDTH,
     Constants,
@@ -25,7 +25,7 @@ from train.kernels.pack import (
     take_changes,
     varying,
 )
-from train.kernels.products import ROWS
+from train.ppo.fast.products import ROWS
 
 __all__ = ["Packed", "Parcel"]
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from engine.jit.rows import addresses
 from env.gym.vector_env import SlalomVecEnv
 from env.surrogate.batch import ASKED, Clusters
-from train.buffer import SMDPRolloutBuffer
-from train.kernels.act import Tape, play
-from train.kernels.pack import Observed
-from train.policy import ScoringPolicy
+from train.ppo.buffer import SMDPRolloutBuffer
+from train.ppo.fast.act import Tape, play
+from train.ppo.fast.pack import Observed
+from train.ppo.policy import ScoringPolicy
 
 __all__ = ["Player"]
 

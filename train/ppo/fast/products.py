@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.jit.kernel import kernel
-from train.kernels.lanes import LANES, fma, load, plus, save, splat
+from train.ppo.fast.simd import LANES, fma, load, plus, save, splat
 
 __all__ = ["ROWS", "WIDTH", "add_features", "add_outer", "add_outer_features", "add_product", "add_row"]
 

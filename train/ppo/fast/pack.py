@@ -13,7 +13,7 @@ from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Kind
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
 from policies.network.features import CLIP, LATE, N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS, STEP_MISS
-from train.kernels.lanes import (
+from train.ppo.fast.simd import (
     LANES,
     choose,
     exponent,

@@ -16,8 +16,8 @@ from torch import nn
 
 from engine.jit.rows import addresses
 from policies.network.scoring import ScoringNetwork
-from train.fused import Fused
-from train.kernels.pack import Observed, widen
+from train.ppo.fast.fused import Fused
+from train.ppo.fast.pack import Observed, widen
 
 __all__ = ["ScoringPolicy"]
 
@@ -82,7 +82,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         return float(self.value_shift), float(self.value_scale)
 
     def fuse(self) -> None:
-        """Act and learn by :mod:`train.fused` where the network is that of this project and lives on a CPU."""
+        """Act and learn by :mod:`train.ppo.fast.fused` where the network is that of this project and lives on a CPU."""
         if isinstance(self.network, ScoringNetwork) and self.device.type == "cpu":
             self.fused = Fused(self.network, self.n_candidates)
 

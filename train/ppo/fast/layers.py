@@ -13,8 +13,8 @@ import numpy as np
 
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
-from train.kernels.lanes import LANES, fma, load, most, plus, relu, save, splat, times, total
-from train.kernels.products import WIDTH
+from train.ppo.fast.products import WIDTH
+from train.ppo.fast.simd import LANES, fma, load, most, plus, relu, save, splat, times, total
 
 __all__ = ["Weights", "attach_weights", "narrow", "pool", "repeat", "score", "take", "value"]
 

@@ -12,15 +12,15 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from train.buffer import SMDPRolloutBuffer
-from train.ppo import DispatchPPO
-from train.ray_rollout import RayCollector, Rollout, Weights
+from train.collect.workers import RayCollector, Rollout, Weights
+from train.ppo.buffer import SMDPRolloutBuffer
+from train.ppo.learner import DispatchPPO
 
 __all__ = ["RemotePPO"]
 
 
 class RemotePPO(DispatchPPO):
-    """:class:`train.ppo.DispatchPPO` on a :class:`train.ray_rollout.RayCollector`."""
+    """:class:`train.ppo.learner.DispatchPPO` on a :class:`train.collect.workers.RayCollector`."""
 
     def _fill(
         self, env: VecEnv, callback: BaseCallback, buffer: SMDPRolloutBuffer, n_steps: int, use_masking: bool

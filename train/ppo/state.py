@@ -18,7 +18,7 @@ from safetensors.torch import save as dump_tensors
 
 from engine.errors import SlalomError
 from engine.files import write_bytes
-from train.ppo import DispatchPPO
+from train.ppo.learner import DispatchPPO
 
 __all__ = ["load_state", "save_state"]
 

@@ -22,16 +22,18 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from engine.files import write_bytes
+from engine.progress import Display
 from env.measure.contender import Contender
-from train.judge import Judge, Verdict
-from train.ppo import DispatchPPO
-from train.state import save_state
+from train.ppo.judge import Judge, Verdict
+from train.ppo.learner import DispatchPPO
+from train.ppo.state import save_state
 
 __all__ = [
     "Evaluation",
     "EvaluationCallback",
     "InterruptCallback",
     "JsonLog",
+    "ProgressCallback",
     "StateCallback",
     "replace_folder",
 ]
@@ -257,3 +259,27 @@ class InterruptCallback(BaseCallback):
     def _on_training_end(self) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+
+class ProgressCallback(BaseCallback):
+    """Shows frames, frames per second, score against the base rule and the time split after each update."""
+
+    model: DispatchPPO
+
+    def __init__(self, display: Display, score: Callable[[], str]) -> None:
+        super().__init__()
+        self._display, self._score = display, score
+        self._frames, self._since = 0, time.perf_counter()
+
+    def _on_training_start(self) -> None:
+        self._frames, self._since = self.model.num_timesteps, time.perf_counter()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        frames = self.model.num_timesteps
+        rate = (frames - self._frames) / max(time.perf_counter() - self._since, 1e-9)
+        split = " ".join(f"{name} {100 * share:.0f}%" for name, share in self.model.split.shares().items())
+        note = f"{frames / 1e6:.2f}M frames {rate / 1e3:.0f}k/s  {self._score()}  [{split}]"
+        self._display.update(1.0 - self.model._current_progress_remaining, note)

@@ -1,0 +1,1 @@
+"""Rollouts collected by Ray actors."""

@@ -1,0 +1,1 @@
+"""PPO on the scoring network: learner, policy, buffer, objective, callbacks."""
