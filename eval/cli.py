@@ -14,38 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engine.errors import SlalomError
+from eval.options import parse_rates
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["app", "main", "parse_rates"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-_MOST_RATES = 1_000
-
-
-def parse_rates(text: str) -> tuple[float, ...]:
-    """``start:stop:step`` (both ends included) or ``rate,rate,...``, requests per second.
-
-    :raises SlalomError: not numbers, not positive, or an empty range
-    """
-    fix = "write START:STOP:STEP or RATE,RATE,... in requests per second, all above 0"
-    try:
-        numbers = [float(part) for part in text.replace(":", ",").split(",")]
-    except ValueError:
-        raise SlalomError("--rates", text, fix) from None
-    if not all(0.0 < n < 1e9 for n in numbers):
-        raise SlalomError("--rates", text, fix)
-    if ":" not in text:
-        return tuple(sorted(set(numbers)))
-    if text.count(":") != 2 or "," in text or numbers[1] < numbers[0]:
-        raise SlalomError("--rates", text, fix)
-    start, stop, step = numbers
-    count = int((stop - start) / step * (1 + 1e-12) + 1e-9) + 1
-    if count > _MOST_RATES:
-        raise SlalomError("--rates", text, f"that is more than {_MOST_RATES} rates; take larger steps")
-    return tuple(start + step * i for i in range(count))
 
 
 @app.command()
@@ -117,7 +93,7 @@ def evaluate(
     and the table says how far apart they are.
     """
     if reproduce is not None:
-        from eval.reproduce import run as run_claims
+        from eval.claims.reproduce import run as run_claims
 
         run_claims(reproduce, out, as_json)
         return
@@ -127,7 +103,7 @@ def evaluate(
     if env not in ("surrogate", "gpu"):
         raise SlalomError("--env", env, "use surrogate or gpu")
     if fidelity:
-        from eval.fidelity import command
+        from eval.fidelity.fidelity import command
 
         command(scenario, policy, loads, repetitions, run_s, model, out, resume, store, as_json)
         return
@@ -147,8 +123,8 @@ def evaluate(
     from engine.jit.kernel import is_warm
     from env.measure.contender import PointSettings
     from env.scenario import Scenario
-    from eval.session import Request, open_folder, scaled
-    from eval.session import evaluate as run
+    from eval.compare.session import Request, open_folder, scaled
+    from eval.compare.session import evaluate as run
 
     open_folder(out, resume)
     chosen = scaled(Scenario.load(scenario[0]), slo_scale)
@@ -172,7 +148,7 @@ def evaluate(
     console = Console(stderr=True)
     if not is_warm("env.surrogate.loop"):
         console.print("first use of this version: compiling takes about a minute, once")
-    from eval.progress import Bar
+    from eval.compare.progress import Bar
 
     try:
         with Bar(console) as bar:
@@ -194,14 +170,15 @@ def _table_of(
     scenarios: list[str], policies: list[str], counts: dict[str, Any], jobs: int, out: Path | None, resume: bool,
     form: str,
 ) -> None:  # fmt: skip
-    """Every policy on every scenario, see ``eval.table``; ``form``: json, md or nothing for a terminal's table."""
+    """Every policy on every scenario, see ``eval.compare.table``; ``form``: json, md or nothing for a terminal's
+    table."""
     from rich.console import Console
     from rich.table import Table
 
-    from eval.progress import CellBar
-    from eval.session import open_folder
-    from eval.table import TableRequest, run_table, scenario_names
-    from eval.table_page import markdown, summary, write_table
+    from eval.compare.progress import CellBar
+    from eval.compare.session import open_folder
+    from eval.compare.table import TableRequest, run_table, scenario_names
+    from eval.report.table_page import markdown, summary, write_table
 
     open_folder(out, resume, "cells")
     request = TableRequest(scenario_names(scenarios), tuple(policies), **counts)
@@ -231,7 +208,7 @@ def _table_of(
 def _write(result: dict[str, Any], out: Path | None) -> dict[str, Path]:
     if out is None:
         return {}
-    from eval.report import write_report
+    from eval.report.page import write_report
 
     return write_report(result, out)
 
@@ -240,7 +217,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from eval.verdict import lost_share, meeting_point, ranking, verdict
+    from eval.compare.verdict import lost_share, meeting_point, ranking, verdict
 
     searched = result["mode"] == "goodput"
     title = result["settings"]["scenario"] + (": goodput in requests/s" if searched else ": attainment in %")

@@ -37,11 +37,6 @@ class KVPool:
         # zeros, not empty: a garbage NaN times a softmax weight of zero would still be NaN
         self.layers: list[Tensor] = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
 
-    @staticmethod
-    def blocks_in(config: ModelConfig, memory_bytes: int, *, block_tokens: int, dtype: torch.dtype) -> int:
-        """Blocks that fit ``memory_bytes``."""
-        return memory_bytes // (block_tokens * config.kv_elements_per_token * dtype.itemsize)
-
     def copy_from(self, source: KVPool, source_blocks: Sequence[int], blocks: Sequence[int]) -> None:
         """Copy ``source_blocks`` of ``source`` (may be this pool) into ``blocks``, pairwise, all layers.
 

@@ -12,7 +12,7 @@ from policies.rule import Value
 __all__ = ["STATIC_PLAN", "Contender", "Point", "PointSettings", "Split"]
 
 
-#: The policy that is searched instead of named: the best fixed arrangement of a scenario, see ``eval.static``.
+#: The policy that is searched instead of named: the best fixed arrangement of a scenario, see ``eval.compare.static``.
 STATIC_PLAN = "static_plan"
 
 

@@ -23,7 +23,6 @@ class Drift:
         self.metric, self.config = metric, config
         self.n = 0
         self.alarm = False
-        self.alarms = 0
         self._mean = self._weight = 0.0
         self._rate = 1.0 / config.memory
         self._limit = math.log1p(config.tolerance)
@@ -46,5 +45,4 @@ class Drift:
         was = self.alarm
         if self.n >= self.config.min_requests:
             self.alarm = mean > (0.5 * self._limit if was else self._limit)
-        self.alarms += self.alarm and not was
         return self.alarm != was

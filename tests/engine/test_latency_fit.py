@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 from engine.errors import SlalomError
 from engine.latency import Profile
 from engine.latency.fit import DecodeSamples, PrefillSamples, fit_decode, fit_prefill, fit_profile
-from engine.latency.plot import plot_profile
 
 
 def prefill_samples(noise: float, coefficients: tuple[float, float, float, float]) -> PrefillSamples:
@@ -132,10 +130,3 @@ def test_both_phases_must_be_measured_on_every_share() -> None:
     prefill = with_sms(prefill_samples(0.0, (0.0, 0.0, 6.6e-5, 5e-3)), {54: 2.0, 108: 1.0})
     with pytest.raises(SlalomError, match="54"):
         fit_profile(prefill, decode_samples(), facts=facts())
-
-
-def test_picture(tmp_path: Path) -> None:
-    prefill = prefill_samples(0.02, (1.5e-9, 3e-9, 6.6e-5, 5.6e-3))
-    path = plot_profile(Profile.load("llama-8b-a100"), tmp_path / "p.png", prefill, decode_samples())
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]

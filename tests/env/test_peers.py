@@ -8,12 +8,12 @@ import pytest
 
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
-from eval.peers import DISTSERVE, VllmRun, distserve_reference, distserve_run, vllm_reference
+from eval.claims.peers import DISTSERVE, VllmRun, distserve_reference, distserve_run, vllm_reference
 
 SHARED = Path(os.environ.get("SLALOM_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 RUNS = SHARED / "profiles/llmservingsim/real_vllm_runs"
 
-#: Cells that simdistserve itself moves by 10 % when its coefficients move by 3e-6 (see ``eval.peers``).
+#: Cells that simdistserve itself moves by 10 % when its coefficients move by 3e-6 (see ``eval.claims.peers``).
 CHAOTIC = {("4 x vllm", 16.0, "tpot_p90_ms"), ("4 x vllm", 16.0, "tpot_p99_ms")}
 
 

@@ -10,8 +10,8 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import policy_sha256
 from env.measure.evaluator import Evaluator
-from eval.compare import compare
-from eval.verdict import ranking, verdict
+from eval.compare.paired import compare
+from eval.compare.verdict import ranking, verdict
 
 SETTINGS = PointSettings(n_requests=2_000)
 SEEDS = [0, 1, 2, 3]

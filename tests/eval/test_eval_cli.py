@@ -38,9 +38,9 @@ def world(monkeypatch, make_run):
         return make_run(rows)
 
     scenario, simulator = ModuleType("env.scenario"), ModuleType("env.surrogate.simulate")
-    watched = ModuleType("eval.shadow")
+    watched = ModuleType("eval.compare.shadow")
     watched.shadow = lambda *request: None  # needs the real simulator, see test_shadow
-    monkeypatch.setitem(sys.modules, "eval.shadow", watched)
+    monkeypatch.setitem(sys.modules, "eval.compare.shadow", watched)
     scenario.Scenario = SimpleNamespace(load=lambda name: Scenario())
     simulator.simulate = simulate
     monkeypatch.setitem(sys.modules, "env.scenario", scenario)

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from engine.core.columns import Kind
 from engine.errors import SlalomError
 from env.scenario import Scenario
-from eval.explain import app, explain_policy
-from eval.explain_log import explain_decision, summary
-from eval.explain_policy import distil, importance, record
+from eval.explain.cli import app, explain_policy
+from eval.explain.log import explain_decision, summary
+from eval.explain.policy import distil, importance, record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "policies"))
 
@@ -57,7 +57,7 @@ def test_a_policy_is_compared_with_least_tokens_on_the_same_arrivals(of_linear_s
 
 
 def test_text_and_page(of_linear_score: dict[str, Any]) -> None:
-    from eval.explain_render import page, policy_text
+    from eval.explain.render import page, policy_text
 
     text = policy_text(of_linear_score)
     assert "a tree of depth 3 agrees in" in text

@@ -18,7 +18,7 @@ from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
 from eval import cli
-from eval.fidelity import fidelity, keep_in_profile, stored_form
+from eval.fidelity.fidelity import fidelity, keep_in_profile, stored_form
 
 POLICIES = ["round_robin", "least_tokens", "static_split"]
 
@@ -181,7 +181,7 @@ def test_a_slow_machine_is_told_from_a_wrong_profile(scenario):
 
 
 def test_the_gauge_reads_what_reference_steps_take_by_the_profile(scenario, park):
-    from eval.fidelity_gauge import Gauge
+    from eval.fidelity.gauge import Gauge
 
     assert 0.01 < Gauge(park.model, scenario, rounds=1).slowdown() < 100.0
 

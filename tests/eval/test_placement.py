@@ -12,9 +12,16 @@ from scipy.optimize import brentq
 from engine.errors import SlalomError
 from engine.latency import Profile
 from env.scenario import Scenario
-from eval import placement_cli
-from eval.disaggregation import algorithm_1, algorithm_2, choose_algorithm, phase_goodput, siblings, transfer_s
-from eval.placement import Arrangement, Effort, arrangements, measure, plan, variants
+from eval.placement import cli as placement_cli
+from eval.placement.disaggregation import (
+    algorithm_1,
+    algorithm_2,
+    choose_algorithm,
+    phase_goodput,
+    siblings,
+    transfer_s,
+)
+from eval.placement.placement import Arrangement, Effort, arrangements, measure, plan, variants
 
 OPT = "distserve-13b-3xa100"
 FIXED = {"workload.lengths": {"kind": "fixed", "prompt": 512, "output": 64}}

@@ -17,9 +17,9 @@ from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
 from env.workload import Trace
-from eval import placement_cli
-from eval.replan import best_split, capacity, changes, find_shifts, load_of, replan, splits
-from policies.schedule import scheduled
+from eval.placement import cli as placement_cli
+from eval.placement.replan import best_split, capacity, changes, find_shifts, load_of, replan, splits
+from eval.placement.schedule import scheduled
 
 WINDOW_S = 100.0
 LONG_S = 1000.0

@@ -9,8 +9,8 @@ from eval_cases import Scenario, synthetic_measure
 from engine.files import read_json
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
-from eval.compare import compare
-from eval.report import write_report
+from eval.compare.paired import compare
+from eval.report.page import write_report
 
 
 class Page(HTMLParser):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from env.workload.spec import parse_workload
-from eval import reproduce as door
-from eval.claim import Claim, Curve
-from eval.claims import CLAIMS, S1_LENGTHS, distserve_search, muxwise, tropical
-from eval.claims_mux import _tool_agent
+from eval.claims import reproduce as door
+from eval.claims.claim import Claim, Curve
+from eval.claims.muxwise import _tool_agent
+from eval.claims.placement import CLAIMS, S1_LENGTHS, distserve_search, muxwise, tropical
 
 CLAIM = Claim(
     name="X1",

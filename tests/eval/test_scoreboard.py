@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from eval import scoreboard
-from eval.scoreboard import CHECKPOINTS, Effort, main, pair_ratio, row, score, table, trials_for
+from eval.studies import scoreboard
+from eval.studies.scoreboard import CHECKPOINTS, Effort, main, pair_ratio, row, score, table, trials_for
 
 TARGETS = ("0.9", "0.95", "0.99")
 SCENARIO = "azure-conv-4xa100"

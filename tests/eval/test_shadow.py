@@ -8,8 +8,8 @@ from env.measure.contender import Contender, PointSettings
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.surrogate.simulate import simulate
-from eval.session import scaled
-from eval.shadow import shadow
+from eval.compare.session import scaled
+from eval.compare.shadow import shadow
 
 SETTINGS = PointSettings(n_requests=300)
 SHIFT = Scenario.load("shift-pd-8xa100")

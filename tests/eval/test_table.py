@@ -14,10 +14,10 @@ from env.measure.contender import Contender, PointSettings
 from env.measure.digest import scenario_hash
 from env.measure.evaluator import Evaluator
 from env.scenario import Scenario
-from eval import table
-from eval.placement import arrangements
-from eval.static import as_contender, place_to_beat, score_of, search_static, spread
-from eval.table_page import markdown, page, summary
+from eval.compare import table
+from eval.compare.static import as_contender, place_to_beat, score_of, search_static, spread
+from eval.placement.placement import arrangements
+from eval.report.table_page import markdown, page, summary
 
 CHAT = "azure-conv-4xa100"
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from engine.errors import SlalomError
 from env.scenario import Scenario
-from eval import zeroshot
-from eval.zeroshot import _apportioned, main, table, variant
+from eval.studies import zeroshot
+from eval.studies.zeroshot import _apportioned, main, table, variant
 
 CHAT, SHIFT = (Scenario.load(name) for name in ("azure-conv-4xa100", "shift-pd-8xa100"))
 

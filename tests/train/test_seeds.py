@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import train.seeds
 from engine.errors import SlalomError
-from train.seeds import Curve, _draw, _told, app, read_stages, summarise
+from eval.studies.seeds import Curve, _draw, _told, app, read_stages, summarise
 
 DESIGN = {"rule": "least_tokens", "values": {}, "plans": None, "theta": None}
 
@@ -87,7 +86,7 @@ def test_a_folder_without_a_search_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trainings_are_measured_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.seeds, "_WINDOWS", (7_000,))
+    monkeypatch.setattr(eval.studies.seeds, "_WINDOWS", (7_000,))
     sizes = tmp_path / "sizes.yaml"
     sizes.write_text("default: {designs: 8, starts: 1, final_seeds: 1, eval_requests: 200, direct_size: 200}\n")
     command = ["--out", str(tmp_path / "out"), "--scenario", "azure-code-mux-4xa100", "--seeds", "1"]

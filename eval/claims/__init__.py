@@ -1,0 +1,1 @@
+"""Published results, set beside ours."""

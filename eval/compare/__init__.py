@@ -1,0 +1,1 @@
+"""A paired comparison: session, verdict, static plan, shadow run, table."""

@@ -1,0 +1,176 @@
+"""``static_plan``: the best fixed arrangement of a scenario's GPUs, searched with the budget of a rule's tuning.
+
+One trial scores one arrangement (of :func:`eval.placement.placement.arrangements`) by the objective of
+:func:`train.search.tune.tune`: mean attainment over rates around the knee, on the ``train`` split. At most half of the
+trials look at arrangements with default budgets, the rest at the budgets (chunks, prefill batches, SM splits) of the
+best ones. The leaders are ranked again on fresh seeds of the ``valid`` split, as a rule's settings are. Nothing moves
+at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+from engine.errors import SlalomError
+from env.measure.contender import STATIC_PLAN as NAME
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import Evaluator
+from eval.placement.disaggregation import reference, siblings
+from eval.placement.placement import Arrangement, arrangements, variants
+from train.search.tune import VALID_SEED
+
+__all__ = ["TRIALS", "StaticFound", "as_contender", "place_to_beat", "score_of", "search_static", "spread"]
+
+#: Budget where none is asked for (``--tune 0``).
+TRIALS = 40
+_SLACK = 0.02  # attainment may rise by so much from one rate to the next higher one
+_SCREEN = 0.5  # share of the trials that arrangements with default budgets may take
+
+
+@dataclass(frozen=True)
+class StaticFound:
+    """The plan, as a contender, and what its search cost; ``ranking``: finalists, best first."""
+
+    contender: Contender
+    arrangement: str
+    score: float
+    trials: int
+    simulated_requests: int
+    rates: tuple[float, ...]
+    ranking: tuple[dict[str, Any], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the keys of a rule's tuning."""
+        return {
+            "policy": NAME,
+            "rule": self.contender.policy,
+            "values": dict(self.contender.values),
+            "cluster": [dict(group) for group in self.contender.cluster],
+            "arrangement": self.arrangement,
+            "default": self.score,
+            "score": self.score,
+            "trials": self.trials,
+            "simulated_requests": self.simulated_requests,
+            "sampler": "arrangements, then their budgets",
+            "rates": list(self.rates),
+            "ranking": list(self.ranking),
+        }
+
+
+def as_contender(found: Arrangement) -> Contender:
+    """The arrangement under its simple dispatch, ready to be measured."""
+    rule, values = found.policy
+    groups = tuple(group.model_dump(mode="json") for group in found.groups)
+    return Contender(rule, values, NAME, tuned=True, cluster=groups)
+
+
+def spread(families: Sequence[Sequence[Arrangement]], most: int) -> list[Arrangement]:
+    """At most ``most`` arrangements, taken in turn from each family, evenly over each family's list."""
+    share = max(most // max(len(families), 1), 1)
+    kept = []
+    for members in families:
+        n = min(len(members), share if sum(map(len, families)) > most else len(members))
+        kept.append([members[i * len(members) // n] for i in range(n)])
+    mixed = [a for row in zip_longest(*kept) for a in row if a is not None]
+    return mixed[:most]
+
+
+def place_to_beat(scores: Sequence[float], places: int) -> float:
+    """The score that a new trial needs to be among the best ``places``; none where there are fewer."""
+    return sorted(scores)[-places] if len(scores) >= places else 0.0
+
+
+def score_of(
+    evaluator: Evaluator, contender: Contender, rates: Sequence[float], seeds: Sequence[int], floor: float = 0.0
+) -> float:
+    """Mean attainment over ``rates``, lowest first; an upper bound of it once that falls below ``floor``."""
+    total = 0.0
+    for done, rate in enumerate(sorted(rates), start=1):
+        found = evaluator.attainment(contender, rate, seeds)
+        total += found
+        bound = (total + (len(rates) - done) * min(found + _SLACK, 1.0)) / len(rates)
+        if bound < floor:
+            return bound
+    return total / len(rates)
+
+
+def search_static(
+    scenario: Any,
+    trials: int,
+    *,
+    knee: float,
+    factors: Sequence[float],
+    settings: PointSettings,
+    seeds: Sequence[int] = (0, 1),
+    valid_seeds: int = 4,
+    finalists: int = 5,
+    jobs: int = 1,
+    on_trial: Callable[[int, float], None] | None = None,
+) -> StaticFound:
+    """Search the plan, see the module docstring. Further parameters as those of :func:`train.search.tune.tune`.
+
+    :param knee: requests per second near which rules of the scenario reach their limit; arrangements that hold more
+        with default budgets move it up, since an objective that everybody meets tells nothing
+    :param factors: rates of the objective as multiples of the knee
+    :raises SlalomError: no arrangement fits the scenario's GPUs
+    """
+    listed = list(arrangements(scenario, scenario.n_gpus()))
+    if not listed or trials < 1:
+        raise SlalomError(NAME, trials, "give at least one trial, and GPUs enough for one instance")
+    scored: list[tuple[float, Arrangement]] = []
+    with Evaluator(scenario, replace(settings, split="train"), jobs=jobs) as search:
+        rates = [factor * _knee(search, listed, knee) for factor in factors]
+        for arrangement in _trials(scenario, listed, trials, scored):
+            floor = place_to_beat([score for score, _ in scored], finalists)
+            scored.append((score_of(search, as_contender(arrangement), rates, seeds, floor), arrangement))
+            if on_trial is not None:
+                on_trial(len(scored), max(score for score, _ in scored))
+    best = sorted(scored, key=lambda entry: -entry[0])[:finalists]
+    fresh = range(VALID_SEED, VALID_SEED + valid_seeds)
+    with Evaluator(scenario, replace(settings, split="valid"), jobs=jobs) as valid:
+        final = [(score_of(valid, as_contender(a), rates, fresh), score, a) for score, a in best]
+    final.sort(key=lambda entry: -entry[0])
+    return StaticFound(
+        contender=as_contender(final[0][2]),
+        arrangement=final[0][2].label,
+        score=final[0][0],
+        trials=len(scored),
+        simulated_requests=search.simulated_requests + valid.simulated_requests,
+        rates=tuple(rates),
+        ranking=tuple({"arrangement": a.label, "search": score, "final": last} for last, score, a in final),
+    )
+
+
+def _knee(search: Evaluator, listed: Sequence[Arrangement], least: float) -> float:
+    """The highest coarse goodput of one arrangement per family (the middle one of its list), at least ``least``."""
+    knee = least
+    for family in dict.fromkeys(a.family for a in listed):
+        members = [a for a in listed if a.family == family]
+        contender = as_contender(members[len(members) // 2])
+        while search.attainment(contender, 1.2 * knee, (0,)) >= 0.9 and knee < 64.0 * least:
+            knee *= 1.2
+    return knee
+
+
+def _trials(
+    scenario: Any, listed: list[Arrangement], trials: int, scored: list[tuple[float, Arrangement]]
+) -> Iterator[Arrangement]:
+    """What to try next; ``scored`` grows between two answers."""
+    families: dict[str, list[Arrangement]] = {}
+    for arrangement in listed:
+        families.setdefault(arrangement.family, []).append(arrangement)
+    tried = set()
+    for arrangement in spread(list(families.values()), max(int(_SCREEN * trials), 1)):
+        tried.add(arrangement.label)
+        yield arrangement
+    profiles = {reference(scenario, p): p for p in siblings(scenario)}
+    for _, leader in sorted(scored, key=lambda entry: -entry[0]):
+        for variant in variants(leader, profiles[str(leader.groups[0].profile)]):
+            if len(tried) >= trials:
+                return
+            if variant.label not in tried:
+                tried.add(variant.label)
+                yield variant

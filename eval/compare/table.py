@@ -1,0 +1,344 @@
+"""Every policy on every scenario in one table: goodput untuned and tuned, latencies at one common rate, speed.
+
+A *cell* is one policy on one scenario and runs in one process: goodput at 90 % of the defaults, a search of the
+parameters with ``tune`` trials (``train`` split, ranked on ``valid``), and goodput of what it found (``test``).
+Economy: every search starts at the scenario's knee or at the policy's own goodput before tuning, all cells see the
+same arrivals (common random numbers), a trial stops once it cannot become a finalist, and a policy that fails at a
+64th of the knee has goodput 0. So that short runs flatter nobody (requests that arrive last meet a cluster that is
+not full yet), arrivals span at least ten times what one request may take within its targets. Latencies are read at
+the scenario's ``reference_rate``, the same for all policies. Finished cells are kept, so an interrupted table
+resumes; what changed since is measured anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.errors import SlalomError
+from engine.files import read_json, write_json
+from engine.provenance import commit, machine, versions
+from env.measure.contender import STATIC_PLAN as STATIC
+from env.measure.contender import Contender, PointSettings
+from env.measure.digest import code_sha256, policy_sha256, scenario_hash
+from env.measure.evaluator import Evaluator
+from env.scenario import Scenario
+from env.surrogate.arena import build_trace
+from eval.compare.paired import measured_goodput
+from eval.compare.session import label_of, scaled
+from eval.compare.static import TRIALS, search_static
+from policies.registry import names
+from train.search.tune import MANNER, tune
+
+__all__ = [
+    "FACTORS",
+    "TRAFFIC",
+    "TableRequest",
+    "cells_of",
+    "run_cell",
+    "run_table",
+    "scenario_names",
+    "steady_requests",
+]
+
+#: The eight bundled traffic regimes; the other bundled scenarios are set-ups of papers.
+TRAFFIC = (
+    "azure-conv-4xa100",
+    "mooncake-pd-8xh100",
+    "creation-pd-4xa100",
+    "tiny-4xa100",
+    "rag-prefix-4xa100",
+    "azure-code-mux-4xa100",
+    "shift-pd-8xa100",
+    "classes-6xa100",
+)
+#: Rates of the tuning objective, as multiples of the scenario's knee.
+FACTORS = (0.85, 1.05, 1.3)
+_REFERENCES = ("least_tokens", "static_split", "predicted_ttft", "linear_score")  # the best: a scenario's knee
+SPANS = 10.0
+MOST_REQUESTS = 20_000
+_LATENCIES = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_itl_ms")
+
+
+@dataclass(frozen=True)
+class TableRequest:
+    """What the table holds.
+
+    :param scenarios: names or files; ``policies``: names, specs, checkpoint folders, ``static_plan`` or ``all``
+    :param requests: per run (None: the scenario's)
+    :param seeds: of the ``test`` split; ``tune``: trials per policy and scenario, 0 compares untuned policies
+    :param slo_scale: multiplies every TTFT and TPOT target
+    """
+
+    scenarios: tuple[str, ...]
+    policies: tuple[str, ...]
+    requests: int | None = None
+    seeds: int = 2
+    tune: int = 0
+    warmup: float = 0.05
+    drain: float = 0.0
+    slo_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Task:
+    scenario: str
+    policy: str
+    request: TableRequest
+    knee: float = 0.0
+    requests: int = 0  # per run; 0: the request's or the scenario's
+
+    def loaded(self) -> tuple[Any, PointSettings]:
+        asked = self.request
+        scenario = scaled(Scenario.load(self.scenario), asked.slo_scale)
+        n = self.requests or asked.requests or scenario.n_requests
+        return scenario, PointSettings(n_requests=n, warmup=asked.warmup, drain=asked.drain)
+
+    def file(self, folder: Path) -> Path:
+        """Where the cell is kept: the name holds a digest of all that determines it."""
+        scenario, settings = self.loaded()
+        parts: list[Any] = [
+            code_sha256(),
+            scenario_hash(scenario),
+            policy_sha256(Contender(self.policy)),
+            asdict(settings),
+        ]
+        parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS), MANNER]
+        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        label = label_of(self.policy).split(":")[0] if self.policy else "knee"
+        return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest}.json"
+
+
+def scenario_names(asked: Sequence[str]) -> tuple[str, ...]:
+    """Scenarios named with commas, repeated options or ``all`` (the eight traffic regimes), each once."""
+    listed = [name.strip() for text in asked for name in text.split(",") if name.strip()]
+    return tuple(dict.fromkeys(s for name in listed for s in (TRAFFIC if name == "all" else (name,))))
+
+
+def cells_of(request: TableRequest) -> list[str]:
+    """Policies of the table; ``all``: every rule and ``static_plan``."""
+    listed = [p for asked in request.policies for p in ((*names(), STATIC) if asked == "all" else (asked,))]
+    return list(dict.fromkeys(listed))
+
+
+# -- one cell --------------------------------------------------------------------------------------------------
+
+
+def steady_requests(scenario: Any, rate: float) -> int:
+    """Requests of a run at ``rate`` that is long against the time one request may take, at least the scenario's."""
+    trace = build_trace(scenario, rate, 1000, 0, "train")
+    shares = np.bincount(trace.cls, minlength=len(scenario.classes)) / trace.n
+    tpot = float(sum(share * c.tpot_s for share, c in zip(shares, scenario.classes, strict=True)))
+    stay = float(trace.output.mean()) * tpot + max(c.ttft_s for c in scenario.classes)
+    return int(min(max(scenario.n_requests, math.ceil(SPANS * stay * rate)), MOST_REQUESTS))
+
+
+def _knee(task: _Task) -> dict[str, Any]:
+    """The best goodput of a few reference rules on the ``train`` split, coarse, and the requests of a run."""
+    scenario, settings = task.loaded()
+    best, n = 0.0, settings.n_requests
+    for _ in range(3):
+        best = _reference(scenario, replace(settings, split="train", n_requests=n), best or scenario.reference_rate)
+        if best == 0.0:
+            fix = "its targets are met at no rate; loosen them or change the cluster"
+            raise SlalomError("scenario", task.scenario, fix)
+        needed = n if task.request.requests else steady_requests(scenario, best)
+        if needed <= 1.2 * n:
+            break
+        n = needed
+    return {"knee": best, "requests": n}
+
+
+def _reference(scenario: Any, settings: PointSettings, start: float) -> float:
+    best = 0.0
+    with Evaluator(scenario, settings) as evaluator:
+        for rule in _REFERENCES:
+            try:
+                found = measured_goodput(evaluator, Contender(rule), (0,), start=best or start, tolerance=0.1)
+            except SlalomError:
+                continue  # this reference does not fit the cluster
+            best = max(best, found["rate"])
+    return best
+
+
+def run_cell(task: _Task) -> dict[str, Any]:
+    """One policy on one scenario; ``refused`` holds the reason where it does not fit."""
+    scenario, settings = task.loaded()
+    cell: dict[str, Any] = {"scenario": scenario.name, "policy": task.policy, "label": label_of(task.policy)}
+    try:
+        with Evaluator(scenario, settings) as evaluator:
+            if task.policy == STATIC:
+                return cell | _static(task, scenario, settings, evaluator)
+            plain = _figures(task, scenario, evaluator, Contender(task.policy), task.knee)
+            return cell | {"untuned": plain, "tuned": _tuned(task, scenario, settings, evaluator, plain)}
+    except SlalomError as error:
+        return cell | {"refused": str(error), "untuned": None, "tuned": None}
+
+
+def _figures(task: _Task, scenario: Any, evaluator: Evaluator, contender: Contender, start: float) -> dict[str, Any]:
+    """Goodput with interval, and what the policy does at the scenario's reference rate."""
+    seeds = range(task.request.seeds)
+    goodput = measured_goodput(evaluator, contender, seeds, start=start)
+    runs = [p.metrics for p in evaluator.points(contender, scenario.reference_rate, seeds)]
+    at = {key: _mean([run[key] for run in runs]) for key in _LATENCIES}
+    lost = sum(run[kind] for run in runs for kind in ("shed", "failed", "unfinished"))
+    return {
+        "goodput": goodput,
+        "rate": scenario.reference_rate,
+        "attainment": evaluator.attainment(contender, scenario.reference_rate, seeds),
+        "lost": lost / max(sum(run["num_prompts"] for run in runs), 1),
+        **at,
+        "decisions_per_second": sum(r["decisions"] for r in runs) / max(sum(r["wall_s"] for r in runs), 1e-9),
+        "policy": contender.policy,
+        "values": dict(contender.values),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _effort(scenario: Any, settings: PointSettings) -> dict[str, Any]:
+    """Of a search: half the requests of a run, one seed; then four finalists on two fresh seeds."""
+    n = min(settings.n_requests, max(scenario.n_requests, settings.n_requests // 2))
+    return {"settings": replace(settings, n_requests=n), "seeds": (0,), "valid_seeds": 2, "finalists": 4}
+
+
+def _tuned(
+    task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator, plain: dict[str, Any]
+) -> dict[str, Any] | None:
+    if task.request.tune == 0 or Path(task.policy).is_dir():
+        return None
+    rates = [factor * task.knee for factor in FACTORS]
+    effort = _effort(scenario, settings)
+    found = tune(task.policy, scenario, task.request.tune, rates=rates, knee=task.knee, prune=True, **effort)
+    search = {"trials": found.trials, "simulated_requests": found.simulated_requests, "default": found.default}
+    search |= {"score": found.score}
+    if found.trials == 0:
+        return None  # nothing to tune
+    contender = Contender(found.rule, found.values, task.policy, tuned=True)
+    start = plain["goodput"]["rate"] or task.knee
+    return _figures(task, scenario, evaluator, contender, start) | {"search": search}
+
+
+def _static(task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator) -> dict[str, Any]:
+    trials = task.request.tune or TRIALS
+    found = search_static(scenario, trials, knee=task.knee, factors=FACTORS, **_effort(scenario, settings))
+    figures = _figures(task, scenario, evaluator, found.contender, max(found.rates) / FACTORS[-1])
+    search = found.as_dict()
+    return {"untuned": None, "tuned": figures | {"arrangement": found.arrangement, "search": search}}
+
+
+# -- all of them -----------------------------------------------------------------------------------------------
+
+
+def _worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C; finished cells are kept
+
+
+def _each(jobs: int, work: Callable[[_Task], Any], tasks: Sequence[_Task]) -> Iterator[tuple[_Task, Any]]:
+    """(task, result) as they finish; ``jobs`` of them at once."""
+    if jobs <= 1:
+        for task in tasks:
+            yield task, work(task)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
+        try:
+            waiting: dict[Future[Any], _Task] = {pool.submit(work, task): task for task in tasks}
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_table(
+    request: TableRequest,
+    *,
+    jobs: int = 1,
+    out: Path | None = None,
+    on_start: Callable[[int], None] = lambda cells: None,
+    on_cell: Callable[[dict[str, Any]], None] = lambda cell: None,
+) -> dict[str, Any]:
+    """Measure every cell.
+
+    :param jobs: cells at once, each in its own process
+    :param out: finished cells are kept here and read back; None keeps nothing
+    :param on_start: called with the number of cells; ``on_cell`` with each when it is finished
+    :return: JSON-ready: ``scenarios`` (knee, rate), ``cells`` in order, ``settings``
+    :raises SlalomError: unknown scenario, a policy that fits none of them, a folder that cannot be written
+    """
+    policies = cells_of(request)
+    on_start(len(policies) * len(request.scenarios))
+    knees = {
+        t.scenario: found for t, found in _knees([_Task(name, "", request) for name in request.scenarios], jobs, out)
+    }
+    tasks = [_Task(name, policy, request, **knees[name]) for name in request.scenarios for policy in policies]
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    missing = []
+    for task in tasks:
+        stored = None if out is None else task.file(out)
+        if stored is not None and stored.exists():
+            cells[task.scenario, task.policy] = read_json(stored)
+            on_cell(cells[task.scenario, task.policy])
+        else:
+            missing.append(task)
+    for task, cell in _each(jobs, run_cell, missing):
+        cells[task.scenario, task.policy] = cell
+        if out is not None:
+            write_json(task.file(out), cell)
+        on_cell(cell)
+    for policy in policies:
+        mine = [cells[name, policy] for name in request.scenarios]
+        if "all" not in request.policies and all("refused" in cell for cell in mine):
+            raise SlalomError("--policy", policy, mine[0]["refused"])
+    return {
+        "mode": "table",
+        "target": 0.9,
+        "scenarios": [_about(name, knees[name]) for name in request.scenarios],
+        "policies": [label_of(policy) for policy in policies],
+        "cells": [cells[task.scenario, task.policy] for task in tasks],
+        "settings": {
+            **asdict(request),
+            "factors": list(FACTORS),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+            "code_sha256": code_sha256(),
+            "versions": versions(),
+            "machine": machine(),
+        },
+    }
+
+
+def _about(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    scenario = Scenario.load(name)
+    facts = {"name": scenario.name, "description": scenario.description, "regime": scenario.regime}
+    return facts | {"gpus": scenario.n_gpus(), "reference_rate": scenario.reference_rate, **found}
+
+
+def _knees(tasks: Sequence[_Task], jobs: int, out: Path | None) -> Iterator[tuple[_Task, dict[str, Any]]]:
+    """The knee of every scenario, kept like a cell."""
+    missing = []
+    for task in tasks:
+        stored = None if out is None else task.file(out)
+        if stored is not None and stored.exists():
+            yield task, read_json(stored)
+        else:
+            missing.append(task)
+    for task, found in _each(jobs, _knee, missing):
+        if out is not None:
+            write_json(task.file(out), found)
+        yield task, found

@@ -1,0 +1,1 @@
+"""What a decision was based on, and what a policy does in general."""

@@ -1,0 +1,1 @@
+"""Surrogate and engine side by side."""

@@ -1,0 +1,1 @@
+"""Fixed arrangements: which is best, replanned or not."""

@@ -1,0 +1,181 @@
+"""``plan-placement``: how to arrange the GPUs of a scenario when nothing may move, or when the load shifts.
+
+Progress goes to standard error, the result to standard output: a table and one line of reason, or with
+``--json`` one JSON object and nothing else. Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.errors import SlalomError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_REPLANNING = "Replanning"
+
+
+@app.command()
+def place(
+    scenario: Annotated[str, typer.Option(help="Name of a shipped scenario, or a YAML file.")],
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPU budget (default: the scenario's).")] = None,
+    goal: Annotated[float, typer.Option(help="Share of requests that must meet both targets.")] = 0.9,
+    requests: Annotated[
+        int | None, typer.Option(min=50, help="Requests of one run of the last round; of a workload walked.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of the last round; workloads walked.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON object to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--replan",
+            help="Instead: walk the workload, split prefill and decode anew whenever the load has shifted, and "
+            "measure what that gains.",
+            rich_help_panel=_REPLANNING,
+        ),
+    ] = False,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second (default: the scenario's).", rich_help_panel=_REPLANNING)
+    ] = None,
+    window: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of load that are watched (default: 300, or a tenth of the workload).",
+            rich_help_panel=_REPLANNING,
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative change of rate, prompt or output that counts (default: 0.2).", rich_help_panel=_REPLANNING
+        ),
+    ] = None,
+) -> None:
+    """Search the best fixed arrangement: roles and counts, chunk budget, SM split, tensor parallelism.
+
+    Example: plan-placement --scenario distserve-13b-3xa100 --gpus 4 --out plan.json
+
+    With --replan: DistServe's answer to a load that shifts. Example: plan-placement --scenario shift-pd-8xa100 --replan
+    """
+    from engine.files import write_json
+    from engine.provenance import commit
+    from env.scenario import Scenario
+
+    if out is not None and out.is_dir():
+        raise SlalomError("--out", str(out), "this is a folder; name a file")
+    if again and gpus is not None:
+        raise SlalomError("--gpus", gpus, "leave it out with --replan: it splits the instances of the scenario")
+    if not again:
+        for name, value in (("--rate", rate), ("--window", window), ("--threshold", threshold)):
+            if value is not None:
+                raise SlalomError(name, value, "it needs --replan")
+    loaded = Scenario.load(scenario)
+    common: dict[str, Any] = {
+        "goal": goal, "n_requests": requests, "seeds": seeds, "say": lambda text: print(text, file=sys.stderr),
+    }  # fmt: skip
+    try:
+        if again:
+            from eval.placement.replan import replan
+
+            limit = 0.2 if threshold is None else threshold
+            result = replan(loaded, rate=rate, window_s=window, threshold=limit, **common)
+        else:
+            from eval.placement.placement import plan
+
+            result = plan(loaded, gpus=gpus, **common)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    result["commit"] = commit()
+    if out is not None:
+        write_json(out, result)
+        print(f"wrote {out}", file=sys.stderr)
+    text = timeline if again else _text
+    print(json.dumps(result, allow_nan=False) if as_json else text(result))
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [f"{result['scenario']}: {result['gpus']} GPUs, {100 * result['goal']:g} % of requests within targets"]
+    rows = (
+        ("best", "best"),
+        ("runner-up", "runner_up"),
+        ("mixed only", "mixed_only"),
+        ("disaggregated only", "disaggregated_only"),
+        ("multiplexed only", "multiplexed_only"),
+    )
+    for title, key in rows:
+        found = result[key]
+        if found is not None:
+            figures = f"{found['goodput']:8.3g} req/s {found['goodput_per_gpu']:8.3g} per GPU"
+            lines.append(f"{title:19} {figures}  {found['label']}")
+    lines.append(result["reason"])
+    placed = result["distserve"]
+    if placed is not None:
+        lines.append(
+            f"DistServe's algorithm {placed['algorithm']} at {placed['rate']:g} req/s: {placed['n']} x "
+            f"{placed['prefill']} prefill, {placed['m']} x {placed['decode']} decode ({placed['gpus']} GPUs)"
+        )
+    return "\n".join(lines)
+
+
+def timeline(result: dict[str, Any]) -> str:
+    """The result of :func:`eval.placement.replan.replan` to read."""
+    lines = [
+        f"{result['scenario']}: {result['requests']} requests at {result['rate']:g} req/s; the split is planned anew "
+        f"where rate, prompt or output of the last {result['window_s'] / 2:.0f} s are off by more than "
+        f"{100 * result['threshold']:g} %"
+    ]
+    for workload in result["workloads"]:
+        lines.append(
+            f"workload {workload['seed']}: load; prefill+decode instances (what they hold by the planner's estimate)"
+        )
+        for row in workload["timeline"]:
+            old, new = row["before"], row["plan"]
+            changed = ", ".join(f"{name} {100 * by:+.0f} %" for name, by in row["changed"].items()) or "first plan"
+            load = f"{row['rate']:6.1f} req/s {row['prompt']:6.0f} in {row['output']:5.0f} out"
+            lines.append(f"{row['at_s']:7.0f} s {load}  {changed}")
+            plan = f"{new['split']} ({new['capacity']:.1f} req/s): {100 * new['within_targets']:.1f} % within targets"
+            if old is not None:
+                plan = (
+                    f"{old['split']} ({old['capacity']:.1f} req/s) -> {plan}; kept {100 * old['within_targets']:.1f} %"
+                )
+                plan += f", switched at no cost {100 * row['switched_at_no_cost']:.1f} %"
+            lines.append(f"{'':10}{plan}")
+        lines.append(
+            f"    in all: first plan kept {100 * workload['first_plan_kept']:.1f} %, planned anew "
+            f"{100 * workload['planned_anew']:.1f} % ({workload['role_changes']} role changes), best fixed split in "
+            f"hindsight {100 * workload['best_fixed']:.1f} % ({workload['best_fixed_split']}), all mixed "
+            f"{100 * workload['all_mixed']:.1f} %"
+        )
+    mean = {name: f"{100 * share:.1f} %" for name, share in result["mean"].items()}
+    lines.append(
+        f"mean: first plan kept {mean['first_plan_kept']}, planned anew {mean['planned_anew']}, best fixed split in "
+        f"hindsight {mean['best_fixed']}, all mixed (chunked prefill, not tuned) {mean['all_mixed']}"
+    )
+    searched = max(workload["planning_s"] for workload in result["workloads"])
+    lines.append(
+        f"A switch costs the drain of each instance that changes its role and {1e3 * result['switch_s']:g} ms (the "
+        f"profile's role switch): both are simulated. Not included: the search ({searched:.1f} s) and the reload of "
+        "weights that another tensor parallelism would need (it stays as it is)."
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point: :class:`SlalomError` becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except SlalomError as error:
+        print(f"plan-placement: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

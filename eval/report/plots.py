@@ -1,0 +1,204 @@
+"""Pictures of a comparison, drawn with matplotlib: attainment, latency over rate, goodput bars, break-downs.
+
+Colours are Okabe and Ito's (told apart with any colour vision) and repeat with other line styles and
+markers, so no curve is named by colour alone. Every function returns a figure; nothing touches pyplot's
+global state, so drawing works without a display and in threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from eval.compare.verdict import meeting_point, ranking
+from eval.report.plots_shadow import decisions, timeline
+
+__all__ = ["claim_figure", "figures"]
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = ("-", "--", "-.", ":")
+_STRICTER = ("D", "v", "s")  # goodput at the second, third, ... target
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+Result = Mapping[str, Any]
+
+
+def figures(result: Result) -> dict[str, tuple[Figure, str]]:
+    """All pictures of a result: file stem -> (figure, what it shows, for readers who cannot see it)."""
+    drawn = {
+        "attainment": (_attainment(result), "SLO attainment over request rate, one line per policy"),
+        "latency": (_latency(result), "P90 TTFT and P90 TPOT over request rate, one line per policy"),
+        "breakdown": (_breakdown(result), "Attainment per target and per SLO class, one bar per policy"),
+    }
+    if result["mode"] == "goodput":
+        caption = "Goodput of every policy with 95 % intervals, best on top; marks: at stricter shares"
+        drawn["goodput"] = (_goodput(result), caption)
+    if watched := result.get("shadow"):
+        where = f"seed {watched['seed']} at {watched['rate']:.4g} requests/s"
+        caption = f"One run over time ({where}): attainment by time of arrival, load, roles of {watched['subject']}"
+        drawn["timeline"] = (timeline(watched), caption)
+        if watched["differing"]["ways"]:
+            caption = f"Requests that {watched['subject']} placed otherwise than {watched['rival']} would have"
+            drawn["decisions"] = (decisions(watched), caption)
+    return drawn
+
+
+def _style(index: int) -> dict[str, Any]:
+    n = len(_COLOURS)
+    return {
+        "color": _COLOURS[index % n],
+        "linestyle": _LINES[(index // n) % len(_LINES)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.6,
+    }
+
+
+def _figure(width: float = 8.0, height: float = 4.8, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for axis in axes:
+        axis.grid(True, alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _range_of_interest(result: Result) -> tuple[float, float]:
+    """Rates worth drawing: a search also visits far too low and far too high ones."""
+    if result["mode"] == "rates":
+        rates = [point["rate"] for policy in result["policies"] for point in policy["points"]]
+        return min(rates), max(rates)
+    found = [g["rate"] for policy in result["policies"] for g in policy["goodput"].values() if g["rate"] > 0]
+    return (0.6 * min(found), 1.6 * max(found)) if found else (0.0, float("inf"))
+
+
+def _drawn_points(result: Result, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    low, high = _range_of_interest(result)
+    return [point for point in policy["points"] if low <= point["rate"] <= high]
+
+
+def _legend(figure: Figure, axis: Axes, entries: int) -> None:
+    if entries > 1:
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
+
+
+def _attainment(result: Result) -> Figure:
+    figure, (axis,) = _figure()
+    for index, policy in enumerate(ranking(result)):
+        points = _drawn_points(result, policy)
+        rates = [p["rate"] for p in points]
+        style = _style(index)
+        axis.plot(rates, [100 * p["slo_attainment"] for p in points], label=policy["label"], **style)
+        low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
+        axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    target = 100 * result["targets"][0]
+    axis.axhline(target, color="#555555", linewidth=1)
+    axis.annotate(f"{target:g} %", (0.005, target), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+    axis.set(xlabel="request rate [1/s]", ylabel="requests meeting both targets [% of sent]", ylim=(0, 102))
+    _legend(figure, axis, len(result["policies"]))
+    return figure
+
+
+def _latency(result: Result) -> Figure:
+    figure, axes = _figure(width=10.0, columns=2)
+    for axis, metric in zip(axes, ("ttft", "tpot"), strict=True):
+        key = f"p90_{metric}_ms"
+        for index, policy in enumerate(ranking(result)):
+            points = [p for p in _drawn_points(result, policy) if p[key] is not None]
+            style = _style(index)
+            rates = [p["rate"] for p in points]
+            axis.plot(rates, [p[key] for p in points], label=policy["label"], **style)
+            low, high = [p[f"{key}_range"][0] for p in points], [p[f"{key}_range"][1] for p in points]
+            axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axis.set(xlabel="request rate [1/s]", ylabel=f"P90 {metric.upper()} [ms]", yscale="log")
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
+    _legend(figure, axes[0], len(result["policies"]))
+    return figure
+
+
+def _goodput(result: Result) -> Figure:
+    order = ranking(result)[::-1]
+    figure, (axis,) = _figure(height=1.4 + 0.42 * len(order))
+    key = f"{result['targets'][0]:g}"
+    for index, policy in enumerate(order):
+        found = policy["goodput"][key]
+        error = [[max(found["rate"] - found["low"], 0.0)], [max(found["high"] - found["rate"], 0.0)]]
+        colour, hatch = ("#E69F00", "//") if policy["tuned"] else ("#0072B2", "")
+        axis.barh(index, found["rate"], color=colour, hatch=hatch, edgecolor="white", height=0.7)
+        axis.errorbar(found["rate"], index, xerr=error, color="black", capsize=3, linewidth=1.2)
+        end = max(found["rate"], found["high"])
+        for mark, target in zip(_STRICTER, result["targets"][1:], strict=False):
+            rate = policy["goodput"][f"{target:g}"]["rate"]
+            label = f"at {100 * target:g} %" if index == 0 else None
+            axis.plot(rate, index, mark, color="white", markeredgecolor="black", markersize=6, label=label)
+        axis.annotate(f"{found['rate']:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.margins(x=0.12)
+    axis.set_xlim(left=0)
+    if len(result["targets"]) > 1:
+        figure.legend(loc="outside upper right", fontsize=9, frameon=False, ncols=3)
+    axis.set_yticks(range(len(order)), [p["label"] for p in order])
+    axis.set_xlabel(f"goodput at {100 * result['targets'][0]:g} % [requests/s]; hatched: tuned")
+    return figure
+
+
+def _breakdown(result: Result) -> Figure:
+    """At the rate where the best policy just holds the target, or at the highest rate asked."""
+    order = ranking(result)
+    rows = [(policy["label"], meeting_point(result, policy)) for policy in order]
+    classes = list(dict.fromkeys(name for _, p in rows for name in p["slo_attainment_by_class"]))
+    if len(classes) == 1:
+        classes = []  # they are all the requests there are
+    groups = ["both", "TTFT", "TPOT", *(f"class {name}" for name in classes)]
+    figure, (axis,) = _figure(width=max(8.0, 1.6 * len(groups) + 3.0))
+    width = 0.8 / len(rows)
+    for index, (label, point) in enumerate(rows):
+        by_class = point["slo_attainment_by_class"]
+        metric = point["slo_attainment_by_metric"]
+        shares = [point["slo_attainment"], metric["ttft"], metric["tpot"]]
+        shares += [by_class.get(name, {}).get("slo_attainment") or 0.0 for name in classes]
+        places = [g + (index + 0.5) * width - 0.4 for g in range(len(groups))]
+        n = len(_COLOURS)
+        axis.bar(
+            places,
+            [100 * s for s in shares],
+            width,
+            label=label,
+            color=_COLOURS[index % n],
+            hatch=("", "//", "..", "xx")[(index // n) % 4],
+            edgecolor="white",
+        )
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set(ylabel="attainment [% of sent]", ylim=(0, 102), title=f"at {rows[0][1]['rate']:.4g} requests/s")
+    _legend(figure, axis, len(rows))
+    return figure
+
+
+def claim_figure(claim: Any) -> Figure:
+    """A reproduced result (``eval.claims.claim.Claim``): published points as markers, ours as lines over them."""
+    figure, (axis,) = _figure()
+    systems = {label: place for place, label in enumerate(dict.fromkeys(_system(c.label) for c in claim.curves))}
+    names = [x for curve in claim.curves for x in curve.x if isinstance(x, str)]
+    order = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    for curve in claim.curves:
+        style = _style(systems[_system(curve.label)])
+        style |= {"linestyle": "none", "markersize": 8, "markerfacecolor": "none"} if curve.published else {}
+        known = [(order.get(x, x), y) for x, y in zip(curve.x, curve.y, strict=True) if math.isfinite(y)]
+        axis.plot([x for x, _ in known], [y for _, y in known], label=curve.label, **style)
+    if order:
+        axis.set_xticks(range(len(order)), list(order), rotation=20 if len(order) > 4 else 0)
+    axis.set(xlabel=claim.axes[0], ylabel=claim.axes[1], title=f"{claim.name}: published (hollow) and ours")
+    axis.set_ylim(bottom=0)
+    _legend(figure, axis, len(claim.curves))
+    return figure
+
+
+def _system(label: str) -> str:
+    """The system of a curve, so that published and ours share a colour."""
+    return label.removesuffix(", published").removesuffix(", ours")

@@ -1,0 +1,158 @@
+"""The table of :mod:`eval.compare.table` as Markdown (for BENCHMARKS.md), as HTML that opens offline, and for
+terminals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from engine.files import write_json, write_text
+
+__all__ = ["markdown", "page", "summary", "write_table"]
+
+Row = list[str]
+
+
+def _figures(cell: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(untuned or tuned, figures) of a cell, those there are."""
+    return [(kind, cell[kind]) for kind in ("untuned", "tuned") if cell.get(kind)]
+
+
+def _best(cell: Mapping[str, Any]) -> float:
+    return max((f["goodput"]["rate"] for _, f in _figures(cell)), default=0.0)
+
+
+def _cells(result: Mapping[str, Any], scenario: str) -> list[Mapping[str, Any]]:
+    mine = [cell for cell in result["cells"] if cell["scenario"] == scenario]
+    return sorted(mine, key=lambda cell: -_best(cell))
+
+
+def _share_of_best(result: Mapping[str, Any]) -> dict[str, float]:
+    """Mean over scenarios of a policy's goodput as a share of the best policy's; 0 where it does not fit."""
+    shares: dict[str, list[float]] = {label: [] for label in result["policies"]}
+    for about in result["scenarios"]:
+        cells = _cells(result, about["name"])
+        top = max(map(_best, cells), default=0.0) or 1.0
+        for cell in cells:
+            shares[cell["label"]].append(_best(cell) / top)
+    return {label: sum(found) / max(len(found), 1) for label, found in shares.items()}
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def summary(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Goodput at 90 % of every policy on every scenario: ``tuned (untuned)``, best on average first."""
+    shares = _share_of_best(result)
+    head = ["policy", *(about["name"] for about in result["scenarios"]), "mean share of best"]
+    by_place = {(cell["label"], cell["scenario"]): cell for cell in result["cells"]}
+    rows = []
+    for label in sorted(shares, key=lambda label: -shares[label]):
+        row = [label]
+        for about in result["scenarios"]:
+            found = dict(_figures(by_place[label, about["name"]]))
+            rates = [_number(found[k]["goodput"]["rate"]) for k in ("tuned", "untuned") if k in found]
+            row.append("–" if not rates else rates[0] if len(rates) == 1 else f"{rates[0]} ({rates[1]})")
+        rows.append([*row, f"{100 * shares[label]:.0f} %"])
+    return head, rows
+
+
+_DETAIL = (
+    "policy", "", "goodput at 90 % [req/s]", "95 % interval", "attainment [%]", "lost [%]", "P90 TTFT [ms]",
+    "P90 TPOT [ms]", "P99 ITL [ms]", "decisions/s",
+)  # fmt: skip
+
+
+def _detail(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
+    rows = []
+    for cell in cells:
+        for kind, f in _figures(cell):
+            goodput = f["goodput"]
+            interval = f"{_number(goodput['low'])} to {_number(goodput['high'])}"
+            rows.append([
+                cell["label"], kind, _number(goodput["rate"]), interval,
+                f"{100 * f['attainment']:.1f}", f"{100 * f['lost']:.1f}", _number(f["p90_ttft_ms"]),
+                _number(f["p90_tpot_ms"]), _number(f["p99_itl_ms"]), _number(f["decisions_per_second"]),
+            ])  # fmt: skip
+    return rows
+
+
+def _sections(result: Mapping[str, Any]) -> list[tuple[str, list[str], Row, list[Row]]]:
+    """(title, sentences, head, rows) of the overview and of each scenario."""
+    asked = result["settings"]
+    effort = f"{asked['tune']} trials per policy and scenario" if asked["tune"] else "nothing tuned but static_plan"
+    first = (
+        f"Largest request rate at which 90 % of the requests sent meet both targets; tuned (untuned), {effort}, "
+        f"{asked['seeds']} seeds of the test split, the same arrivals for all. 0: fails at a 64th of the knee too. "
+        "–: does not fit the scenario's levers. static_plan: the best fixed arrangement found with the same trials, "
+        "free in all roles, without any lever at run time."
+    )
+    head, rows = summary(result)
+    parts = [("Goodput of every policy on every scenario", [first], head, rows)]
+    for about in result["scenarios"]:
+        cells = _cells(result, about["name"])
+        said = [
+            f"{about['description']} Latencies, attainment and decisions per second (event loop included) at "
+            f"{about['reference_rate']:g} requests/s; {about['requests']:,} requests per run."
+        ]
+        for cell in cells:
+            if cell.get("tuned") and "arrangement" in cell["tuned"]:
+                said.append(f"static_plan: {cell['tuned']['arrangement']}, dispatch {cell['tuned']['policy']}.")
+            if cell.get("refused"):
+                said.append(f"Left out: {cell['refused']}.")
+        parts.append((f"{about['name']} ({about['regime']})", said, list(_DETAIL), _detail(cells)))
+    return parts
+
+
+def markdown(result: Mapping[str, Any], *, level: int = 2) -> str:
+    """Sections for BENCHMARKS.md: the overview, then one per scenario.
+
+    :param level: of the headings
+    """
+    lines = [f"Commit `{str(result['settings']['commit'])[:12]}`, {result['settings']['date'][:10]}.", ""]
+    for title, said, head, rows in _sections(result):
+        lines += [f"{'#' * level} {title}", "", *(f"{sentence}\n" for sentence in said)]
+        lines += [_line(head), _line(["---"] * len(head)), *(_line(row) for row in rows), ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem}.wide{overflow-x:auto}
+td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}"""
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The same as one HTML file without scripts."""
+    body = ["<h1>Every policy on every scenario</h1>"]
+    for title, said, head, rows in _sections(result):
+        top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+        lines = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+        body += [f"<h2>{escape(title)}</h2>", *(f"<p>{escape(sentence)}</p>" for sentence in said)]
+        body.append(f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>')
+    body.append(f"<p>Commit {escape(str(result['settings']['commit']))}, {escape(result['settings']['date'])}.</p>")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Every policy on every scenario</title>'
+        f"<style>{_STYLE}</style></head><body>\n{chr(10).join(body)}\n</body></html>\n"
+    )
+
+
+def write_table(result: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """``table.json``, ``table.md`` and ``table.html`` in ``folder``.
+
+    :raises SlalomError: the folder cannot be written
+    """
+    written = {kind: folder / f"table.{kind}" for kind in ("json", "md", "html")}
+    write_json(written["json"], result)
+    write_text(written["md"], markdown(result))
+    write_text(written["html"], page(result))
+    return written

@@ -1,0 +1,1 @@
+"""Studies over training and evaluation together: scoreboard, zero-shot, seeds, ablation."""
