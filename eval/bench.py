@@ -11,8 +11,8 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from engine.common.provenance import commit, machine
 from engine.errors import SlalomError
-from engine.provenance import commit, machine
 
 __all__ = ["NAMES", "main", "run"]
 

@@ -59,7 +59,7 @@ def train_policy(
     if env not in ("surrogate", "gpu"):
         raise SlalomError("--env", env, "use surrogate or gpu")
     if env == "gpu":
-        from train.finetune import finetune
+        from train.ppo.finetune import finetune
 
         if init is None:
             raise SlalomError("--init", init, "name the checkpoint that is to be fine-tuned on the engine")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch as th
 
-from engine import provenance
+from engine.common import provenance
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import provenance
+from engine.common import provenance
+from engine.common.files import read_json, write_json, write_text
 from engine.errors import SlalomError
-from engine.files import read_json, write_json, write_text
 from train.config import TrainConfig
 
 __all__ = ["RunFolder"]

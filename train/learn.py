@@ -9,7 +9,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecEnv
 
-from engine.progress import Display
+from engine.common.progress import Display
 from train.collect.learner import RemotePPO
 from train.collect.workers import RayCollector
 from train.config import TrainConfig

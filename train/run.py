@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from stable_baselines3.common.vec_env import VecEnv
 
+from engine.common.files import read_json, write_json
+from engine.common.progress import Display
 from engine.errors import SlalomError
-from engine.files import read_json, write_json
-from engine.progress import Display
 from env.gym.vector_env import SlalomVecEnv
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import measure

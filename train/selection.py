@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.progress import Display
+from engine.common.progress import Display
 from env.measure.contender import Contender
 from train.config import TrainConfig
 from train.export import Publisher

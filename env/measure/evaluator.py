@@ -17,8 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from engine.common.files import read_json, write_json
 from engine.errors import SlalomError
-from engine.files import read_json, write_json
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.metrics import block_counts, detailed, outcomes, summarize

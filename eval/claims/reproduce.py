@@ -18,9 +18,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from engine.common.files import write_bytes, write_json, write_text
+from engine.common.provenance import commit, machine
 from engine.errors import SlalomError
-from engine.files import write_bytes, write_json, write_text
-from engine.provenance import commit, machine
 from eval.claims.placement import CLAIMS, Claim
 
 __all__ = ["as_dict", "main", "page_html", "page_markdown", "reproduce", "run"]

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.common.files import read_json, write_json
+from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
-from engine.files import read_json, write_json
-from engine.provenance import commit, machine, versions
 from env.measure.contender import STATIC_PLAN as STATIC
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import code_sha256, scenario_hash

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.common.files import read_json, write_json
+from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
-from engine.files import read_json, write_json
-from engine.provenance import commit, machine, versions
 from env.measure.contender import STATIC_PLAN as STATIC
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash

@@ -76,7 +76,7 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
 ) -> None:
     """Explain one decision of a log, a whole log, or a policy on a scenario."""
-    from engine.files import write_text
+    from engine.common.files import write_text
     from eval.explain import render
     from eval.explain.log import explain_decision, summary
 

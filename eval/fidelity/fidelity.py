@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from engine.common.files import read_json, write_json
+from engine.common.provenance import commit, machine, versions
 from engine.core.state import LaneKind
 from engine.errors import SlalomError
-from engine.files import read_json, write_json
-from engine.provenance import commit, machine, versions
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator

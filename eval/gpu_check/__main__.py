@@ -41,7 +41,7 @@ def _has_gpu() -> bool:
 
 
 def _measure_all(options: argparse.Namespace) -> int:
-    from engine.provenance import commit
+    from engine.common.provenance import commit
     from eval.gpu_check.catalogue import GROUPS
 
     wanted = [name for name in options.only.split(",") if name] or list(GROUPS)

@@ -64,8 +64,8 @@ def place(
 
     With --replan: DistServe's answer to a load that shifts. Example: plan-placement --scenario shift-pd-8xa100 --replan
     """
-    from engine.files import write_json
-    from engine.provenance import commit
+    from engine.common.files import write_json
+    from engine.common.provenance import commit
     from env.scenario import Scenario
 
     if out is not None and out.is_dir():

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_bytes, write_json, write_text
+from engine.common.files import write_bytes, write_json, write_text
 from eval.compare.verdict import ranking, verdict
 from eval.report.parts import cards, starved, watched_sentences, way_rows
 

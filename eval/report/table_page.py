@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_json, write_text
+from engine.common.files import write_json, write_text
 
 __all__ = ["markdown", "page", "summary", "write_table"]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.common.files import read_json
 from engine.core.state import Order
 from engine.errors import SlalomError
-from engine.files import read_json
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from train.search.fitness import Fitness

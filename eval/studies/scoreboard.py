@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.common.files import read_json, write_json
 from engine.errors import SlalomError
-from engine.files import read_json, write_json
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from eval.compare.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all

@@ -28,8 +28,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from engine.common.files import read_json, write_bytes, write_json
 from engine.errors import SlalomError
-from engine.files import read_json, write_bytes, write_json
 from env.measure.stats import stratified_iqm
 
 __all__ = ["Curve", "Stage", "app", "main", "read_stages", "summarise"]

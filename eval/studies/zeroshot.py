@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from engine.common.files import write_json, write_text
 from engine.errors import SlalomError
-from engine.files import write_json, write_text
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from eval.compare.session import Request, evaluate, label_of

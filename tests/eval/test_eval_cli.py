@@ -10,8 +10,8 @@ from eval_cases import Scenario, request, true_attainment
 from typer.testing import CliRunner
 
 import eval.cli as cli
+from engine.common.files import read_json
 from engine.errors import SlalomError
-from engine.files import read_json
 
 FACTORS = {"least_tokens": 1.0, "round_robin": 0.8}
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from eval_cases import Scenario, synthetic_measure
 
-from engine.files import read_json
+from engine.common.files import read_json
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from eval.compare.paired import compare

@@ -109,7 +109,7 @@ def test_opponents_can_be_searched_before_anybody_sees_the_test_windows(
 
 
 def test_finished_results_are_read_back_without_simulating(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from engine.files import write_json
+    from engine.common.files import write_json
 
     write_json(tmp_path / SCENARIO / "result.json", result())
     assert main([SCENARIO, "--read", "--out", str(tmp_path)]) == 0

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from engine.common.files import read_json, write_json
 from engine.errors import SlalomError
-from engine.files import read_json, write_json
 
 
 def test_a_full_disk_is_a_clear_message_and_leaves_the_old_file(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from policies import registry
 from policies.checkpoint.folder import Facts, load, save_network, save_rule
 from policies.network.scoring import ScoringNetwork
 from policies.rules import linear_score
-from train.finetune import finetune
+from train.ppo.finetune import finetune
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from engine.errors import SlalomError
 from train.budget import Budget
 from train.config import TrainConfig, load_config
-from train.settings import SPACE, main, search, suggest
+from train.search.settings import SPACE, main, search, suggest
 
 SMALL: dict[str, Any] = {
     "tune_trials": 4, "tune_requests": 60, "n_envs": 8, "groups": 2, "n_steps": 32, "n_requests": 60, "batch_size": 128,

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from engine.files import write_bytes
-from engine.progress import Display
+from engine.common.files import write_bytes
+from engine.common.progress import Display
 from env.measure.contender import Contender
 from train.ppo.judge import Judge, Verdict
 from train.ppo.learner import DispatchPPO

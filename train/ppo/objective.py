@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch as th
 
-if TYPE_CHECKING:
-    from train.ppo.batch import Batch
-    from train.ppo.policy import ScoringPolicy
+from train.ppo.batch import Batch
 
 __all__ = ["Losses", "Objective", "differentiate"]
 
@@ -44,7 +42,19 @@ class Losses(NamedTuple):
         return goal.value_weight * self.value + self.policy - goal.entropy_weight * self.entropy
 
 
-def differentiate(policy: ScoringPolicy, batch: Batch, goal: Objective) -> Losses:
+class Actor(Protocol):
+    """What the gradient is taken of: a policy that says how likely its actions were, and its optimiser."""
+
+    optimizer: Any
+
+    def evaluate_actions(
+        self, observations: Any, actions: th.Tensor, masks: Any
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Values, log-probabilities and entropies, each (B,)."""
+        ...
+
+
+def differentiate(policy: Actor, batch: Batch, goal: Objective) -> Losses:
     """Gradient of ``goal`` over ``batch`` into the parameters' ``grad``; :mod:`train.ppo.fast.fused` does the same
     faster for the network of this project."""
     policy.optimizer.zero_grad(set_to_none=True)

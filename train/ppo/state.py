@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
+from engine.common.files import write_bytes
 from engine.errors import SlalomError
-from engine.files import write_bytes
 from train.ppo.learner import DispatchPPO
 
 __all__ = ["load_state", "save_state"]

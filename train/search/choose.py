@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from engine.progress import Display
+from engine.common.progress import Display
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from train.budget import Budget

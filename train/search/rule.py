@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.common.progress import Display
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
-from engine.progress import Display
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import find_goodput

@@ -1,6 +1,6 @@
-"""``python -m train.settings``: PPO's own hyper-parameters by search, each trial a short training.
+"""``python -m train.search.settings``: PPO's own hyper-parameters by search, each trial a short training.
 
-    python -m train.settings --scenario azure-conv-4xa100 --trials 40 --budget 20s --out runs/settings
+    python -m train.search.settings --scenario azure-conv-4xa100 --trials 40 --budget 20s --out runs/settings
 
 All trials start from the same base (found once, with the same budget) and are judged on the same validation windows:
 the best snapshot so far counts, as in ``train-policy``. A trial that falls behind the median of those before it at the
@@ -26,8 +26,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
+from engine.common.files import read_json, write_json, write_text
 from engine.errors import SlalomError
-from engine.files import read_json, write_json, write_text
 from env.measure.contender import Contender
 from env.scenario import Scenario
 from train.budget import Budget, parse_budget
@@ -222,7 +222,7 @@ def _finish(study: optuna.Study, course: _Course, settings: TrainConfig, seed: i
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; a mistake of the user is one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m train.settings", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m train.search.settings", description=__doc__.splitlines()[0])
     parser.add_argument("--scenario", default="azure-conv-4xa100")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--budget", default="20s", help="of each training and of the base: 20s, 2m, 500k frames")

@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["commit", "machine", "versions"]
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("slalom", "numpy", "numba", "optuna", "torch", "stable-baselines3")
 
 

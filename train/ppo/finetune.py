@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.common.files import write_json
 from engine.errors import SlalomError
-from engine.files import write_json
 from env.gym.engine_env import EngineVecEnv
 from env.live.replay import replay
 from env.measure.metrics import outcomes

@@ -1,0 +1,1 @@
+"""What every floor uses: files written whole, progress shown, provenance told."""
