@@ -15,7 +15,7 @@ _MODES = ("active", "advisory", "frozen")
 
 
 def guard_metrics(report: GuardReport) -> Iterator[Metric]:
-    """Every family; the names are those of ``README.md``."""
+    """Every family; the names are those of ``docs/serving.md``."""
     decisions = CounterMetricFamily("slalom:policy_answers", "Decisions by what answered them.", labels=["reason"])
     for reason, count in report.reasons.items():
         decisions.add_metric([reason], count)
