@@ -116,11 +116,11 @@ def _scatter(pool: KVPool, blocks: Sequence[int], parts: Tensor) -> None:
 class _Pair:
     """The receiver's end of one pair."""
 
-    def __init__(self, sender: tuple[str, int], pipe: str, host: str, timeout_s: float) -> None:
+    def __init__(self, sender: tuple[str, int], epoch: str, pipe: str, host: str, timeout_s: float) -> None:
         name = uuid.uuid4().hex
         self._connection = connect(sender)
         try:
-            opening = {"do": "serve_pulls", "name": name, "pipe": pipe, "timeout_s": timeout_s}
+            opening = {"do": "serve_pulls", "epoch": epoch, "name": name, "pipe": pipe, "timeout_s": timeout_s}
             answer = ask(self._connection, opening, timeout_s)
             store = dist.TCPStore(sender[0], answer["store"], is_master=False, timeout=timedelta(seconds=timeout_s))
             self._pipe = PIPES[pipe](dist.PrefixStore(name, store), 1, host, timeout_s)
@@ -153,25 +153,27 @@ class Puller:
 
     def __init__(self, pipe: str, host: str) -> None:
         self._pipe, self._host = pipe, host
-        self._pairs: dict[tuple[str, int], _Pair] = {}
+        self._pairs: dict[tuple[tuple[str, int], str], _Pair] = {}
 
     def fetch(
-        self, sender: tuple[str, int], source: int, pool: KVPool, blocks: Sequence[tuple[int, int]], timeout_s: float
-    ) -> None:
+        self, sender: tuple[str, int], epoch: str, source: int, pool: KVPool, blocks: Sequence[tuple[int, int]],
+        timeout_s: float,
+    ) -> None:  # fmt: skip
         """Copy pairs of (block of the sender's pool ``source``, block of ``pool``). Nothing is written afterwards.
 
+        :param epoch: by which the sender knows its owner
         :raises Exception: not everything came in ``timeout_s`` seconds, or the sender is gone
         """
         if not blocks:
             return
-        until = time.monotonic() + timeout_s
+        until, peer = time.monotonic() + timeout_s, (sender, epoch)
         try:
-            if sender not in self._pairs:
-                self._pairs[sender] = _Pair(sender, self._pipe, self._host, timeout_s)
-            self._pairs[sender].fetch(source, pool, blocks, until)
+            if peer not in self._pairs:
+                self._pairs[peer] = _Pair(sender, epoch, self._pipe, self._host, timeout_s)
+            self._pairs[peer].fetch(source, pool, blocks, until)
         except BaseException:
-            if sender in self._pairs:
-                self._pairs.pop(sender).close()
+            if peer in self._pairs:
+                self._pairs.pop(peer).close()
             raise
 
     def close(self) -> None:

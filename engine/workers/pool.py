@@ -40,6 +40,7 @@ from engine.live.transfer import Transfer
 from engine.model.config import ModelConfig
 from engine.model.sampling import SamplingParams
 from engine.workers.kv import check_pipe
+from engine.workers.lease import LEASE_S
 from engine.workers.wire import KEY, ask, connect, parse_address, step_message
 
 __all__ = ["RemoteTransport", "RemoteWorker", "Workers"]
@@ -59,19 +60,22 @@ class RemoteWorker:
         self._lock, self._lost = threading.Lock(), threading.Event()
         self._watchers: list[Callable[[Exception], None]] = []
         self._control = connect(address)
-        self.about = ask(self._control, {"do": "describe"}, _START_S)
+        #: Goes with every message: the worker answers its owner only.
+        self.epoch: str = ask(self._control, {"do": "own"}, _START_S)["epoch"]
+        self.about = self.ask({"do": "describe"})
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Before :meth:`guard` only."""
-        return ask(self._control, message, _START_S)
+        return ask(self._control, message | {"epoch": self.epoch}, _START_S)
 
     def guard(self) -> None:
-        """From now on hear of the worker's end at once: the connection is kept and nothing else is said on it."""
+        """From now on hear of the worker's end at once: the connection is kept, and only the lease renewed on it."""
         threading.Thread(target=self._wait_for_its_end, name=f"worker-{self.address[1]}", daemon=True).start()
 
     def _wait_for_its_end(self) -> None:
-        with suppress(EOFError, OSError):
-            self._control.recv_bytes()
+        with suppress(EOFError, OSError, RuntimeError):
+            while not self._control.poll(LEASE_S / 3.0):
+                ask(self._control, {"do": "renew", "epoch": self.epoch}, LEASE_S)
         self.lose(InstanceLost(f"worker {self.address[0]}:{self.address[1]} has gone"))
 
     def watch(self, gone: Callable[[Exception], None]) -> None:
@@ -120,7 +124,8 @@ class RemoteExecutor:
     def __init__(self, worker: RemoteWorker, pool: int, l: int, timeout_s: float) -> None:
         self._worker, self._timeout_s = worker, timeout_s
         self._connection = connect(worker.address)
-        self.n_layers: int = ask(self._connection, {"do": "lane", "lane": l, "pool": pool}, _START_S)["n_layers"]
+        opening = {"do": "lane", "lane": l, "pool": pool, "epoch": worker.epoch}
+        self.n_layers: int = ask(self._connection, opening, _START_S)["n_layers"]
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """See :class:`engine.live.hosts.Executor`."""
@@ -136,7 +141,8 @@ class RemoteExecutor:
     ) -> list[int]:
         """See :class:`engine.live.hosts.Executor`."""
         try:
-            answer = ask(self._connection, step_message(spans, layers, params, steps), self._timeout_s)
+            message = step_message(spans, layers, params, steps) | {"epoch": self._worker.epoch}
+            answer = ask(self._connection, message, self._timeout_s)
         except (EOFError, OSError) as error:
             lost = InstanceLost(f"worker {self._worker.address[0]}:{self._worker.address[1]}: {error or 'gone'}")
             self._worker.lose(lost)
@@ -187,8 +193,10 @@ class RemoteTransport:
         sender = None if source.worker is receiver else source.worker.address
         message = {
             "do": "fetch",
+            "epoch": receiver.epoch,
             "pipe": self._pipe,
             "sender": sender,
+            "sender_epoch": source.worker.epoch,
             "from": source.index,
             "to": target.index,
             "blocks": transfer.blocks,
@@ -261,11 +269,13 @@ class Workers:
         :raises SlalomError: one cannot be reached
         """
         check_pipe(options.get("pipe", "gloo"))
-        workers = []
+        workers: list[RemoteWorker] = []
         for text in addresses:
             try:
                 workers.append(RemoteWorker(parse_address(text)))
             except (EOFError, OSError, RuntimeError) as error:
+                for worker in workers:  # others may have them
+                    worker.close()
                 raise SlalomError("--workers", text, f"cannot use it: {error or 'it hung up'}") from error
         return cls(workers, **options)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
@@ -14,6 +16,7 @@ import numpy as np
 from engine.errors import SlalomError
 from engine.kernels import Spans
 from engine.model.sampling import SamplingParams
+from engine.workers.lease import Disowned
 
 __all__ = ["KEY", "admit", "ask", "connect", "listen", "parse_address", "receive", "send", "step_from", "step_message"]
 
@@ -48,13 +51,22 @@ def listen(address: tuple[str, int]) -> Listener:
     return Listener(address, backlog=64)
 
 
-def admit(connection: Connection) -> None:
+def admit(connection: Connection, timeout_s: float = 10.0) -> None:
     """Let the caller prove that it knows the secret, and prove it to the caller (in the connection's own thread).
 
     :raises multiprocessing.AuthenticationError: it does not
+    :raises OSError: it says nothing for ``timeout_s`` seconds
     """
+    _limit_reads(connection, timeout_s)
     deliver_challenge(connection, _secret())
     answer_challenge(connection, _secret())
+    _limit_reads(connection, 0.0)
+
+
+def _limit_reads(connection: Connection, seconds: float) -> None:
+    """Let reads fail after so long; 0: never."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), 0))
 
 
 def connect(address: tuple[str, int]) -> Connection:
@@ -81,10 +93,13 @@ def receive(connection: Connection, timeout_s: float | None = None) -> dict[str,
 def ask(connection: Connection, message: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
     """Send ``message`` and return the answer.
 
-    :raises RuntimeError: the other side could not do it, and says why; otherwise as :func:`receive`
+    :raises RuntimeError: the other side could not do it, and says why
+    :raises Disowned: it works for somebody else; otherwise as :func:`receive`
     """
     send(connection, message)
     answer = receive(connection, timeout_s)
+    if "disowned" in answer:
+        raise Disowned(answer["disowned"])
     if "error" in answer:
         raise RuntimeError(answer["error"])
     return answer

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
+import time
 from datetime import timedelta
 from functools import partial
 from multiprocessing import AuthenticationError
@@ -25,11 +27,14 @@ from engine.lanes.partitions import Lanes, make_device
 from engine.live.hosts import LocalExecutor
 from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
 from engine.workers.kv import Puller, serve_pulls
+from engine.workers.lease import Disowned, Lease
 from engine.workers.wire import admit, listen, parse_address, receive, send, step_from
 
 __all__ = ["DTYPES", "Worker", "app", "main"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Callers that have not proved yet to know the secret; more are turned away.
+_STRANGERS = 64
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -44,18 +49,44 @@ class Worker:
         weights = model.embed.weight
         self._device = make_device(weights.device.type, weights.device.index or 0)
         self._pools: dict[int, KVPool] = {}
-        self._store = dist.TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60), use_libuv=False
-        )
+        self._lease = Lease()
+        self._store = _store(host)
+        self._strangers = threading.Semaphore(_STRANGERS)
+
+    def welcome(self, connection: Connection) -> None:
+        """Talk with a caller in a thread of its own. One that does not prove to know the secret stays for seconds."""
+        if not self._strangers.acquire(blocking=False):
+            connection.close()
+            return
+        threading.Thread(target=self._admitted, args=(connection,), daemon=True).start()
+
+    def _admitted(self, connection: Connection) -> None:
+        try:
+            admit(connection)
+        except (EOFError, OSError, AuthenticationError):
+            connection.close()
+            return
+        finally:
+            self._strangers.release()
+        self.converse(connection)
 
     def converse(self, connection: Connection) -> None:
         """Answer until the other side hangs up."""
         puller, lane = None, None
+        owned: str | None = None  # the epoch of an owner that speaks here
         try:
-            admit(connection)
             while True:
                 message = receive(connection)
                 do = message["do"]
+                try:
+                    if do == "own":
+                        owned = self._lease.take()
+                        send(connection, {"epoch": owned})
+                        continue
+                    self._lease.check(message.get("epoch"))
+                except Disowned as error:
+                    send(connection, {"disowned": str(error)})
+                    continue
                 if do == "serve_pulls":
                     serve_pulls(connection, message, self._pools, self._store, self._host)
                     return
@@ -73,15 +104,19 @@ class Worker:
                 except Exception as error:  # told to whoever asked; the next question may be answered again
                     answer = {"error": f"{type(error).__name__}: {error}"}
                 send(connection, answer)
-        except (EOFError, OSError, AuthenticationError):
+        except (EOFError, OSError):
             return
         finally:
+            if self._lease.give_back(owned):
+                self._pools = {}
             if puller is not None:
                 puller.close()
             connection.close()
 
     def _administer(self, message: dict[str, Any]) -> dict[str, Any]:
         weights = self._model.embed.weight
+        if message["do"] == "renew":
+            return {}
         if message["do"] == "describe":
             config = self._model.config
             shape = {name: getattr(config, name) for name in ("vocab", "n_layers", "n_kv_heads", "head_dim", "width")}
@@ -107,7 +142,8 @@ class Worker:
             target.copy_from(self._pools[message["from"]], [a for a, _ in blocks], [b for _, b in blocks])
         else:
             host, port = message["sender"]
-            puller.fetch((host, port), message["from"], target, blocks, message["timeout_s"])
+            epoch = message["sender_epoch"]
+            puller.fetch((host, port), epoch, message["from"], target, blocks, message["timeout_s"])
         return {}
 
 
@@ -134,8 +170,23 @@ def work(
         threading.Thread(target=_end_with_input, daemon=True).start()
     print(json.dumps({"listening": listener.address}), flush=True)
     while True:
-        connection = listener.accept()
-        threading.Thread(target=worker.converse, args=(connection,), daemon=True).start()
+        try:
+            connection = listener.accept()
+        except OSError as error:  # out of descriptors, say: those who are here go on, new ones wait
+            print(f"serve-worker: cannot accept a connection: {error}", file=sys.stderr, flush=True)
+            time.sleep(1.0)
+            continue
+        worker.welcome(connection)
+
+
+def _store(host: str) -> dist.TCPStore:
+    """Where the two ends of a pair find each other. It listens on ``host`` alone; left to itself on every interface."""
+    line = socket.create_server((host, 0))
+    port = line.getsockname()[1]
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60), use_libuv=False,
+        master_listen_fd=line.detach(),
+    )  # fmt: skip
 
 
 def _end_with_input() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from engine.live.engine import Engine, build_state
 from engine.model import KVPool, SamplingParams, open_checkpoint
 from engine.workers import kv as kv
 from engine.workers.kv import Puller, check_pipe
+from engine.workers.lease import Disowned, Lease
 from engine.workers.pool import Workers
 from engine.workers.wire import KEY, ask, connect, listen, parse_address, step_from, step_message
 from engine.workers.worker import Worker
@@ -59,8 +62,7 @@ class InThread(Worker):
 
     def _accept(self) -> None:
         while True:
-            connection = self._listener.accept()
-            threading.Thread(target=self.converse, args=(connection,), daemon=True).start()
+            self.welcome(self._listener.accept())
 
     def text(self) -> str:
         return "{}:{}".format(*self.address)
@@ -115,7 +117,8 @@ def test_a_sender_that_says_nothing_costs_a_timeout_and_the_next_pull_a_new_pair
 ) -> None:
     sender, target = InThread(), KVPool(MODEL.config, blocks=100, block_tokens=16)
     control = connect(sender.address)
-    ask(control, {"do": "pools", "blocks": {"0": 100}, "block_tokens": 16})
+    epoch = ask(control, {"do": "own"})["epoch"]
+    ask(control, {"do": "pools", "epoch": epoch, "blocks": {"0": 100}, "block_tokens": 16})
     for layer in sender._pools[0].layers:
         layer.normal_()
     stalls, hold = [True], threading.Event()
@@ -142,11 +145,11 @@ def test_a_sender_that_says_nothing_costs_a_timeout_and_the_next_pull_a_new_pair
     puller, pairs = Puller("gloo", "127.0.0.1"), [(k, 99 - k) for k in range(100)]
     begin = time.monotonic()
     with pytest.raises(Exception, match=r"(?i)time|answer"):
-        puller.fetch(sender.address, 0, target, pairs, 0.5)
+        puller.fetch(sender.address, epoch, 0, target, pairs, 0.5)
     assert time.monotonic() - begin < 2.9  # it did not wait for the sender
     hold.set()
     assert not any(layer.any() for layer in target.layers)
-    puller.fetch(sender.address, 0, target, pairs, 20.0)
+    puller.fetch(sender.address, epoch, 0, target, pairs, 20.0)
     for mine, theirs in zip(target.layers, sender._pools[0].layers, strict=True):
         assert torch.equal(mine.flip(1), theirs)
     puller.close()
@@ -186,6 +189,85 @@ def test_what_cannot_be_joined_is_refused() -> None:
             check_pipe("nccl")
     with pytest.raises(AuthenticationError):
         Client(worker.address, authkey=b"another secret")
+
+
+def test_a_second_serve_is_refused_until_the_first_has_left(expected: list[list[int]]) -> None:
+    workers = [InThread(), InThread()]
+    names = [worker.text() for worker in workers]
+    with served_by(Workers.join(names), PD) as engine:
+        callers = [send(engine, prompt, LONG) for prompt in PROMPTS]
+        for _ in range(20):
+            with pytest.raises(SlalomError, match="another serve uses this worker"):
+                Workers.join(names)
+        assert [caller.wait().tokens for caller in callers] == expected
+    until(lambda: not any(worker._lease._epoch for worker in workers), 20.0)
+    with served_by(Workers.join(names), PD) as engine:
+        assert send(engine, PROMPTS[3], LONG).wait().tokens == expected[3]
+
+
+def test_who_lost_the_lease_is_not_answered_any_more(expected: list[list[int]]) -> None:
+    workers = [InThread(), InThread()]
+    names = [worker.text() for worker in workers]
+    first = Workers.join(names)
+    with served_by(first, PD) as engine:
+        assert send(engine, PROMPTS[0], LONG).wait().tokens == expected[0]
+        for worker in workers:
+            worker._lease._heard -= 1e6  # silent for longer than any lease
+        with served_by(Workers.join(names), PD) as other:
+            late = send(engine, PROMPTS[1], LONG)
+            assert send(other, PROMPTS[2], LONG).wait().tokens == expected[2]
+            assert late.wait().finish == "unplaceable"  # both instances are lost to it
+            assert late.tokens == []
+            assert all(worker.lost for worker in first.workers)
+
+
+def test_a_lease_runs_out_only_when_somebody_else_wants_it() -> None:
+    now = [0.0]
+    lease = Lease(30.0, lambda: now[0])
+    mine = lease.take()
+    now[0] = 29.0
+    with pytest.raises(Disowned, match="29 s ago"):
+        lease.take()
+    lease.check(mine)
+    now[0] = 100.0
+    lease.check(mine)  # slow, but nobody else came
+    now[0] = 131.0
+    yours = lease.take()
+    with pytest.raises(Disowned):
+        lease.check(mine)
+    with pytest.raises(Disowned):
+        lease.check(None)
+    assert not lease.give_back(mine)
+    lease.check(yours)
+    assert lease.give_back(yours)
+
+
+def test_the_store_listens_on_the_given_address_only() -> None:
+    port = InThread()._store.port
+    tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
+    lines = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
+    listening = {line[1] for line in lines if line[3] == "0A"}  # TCP_LISTEN
+    assert {place for place in listening if place.endswith(f":{port:04X}")} == {f"0100007F:{port:04X}"}
+
+
+def test_callers_that_prove_nothing_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = InThread()
+    silent = [socket.create_connection(worker.address) for _ in range(80)]
+    until(lambda: sum(_hung_up(line) for line in silent) >= 80 - 64, 20.0)
+    for line in silent:
+        line.close()
+    until(lambda: worker._strangers._value == 64, 20.0)
+    assert ask(connect(worker.address), {"do": "own"})["epoch"]
+
+
+def _hung_up(line: socket.socket) -> bool:
+    line.setblocking(False)
+    try:
+        return not line.recv(65536, socket.MSG_PEEK) if line.recv(1, socket.MSG_PEEK) else True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 @pytest.mark.slow
