@@ -69,7 +69,8 @@ def set_up() -> None:
 
 def resumed(folder: Path) -> list[object]:
     """The arguments that name a run's folder, and that go on with it where there is one."""
-    return ["--out", folder, *(["--resume"] if folder.is_dir() and any(folder.iterdir()) else [])]
+    begun = folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
+    return ["--out", folder, *(["--resume"] if begun else [])]
 
 
 def main_job(arguments: list[str]) -> None:

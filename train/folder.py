@@ -11,6 +11,7 @@ result.json                          the summary
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.common import provenance
-from engine.common.files import read_json, write_json, write_text
+from engine.common.files import claim, read_json, write_json, write_text
 from engine.errors import SlalomError
 from train.config import TrainConfig
 
@@ -57,10 +58,11 @@ class RunFolder:
         :param request: what decides the result beside ``config`` (scenario digest, algorithm, seed, ...)
         :raises SlalomError: the folder holds a run already, or cannot be written
         """
+        claim(self.root)
         if self.request.exists():
             raise SlalomError("--out", str(self.root), "a run is there already; add --resume or name another")
         write_text(self.root / "config.yml", config.to_yaml())
-        write_text(self.root / "command.txt", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+        write_text(self.root / "command.txt", _command() + "\n")
         write_json(
             self.root / "system.json",
             {
@@ -78,6 +80,7 @@ class RunFolder:
         """
         if not self.request.exists():
             raise SlalomError("--resume", str(self.root), "no run there; start one without --resume")
+        claim(self.root)
         before = read_json(self.request)
         for name, value in request.items():
             if before.get(name) != value:
@@ -85,3 +88,9 @@ class RunFolder:
                 raise SlalomError(f"--resume: {name}", value, fix)
         if (self.root / "config.yml").read_text() != config.to_yaml():
             raise SlalomError("--resume: hyper-parameters", "others", f"use --config {self.root / 'config.yml'}")
+
+
+def _command() -> str:
+    """This process's command line, without the passwords in its addresses."""
+    words = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return re.sub(r"(://[^\s:/@']*):[^\s@']*@", r"\1:***@", words)

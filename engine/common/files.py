@@ -1,17 +1,51 @@
-"""Writing results: atomically, and with a clear message when the disk is full."""
+"""Writing results: atomically, by one process at a time, and with a clear message when the disk is full."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engine.errors import SlalomError
 
-__all__ = ["read_json", "write_bytes", "write_json", "write_text"]
+__all__ = ["claim", "read_json", "write_bytes", "write_json", "write_text"]
+
+
+#: Folders that this process has claimed, and the files whose locks it holds.
+_CLAIMED: dict[Path, IO[str]] = {}
+
+
+def claim(folder: Path) -> None:
+    """Make ``folder`` and keep it for this process until it ends, however it ends; claiming twice is harmless.
+
+    :raises SlalomError: another process works there, or the place cannot be written
+    """
+    place = folder.resolve()
+    if place in _CLAIMED:
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        file = (place / ".lock").open("a+")
+    except OSError as error:
+        raise SlalomError("--out", str(folder), f"choose a folder that can be written ({error.strerror})") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # children do not inherit it
+    except BlockingIOError:
+        file.seek(0)
+        who = file.read().strip() or "unknown"
+        file.close()
+        fix = f"process {who} is working there: wait for it, or name another folder"
+        raise SlalomError("--out", str(folder), fix) from None
+    except OSError:
+        pass  # a file system without locks
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    _CLAIMED[place] = file
 
 
 def write_bytes(path: Path, data: bytes) -> None:

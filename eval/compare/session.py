@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.common.files import read_json, write_json
+from engine.common.files import claim, read_json, write_json
 from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
 from env.measure.contender import STATIC_PLAN as STATIC
@@ -101,6 +101,7 @@ def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
         raise SlalomError("--out", str(out), "this is a file; name a folder")
     if not resume and (out / kept).exists() and any((out / kept).iterdir()):
         raise SlalomError("--out", str(out), "it holds results already; add --resume or name another folder")
+    claim(out)
 
 
 def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from engine.jit import sources
+from engine.jit.kernel import _usable
 
 HELPER = "from engine.jit.kernel import kernel\n\n\n@kernel\ndef helper(x):\n    return x + {}\n"
 TOP = "from rooms.inner.helper import helper\nfrom engine.jit.kernel import kernel\n\n\n@kernel\ndef top(x):\n"
@@ -62,3 +63,13 @@ def test_relative_and_parenthesised_imports_are_followed(tmp_path: Path) -> None
     (inner / "c.py").write_text("from ..a import X\nfrom rooms.inner import (\n    b,\n)\n")
     found = {path.name for path in sources.closure([inner / "c.py"])}
     assert found == {"a.py", "b.py", "c.py", "__init__.py"}
+
+
+def test_a_cache_that_others_may_write_is_not_used(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    assert _usable(mine)
+    assert mine.stat().st_mode & 0o777 == 0o700
+    mine.chmod(0o777)
+    assert not _usable(mine)  # numba unpickles what lies there
+    (tmp_path / "file").touch()
+    assert not _usable(tmp_path / "file" / "below")

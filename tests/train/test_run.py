@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from engine.common.files import claim
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.surrogate.simulate import simulate
 from policies.checkpoint.folder import load
 from train.budget import Budget
+from train.config import TrainConfig
+from train.folder import RunFolder
 from train.run import Request, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,3 +151,30 @@ def test_workers_without_a_cluster_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SlalomError, match="--ray auto"):
         run(request)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    holder = "import sys; from pathlib import Path; from engine.common.files import claim; claim(Path(sys.argv[1]))"
+    holder += "; print('held', flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "run")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+    try:
+        with pytest.raises(SlalomError, match=f"process {process.pid} is working there"):
+            claim(tmp_path / "run")
+    finally:
+        process.kill()
+        process.communicate()
+    claim(tmp_path / "run")  # a killed process keeps nothing
+    claim(tmp_path / "run")
+
+
+def test_a_command_is_noted_without_its_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = "postgresql://me:a-secret@host:5432/studies"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train-policy", "--storage", storage, "--seed", "1"])
+    RunFolder(tmp_path / "run").start({"seed": 1}, TrainConfig())
+    noted = (tmp_path / "run" / "command.txt").read_text()
+    assert noted == "train-policy --storage postgresql://me:***@host:5432/studies --seed 1\n"
