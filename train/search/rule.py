@@ -25,7 +25,8 @@ from policies import registry
 from policies.rule import Value
 from train.config import TrainConfig
 from train.search.space import Design
-from train.search.tune import KNEE, TuneResult, tune
+from train.search.tune import KNEE, tune
+from train.search.tuned import TuneResult
 
 __all__ = ["SearchResult", "search_rule"]
 

@@ -19,9 +19,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
@@ -30,11 +30,12 @@ from env.measure.evaluator import Evaluator, measure
 from env.measure.goodput import find_goodput
 from policies.registry import get, parse
 from policies.rule import Rule, Value
+from train.search.tuned import Finalist, TuneResult
 
 if TYPE_CHECKING:
     from train.search.record import Outcome
 
-__all__ = ["KNEE", "MANNER", "VALID_SEED", "Finalist", "TuneResult", "knee_rate", "tune"]
+__all__ = ["KNEE", "MANNER", "VALID_SEED", "knee_rate", "tune"]
 
 #: Rates of the objective as multiples of the knee (goodput at 90 % of the reference rule).
 KNEE = (0.85, 1.0, 1.15, 1.3)
@@ -44,44 +45,6 @@ VALID_SEED = 1_000  # seeds of the final ranking start here, away from the searc
 _FOLLOW = (0.25, 0.55)  # shares of the trials after which the rates follow the best setting's knee
 _MOVED = 1.06  # factor between two knees from which on the rates move
 _FEW = 8  # trials below which they stay
-
-
-class Finalist(TypedDict):
-    """A setting of the final ranking: its score in the search and on the fresh validation seeds."""
-
-    values: dict[str, Value]
-    search: float
-    final: float
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a search found and what it cost.
-
-    :param values: parameter values of the winner of the final ranking
-    :param default: score of the rule's own defaults in the final ranking (attainment, 0 to 1)
-    :param score: score of ``values`` in the final ranking
-    :param trials: trials of the search
-    :param simulated_requests: requests simulated in the search and in the final ranking
-    :param rates: of the last part of the search and of the final ranking
-    :param pruned: trials that ended early
-    :param sampler: which Optuna sampler drew the values
-    :param ranking: values, search score and final score of every finalist, best first
-    """
-
-    rule: str
-    values: dict[str, Value]
-    default: float
-    score: float
-    trials: int
-    simulated_requests: int
-    sampler: str
-    rates: tuple[float, ...]
-    ranking: tuple[Finalist, ...]
-    pruned: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def knee_rate(
