@@ -18,9 +18,9 @@ from engine.core.columns import Kind
 from engine.core.policy import InstancePlan
 from engine.core.state import Role
 from engine.errors import SlalomError
-from policies import registry
 from policies.checkpoint import folder as checkpoint
 from policies.checkpoint.folder import Facts, load, save_network, save_rule
+from policies.load import load_policy
 from policies.network import compiled
 from policies.rules import linear_score
 
@@ -58,7 +58,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_a_loaded_network_decides_like_the_one_that_was_saved(saved: Path) -> None:
-    policy = registry.load_policy(saved, setting(4))
+    policy = load_policy(saved, setting(4))
     net = network()
     rng = np.random.default_rng(0)
     for trial in range(30):
@@ -68,11 +68,11 @@ def test_a_loaded_network_decides_like_the_one_that_was_saved(saved: Path) -> No
         assert choose(policy, ctx, rows) == want
     assert policy.describe()["kind"] == "network"
     assert policy.arrangement[3].chunk_tokens == 256
-    larger = registry.load_policy(saved, setting(9)).arrangement
+    larger = load_policy(saved, setting(9)).arrangement
     assert larger is not None
     assert [plan.chunk_tokens for plan in larger] == [256] * 9
     with pytest.raises(SlalomError, match="fixed"):
-        registry.load_policy(saved, setting(4), {"p_ttft": 1.0})
+        load_policy(saved, setting(4), {"p_ttft": 1.0})
 
 
 def test_facts_come_back_and_the_card_tells_them(saved: Path) -> None:
@@ -90,7 +90,7 @@ def test_facts_come_back_and_the_card_tells_them(saved: Path) -> None:
 
 def test_a_tuned_rule_round_trips(tmp_path: Path) -> None:
     save_rule(tmp_path / "r", rule="chunked", values={"chunk_tokens": 300}, profile={}, facts=Facts(name="mine"))
-    policy = registry.load_policy(tmp_path / "r", setting(2))
+    policy = load_policy(tmp_path / "r", setting(2))
     assert policy.name == "mine"
     assert policy.params.tolist() == [300.0, 0.0]
     assert policy.arrangement[0].chunk_tokens == 300

@@ -13,6 +13,7 @@ from engine.core.columns import Col, Kind
 from engine.errors import SlalomError
 from policies import registry
 from policies.common import default_answer
+from policies.load import load_policy
 from policies.rule import Param, Rule
 
 PLACE = context(Kind.PLACE_PREFILL)
@@ -88,7 +89,7 @@ def test_a_rule_of_another_package() -> None:
 
 @pytest.mark.usefixtures("third_party")
 def test_a_plain_class_decides_and_is_reset_with_its_memory() -> None:
-    policy = registry.load_policy("fewestrunning", setting())
+    policy = load_policy("fewestrunning", setting())
     rows = instances({"RUN_N": 3}, {"RUN_N": 1}, {"RUN_N": 2})
     assert [choose(policy, PLACE, rows), choose(policy, PLACE, rows, 1)] == [1, 2]
     assert policy.python
@@ -117,10 +118,10 @@ def test_entries_that_are_no_policy_are_refused(name: str) -> None:
 
 
 def test_parameters_from_text() -> None:
-    policy = registry.load_policy("chunked:chunk_tokens=128, router=ttft", setting())
+    policy = load_policy("chunked:chunk_tokens=128, router=ttft", setting())
     assert policy.values == {"chunk_tokens": 128, "router": "ttft"}
     assert policy.params.tolist() == [128.0, 2.0]
-    assert registry.load_policy("chunked:chunk_tokens=128", setting(), {"chunk_tokens": 99}).params[0] == 99
+    assert load_policy("chunked:chunk_tokens=128", setting(), {"chunk_tokens": 99}).params[0] == 99
 
 
 @pytest.mark.parametrize(
@@ -139,12 +140,12 @@ def test_parameters_from_text() -> None:
 )
 def test_bad_specifications_are_refused(spec: str) -> None:
     with pytest.raises(SlalomError):
-        registry.load_policy(spec, setting())
+        load_policy(spec, setting())
 
 
 def test_a_split_needs_two_instances() -> None:
     with pytest.raises(SlalomError, match="two instances"):
-        registry.load_policy("static_split", setting(1))
+        load_policy("static_split", setting(1))
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import eval.cli
 import train.cli
 from policies import registry
+from policies.load import load_policy
 from policies.setting import Setting
 
 SOURCE = """
@@ -65,7 +66,7 @@ def test_both_commands_run_the_rule_of_an_installed_package(tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     found = json.loads((out / "best" / "policy.json").read_text())
     assert "fewest_tokens" in json.dumps(found)
-    assert 0.0 <= registry.load_policy(str(out / "best"), _setting()).describe()["values"]["decode_weight"] <= 1.0
+    assert 0.0 <= load_policy(str(out / "best"), _setting()).describe()["values"]["decode_weight"] <= 1.0
 
 
 def _setting() -> Setting:

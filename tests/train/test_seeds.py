@@ -86,7 +86,7 @@ def test_a_folder_without_a_search_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_trainings_are_measured_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eval.studies.seeds, "_WINDOWS", (7_000,))
+    monkeypatch.setattr("eval.studies.seeds._WINDOWS", (7_000,))
     sizes = tmp_path / "sizes.yaml"
     sizes.write_text("default: {designs: 8, starts: 1, final_seeds: 1, eval_requests: 200, direct_size: 200}\n")
     command = ["--out", str(tmp_path / "out"), "--scenario", "azure-code-mux-4xa100", "--seeds", "1"]
