@@ -19,10 +19,9 @@ import numpy as np
 from engine.clock import Clock, Slots
 from engine.core import live
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
-from engine.core.lists import HELD
 from engine.core.policy import Policy
 from engine.core.rows import addresses
-from engine.core.state import ClusterState
+from engine.core.state import NEVER, ClusterState
 from engine.guard_report import GuardReport
 
 __all__ = ["Guard", "Instances", "Runtime", "safe_choice"]
@@ -151,6 +150,7 @@ class Runtime:
         self.decisions: Counter[str] = Counter()  # by kind
         self.fallbacks: Counter[str] = guard.fallbacks if guard else Counter()  # by reason
         self._started = np.zeros(self.slots.control, np.int32)
+        self._wake = NEVER  # when held requests are asked for again
         rows = max_candidates(n)
         self._context = np.zeros(N_CONTEXT)
         self._candidates = np.zeros((rows, N_CANDIDATE))
@@ -190,11 +190,19 @@ class Runtime:
     def _settle(self) -> None:
         now, hold = self.clock.now, self.slots.hold
         self._decide(now)
+        self._start_idle(now)
+        while live.wake_idle(self.words):
+            self._decide(now)
+            self._start_idle(now)
+        self.instances.settled()
+        when = live.wake_time(self.words, now, self._wake)
+        if when != self._wake:
+            self._wake = when
+            self.clock.at(hold, when)
+
+    def _start_idle(self, now: int) -> None:
         for slot in self._started[: live.start_idle(self.words, now, self._started)].tolist():
             self._start(slot)
-        self.instances.settled()
-        if self.state.lists[HELD, 2] > 0 and not self.clock.is_set(hold):
-            self.clock.at(hold, now + int(self.state.cluster[0]["hold_ticks"]))
 
     def _start(self, slot: int) -> None:
         if slot < self.slots.links:
@@ -249,7 +257,8 @@ class Runtime:
             live.end_control(self.words, now)
             self.clock.at(slots.control, now + int(self.state.cluster[0]["control_ticks"]))
         elif slot == slots.hold:
-            live.wake(self.words)
+            self._wake = NEVER
+            live.wake(self.words, now)
         else:
             self.instances.arrives(outcome)
 

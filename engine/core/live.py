@@ -16,6 +16,7 @@ from engine.core.durations import transfer_ticks
 from engine.core.handover import pull, transfer_done
 from engine.core.jit import kernel
 from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
+from engine.core.patience import hold_event, wake_due, wake_for_idle
 from engine.core.lists import (
     ENDED,
     inbound_of,
@@ -48,6 +49,8 @@ __all__ = [
     "step_ticks",
     "switch_ticks",
     "wake",
+    "wake_idle",
+    "wake_time",
 ]
 
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
@@ -183,10 +186,21 @@ def end_control(words, now):
 
 
 @kernel
-def wake(words):
-    """Ask again for held requests, as many as ``hold_scan`` says."""
-    s = attach(words)
-    wake_held(s, s.cluster[0].hold_scan)
+def wake(words, now):
+    """The time for held requests has come: ask again for some of them, and for all whose time is up."""
+    wake_due(attach(words), now)
+
+
+@kernel
+def wake_idle(words):
+    """Ask again for a held request that an idle instance could prefill; returns whether there was one."""
+    return wake_for_idle(attach(words))
+
+
+@kernel
+def wake_time(words, now, when):
+    """When :func:`wake` is due, given that it was to be at ``when`` (``NEVER``: not at all)."""
+    return hold_event(attach(words), now, when)
 
 
 @kernel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.bounds import keep_bounds
 from engine.core.jit import kernel
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow
 from engine.core.lists import queue_of, ready_of
@@ -15,7 +16,7 @@ __all__ = ["admit_alone", "plan_queue", "take"]
 
 _PREFILL = int(Role.PREFILL)
 _PREFILLING = int(RequestState.PREFILLING)
-_ON_TIME = int(Order.ON_TIME)
+_ON_TIME, _FCFS = int(Order.ON_TIME), int(Order.FCFS)
 
 
 @kernel
@@ -149,6 +150,8 @@ def plan_queue(s, i, l, budget, chunked, limit, now):
     """``_plan_prompts``, but never stuck behind blocks that only queued requests hold."""
     if s.inst[i].order == _ON_TIME:
         give_up_late(s, i, now)
+    if now >= s.watch[i] and s.inst[i].order != _FCFS:
+        keep_bounds(s, i, budget, now)
     k = _plan_prompts(s, i, l, budget, chunked, limit, now)
     while k == 0 and budget > 0 and s.lists[queue_of(i), 2] > 0 and _unblock(s, i):
         k = _plan_prompts(s, i, l, budget, chunked, limit, now)
