@@ -19,6 +19,7 @@ import numpy as np
 from engine.clock import Clock, Slots
 from engine.core import live
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
+from engine.core.lists import HELD
 from engine.core.policy import Policy
 from engine.core.rows import addresses
 from engine.core.state import NEVER, ClusterState
@@ -188,17 +189,18 @@ class Runtime:
     # -- after each event ----------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        now, hold = self.clock.now, self.slots.hold
+        now = self.clock.now
         self._decide(now)
         self._start_idle(now)
-        while live.wake_idle(self.words):
+        while self.state.lists[HELD, 2] > 0 and live.wake_idle(self.words):
             self._decide(now)
             self._start_idle(now)
         self.instances.settled()
-        when = live.wake_time(self.words, now, self._wake)
-        if when != self._wake:
-            self._wake = when
-            self.clock.at(hold, when)
+        if self.state.lists[HELD, 2] > 0:
+            when = live.wake_time(self.words, now, self._wake)
+            if when != self._wake:
+                self._wake = when
+                self.clock.at(self.slots.hold, when)
 
     def _start_idle(self, now: int) -> None:
         for slot in self._started[: live.start_idle(self.words, now, self._started)].tolist():
