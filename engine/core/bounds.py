@@ -7,7 +7,7 @@ earliest second deadline first, which keeps every such deadline that any sequenc
 prompts that can be in time first for as long as the given up ones, next in line after that step, still make it.
 
 Where even that is too late, the load is above what the instance can serve: the longest prompt of those is given up once
-more and due after twice the time, so that as few as possible are late (Moore 1968). A first-come-first-served queue
+more and due after ten times as long, so that as few as possible are late (Moore 1968). A first-come-first-served queue
 lets nobody overtake, and priorities, which a user sets, come before any deadline.
 
 ``watch`` spares most looks: before it no bound can be near, and whatever joins the queue brings it forward.
@@ -31,7 +31,7 @@ _PREEMPTIVE, _ON_TIME = int(Order.SHORTEST_PREEMPTIVE), int(Order.ON_TIME)
 #: Predictions err: a second deadline counts as near when this part of the time to it would be used up.
 _NEAR = 0.9
 #: Times that a prompt can be given up.
-_MOST = 40
+_MOST = 10
 
 
 @kernel

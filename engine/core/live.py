@@ -16,7 +16,6 @@ from engine.core.durations import transfer_ticks
 from engine.core.handover import pull, transfer_done
 from engine.core.jit import kernel
 from engine.core.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
-from engine.core.patience import hold_event, wake_due, wake_for_idle
 from engine.core.lists import (
     ENDED,
     inbound_of,
@@ -24,6 +23,7 @@ from engine.core.lists import (
     pop_front,
     queue_of,
 )
+from engine.core.patience import hold_event, wake_due, wake_for_idle
 from engine.core.roles import end_role_change, role_change_ready
 from engine.core.rows import make_attach
 from engine.core.state import LaneKind, attach

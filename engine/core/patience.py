@@ -94,7 +94,9 @@ def may_shed(s, r, now):
     if s.cluster[0].allow_shed == 0 or s.req[r].generated > 0 or now > s.req[r].arrival + s.req[r].ttft_slo:
         return False
     for i in range(s.cluster[0].n_instances):
-        if fits(s, i, r) and _in_reach(s, i, r, now):
+        if not fits(s, i, r):
+            continue
+        if _in_reach(s, i, r, now):
             return False
     return True
 

@@ -37,11 +37,11 @@ def deadline_of(s, r):
 def tail_due(s, r):
     """The second deadline of request ``r``, ticks: ``tail_factor`` TTFT targets after its arrival.
 
-    It is twice as long after each time that it turned out to be out of reach as well, so that nobody is forgotten.
+    It is ten times as far after each time that it turned out to be out of reach as well, so that nobody is forgotten.
     """
     factor = s.cluster[0].tail_factor
     for _ in range(abs(s.req[r].late) - 1):
-        factor *= 2.0
+        factor *= 10.0
     return s.req[r].arrival + factor * s.req[r].ttft_slo
 
 
