@@ -284,12 +284,13 @@ def advance(s, q):
             q.sim[0].subject = subject
             return kind
         _kick_all(s, q)
-        if wake_for_idle(s):
+        held = s.lists[HELD, 2] > 0
+        if held and wake_for_idle(s):
             continue
         if s.lists[ENDED, 2] > 0:
             _queue_follow_ups(s, q)
         _credit(s, q)
-        if s.lists[HELD, 2] > 0:
+        if held:
             set_event(q, slots - 2, hold_event(s, q.sim[0].now, q.when[slots - 2]))
         done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots - 1] == NEVER
         slot = q.tree[1]

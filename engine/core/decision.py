@@ -101,13 +101,14 @@ def _empty_row(row, column):
 def _build_place_prefill(s, r, now, needs, candidates, mask):
     n = s.cluster[0].n_instances
     allowed = 0
+    levers = s.cluster[0].allow_hold + s.cluster[0].allow_shed
     idle = False
     for i in range(n):
         candidate_row(s, i, r, _PLACE_PREFILL, now, needs, candidates[i])
         mask[i] = 1 if fits(s, i, r) else 0
         allowed += mask[i]
-        idle = idle or (mask[i] == 1 and is_idle(s, i))
-    choice = allowed > 0 and not idle
+        idle = idle or (levers > 0 and mask[i] == 1 and is_idle(s, i))
+    choice = levers > 0 and allowed > 0 and not idle
     _empty_row(candidates[n], _IS_HOLD)
     mask[n] = 1 if allowed == 0 or (choice and may_hold(s, r, now)) else 0
     _empty_row(candidates[n + 1], _IS_SHED)

@@ -50,15 +50,15 @@ def is_idle(s, i):
 
 @kernel
 def _least_prefill_s(s, r):
-    """Predicted prefill of request ``r`` alone, on the instance that is fastest at it; 0 where it fits none now."""
-    least, last = 1e9, -1
+    """Predicted prefill of request ``r`` alone, with the profile that is fastest at it."""
+    least, last = np.inf, -1
     n = float(s.req[r].target)
     for i in range(s.cluster[0].n_instances):
         p = s.inst[i].profile
-        if p != last and fits(s, i, r):
+        if p != last:
             own = prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n)
             least, last = min(least, own + s.profile[p].step_overhead_s), p
-    return least if last >= 0 else 0.0
+    return least
 
 
 @kernel
@@ -112,8 +112,6 @@ def note_hold(s, r, now):
 @kernel
 def hold_event(s, now, when):
     """When held requests are asked for again, given that this was to be at ``when`` (``NEVER`` or more: not at all)."""
-    if s.lists[HELD, 2] == 0:
-        return when
     return max(min(when, now + s.cluster[0].hold_ticks, s.cluster[0].hold_due), now)
 
 
@@ -144,8 +142,6 @@ def wake_due(s, now):
 @kernel
 def wake_for_idle(s):
     """Ask again for the first held request that an idle instance could prefill; returns whether there was one."""
-    if s.lists[HELD, 2] == 0:
-        return False
     for i in range(s.cluster[0].n_instances):
         if is_idle(s, i):
             r = s.lists[HELD, 0]

@@ -148,10 +148,12 @@ def _unblock(s, i):
 @kernel
 def plan_queue(s, i, l, budget, chunked, limit, now):
     """``_plan_prompts``, but never stuck behind blocks that only queued requests hold."""
-    if s.inst[i].order == _ON_TIME:
-        give_up_late(s, i, now)
-    if now >= s.watch[i] and s.inst[i].order != _FCFS:
-        keep_bounds(s, i, budget, now)
+    order = s.inst[i].order
+    if order != _FCFS:
+        if order == _ON_TIME:
+            give_up_late(s, i, now)
+        if now >= s.watch[i]:
+            keep_bounds(s, i, budget, now)
     k = _plan_prompts(s, i, l, budget, chunked, limit, now)
     while k == 0 and budget > 0 and s.lists[queue_of(i), 2] > 0 and _unblock(s, i):
         k = _plan_prompts(s, i, l, budget, chunked, limit, now)

@@ -128,8 +128,6 @@ CLUSTER = np.dtype(
         ("hold_ticks", np.int64),  # a held request is asked for again at the latest after this time
         ("hold_limit", np.int64),  # nobody is held longer than this after arrival
         ("hold_scan", np.int32),  # held requests asked for again per epoch
-        ("hold_due", np.int64),  # somebody held now may not be held longer than this
-        ("tail_factor", np.float64),  # second deadline of a first token: so many TTFT targets after the arrival
         ("control_ticks", np.int64),
         ("horizon_ticks", np.int64),
         # -- decisions waiting for an answer (requests wait in the lists PLACING, HANDOVER and HELD)
@@ -175,6 +173,9 @@ CLUSTER = np.dtype(
         ("last_output", np.float64),
         ("last_ttft_s", np.float64),
         ("last_tpot_s", np.float64),
+        # -- bounded waits
+        ("hold_due", np.int64),  # somebody held now may not be held longer than this
+        ("tail_factor", np.float64),  # second deadline of a first token: so many TTFT targets after the arrival
     ],
     align=True,
 )
