@@ -222,7 +222,8 @@ class Scenario(_Strict):
     :param control_interval_s: time between REALLOCATE and TUNE decisions
     :param hold_interval_s: a held request is asked for again at the latest after this
     :param hold_scan: held requests asked for again per epoch
-    :param hold_limit_s: nobody is held longer than this after arrival, so that holding cannot starve anyone
+    :param hold_limit_s: nobody is held longer than this after arrival, nor past the TTFT target less the prefill
+    :param tail_factor: nobody waits for a first token longer than so many TTFT targets, where that is possible at all
     :param min_prefill: instances that must stay able to prefill
     :param min_decode: instances that must stay able to decode
     :param rates: bracket of the goodput search
@@ -244,6 +245,7 @@ class Scenario(_Strict):
     hold_interval_s: Positive = 0.05
     hold_scan: Count = 8
     hold_limit_s: Positive = 10.0
+    tail_factor: Annotated[float, Field(allow_inf_nan=False)] = 10.0
     min_prefill: Count = 1
     min_decode: Count = 1
     rates: Rates
@@ -258,6 +260,13 @@ class Scenario(_Strict):
             raise ValueError("the shares of classes must add up to 1")
         if len({c.name for c in value}) != len(value):
             raise ValueError("class names must differ")
+        return value
+
+    @field_validator("tail_factor")
+    @classmethod
+    def _bounds_a_wait(cls, value: float) -> float:
+        if value < 1.0:
+            raise ValueError("give 1 or more: TTFT targets that anybody may wait, and nobody less than one")
         return value
 
     @field_validator("reference_rate")
@@ -329,6 +338,8 @@ class Scenario(_Strict):
     def hash(self) -> str:
         """SHA-256 (hex) of everything but the description, the same on every machine."""
         content = self.model_dump(mode="json", exclude={"description"})
+        if self.tail_factor == Scenario.model_fields["tail_factor"].default:
+            del content["tail_factor"]  # younger than the hashes in checkpoints
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -103,11 +103,12 @@ def push_before(lists, req, k, r, other):
 def place_by_work(lists, req, k, r):
     """The request of queue ``k`` before which ``r`` belongs by priority, then predicted remaining prefill; -1: none.
 
-    Requests that are computed anew (they have answered already) keep the head.
+    Requests that are computed anew (they have answered already) keep the head, and those whose second deadline is near.
     """
     other, priority = lists[k, 0], req[r].priority
     while other >= 0:
-        behind = req[other].priority > priority or (req[other].priority == priority and req[other].work > req[r].work)
+        longer = req[other].work > req[r].work and req[other].late >= 0
+        behind = req[other].priority > priority or (req[other].priority == priority and longer)
         if behind and req[other].generated == 0:
             break
         other = req[other].next

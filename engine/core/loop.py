@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.decide.decision import apply, build, next_decision, open_control
+from engine.core.decide.patience import hold_event, wake_due, wake_for_idle
 from engine.core.durations import step_ticks as _step_ticks
 from engine.core.durations import transfer_ticks
 from engine.core.events.handover import pull, start_link, transfer_done
@@ -47,6 +48,8 @@ __all__ = [
     "step_ticks",
     "switch_ticks",
     "wake",
+    "wake_idle",
+    "wake_time",
 ]
 
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
@@ -173,10 +176,21 @@ def end_control(words, now):
 
 
 @kernel
-def wake(words):
-    """Ask again for held requests, as many as ``hold_scan`` says."""
-    s = attach(words)
-    wake_held(s, s.cluster[0].hold_scan)
+def wake(words, now):
+    """The time for held requests has come: ask again for some of them, and for all whose time is up."""
+    wake_due(attach(words), now)
+
+
+@kernel
+def wake_idle(words):
+    """Ask again for a held request that an idle instance could prefill; returns whether there was one."""
+    return wake_for_idle(attach(words))
+
+
+@kernel
+def wake_time(words, now, when):
+    """When :func:`wake` is due, given that it was to be at ``when`` (``NEVER``: not at all)."""
+    return hold_event(attach(words), now, when)
 
 
 @kernel

@@ -102,6 +102,7 @@ class ClusterOptions:
     hold_s: float = 0.05
     hold_scan: int = 8
     hold_limit_s: float = 10.0
+    tail_factor: float = 10.0  # no first token later than so many TTFT targets, where that is possible
     control_s: float = 1.0
     horizon_s: float = 0.0  # 0: run until every request has ended
 
@@ -189,7 +190,8 @@ def _cluster(specs: Sequence[InstanceSpec], options: ClusterOptions, n_requests:
     c["roles_allowed"] = sum(1 << int(r) for r in options.roles)
     c["min_prefill"], c["min_decode"] = options.min_prefill, options.min_decode
     c["hold_ticks"], c["hold_scan"] = to_ticks(options.hold_s), options.hold_scan
-    c["hold_limit"] = to_ticks(options.hold_limit_s)
+    c["hold_limit"], c["hold_due"] = to_ticks(options.hold_limit_s), NEVER
+    c["tail_factor"] = options.tail_factor
     c["control_ticks"] = to_ticks(options.control_s)
     c["horizon_ticks"] = to_ticks(options.horizon_s) if options.horizon_s > 0 else np.iinfo(np.int64).max
     c["tune_next"] = -1
@@ -227,6 +229,8 @@ def new_cluster(
         if not 0 <= spec.link < len(links):
             raise SlalomError(f"instances[{k}].link", spec.link, f"only {len(links)} links were given")
         _check_split(f"instances[{k}]", spec, int(profile[spec.profile]["n_shares"]))
+    if not options.tail_factor >= 1.0:
+        raise SlalomError("tail_factor", options.tail_factor, "give 1 or more: TTFT targets that anybody may wait")
     if options.hash_tokens % options.block_tokens:
         raise SlalomError("hash_tokens", options.hash_tokens, f"use a multiple of {options.block_tokens}")
     pool, block, spare, bucket = _pools(specs, options.block_tokens)
@@ -260,6 +264,7 @@ def new_cluster(
         profile=profile,
         share=share,
         due=np.full((len(specs), len(classes)), NEVER, np.int64),
+        watch=np.full(len(specs), NEVER, np.float64),
         itl=np.zeros(ITL_BINS, np.int64),
     )
 

@@ -173,6 +173,9 @@ CLUSTER = np.dtype(
         ("last_output", np.float64),
         ("last_ttft_s", np.float64),
         ("last_tpot_s", np.float64),
+        # -- bounded waits
+        ("hold_due", np.int64),  # somebody held now may not be held longer than this
+        ("tail_factor", np.float64),  # second deadline of a first token: so many TTFT targets after the arrival
     ],
     align=True,
 )
@@ -293,7 +296,9 @@ REQUEST = np.dtype(
         ("n_preempt", np.int32),
         ("first_inst", np.int32),  # where its prefill was placed first
         ("priority", np.int32),  # prompts of a lower value start first; equal ones in order of arrival
-        ("late", np.int8),  # order ON_TIME: given up for its TTFT target, computed after those that can meet theirs
+        # how often it was given up: 1 for its TTFT target (order ON_TIME, computed after those that can meet theirs),
+        # more for its second deadline; below 0: that is near, so it goes first (``engine.core.bounds``)
+        ("late", np.int8),
         ("ttft_ok", np.int8),  # -1 unknown, 0 missed, 1 met
         ("tpot_ok", np.int8),
         ("sealed", np.int8),
@@ -387,6 +392,7 @@ class ClusterState(NamedTuple):
     profile: np.ndarray  # engine.latency.evaluate.PROFILE (n,)
     share: np.ndarray  # engine.latency.evaluate.SHARE (n, M)
     due: np.ndarray  # int64 (N, C): per class, least first token + TPOT target × tokens of the running set
+    watch: np.ndarray  # float64 (N,): ticks before which no second deadline in the queue of an instance can be near
     itl: np.ndarray  # int64 (ITL_BINS,): histogram of token gaps, see engine.core.slo
 
 
@@ -412,6 +418,7 @@ attach = make_attach(
         ("profile", PROFILE, 1),
         ("share", SHARE, 2),
         ("due", np.int64, 2),
+        ("watch", np.float64, 1),
         ("itl", np.int64, 1),
     ],
 )

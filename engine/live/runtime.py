@@ -20,7 +20,7 @@ from engine.core import loop
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
 from engine.core.lists import HELD
 from engine.core.policy import Policy
-from engine.core.state import ClusterState
+from engine.core.state import NEVER, ClusterState
 from engine.jit.rows import addresses
 from engine.live.clock import Clock, Slots
 from engine.live.guard import Guard
@@ -100,6 +100,7 @@ class Runtime:
         self.decisions: Counter[str] = Counter()  # by kind
         self.fallbacks: Counter[str] = guard.fallbacks if guard else Counter()  # by reason
         self._started = np.zeros(self.slots.control, np.int32)
+        self._wake = NEVER  # when held requests are asked for again
         rows = max_candidates(n)
         self._context = np.zeros(N_CONTEXT)
         self._candidates = np.zeros((rows, N_CANDIDATE))
@@ -137,13 +138,22 @@ class Runtime:
     # -- after each event ----------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        now, hold = self.clock.now, self.slots.hold
+        now = self.clock.now
         self._decide(now)
+        self._start_idle(now)
+        while self.state.lists[HELD, 2] > 0 and loop.wake_idle(self.words):
+            self._decide(now)
+            self._start_idle(now)
+        self.instances.settled()
+        if self.state.lists[HELD, 2] > 0:
+            when = loop.wake_time(self.words, now, self._wake)
+            if when != self._wake:
+                self._wake = when
+                self.clock.at(self.slots.hold, when)
+
+    def _start_idle(self, now: int) -> None:
         for slot in self._started[: loop.start_idle(self.words, now, self._started)].tolist():
             self._start(slot)
-        self.instances.settled()
-        if self.state.lists[HELD, 2] > 0 and not self.clock.is_set(hold):
-            self.clock.at(hold, now + int(self.state.cluster[0]["hold_ticks"]))
 
     def _start(self, slot: int) -> None:
         if slot < self.slots.links:
@@ -198,7 +208,8 @@ class Runtime:
             loop.end_control(self.words, now)
             self.clock.at(slots.control, now + int(self.state.cluster[0]["control_ticks"]))
         elif slot == slots.hold:
-            loop.wake(self.words)
+            self._wake = NEVER
+            loop.wake(self.words, now)
         else:
             self.instances.arrives(outcome)
 

@@ -125,6 +125,7 @@ def _options(scenario: Scenario) -> ClusterOptions:
         hold_s=scenario.hold_interval_s,
         hold_scan=scenario.hold_scan,
         hold_limit_s=scenario.hold_limit_s,
+        tail_factor=scenario.tail_factor,
         control_s=scenario.control_interval_s,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.decide.decision import apply, build, next_decision, open_control
+from engine.core.decide.patience import hold_event, wake_due, wake_for_idle
 from engine.core.durations import step_ticks, transfer_ticks
 from engine.core.events.handover import pull, transfer_done
 from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
@@ -17,16 +18,18 @@ from engine.core.events.roles import end_role_change, role_change_ready
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
 from engine.core.schedule.batching import plan_lane
 from engine.core.slo import seal
-from engine.core.state import LaneKind, RequestState, Role, attach
+from engine.core.state import LaneKind, Order, RequestState, Role, attach
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import to_ticks
 from env.surrogate.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 
 __all__ = ["advance", "answer", "describe", "run"]
 
+_FAR = 2**61
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _MULTIPLEXED, _DECODE = int(Role.MULTIPLEXED), int(Role.DECODE)
 _FINISHED = int(RequestState.FINISHED)
+_FCFS = int(Order.FCFS)
 
 
 @kernel
@@ -82,6 +85,10 @@ def _start_lane(s, q, i, l):
     clock.t0 = now
     clock.first, clock.delta = step_ticks(profile, share, lane)
     clock.left = lane.max_steps if lane.kind == _K_DECODE and q.sim[0].fast_forward == 1 else 1
+    if clock.left > 1 and s.inst[i].order != _FCFS and s.lists[queue_of(i), 2] > 0:
+        # Who goes first in the queue may change at the first step boundary from ``watch`` on.
+        watch = np.int64(max(min(s.watch[i], np.float64(_FAR)), np.float64(now)))
+        clock.left = min(clock.left, steps_done(clock, watch, True) + 1)
     set_event(q, 2 * i + l, now + span(clock, clock.left))
 
 
@@ -250,7 +257,7 @@ def _process(s, q, slot):
         set_event(q, slot, q.sim[0].now + s.cluster[0].control_ticks)
     else:
         set_event(q, slot, NEVER)
-        wake_held(s, s.cluster[0].hold_scan)
+        wake_due(s, q.sim[0].now)
 
 
 @kernel
@@ -277,11 +284,14 @@ def advance(s, q):
             q.sim[0].subject = subject
             return kind
         _kick_all(s, q)
+        held = s.lists[HELD, 2] > 0
+        if held and wake_for_idle(s):
+            continue
         if s.lists[ENDED, 2] > 0:
             _queue_follow_ups(s, q)
         _credit(s, q)
-        if s.lists[HELD, 2] > 0 and q.when[slots - 2] == NEVER:
-            set_event(q, slots - 2, q.sim[0].now + s.cluster[0].hold_ticks)
+        if held:
+            set_event(q, slots - 2, hold_event(s, q.sim[0].now, q.when[slots - 2]))
         done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots - 1] == NEVER
         slot = q.tree[1]
         if done or q.when[slot] > s.cluster[0].horizon_ticks:

@@ -86,7 +86,7 @@ def test_prefills_that_stand_aside_have_the_timeline_of_the_surrogate(seed: int)
 
 def test_in_crowded_clusters_prefills_do_stand_aside() -> None:
     aside = 0
-    for seed in range(30):
+    for seed in range(60):
         state, n_roots = crowded_cluster(seed)
         play(state, RandomPolicy(seed), n_roots=n_roots)
         aside += bool(state.inst["stood_aside"].any())

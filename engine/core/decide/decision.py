@@ -12,6 +12,7 @@ import numpy as np
 from engine.core.columns import N_CANDIDATE as _N_CANDIDATE
 from engine.core.columns import Col, Kind
 from engine.core.decide.features import candidate_row, context_row
+from engine.core.decide.patience import fits, is_idle, may_hold, may_shed, note_hold
 from engine.core.events.handover import drop_handover, hand_over
 from engine.core.events.lifecycle import hold, place, shed
 from engine.core.events.roles import begin_role_change
@@ -41,14 +42,6 @@ def open_control(s):
         s.cluster[0].realloc_due = 1
     if s.cluster[0].ask_tune == 1:
         s.cluster[0].tune_next = 0
-
-
-@kernel
-def _fits(s, i, r):
-    """Whether instance ``i`` may be given request ``r`` for prefill at all."""
-    if s.inst[i].target_role >= 0 or s.inst[i].lost == 1:
-        return False
-    return blocks_for(s.req[r].target + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
 
 
 @kernel
@@ -108,15 +101,18 @@ def _empty_row(row, column):
 def _build_place_prefill(s, r, now, needs, candidates, mask):
     n = s.cluster[0].n_instances
     allowed = 0
+    levers = s.cluster[0].allow_hold + s.cluster[0].allow_shed
+    idle = False
     for i in range(n):
         candidate_row(s, i, r, _PLACE_PREFILL, now, needs, candidates[i])
-        mask[i] = 1 if _fits(s, i, r) else 0
+        mask[i] = 1 if fits(s, i, r) else 0
         allowed += mask[i]
+        idle = idle or (levers > 0 and mask[i] == 1 and is_idle(s, i))
+    choice = levers > 0 and allowed > 0 and not idle
     _empty_row(candidates[n], _IS_HOLD)
-    patient = now - s.req[r].arrival < s.cluster[0].hold_limit
-    mask[n] = 1 if (s.cluster[0].allow_hold == 1 and patient) or allowed == 0 else 0
+    mask[n] = 1 if allowed == 0 or (choice and may_hold(s, r, now)) else 0
     _empty_row(candidates[n + 1], _IS_SHED)
-    mask[n + 1] = 1 if s.cluster[0].allow_shed == 1 else 0
+    mask[n + 1] = 1 if choice and may_shed(s, r, now) else 0
     return n + 2
 
 
@@ -244,6 +240,7 @@ def apply(s, kind, subject, action, now):
             place(s, subject, action, now)
         elif action == n:
             hold(s, subject)
+            note_hold(s, subject, now)
         else:
             shed(s, subject, now)
     elif kind == _PLACE_DECODE:

@@ -128,12 +128,13 @@ def _overtakes(s, i, r, own, q):
     """Whether a new prompt ``r`` (predicted prefill ``own`` ticks) goes before queued ``q``, as ``place`` does it."""
     order, mine, theirs = s.inst[i].order, s.req[r].priority, s.req[q].priority
     if order == _PREEMPTIVE:
-        return s.req[q].generated == 0 and (theirs > mine or (theirs == mine and s.req[q].work > own))
+        longer = s.req[q].work > own and s.req[q].late >= 0
+        return s.req[q].generated == 0 and (theirs > mine or (theirs == mine and longer))
     if order == _ON_TIME:
         return goes_before(s, r, q)
     waits = s.req[q].state == _WAITING and s.req[q].blocks == 0
     shorter = order == _SHORTEST and s.req[q].target - s.req[q].computed > s.req[r].target - s.req[r].computed
-    return waits and (theirs > mine or (theirs == mine and shorter))
+    return waits and (theirs > mine or (theirs == mine and shorter and s.req[q].late >= 0))
 
 
 @kernel

@@ -21,7 +21,7 @@ from engine.core.lists import (
     ready_of,
     remove,
 )
-from engine.core.schedule.on_time import line_up
+from engine.core.schedule.on_time import line_up, watch_bound
 from engine.core.schedule.predict import whole_device
 from engine.core.schedule.preemption import note_due, touch_pool
 from engine.core.slo import end_request, on_first_token, record_gaps
@@ -116,6 +116,7 @@ def _enqueue(s, i, r):
     while other >= 0:
         started = s.req[other].state != _WAITING or s.req[other].blocks > 0
         shorter = s.inst[i].order == _SHORTEST and s.req[other].target - s.req[other].computed > rest
+        shorter = shorter and s.req[other].late >= 0
         behind = s.req[other].priority > priority or (s.req[other].priority == priority and shorter)
         if not started and behind:
             break
@@ -144,6 +145,8 @@ def place(s, r, i, now):
     s.inst[i].queue_tokens += req.target
     s.inst[i].queue_work += req.work
     _enqueue(s, i, r)
+    if s.inst[i].order != _FCFS:
+        watch_bound(s, i, r, now)
     s.inst[i].dirty = 1
 
 

@@ -52,6 +52,8 @@ def overtaker(s, i, now):
     r = s.lists[queue_of(i), 0]
     while r >= 0:
         req = s.req[r]
+        if req.late < 0 and req.state == _WAITING:
+            return np.int32(-1)  # its second deadline is near, and it goes first
         if req.state == _WAITING and req.first_token < 0 and req.priority <= priority:
             n = float(req.target - req.computed)
             own = _prefill_s(s, i, n * n, n * req.computed, n)

@@ -3,7 +3,8 @@
 On one machine with all jobs at hand, the number of late jobs is least when jobs run in order of their deadlines and,
 whenever one would be late, the longest job up to there is put last (Moore 1968, Hodgson's algorithm). Prompts arrive
 one by one and run at a pace that decode sets, so the core repeats the test at every step boundary with what it
-predicts then. A prompt once given up stays so: it is computed when no prompt that can be in time waits.
+predicts then. A prompt once given up stays so: it is computed when no prompt that can be in time waits, or when its
+second deadline comes near (``engine.core.bounds``).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from engine.core.state import Batching, RequestState, Role
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 
-__all__ = ["deadline_of", "give_up_late", "goes_before", "line_up"]
+__all__ = ["deadline_of", "give_up_late", "goes_before", "line_up", "pace_of", "tail_due", "watch_bound"]
 
 _, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PREFILL_FIRST = int(Batching.PREFILL_FIRST)
 _WAITING = int(RequestState.WAITING)
+
+#: Prefill beside decode is taken to be no slower than this, until a closer look says how slow it is.
+_SLOWER = 8.0
 
 
 @kernel(forceinline=True)
@@ -30,8 +34,37 @@ def deadline_of(s, r):
 
 
 @kernel
+def tail_due(s, r):
+    """The second deadline of request ``r``, ticks: ``tail_factor`` TTFT targets after its arrival.
+
+    It is ten times as far after each time that it turned out to be out of reach as well, so that nobody is forgotten.
+    """
+    factor = s.cluster[0].tail_factor
+    for _ in range(abs(s.req[r].late) - 1):
+        factor *= 10.0
+    return s.req[r].arrival + factor * s.req[r].ttft_slo
+
+
+@kernel
+def watch_bound(s, i, r, now):
+    """Request ``r`` joined the queue of instance ``i`` or fell back in it: note when a bound may be near there.
+
+    Whoever else waits may have to wait for it too, and it for all of them.
+    """
+    s.req[r].late = abs(s.req[r].late)
+    left = tail_due(s, r) - now - _SLOWER * s.inst[i].queue_work
+    s.watch[i] = min(s.watch[i] - _SLOWER * s.req[r].work, now + 0.5 * left)
+
+
+@kernel(forceinline=True)
+def _band(late):
+    """Who starts first in order ON_TIME: second deadlines that are near, then prompts in time, then given up ones."""
+    return 0 if late < 0 else (1 if late == 0 else 2)
+
+
+@kernel
 def goes_before(s, r, q):
-    """Whether request ``r``, not yet queued, starts before queued ``q``: by priority, then in time, then deadline."""
+    """Whether request ``r``, not yet queued, starts before queued ``q``: by priority, band, then deadline."""
     mine, theirs = s.req[r], s.req[q]
     if theirs.state != _WAITING or theirs.blocks > 0 or theirs.generated > 0:
         return False
@@ -39,15 +72,18 @@ def goes_before(s, r, q):
         return theirs.priority > mine.priority
     if mine.generated > 0:
         return True
-    if theirs.late != mine.late:
-        return theirs.late > mine.late
-    if mine.late == 1:
+    band = _band(mine.late)
+    if _band(theirs.late) != band:
+        return _band(theirs.late) > band
+    if band == 2:
         return theirs.arrival > mine.arrival
+    if band == 0:
+        return tail_due(s, q) > tail_due(s, r)
     return deadline_of(s, q) > deadline_of(s, r)
 
 
 @kernel
-def _pace(s, i):
+def pace_of(s, i):
     """Predicted seconds on instance ``i`` per second of prefill work alone, with the decodes that run there now."""
     inst = s.inst[i]
     if inst.run_n == 0:
@@ -102,13 +138,13 @@ def give_up_late(s, i, now):
     queue = queue_of(i)
     if s.lists[queue, 2] == 0:
         return
-    pace = _pace(s, i)
+    pace = pace_of(s, i)
     end = float(now)
     lowest = s.req[s.lists[queue, 1]].priority
     r = s.lists[queue, 0]
     while r >= 0:
         after = s.req[r].next
-        if s.req[r].late == 1 and s.req[r].priority == lowest:
+        if s.req[r].late > 0 and s.req[r].priority == lowest:
             return  # only such ones follow
         end += s.req[r].work * pace
         if s.req[r].late == 0 and s.req[r].generated == 0 and end > deadline_of(s, r):
@@ -118,4 +154,5 @@ def give_up_late(s, i, now):
                 s.req[victim].late = 1
                 remove(s.lists, s.req, queue, victim)
                 line_up(s, i, victim)
+                watch_bound(s, i, victim, now)
         r = after

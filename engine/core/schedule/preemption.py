@@ -58,6 +58,7 @@ def requeue(s, i, r):
     req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n))
     s.inst[i].queue_tokens += req.target
     s.inst[i].queue_work += req.work
+    s.watch[i] = 0.0
 
 
 @kernel
@@ -79,6 +80,7 @@ def preempt(s, i, r):
     if queued and req.generated == 0 and s.inst[i].order == _PREEMPTIVE:
         queue = queue_of(i)
         remove(s.lists, s.req, queue, r)
+        req.late = abs(req.late)
         push_before(s.lists, s.req, queue, r, place_by_work(s.lists, s.req, queue, r))
     s.inst[i].preempted += 1
     s.cluster[0].n_preempted += 1

@@ -6,6 +6,7 @@ import numpy as np
 
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow
 from engine.core.lists import queue_of, ready_of
+from engine.core.schedule.bounds import keep_bounds
 from engine.core.schedule.on_time import give_up_late
 from engine.core.schedule.preemption import give_way, partly_prefilled, preempt, touch_pool
 from engine.core.state import Order, RequestState, Role
@@ -15,7 +16,7 @@ __all__ = ["admit_alone", "plan_queue", "take"]
 
 _PREFILL = int(Role.PREFILL)
 _PREFILLING = int(RequestState.PREFILLING)
-_ON_TIME = int(Order.ON_TIME)
+_ON_TIME, _FCFS = int(Order.ON_TIME), int(Order.FCFS)
 
 
 @kernel
@@ -147,8 +148,12 @@ def _unblock(s, i):
 @kernel
 def plan_queue(s, i, l, budget, chunked, limit, now):
     """``_plan_prompts``, but never stuck behind blocks that only queued requests hold."""
-    if s.inst[i].order == _ON_TIME:
-        give_up_late(s, i, now)
+    order = s.inst[i].order
+    if order != _FCFS:
+        if order == _ON_TIME:
+            give_up_late(s, i, now)
+        if now >= s.watch[i]:
+            keep_bounds(s, i, budget, now)
     k = _plan_prompts(s, i, l, budget, chunked, limit, now)
     while k == 0 and budget > 0 and s.lists[queue_of(i), 2] > 0 and _unblock(s, i):
         k = _plan_prompts(s, i, l, budget, chunked, limit, now)

@@ -180,16 +180,17 @@ def test_a_role_change_drains_pays_and_loses_the_cache_where_the_engine_would(
 
 
 def test_a_held_request_is_asked_for_again_after_the_hold_time() -> None:
-    case = Case((one(),), (RequestSpec(20, 1),), options=ClusterOptions(hold=True, hold_s=0.05))
+    requests = (RequestSpec(300, 1), RequestSpec(20, 1, gap_s=0.010))
+    case = Case((one(),), requests, options=ClusterOptions(hold=True, hold_s=0.05))
     hold = 1
-    assert ms(serve(case, hold, hold, 0), "placed") == [100]
-    assert ms(serve(case, hold, 0), "first_token") == [70]
+    assert ms(serve(case, 0, hold, hold, 0), "placed") == [0, 110]
+    assert ms(serve(case, 0, hold, 0), "first_token") == [300, 320]
 
 
 def test_a_shed_request_counts_as_missed() -> None:
-    case = Case((one(),), (RequestSpec(20, 1), RequestSpec(20, 1)), options=ClusterOptions(shed=True))
-    s = serve(case, 2, 0)
-    assert s.req["state"].tolist() == [RequestState.SHED, RequestState.FINISHED]
+    requests = (RequestSpec(300, 1), RequestSpec(20, 1, gap_s=0.01, ttft_slo_s=0.2))
+    s = serve(Case((one(),), requests, options=ClusterOptions(shed=True)), 0, 2)
+    assert s.req["state"].tolist() == [RequestState.FINISHED, RequestState.SHED]
     assert (s.cls[0]["sent"], s.cls[0]["good"]) == (2, 1)
     assert s.cluster[0]["miss_weight"] == 1.0
 
@@ -211,9 +212,10 @@ def test_a_follow_up_turn_comes_after_the_think_time_and_never_after_a_refusal()
     s = serve(Case((one(),), requests, options=options))
     assert ms(s, "arrival") == [0, 520]
     assert ms(s, "first_token") == [20, 550]
-    s = serve(Case((one(),), requests, options=options), 2)
-    assert s.req["state"].tolist() == [RequestState.SHED, RequestState.NEW]
-    assert s.cluster[0]["n_sent"] == 1
+    requests = (RequestSpec(300, 1), RequestSpec(20, 1, ttft_slo_s=0.2), RequestSpec(30, 1, follows=1, think_s=0.5))
+    s = serve(Case((one(),), requests, options=options), 0, 2)
+    assert s.req["state"].tolist() == [RequestState.FINISHED, RequestState.SHED, RequestState.NEW]
+    assert s.cluster[0]["n_sent"] == 2
 
 
 def test_a_request_may_bring_its_own_targets() -> None:
