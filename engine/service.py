@@ -220,7 +220,7 @@ class Engine:
             _log.critical("the scheduler stopped", exc_info=error)
             for request in self.instances.requests:
                 if request is not None:
-                    request.sink(Delta(None, "", ERROR))
+                    self.instances.heard(request, Delta(None, "", ERROR))
             self.instances.after_step()
             self._open.forget()
 
@@ -253,6 +253,7 @@ class Engine:
             raise SlalomError("prompt", f"{len(tokens)} tokens", fix)
         if not all(0 <= token < self.vocab_size for token in tokens):
             raise SlalomError("prompt", "unknown token id", f"ids go from 0 to {self.vocab_size - 1}")
+        self._check_ends(params)
         if not 0 <= cls < len(self.state.cls):
             raise SlalomError("class", cls, f"classes go from 0 to {len(self.state.cls) - 1}")
         if abs(priority) >= 2**31:
@@ -279,6 +280,16 @@ class Engine:
             # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
             self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
         return request
+
+    def _check_ends(self, params: SamplingParams) -> None:
+        """:raises SlalomError: stop tokens that are none, or that leave nothing to choose from"""
+        ends = set(params.stop_token_ids)
+        for token in ends:
+            if not 0 <= token < self.vocab_size:
+                raise SlalomError("stop_token_ids", token, f"ids go from 0 to {self.vocab_size - 1}")
+        if params.min_tokens > 0 and len(ends | self.tokenizer.eos_ids) >= self.vocab_size:
+            fix = "with min_tokens some token must be left that ends nothing"
+            raise SlalomError("stop_token_ids", f"{len(ends)} tokens", fix)
 
     def _why_not(self) -> str:
         if self.failure is not None:

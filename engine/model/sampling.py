@@ -15,6 +15,9 @@ __all__ = ["SamplingParams", "choose_tokens", "uniform"]
 
 _MASK = (1 << 64) - 1
 _HEAD = 1024  # tokens looked at first: nearly always enough for top-k and top-p, and cheaper than all
+_COLD = 1e-5  # below this temperature float32 cannot tell the logits' quotients apart: greedy (as vLLM)
+_MOST_TOP_K = 2**31 - 1
+_MOST_STOPS, _MOST_STOP_TEXT, _MOST_STOP_IDS = 64, 4096, 256  # each is looked at for every token, in everybody's step
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +25,12 @@ class SamplingParams:
     """What a request asks of its continuation. Names and meanings are vLLM's where OpenAI has none.
 
     :param max_tokens: tokens to generate at most
-    :param temperature: 0 is greedy
+    :param temperature: 0 is greedy, and so is what lies below 1e-5
     :param top_p: sample from the fewest most likely tokens that hold this probability
     :param top_k: sample from this many most likely tokens; 0 for all
-    :param seed: fixes the draws: the same seed draws the same numbers whatever else is in the batch
-    :param stop: strings that end the output (not part of it)
-    :param stop_token_ids: tokens that end the output (their text is not part of it)
+    :param seed: fixes the draws: the same seed draws the same numbers whatever else is in the batch; 64 bits
+    :param stop: up to 64 strings that end the output (not part of it), of 4096 characters together
+    :param stop_token_ids: up to 256 tokens that end the output (their text is not part of it)
     :param min_tokens: tokens before which nothing may end the output but ``max_tokens``
     :param ignore_eos: go on past the model's end tokens (for load tests of a given length)
     :raises SlalomError: a value out of range
@@ -48,9 +51,13 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "from 0 (greedy) to 100"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
-            ("top_k", self.top_k >= 0, "at least 1, or 0 for all tokens"),
+            ("top_k", 0 <= self.top_k <= _MOST_TOP_K, f"from 1 to {_MOST_TOP_K}, or 0 for all tokens"),
+            ("seed", -(2**63) <= self.seed < 2**64, "a number of at most 64 bits"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
             ("stop", all(self.stop), "stop strings must not be empty"),
+            ("stop", len(self.stop) <= _MOST_STOPS, f"at most {_MOST_STOPS} strings"),
+            ("stop", sum(map(len, self.stop)) <= _MOST_STOP_TEXT, f"at most {_MOST_STOP_TEXT} characters together"),
+            ("stop_token_ids", len(self.stop_token_ids) <= _MOST_STOP_IDS, f"at most {_MOST_STOP_IDS} tokens"),
         )
         for name, holds, fix in rules:
             if not holds:
@@ -75,7 +82,7 @@ def choose_tokens(
     """
     logits = _bar_ends(logits, params, steps, eos_ids)
     tokens = logits.argmax(-1)
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0.0]
+    drawn = [row for row, p in enumerate(params) if p.temperature >= _COLD]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         tokens[rows] = _draw(logits[rows].float(), [params[i] for i in drawn], [steps[i] for i in drawn])
@@ -132,7 +139,9 @@ def _truncated(
     probabilities = (best - total).exp()
     reached = probabilities.cumsum(-1)
     enough = inside | (reached[:, -1:] >= top_p) | (width == logits.shape[1])
-    kept = probabilities.masked_fill(reached - probabilities >= top_p, 0.0)
+    dropped = reached - probabilities >= top_p
+    dropped[:, 0] = False  # the best one stays, also where float32 has no number for top_p
+    kept = probabilities.masked_fill(dropped, 0.0)
     return order.gather(1, _invert(kept, draws).unsqueeze(1)).squeeze(1), enough.squeeze(1)
 
 

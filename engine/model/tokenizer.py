@@ -53,8 +53,14 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``; ``special`` adds what the model expects around a prompt (such as BOS)."""
-        return self._backend.encode(text, add_special_tokens=special).ids
+        """Token ids of ``text``; ``special`` adds what the model expects around a prompt (such as BOS).
+
+        :raises SlalomError: lone surrogates, which are no text
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=special).ids
+        except (UnicodeError, TypeError) as error:  # which of them depends on the library's version
+            raise SlalomError("prompt", ascii(text), "half a surrogate pair is no character") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens left out."""
@@ -76,7 +82,7 @@ class Tokenizer:
         names = {"add_generation_prompt": True} | self._variables | extra
         try:
             text = self._template.render(messages=messages, **names)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a stranger's template on a client's values: anything may be wrong with them
             raise SlalomError("messages", str(error), "the model's chat template refuses them") from error
         return self.encode(text, special=False)
 

@@ -83,9 +83,8 @@ def create_app(
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
-        extra: dict[str, Any] = {"tools": body.tools} if body.tools else {}
         messages = [message.plain() for message in body.messages]
-        tokens = engine.tokenizer.chat(messages, **extra, **(body.chat_template_kwargs or {}))
+        tokens = engine.tokenizer.chat(messages, **body.template_names())
         return await _answer(engine, model, body, tokens, http, chat=True)
 
     return app

@@ -134,6 +134,17 @@ class ChatRequest(_Generate):
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    def template_names(self) -> dict[str, Any]:
+        """What the chat template may name beside the messages.
+
+        :raises SlalomError: names that are fields of the request itself
+        """
+        names = self.chat_template_kwargs or {}
+        for taken in ("self", "messages", "tools"):
+            if taken in names:
+                raise SlalomError("chat_template_kwargs", taken, "send it as a field of the request")
+        return names | ({"tools": self.tools} if self.tools else {})
+
 
 class Targets(BaseModel):
     """A request's own targets, seconds; None for those of its class."""
