@@ -88,7 +88,7 @@ class Lines:
             "type": "decision",
             "seq": int(meta[Meta.SEQ]),
             "time": int(meta[Meta.TIME_NS]) / 1e9,
-            "now_s": int(meta[Meta.NOW]) / 1e12,
+            "now_s": int(meta[Meta.NOW]) / 1e9,
             "kind": Kind(kind).name.lower(),
             "request": int(meta[Meta.REQUEST]),
             "generation": int(meta[Meta.GENERATION]),

@@ -49,7 +49,7 @@ class Meta(IntEnum):
 
     SEQ = 0
     TIME_NS = 1  # wall clock, since 1970
-    NOW = 2  # ticks of the engine's clock
+    NOW = 2  # nanoseconds of the engine's clock
     KIND = 3
     REQUEST = 4  # number that the client sees (cmpl-17 is 17); -1 for control decisions
     ROWS = 5

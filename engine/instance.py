@@ -154,7 +154,7 @@ class LiveInstances:
             self._free.append(r)
             self._tell_end(request, ERROR)
             return
-        live.begin(self._words, r, request.arrival)
+        live.begin(self._words, r, max(self._clock.ticks(request.handed_in), 0))
 
     def _fill_in(self, r: int, request: Request) -> None:
         """Write ``request`` into slot ``r``."""

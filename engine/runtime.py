@@ -20,6 +20,7 @@ from engine.clock import Clock, Slots
 from engine.core import live
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
 from engine.core.lists import HELD
+from engine.core.origin import move_origin, shift_for
 from engine.core.policy import Policy
 from engine.core.rows import addresses
 from engine.core.state import ClusterState
@@ -114,7 +115,7 @@ class Guard(Protocol):
     def choose(
         self, kind: int, subject: int, now: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray
     ) -> int:
-        """The row to carry out; always an allowed one."""
+        """The row to carry out; always an allowed one. ``now``: ticks since the clock was made."""
         ...
 
 
@@ -183,6 +184,10 @@ class Runtime:
             event = self.clock.next()
             if event is None:
                 return
+            if self.clock.is_far:
+                shift = shift_for(self.state, self.clock.now)
+                self.clock.move(shift)
+                move_origin(self.state, shift, self.clock.origin)
             self._handle(event.slot, event.outcome)
 
     # -- after each event ----------------------------------------------------------------------------------
@@ -215,7 +220,8 @@ class Runtime:
             if guard is None:
                 action = self._choose(kind, self._candidates[:k], self._mask[:k])
             else:
-                action = guard.choose(kind, subject, now, self._context, self._candidates[:k], self._mask[:k])
+                asked = (self._context, self._candidates[:k], self._mask[:k])
+                action = guard.choose(kind, subject, now + self.clock.origin, *asked)
             live.answer(self.words, kind, subject, action, now)
             self.decisions[_KINDS[kind]] += 1
 

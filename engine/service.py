@@ -19,7 +19,7 @@ from engine.core import interrupt
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Batching, ClusterState, Role
-from engine.errors import SlalomError
+from engine.errors import PromptTooLong, SlalomError
 from engine.hosts import Host, local_hosts
 from engine.instance import LiveInstances
 from engine.integrity import faults
@@ -70,7 +70,7 @@ class _Open:
 
     def wait_for_none(self, timeout_s: float) -> None:
         with self.lock:
-            self._none.wait_for(lambda: self.n == 0, timeout_s)
+            self._none.wait_for(lambda: self.n == 0, min(timeout_s, threading.TIMEOUT_MAX))
 
 
 def build_state(
@@ -203,7 +203,7 @@ class Engine:
 
         if self._thread.is_alive():
             self.clock.post(self.runtime.slots.arrival, last_call)
-            self._thread.join(5.0 + timeout_s)
+            self._thread.join(min(5.0 + timeout_s, threading.TIMEOUT_MAX))
         ended = self.instances.stop() and not self._thread.is_alive()
         if ended:
             for host in self._hosts:
@@ -241,16 +241,16 @@ class Engine:
 
         :param ttft_s: own target, that of the class if not given; ``tpot_s`` likewise
         :param priority: on each instance prompts of a lower value start first (as vLLM); no running one is stopped
-        :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; a bad class, target or priority
+        :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; no such stop token; a bad
+            class, target or priority
         :raises Overloaded: all slots are taken
         :raises Unavailable: draining, closed or broken
         """
+        if not prompt:
+            raise SlalomError("prompt", [], "give at least one token")
         tokens = list(prompt)
-        if not tokens:
-            raise SlalomError("prompt", tokens, "give at least one token")
         if len(tokens) >= self.max_tokens:
-            fix = f"prompt and answer together may have {self.max_tokens} tokens here"
-            raise SlalomError("prompt", f"{len(tokens)} tokens", fix)
+            raise PromptTooLong("prompt", f"{len(tokens)} tokens", self.max_tokens)
         if not all(0 <= token < self.vocab_size for token in tokens):
             raise SlalomError("prompt", "unknown token id", f"ids go from 0 to {self.vocab_size - 1}")
         self._check_ends(params)
@@ -276,7 +276,7 @@ class Engine:
             if self._open.n >= len(self.state.req):
                 raise Overloaded(f"{self._open.n} requests are open")
             self._open.n += 1
-            request.arrival = self.clock.read()
+            request.handed_in = self.clock.stamp()
             # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
             self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
         return request
@@ -368,7 +368,7 @@ def _target(name: str, seconds: float | None) -> int:
         return 0
     if not (math.isfinite(seconds) and 0.0 < seconds <= 86400.0):
         raise SlalomError(f"{name} target", seconds, "give a positive number of seconds, at most a day")
-    return int(to_ticks(seconds))
+    return max(int(to_ticks(seconds)), 1)  # 0 would mean that of the class
 
 
 def _check_layers(model: Llama | Checkpoint, state: ClusterState) -> None:

@@ -19,7 +19,7 @@ from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, que
 from engine.core.roles import end_role_change, role_change_ready
 from engine.core.slo import seal
 from engine.core.state import LaneKind, RequestState, Role, attach
-from engine.latency.evaluate import to_ticks
+from engine.latency.evaluate import FOREVER, to_ticks
 from env.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 
 __all__ = ["advance", "answer", "describe", "run"]
@@ -27,6 +27,7 @@ __all__ = ["advance", "answer", "describe", "run"]
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _MULTIPLEXED, _DECODE = int(Role.MULTIPLEXED), int(Role.DECODE)
 _FINISHED = int(RequestState.FINISHED)
+_FAR = float(FOREVER)
 
 
 @kernel
@@ -82,6 +83,8 @@ def _start_lane(s, q, i, l):
     clock.t0 = now
     clock.first, clock.delta = step_ticks(profile, share, lane)
     clock.left = lane.max_steps if lane.kind == _K_DECODE and q.sim[0].fast_forward == 1 else 1
+    while clock.left > 1 and clock.left * (float(clock.first) + 0.5 * clock.delta * clock.left) > _FAR:
+        clock.left //= 2  # no jump beyond what stamps can hold
     set_event(q, 2 * i + l, now + span(clock, clock.left))
 
 

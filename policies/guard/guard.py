@@ -323,7 +323,7 @@ class Guard:
         if self.log is None:
             return
         meta = self._meta
-        meta[0], meta[1], meta[2], meta[3], meta[4] = self._seq, time.time_ns(), now, kind, request
+        meta[0], meta[1], meta[2], meta[3], meta[4] = self._seq, time.time_ns(), now // 1000, kind, request
         meta[5], meta[6], meta[7], meta[8], meta[9] = len(mask), action, advised, reason, took
         meta[10], meta[11], meta[12] = self.swaps, len(scores), subject
         self.log.decision(meta, context, candidates, mask, scores)

@@ -49,7 +49,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_line_says_what_was_decided_and_on_what(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "log.jsonl")
     log.note("policy", generation=0, name="mine")
-    log.decision(*decision(1, TIME_NS=1_700_000_000 * 10**9, NOW=2 * 10**12))
+    log.decision(*decision(1, TIME_NS=1_700_000_000 * 10**9, NOW=2 * 10**9))
     log.decision(*decision(2, CHOICE=3, ADVISED=-1, REASON=REASONS.index("deadline"), scores=False))
     log.close()
     assert (log.dropped, log.writing) == (0, False)
