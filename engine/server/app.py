@@ -20,7 +20,9 @@ from engine.errors import SlalomError
 from engine.request import SHED, UNPLACEABLE, Delta
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
+from engine.server.limits import BodyLimit, most_bytes
 from engine.server.metrics import Metrics
+from engine.server.prompts import Prompts
 from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, class_of, error_body, targets_of
 from engine.server.streams import Mailroom, Stream, unanswered
 from engine.service import Engine, Overloaded, Unavailable
@@ -49,21 +51,23 @@ def create_app(
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
     """
-    metrics = Metrics(engine, model)
+    metrics, prompts = Metrics(engine, model), Prompts(engine.tokenizer, engine.max_tokens)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         app.state.mailroom, app.state.classes = Mailroom(engine, asyncio.get_running_loop()), list(classes)
         yield
         await asyncio.to_thread(engine.close, drain_s)
+        prompts.close()
 
     app = FastAPI(title="Slalom", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(BodyLimit, most=most_bytes(engine.max_tokens))
     _add_errors(app)
     add_admin(app, engine, load_policy)
     add_dashboard(app, engine, model, metrics.met)
 
     @app.get("/health")
-    def health() -> Response:
+    async def health() -> Response:  # in the event loop: no queue for threads delays it
         return Response(status_code=200 if engine.accepting else 503)
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])  # AIPerf probes with HEAD
@@ -78,13 +82,13 @@ def create_app(
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
         prompt = body.only_prompt()
-        tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = await prompts.text(prompt) if isinstance(prompt, str) else prompt
         return await _answer(engine, model, body, tokens, http, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
         messages = [message.plain() for message in body.messages]
-        tokens = engine.tokenizer.chat(messages, **body.template_names())
+        tokens = await prompts.chat(messages, body.template_names())
         return await _answer(engine, model, body, tokens, http, chat=True)
 
     return app

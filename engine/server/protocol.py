@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,10 @@ _HEADERS = {
     "ttft_s": ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms"),
     "tpot_s": ("x-slo-tpot-ms", "x-llm-d-slo-tpot-ms"),
 }
+
+
+T = TypeVar("T")
+_Few = Annotated[list[T], Field(max_length=16)]  # several prompts are refused in any case
 
 
 class _Lenient(BaseModel):
@@ -84,7 +88,7 @@ class _Generate(_Lenient):
 class CompletionRequest(_Generate):
     """``POST /v1/completions``: a text, its token ids, or a list with one of them."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int] | _Few[str] | _Few[list[int]]
 
     def only_prompt(self) -> str | list[int]:
         """The one prompt.
@@ -126,7 +130,7 @@ class Message(_Lenient):
 class ChatRequest(_Generate):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
