@@ -31,7 +31,7 @@ from engine.latency.evaluate import TICKS_PER_S
 from engine.model import SamplingParams, load_model, load_tokenizer
 from engine.request import ABORT, Delta, Request
 from engine.service import Engine, build_state
-from env.cluster import arena_of, build_trace, requests_of
+from env.cluster import arena_of, build_trace, check_classes, requests_of
 from env.scenario import Scenario
 from env.simulate import RunResult, bind_policy
 from env.workload import Trace
@@ -239,6 +239,7 @@ def replay(
     bound: Policy = bind_policy(policy, scenario, values)
     if trace is None:
         trace = build_trace(scenario, rate, n_requests or scenario.n_requests, seed, split)
+    check_classes(trace, len(scenario.classes))
     specs = arena.arranged(bound.arrangement)
     park.warm(specs)
     _scratch(scenario, park, bound, specs)

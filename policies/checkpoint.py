@@ -29,6 +29,7 @@ from safetensors.numpy import save as format_safetensors
 from engine.core.columns import Kind, Need
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
+from engine.regular import LARGE, SMALL, check_regular
 from policies import compiled, guided, registry
 from policies.arrangement import resized
 from policies.card import model_card
@@ -321,6 +322,7 @@ def _read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def _read(path: Path) -> bytes:
+    check_regular(path, LARGE if path.name == _WEIGHTS else SMALL)
     try:
         return path.read_bytes()
     except OSError as error:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.errors import SlalomError
+from engine.regular import check_regular
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]
 
@@ -49,6 +50,7 @@ def load_recipe(name: str) -> Recipe:
     :raises SlalomError: no such recipe, or one with unknown or impossible fields
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    check_regular(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import SlalomError
+from engine.regular import check_regular
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -46,6 +47,7 @@ class GGUFFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        check_regular(path, 2**50)  # mapped, not read
         try:
             with self.path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
