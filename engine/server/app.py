@@ -34,6 +34,7 @@ _DEFAULT_CHAT_TOKENS = 512
 _DEFAULT_TOKENS = 16  # OpenAI's default for plain completions
 _CLIENT_GONE = 499  # nobody reads it; for the access log
 _RETRY_AFTER = {"Retry-After": "1"}
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def create_app(
@@ -197,12 +198,12 @@ async def _events(
             if unanswered(delta):
                 yield _event(error_body("the request failed in the engine", "server_error", 500))
                 return
-            if delta.text or delta.finish is not None or not begun:
-                chunk = shape.chunk(delta.text, delta.finish, first=not begun)
-                if options and options.continuous_usage_stats:
-                    chunk["usage"] = _usage(stream).body()
-                yield _event(chunk)
-                begun = True
+            # One for each token, also where its text waits for the next: clients count events.
+            chunk = shape.chunk(delta.text, delta.finish, first=not begun)
+            if options and options.continuous_usage_stats:
+                chunk["usage"] = _usage(stream).body()
+            yield _event(chunk)
+            begun = True
         if options and options.include_usage:
             yield _event(shape.usage_chunk(_usage(stream)))
         yield "data: [DONE]\n\n"
@@ -211,4 +212,6 @@ async def _events(
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """One event. Line separators that JSON allows in a string are escaped: many clients split lines at them."""
+    text = json.dumps(data, ensure_ascii=False)
+    return f"data: {text if text.isascii() else text.translate(_LINE_ENDS)}\n\n"
