@@ -34,6 +34,7 @@ class Control(IntEnum):
     READ = 2
     DROPPED = 3  # records that did not fit
     CLOSED = 4  # 1: the writer may end once it has read everything
+    LOST = 5  # records that the writer could not write
 
 
 class Type(IntEnum):
@@ -182,8 +183,8 @@ class Ring:
 
     @property
     def dropped(self) -> int:
-        """Records for which there was no room."""
-        return int(self.control[Control.DROPPED])
+        """Records for which there was no room, here or on the disk."""
+        return int(self.control[Control.DROPPED] + self.control[Control.LOST])
 
     def close(self) -> None:
         """Let go of the memory; a reader that has it open keeps it."""

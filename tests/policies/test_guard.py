@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx, Kind
 from engine.core.state import Role
+from engine.decision_log import DecisionLog
 from engine.errors import SlalomError
 from engine.modelled import play
 from policies.guard import Guard
@@ -380,3 +382,13 @@ def test_config_says_where_it_is_wrong(tmp_path: Any) -> None:
             GuardConfig.load(path)
     with pytest.raises(SlalomError, match="not readable"):
         GuardConfig.load(tmp_path / "none.yaml")
+
+
+def test_the_guard_looks_after_whoever_writes_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[float] = []
+    log = DecisionLog(tmp_path / "log.jsonl", writer="thread")
+    state = cluster()
+    monkeypatch.setattr(log, "look_after", lambda: looked.append(1.0))
+    guarded("least_tokens", state, log=log)
+    log.close()
+    assert 0 < len(looked) <= int(state.req["finished"].max()) * 1e-12 + 1, "at most once a second"
