@@ -14,9 +14,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 
 from engine.core.policy import Policy
-from engine.errors import SlalomError
+from engine.errors import PromptTooLong, SlalomError
 from engine.request import SHED, UNPLACEABLE, Delta
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
@@ -67,7 +68,7 @@ def create_app(
     add_admin(app, engine, load_policy)
     add_dashboard(app, engine, model, metrics.met)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:  # in the event loop: no queue for threads delays it
         return Response(status_code=200 if engine.accepting else 503)
 
@@ -75,19 +76,32 @@ def create_app(
     def scrape() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "slalom"}
+    card |= {"max_model_len": engine.max_tokens}
+
+    def check_model(name: str | None) -> None:
+        if name and name != model:
+            raise _NoSuchModel(name)
+
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "slalom"}
-        return {"object": "list", "data": [card | {"max_model_len": engine.max_tokens}]}
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return card
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
+        check_model(body.model)
         prompt = body.only_prompt()
         tokens = await prompts.text(prompt) if isinstance(prompt, str) else prompt
         return await _answer(engine, model, body, tokens, http, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
+        check_model(body.model)
         messages = [message.plain() for message in body.messages]
         tokens = await prompts.chat(messages, body.template_names())
         return await _answer(engine, model, body, tokens, http, chat=True)
@@ -95,16 +109,38 @@ def create_app(
     return app
 
 
+class _NoSuchModel(Exception):
+    """The model that a request names is not the one served here."""
+
+
 def _add_errors(app: FastAPI) -> None:
+    bad = "invalid_request_error"
+
     @app.exception_handler(SlalomError)
-    def bad_value(_: Request, error: SlalomError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "invalid_request_error", 400), 400)
+    async def bad_value(_: Request, error: SlalomError) -> JSONResponse:
+        code: int | str = "context_length_exceeded" if isinstance(error, PromptTooLong) else 400
+        return JSONResponse(error_body(str(error), bad, code, error.field), 400)
+
+    @app.exception_handler(_NoSuchModel)
+    async def no_such_model(_: Request, error: _NoSuchModel) -> JSONResponse:
+        text = f"model: {str(error)[:200]!r} is not served here; /v1/models says what is"
+        return JSONResponse(error_body(text, bad, "model_not_found", "model"), 404)
 
     @app.exception_handler(RequestValidationError)
-    def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(error_body(f"{where}: {first['msg']}", "invalid_request_error", 400), 400)
+        ours = first.get("ctx", {}).get("error")
+        if isinstance(ours, SlalomError):
+            return JSONResponse(error_body(str(ours), bad, 400, ours.field), 400)
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        field = next((str(part) for part in first["loc"][1:]), None)
+        return JSONResponse(error_body(f"{where}: {first['msg']}", bad, 400, field), 400)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        """No such route or method, a body that is no JSON: what the framework itself refuses."""
+        body = error_body(str(error.detail), bad, error.status_code)
+        return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(Overloaded)
     def overloaded(_: Request, error: Overloaded) -> JSONResponse:

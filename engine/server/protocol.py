@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.errors import SlalomError
 from engine.model.sampling import SamplingParams
+from engine.server.unserved import refuse_unserved
 
 __all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "class_of", "error_body", "targets_of"]
 
@@ -42,7 +43,7 @@ class _Generate(_Lenient):
     default is the other way round). ``slo_class``: one of the server's classes, as the header ``x-slo-class``.
     """
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=1024)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -57,6 +58,13 @@ class _Generate(_Lenient):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] = 0
     slo_class: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_served(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            refuse_unserved(body, chat="messages" in cls.model_fields)
+        return body
 
     def limit(self) -> int | None:
         """Tokens to generate at most, None when the client leaves it open."""
@@ -245,6 +253,6 @@ class Shape:
         return f"chat.completion{suffix}" if self._chat else "text_completion"
 
 
-def error_body(message: str, kind: str, code: int) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def error_body(message: str, kind: str, code: int | str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it; ``param``: the field that is wrong."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

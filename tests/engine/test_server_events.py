@@ -31,9 +31,7 @@ def test_no_separator_of_lines_is_left_in_an_event() -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_text_with_separators_arrives_whole(
-    served: Served, stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_with_separators_arrives_whole(served: Served, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Detokenizer, "push", lambda self, token: SEPARATORS)
     body = {"prompt": PROMPT, **GREEDY, "max_tokens": 3, "stream": stream}
     if not stream:
