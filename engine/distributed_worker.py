@@ -25,6 +25,7 @@ from engine.errors import SlalomError
 from engine.hosts import LocalExecutor
 from engine.lanes import Lanes, make_device
 from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
+from engine.model.available import check_device
 from engine.quick_profile import measure
 
 __all__ = ["DTYPES", "Worker", "app", "main"]
@@ -125,6 +126,7 @@ def work(
     """Hold weights and KV for a serve started with --workers HOST:PORT. Both need the same secret in SLALOM_KEY."""
     if dtype not in DTYPES:
         raise SlalomError("--dtype", dtype, f"use one of {', '.join(DTYPES)}")
+    check_device(device)
     torch.set_num_threads(1)
     address = parse_address(listen_on)
     listener = listen(address)

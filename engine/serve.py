@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "app", "build", "main"]
 
+_log = logging.getLogger("slalom.serve")
 _WARM_UP_TOKENS = 256
 _DAY_MS = 86_400_000.0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -95,9 +96,8 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
     for k, entry in enumerate(entries):
         try:
             numbers = {x: float(entry[x]) for x in ("ttft_s", "tpot_s", "ttft_factor", "weight") if x in entry}
-            if any(not 0.0 <= number <= 86400.0 for number in numbers.values()) or entry["name"] in found:
-                raise ValueError
-            if not numbers["tpot_s"] > 0.0 or not max(numbers["ttft_s"], numbers.get("ttft_factor", 0.0)) > 0.0:
+            targets = min(numbers["tpot_s"], max(numbers["ttft_s"], numbers.get("ttft_factor", 0.0)))
+            if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or entry["name"] in found:
                 raise ValueError
             found[str(entry["name"])] = SloClass(**numbers)
         except (KeyError, TypeError, ValueError) as error:
@@ -187,6 +187,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     import torch
 
     from engine.model import load_tokenizer
+    from engine.model.available import check_device
     from engine.server import create_app
     from engine.service import Engine, build_state
 
@@ -194,10 +195,15 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if options.dtype not in kinds:
         raise SlalomError("--dtype", options.dtype, f"use one of {', '.join(kinds)}")
+    if not options.workers:
+        check_device(options.device)
+    _log.info("loading %s", options.model)
     tokenizer = load_tokenizer(options.model)
     classes = load_classes(options.classes, options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)
     model, workers = _weights(options, kinds[options.dtype])
     try:
+        if not options.profile:
+            _log.info("measuring a profile (--profile names one)")
         profile, share = _profile(options, workers or model)
     except BaseException:
         if workers is not None:
@@ -225,6 +231,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     if not options.roles and policy.arrangement is not None:
         specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
         state = state_of(specs)
+    _log.info("warming up: code is compiled where it is new")
     remote: dict[str, Any] = {"transfer_timeout_s": options.transfer_timeout_s}
     if workers is not None:
         remote |= {"hosts": workers.hosts(state), "transport": workers.transport}
@@ -348,6 +355,10 @@ def serve(
     """
     import uvicorn
 
+    from engine.server.ending import reserve
+
+    door = reserve(host, port)
+    port = door.getsockname()[1]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     engine, application = build(
         Options(
@@ -360,18 +371,12 @@ def serve(
     print(f"serving {model} on http://{host}:{port} with policy {engine.runtime.policy.name}", file=sys.stderr)
     # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
     signal.signal(signal.SIGTERM, _done)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application,
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=max(1, int(drain_s)),
-        )
-    )
+    # By the end of the timeout those that are cut off have heard so.
+    last = int(drain_s) + 6
+    config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=last)
+    server = uvicorn.Server(config)
     application.state.server = server  # open dashboards end when it does
-    server.run()
+    server.run(sockets=[door])
     if not server.started:
         sys.exit(3)  # it has said why
 

@@ -167,7 +167,12 @@ class Engine:
     @property
     def accepting(self) -> bool:
         """Whether a new request would be taken."""
-        return self._accepting and self.failure is None and len(self.instances.lost) < len(self.state.inst)
+        return self._accepting and not self.is_dead
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it will never take a request again, however long one waits."""
+        return self.failure is not None or len(self.instances.lost) >= len(self.state.inst)
 
     @property
     def n_open(self) -> int:
@@ -299,6 +304,10 @@ class Engine:
     def abort(self, request: Request) -> None:
         """The caller is gone; the request's blocks are free at once, or when the step in flight has ended."""
         self.clock.post(self.runtime.slots.arrival, partial(self.instances.doom, request, ABORT))
+
+    def abort_all(self) -> None:
+        """Nobody waits any longer: every open request ends now."""
+        self.clock.post(self.runtime.slots.arrival, partial(self.instances.doom_all, ABORT))
 
     # -- administration ------------------------------------------------------------------------------------------
 

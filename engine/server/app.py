@@ -18,9 +18,10 @@ from starlette.exceptions import HTTPException
 
 from engine.core.policy import Policy
 from engine.errors import PromptTooLong, SlalomError
-from engine.request import SHED, UNPLACEABLE, Delta
+from engine.request import ABORT, SHED, UNPLACEABLE, Delta
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
+from engine.server.ending import say_goodbye
 from engine.server.limits import BodyLimit, most_bytes
 from engine.server.metrics import Metrics
 from engine.server.prompts import Prompts
@@ -58,13 +59,15 @@ def create_app(
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         app.state.mailroom, app.state.classes = Mailroom(engine, asyncio.get_running_loop()), list(classes)
+        ending = asyncio.create_task(say_goodbye(engine, app.state, drain_s))
         yield
+        ending.cancel()
         await asyncio.to_thread(engine.close, drain_s)
         prompts.close()
 
     app = FastAPI(title="Slalom", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, most=most_bytes(engine.max_tokens))
-    _add_errors(app)
+    _add_errors(app, engine)
     add_admin(app, engine, load_policy)
     add_dashboard(app, engine, model, metrics.met)
 
@@ -113,7 +116,7 @@ class _NoSuchModel(Exception):
     """The model that a request names is not the one served here."""
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, engine: Engine) -> None:
     bad = "invalid_request_error"
 
     @app.exception_handler(SlalomError)
@@ -148,7 +151,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Unavailable)
     def unavailable(_: Request, error: Unavailable) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "unavailable", 503), 503, headers=_RETRY_AFTER)
+        again = {} if engine.is_dead else _RETRY_AFTER
+        return JSONResponse(error_body(str(error), "unavailable", 503), 503, headers=again)
 
 
 async def _answer(
@@ -209,9 +213,15 @@ def _refusal(delta: Delta) -> JSONResponse:
     if delta.finish == UNPLACEABLE:
         body = error_body("no instance can hold this request", "unavailable", 503)
         return JSONResponse(body, 503, headers=_RETRY_AFTER)
-    message = "the engine is shutting down" if delta.finish == "abort" else "the request failed in the engine"
-    code = 503 if delta.finish == "abort" else 500
-    return JSONResponse(error_body(message, "unavailable" if code == 503 else "server_error", code), code)
+    body = _failure(delta)
+    return JSONResponse(body, int(body["error"]["code"]))
+
+
+def _failure(delta: Delta) -> dict[str, Any]:
+    """What is said of a request that ended before its time."""
+    if delta.finish == ABORT:
+        return error_body("the engine is shutting down", "unavailable", 503)
+    return error_body("the request failed in the engine", "server_error", 500)
 
 
 def _usage(stream: Stream) -> Usage:
@@ -232,7 +242,8 @@ async def _events(
     try:
         async for delta in stream.rest(first):
             if unanswered(delta):
-                yield _event(error_body("the request failed in the engine", "server_error", 500))
+                yield _event(_failure(delta))
+                yield "data: [DONE]\n\n"
                 return
             # One for each token, also where its text waits for the next: clients count events.
             chunk = shape.chunk(delta.text, delta.finish, first=not begun)

@@ -12,7 +12,7 @@ from engine.errors import SlalomError
 
 __all__ = ["refuse_unserved"]
 
-_NOTHING = (None, False, 0, "", [], {})
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 #: Field: values that ask for nothing, beside those of _NOTHING.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),

@@ -36,7 +36,7 @@ class Served:
     """A server in a thread, and a client for it."""
 
     def __init__(self, **options: Any) -> None:
-        self.engine, self.app = build(Options("dummy:tiny", drain_s=5.0, **options))
+        self.engine, self.app = build(Options("dummy:tiny", **({"drain_s": 5.0} | options)))
         config = uvicorn.Config(self.app, port=0, log_level="warning", access_log=False)
         self.server = self.app.state.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
