@@ -287,11 +287,13 @@ class Engine:
         return request
 
     def _check_ends(self, params: SamplingParams) -> None:
-        """:raises SlalomError: stop tokens that are none, or that leave nothing to choose from"""
+        """:raises SlalomError: no such token to stop at or to favour, or stop tokens that leave nothing to choose"""
         ends = set(params.stop_token_ids)
-        for token in ends:
-            if not 0 <= token < self.vocab_size:
-                raise SlalomError("stop_token_ids", token, f"ids go from 0 to {self.vocab_size - 1}")
+        biased = [token for token, _ in params.logit_bias]
+        for name, tokens in (("stop_token_ids", ends), ("logit_bias", biased)):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise SlalomError(name, token, f"ids go from 0 to {self.vocab_size - 1}")
         if params.min_tokens > 0 and len(ends | self.tokenizer.eos_ids) >= self.vocab_size:
             fix = "with min_tokens some token must be left that ends nothing"
             raise SlalomError("stop_token_ids", f"{len(ends)} tokens", fix)

@@ -49,6 +49,8 @@ class _Generate(_Lenient):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: int | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    logit_bias: dict[int, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -76,7 +78,9 @@ class _Generate(_Lenient):
         :raises SlalomError: a value out of range
         """
         given: dict[str, Any] = {}
-        for name in ("temperature", "top_p", "seed"):
+        if self.logit_bias:
+            given["logit_bias"] = tuple(self.logit_bias.items())
+        for name in ("temperature", "top_p", "min_p", "seed"):
             if getattr(self, name) is not None:
                 given[name] = getattr(self, name)
         if self.top_k is not None and self.top_k > 0:  # some clients send -1 for "all"

@@ -40,8 +40,9 @@ BODIES: dict[str, dict[str, Any]] = {
     [
         ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("logprobs", True), ("logprobs", 5),
-        ("top_logprobs", 3), ("echo", True), ("suffix", "end"), ("logit_bias", {"5": 100}), ("best_of", 3),
-        ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("min_p", 0.1),
+        ("top_logprobs", 3), ("echo", True), ("suffix", "end"), ("best_of", 3),
+        ("presence_penalty", 0.5), ("frequency_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"512": 1}),
+        ("logit_bias", {"-1": 1}), ("logit_bias", {"5": 101}),
         ("guided_json", {"type": "object"}), ("structured_outputs", {"regex": "a"}), ("use_beam_search", True),
     ],
 )  # fmt: skip
@@ -59,6 +60,17 @@ def test_values_that_ask_for_nothing_are_harmless(served: Served, path: str) -> 
                 continue
             response = served.post(path, BODIES[path] | {field: value, "max_tokens": 1})
             assert response.status_code == 200, (field, value)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_bias_decides(served: Served, path: str) -> None:
+    usual = served.post(path, BODIES[path]).json()["choices"][0]
+    forced = served.post(path, BODIES[path] | {"logit_bias": {"65": 100}}).json()["choices"][0]
+    text = forced["text"] if path == PLAIN else forced["message"]["content"]
+    assert text == served.engine.tokenizer.decode([65]) * GREEDY["max_tokens"]
+    assert forced != usual
+    sure = BODIES[path] | {"temperature": 5.0, "min_p": 1.0}
+    assert served.post(path, sure).json()["choices"][0] == usual, "only the likeliest is left"
 
 
 def test_zero_logprobs_of_a_plain_completion_ask_for_something(served: Served) -> None:
