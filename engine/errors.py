@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["SlalomError"]
+__all__ = ["PromptTooLong", "SlalomError"]
 
 
 class SlalomError(ValueError):
@@ -24,3 +24,17 @@ class SlalomError(ValueError):
 
     def __reduce__(self) -> tuple[type[SlalomError], tuple[str, Any, str]]:
         return type(self), (self.field, self.value, self.fix)  # raised in another process, told here
+
+
+class PromptTooLong(SlalomError):
+    """Prompt and answer would not fit. Clients know this one by its code, ``context_length_exceeded``.
+
+    :param limit: tokens that prompt and answer together may have
+    """
+
+    def __init__(self, field: str, value: Any, limit: int) -> None:
+        super().__init__(field, value, f"prompt and answer together may have {limit} tokens here")
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[type[SlalomError], tuple[str, Any, Any]]:
+        return type(self), (self.field, self.value, self.limit)

@@ -27,6 +27,8 @@ from pydantic import (
     model_validator,
 )
 
+from engine.common.regular import check_regular
+from engine.core.setup import LEAST_INTERVAL_S
 from engine.errors import SlalomError
 from engine.latency import Profile
 from engine.latency.profile import bad_input
@@ -47,7 +49,9 @@ __all__ = [
 RoleName = Literal["prefill", "decode", "mixed", "multiplexed"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Interval = Annotated[float, Field(ge=LEAST_INTERVAL_S, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Rows = Annotated[int, Field(ge=1, le=2**16)]
 Regime = Literal[
     "prefill-bound", "balanced", "decode-bound", "tiny", "prefix-bound", "bursty", "shifting", "slo-classes"
 ]
@@ -62,7 +66,7 @@ class _Strict(BaseModel):
 class InstanceGroup(_Strict):
     """Instances that are alike.
 
-    :param count: how many
+    :param count: how many, up to 65536 (as ``max_batch`` and ``max_prefills``)
     :param role: what they do at the start
     :param profile: latency profile, by name or path (None: the scenario's)
     :param gpus_per_instance: tensor parallelism; checked against the profile (None: the profile's)
@@ -81,7 +85,7 @@ class InstanceGroup(_Strict):
     :param kv_tokens: KV capacity of one instance (None: the profile's); of the GPU when shared
     """
 
-    count: Count
+    count: Rows
     role: RoleName
     profile: str | None = None
     gpus_per_instance: Count | None = None
@@ -89,8 +93,8 @@ class InstanceGroup(_Strict):
     batching: Literal["chunked", "prefill_first", "layered"] | None = None
     chunk_tokens: Count = 512
     prefill_tokens: Count = 8192
-    max_batch: Count = 256
-    max_prefills: Count = 128
+    max_batch: Rows = 256
+    max_prefills: Rows = 128
     split: Literal["auto", "on_demand"] | Count = "auto"
     headroom: Annotated[float, Field(gt=0, le=2)] = 0.9
     order: Literal["fcfs", "srf", "srf_preemptive", "on_time"] = "fcfs"
@@ -142,7 +146,7 @@ class SloClass(_Strict):
 
     :param share: of all requests; the shares of a scenario add up to 1
     :param weight: of one request in reward and goodput
-    :param ttft_s: target of the time to the first token; with a factor, the least target
+    :param ttft_s: target of the time to the first token; with a factor, the least target; more than 26 days is as 26
     :param ttft_factor: target as a multiple of the request's isolated prefill time (0: fixed target)
     :param tpot_s: target of the mean time per output token
     """
@@ -219,7 +223,7 @@ class Scenario(_Strict):
     :param profile: latency profile of every group that names none, by name or path
     :param cluster: groups of instances
     :param workload: the ``workload:`` section, see ``env/workload/spec.py``
-    :param control_interval_s: time between REALLOCATE and TUNE decisions
+    :param control_interval_s: time between REALLOCATE and TUNE decisions, 10 µs or more (as ``hold_interval_s``)
     :param hold_interval_s: a held request is asked for again at the latest after this
     :param hold_scan: held requests asked for again per epoch
     :param hold_limit_s: nobody is held longer than this after arrival, nor past the TTFT target less the prefill
@@ -241,8 +245,8 @@ class Scenario(_Strict):
     workload: WorkloadSpec
     classes: Annotated[tuple[SloClass, ...], Field(min_length=1)]
     decisions: Decisions = Decisions()
-    control_interval_s: Positive = 1.0
-    hold_interval_s: Positive = 0.05
+    control_interval_s: Interval = 1.0
+    hold_interval_s: Interval = 0.05
     hold_scan: Count = 8
     hold_limit_s: Positive = 10.0
     tail_factor: Annotated[float, Field(allow_inf_nan=False)] = 10.0
@@ -301,6 +305,7 @@ class Scenario(_Strict):
             path = scenarios_dir() / f"{name_or_path}.yaml"
             if not path.is_file():
                 raise SlalomError("scenario", str(name_or_path), "use one of: " + ", ".join(list_scenarios()))
+        check_regular(path)
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from engine.common.regular import check_regular
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
 from engine.core.state import Batching, ClusterState, Role
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "app", "build", "main"]
 
+_log = logging.getLogger("slalom.serve")
 _WARM_UP_TOKENS = 256
+_DAY_MS = 86_400_000.0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -83,6 +86,7 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
     """
     if not path:
         return {"default": SloClass(ttft_s, tpot_s)}
+    check_regular(path)
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -94,11 +98,12 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
     for k, entry in enumerate(entries):
         try:
             numbers = {x: float(entry[x]) for x in ("ttft_s", "tpot_s", "ttft_factor", "weight") if x in entry}
-            if any(not 0.0 <= number < 86400.0 for number in numbers.values()) or entry["name"] in found:
+            targets = min(numbers["tpot_s"], max(numbers["ttft_s"], numbers.get("ttft_factor", 0.0)))
+            if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or entry["name"] in found:
                 raise ValueError
             found[str(entry["name"])] = SloClass(**numbers)
         except (KeyError, TypeError, ValueError) as error:
-            fix = "give every class its own name, ttft_s and tpot_s, and if you like weight and ttft_factor"
+            fix = "give every class its own name, ttft_s and tpot_s (above 0, at most a day), maybe weight, ttft_factor"
             raise SlalomError(f"{path}: classes[{k}]", entry, fix) from error
     return found
 
@@ -178,16 +183,22 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
 
     from engine.live.engine import Engine, build_state
     from engine.model import load_tokenizer
+    from engine.model.available import check_device
     from engine.server import create_app
 
     torch.set_num_threads(1)
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if options.dtype not in kinds:
         raise SlalomError("--dtype", options.dtype, f"use one of {', '.join(kinds)}")
+    if not options.workers:
+        check_device(options.device)
+    _log.info("loading %s", options.model)
     tokenizer = load_tokenizer(options.model)
     classes = load_classes(options.classes, options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)
     model, workers = _weights(options, kinds[options.dtype])
     try:
+        if not options.profile:
+            _log.info("measuring a profile (--profile names one)")
         profile, share = _profile(options, workers or model)
     except BaseException:
         if workers is not None:
@@ -215,6 +226,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     if not options.roles and policy.arrangement is not None:
         specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
         state = state_of(specs)
+    _log.info("warming up: code is compiled where it is new")
     remote: dict[str, Any] = {"transfer_timeout_s": options.transfer_timeout_s}
     if workers is not None:
         remote |= {"hosts": workers.hosts(state), "transport": workers.transport}
@@ -296,13 +308,13 @@ def serve(
     policy: Annotated[str, typer.Option(help="rule, RULE:parameter=value, or checkpoint folder")] = "least_tokens",
     profile: Annotated[str, typer.Option(help="latency profile, name or path; default: measured at start")] = "",
     shared_kv: Annotated[bool, typer.Option("--shared-kv", help="all instances on one KV pool")] = False,
-    kv_tokens: Annotated[int, typer.Option(min=32, help="KV capacity of a pool, tokens")] = 8192,
+    kv_tokens: Annotated[int, typer.Option(min=32, max=2**31 - 1, help="KV capacity of a pool, tokens")] = 8192,
     max_tokens: Annotated[int, typer.Option(min=0, help="longest request, prompt and answer; 0: what fits")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, help="running sequences of an instance")] = 64,
-    chunk_tokens: Annotated[int, typer.Option(min=16, help="token budget of a fused step or prefill chunk")] = 256,
-    max_requests: Annotated[int, typer.Option(min=1, help="open requests; more get status 429")] = 256,
-    ttft_ms: Annotated[float, typer.Option(min=0.001, help="target of the time to first token")] = 2000.0,
-    tpot_ms: Annotated[float, typer.Option(min=0.001, help="target of the time per output token")] = 100.0,
+    max_batch: Annotated[int, typer.Option(min=1, max=65536, help="running sequences of an instance")] = 64,
+    chunk_tokens: Annotated[int, typer.Option(min=16, max=2**30, help="tokens of a fused step or prefill chunk")] = 256,
+    max_requests: Annotated[int, typer.Option(min=1, max=65536, help="open requests; more get status 429")] = 256,
+    ttft_ms: Annotated[float, typer.Option(min=0.001, max=_DAY_MS, help="target of the time to first token")] = 2000.0,
+    tpot_ms: Annotated[float, typer.Option(min=0.001, max=_DAY_MS, help="target of the time per output token")] = 100.0,
     shed: Annotated[bool, typer.Option("--shed", help="the policy may refuse requests")] = False,
     reallocate: Annotated[bool, typer.Option("--reallocate", help="the policy may change roles")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="the policy may change chunk budget and SM split")] = False,
@@ -312,11 +324,11 @@ def serve(
     kernels: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
-    drain_s: Annotated[float, typer.Option(min=0, help="seconds that open requests get at shutdown")] = 30.0,
+    drain_s: Annotated[float, typer.Option(min=0, max=86_400, help="seconds open requests get at shutdown")] = 30.0,
     fallback: Annotated[
         str, typer.Option(help="rule that answers where the policy may not; default: the checkpoint's, or least_tokens")
     ] = "",
-    deadline_us: Annotated[float, typer.Option(min=0, help="deadline of a decision, microseconds; 0: 2000")] = 0.0,
+    deadline_us: Annotated[float, typer.Option(min=0, max=1e9, help="deadline of a decision, us; 0: 2000")] = 0.0,
     advisory: Annotated[bool, typer.Option("--advisory", help="ask and log the policy, act by the fallback")] = False,
     guard_config: Annotated[str, typer.Option(help="YAML or JSON file with the guard's other settings")] = "",
     decision_log: Annotated[str, typer.Option(help="write one JSON line a decision to this file")] = "",
@@ -328,7 +340,7 @@ def serve(
     ] = "",
     kv_transport: Annotated[str, typer.Option(help="KV between workers: gloo or nccl")] = "gloo",
     transfer_timeout_s: Annotated[
-        float, typer.Option(min=0.01, help="a KV transfer may take that long in each of its states")
+        float, typer.Option(min=0.01, max=86_400, help="a KV transfer may take that long in each of its states")
     ] = 10.0,
 ) -> None:
     """Serve MODEL behind /v1/completions and /v1/chat/completions, dispatched by POLICY behind a guard.
@@ -338,6 +350,10 @@ def serve(
     """
     import uvicorn
 
+    from engine.server.ending import reserve
+
+    door = reserve(host, port)
+    port = door.getsockname()[1]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     engine, application = build(
         Options(
@@ -350,18 +366,12 @@ def serve(
     print(f"serving {model} on http://{host}:{port} with policy {engine.runtime.policy.name}", file=sys.stderr)
     # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
     signal.signal(signal.SIGTERM, _done)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application,
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=max(1, int(drain_s)),
-        )
-    )
+    # By the end of the timeout those that are cut off have heard so.
+    last = int(drain_s) + 6
+    config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=last)
+    server = uvicorn.Server(config)
     application.state.server = server  # open dashboards end when it does
-    server.run()
+    server.run(sockets=[door])
     if not server.started:
         sys.exit(3)  # it has said why
 

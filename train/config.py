@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 
 __all__ = ["TrainConfig", "load_config"]
@@ -134,6 +135,7 @@ def load_config(path: Path | None, scenario: str, **overrides: Any) -> TrainConf
 
 
 def _read(path: Path) -> dict[Any, Any]:
+    check_regular(path)
     try:
         sections = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]
@@ -49,6 +50,7 @@ def load_recipe(name: str) -> Recipe:
     :raises SlalomError: no such recipe, or one with unknown or impossible fields
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    check_regular(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
 __all__ = ["Kind", "Measured", "Point", "Store"]
@@ -81,6 +82,7 @@ class Store:
             self._append({"identity": self._identity})
 
     def _read(self) -> None:
+        check_regular(self.path, LARGE)
         text = self.path.read_text(encoding="utf-8")
         if not text.endswith("\n"):  # what was being written when the power went
             text = text[: text.rfind("\n") + 1]

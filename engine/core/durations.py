@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.core.state import LaneKind
 from engine.jit.kernel import kernel
-from engine.latency.evaluate import decode_line, decode_s, fused_shared_s, prefill_s, to_ticks
+from engine.latency.evaluate import decode_line, decode_s, fused_shared_s, prefill_s, times, to_ticks
 
 __all__ = ["step_ticks", "transfer_ticks"]
 
@@ -19,7 +19,7 @@ def step_ticks(profile, share, lane):
     if lane.kind == _K_DECODE:
         factor = share.corun_decode if lane.corun == 1 else 1.0
         per_ctx, base = decode_line(profile, share, lane.bs, factor)
-        return max(per_ctx * lane.sum_ctx + base, 1), per_ctx * lane.bs
+        return max(times(per_ctx, lane.sum_ctx) + base, 1), per_ctx * lane.bs
     prefill = prefill_s(profile, share, lane.sum_n2, lane.sum_nr, lane.sum_n)
     if lane.kind == _K_PREFILL:
         if lane.layer_to > 0:

@@ -29,11 +29,13 @@ from engine.core.state import (
     Split,
 )
 from engine.errors import SlalomError
-from engine.latency.evaluate import TICKS_PER_S, to_ticks
+from engine.latency.evaluate import FOREVER, TICKS_PER_S, to_ticks
 
 __all__ = ["ClusterOptions", "InstanceSpec", "LinkSpec", "SloClass", "arranged", "blank_requests", "new_cluster"]
 
 NO_LIMIT = 2**60
+#: Control and hold intervals below this would leave no time for anything else.
+LEAST_INTERVAL_S = 1e-5
 
 
 @dataclass(frozen=True)
@@ -189,11 +191,17 @@ def _cluster(specs: Sequence[InstanceSpec], options: ClusterOptions, n_requests:
     c["ask_decode"], c["ask_realloc"], c["ask_tune"] = options.place_decode, options.reallocate, options.tune
     c["roles_allowed"] = sum(1 << int(r) for r in options.roles)
     c["min_prefill"], c["min_decode"] = options.min_prefill, options.min_decode
+    for name in ("hold_s", "control_s"):
+        if not getattr(options, name) >= LEAST_INTERVAL_S:
+            fix = f"give at least {LEAST_INTERVAL_S:g} seconds: something is done each time"
+            raise SlalomError(name, getattr(options, name), fix)
     c["hold_ticks"], c["hold_scan"] = to_ticks(options.hold_s), options.hold_scan
     c["hold_limit"], c["hold_due"] = to_ticks(options.hold_limit_s), NEVER
     c["tail_factor"] = options.tail_factor
     c["control_ticks"] = to_ticks(options.control_s)
-    c["horizon_ticks"] = to_ticks(options.horizon_s) if options.horizon_s > 0 else np.iinfo(np.int64).max
+    c["horizon_ticks"] = NEVER
+    if options.horizon_s > 0:
+        c["horizon_ticks"] = np.rint(min(options.horizon_s * TICKS_PER_S, 2.0 * FOREVER)).astype(np.int64)
     c["tune_next"] = -1
     c["ema_ttft_ok"] = c["ema_tpot_ok"] = 1.0
     return c

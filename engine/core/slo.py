@@ -12,6 +12,7 @@ import numpy as np
 from engine.core.lists import ENDED, push_back
 from engine.core.state import RequestState
 from engine.jit.kernel import kernel
+from engine.latency.evaluate import times
 
 __all__ = ["ITL_BINS", "end_request", "itl_edges_s", "on_first_token", "record_gaps", "seal"]
 
@@ -114,7 +115,7 @@ def end_request(s, r, now, state):
     cluster.n_finished += 1
     gaps = req.generated - 1
     span = req.last_token - req.first_token
-    ok = span <= req.tpot_slo * gaps
+    ok = span <= times(req.tpot_slo, gaps)
     req.tpot_ok = 1 if ok else 0
     if ok:
         s.cls[req.cls].tpot_ok += 1

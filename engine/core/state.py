@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 
-#: A time that never comes.
-NEVER = 2**62
+#: A time that never comes: later than any stamp with a target added to it.
+NEVER = 2**63 - 1
 #: Rows that a table of SM splits may have.
 MAX_TABLE = 8
 
@@ -157,6 +157,7 @@ CLUSTER = np.dtype(
         ("ema_tpot_ok", np.float64),
         ("ema_gap", np.float64),  # smoothed time between arrivals, ticks
         ("last_arrival", np.int64),
+        ("origin_s", np.float64),  # live: how long before its origin the clock began, see engine.core.origin
         # -- the control interval now running
         ("win_start", np.int64),
         ("win_arrivals", np.int64),

@@ -71,6 +71,13 @@ class Spans:
         """Whether every sequence takes part with one token and samples."""
         return len(self.tokens) == len(self.counts) and bool(self.sample.all())
 
+    def alone(self, k: int) -> Spans:
+        """Sequence ``k`` by itself."""
+        begin, one = int(self.counts[:k].sum()), slice(k, k + 1)
+        tokens = self.tokens[begin : begin + int(self.counts[k])]
+        rest = (self.counts, self.starts, self.sample, self.n_blocks, self.blocks)
+        return Spans(tokens, *(column[one] for column in rest))
+
     @property
     def width(self) -> int:
         """KV blocks of the longest sequence."""

@@ -19,6 +19,7 @@ import numpy as np
 from engine.jit.kernel import kernel
 
 __all__ = [
+    "FOREVER",
     "MAX_KNOTS",
     "PROFILE",
     "SHARE",
@@ -27,11 +28,15 @@ __all__ = [
     "decode_s",
     "fused_shared_s",
     "prefill_s",
+    "times",
     "to_ticks",
 ]
 
 #: Time inside the core is an int64 count of picoseconds: 106 days of range.
 TICKS_PER_S = 1_000_000_000_000
+#: The longest duration, 26 days: longer ones count as that, so that sums of a stamp and a duration never overflow.
+FOREVER = 2**61
+_FOREVER, _ALWAYS = float(FOREVER), 2.0 * FOREVER
 MAX_KNOTS = 8
 
 PROFILE = np.dtype(
@@ -73,8 +78,19 @@ SHARE = np.dtype(
 
 @kernel
 def to_ticks(seconds):
-    """Seconds to ticks, rounded to the nearest."""
-    return np.int64(np.rint(seconds * 1e12))
+    """Seconds to ticks, rounded to the nearest; at most FOREVER, which is what a number that is none becomes, too."""
+    ticks = np.rint(seconds * 1e12)
+    if ticks < _FOREVER:
+        return np.int64(max(ticks, -_FOREVER))
+    return np.int64(_FOREVER)
+
+
+@kernel
+def times(ticks, n):
+    """``ticks`` × ``n``, at most twice FOREVER."""
+    if float(ticks) * float(n) >= _ALWAYS:
+        return np.int64(_ALWAYS)
+    return np.int64(ticks * n)
 
 
 @kernel
@@ -103,8 +119,8 @@ def decode_line(profile, share, bs, factor):
     ``factor`` scales the device part (co-run slow-down, jitter); host overhead is not scaled.
     """
     c = share.decode_large if bs >= profile.regime_bs else share.decode_small
-    per_ctx = np.int64(np.rint((c[0] * factor + profile.ctx_overhead_s) * 1e12))
-    base = np.int64(np.rint(((c[1] * bs + c[2]) * factor + profile.step_overhead_s) * 1e12))
+    per_ctx = to_ticks(c[0] * factor + profile.ctx_overhead_s)
+    base = to_ticks((c[1] * bs + c[2]) * factor + profile.step_overhead_s)
     return per_ctx, base
 
 
@@ -114,7 +130,7 @@ def decode_s(profile, share, sum_ctx, bs):
     if bs <= 0:
         return 0.0
     per_ctx, base = decode_line(profile, share, bs, 1.0)
-    return (per_ctx * sum_ctx + base) * 1e-12
+    return (times(per_ctx, sum_ctx) + base) * 1e-12
 
 
 @kernel

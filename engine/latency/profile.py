@@ -11,13 +11,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 from engine.latency import evaluate
 from engine.latency.evaluate import MAX_KNOTS, PROFILE, SHARE
@@ -36,11 +37,13 @@ __all__ = [
 
 #: Published constants are rounded; a measured time this much below the roofline is still believed.
 ROOFLINE_TOLERANCE = 0.01
+_LONGEST_STEP_S = 3600.0
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0)]
+Pause = Annotated[float, Field(ge=0, le=3600)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 Slowdown = Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)]
 
 
@@ -154,7 +157,7 @@ class Profile(Strict):
     :param shares: rows, ascending in SMs, the last one the whole device
     :param regime_bs: decode batches of at least this size use ``decode_large_s``
     :param prefill_min_tokens: Σn is floored here
-    :param step_overhead_s: host time added to every step
+    :param step_overhead_s: host time added to every step; this and the other pauses are at most an hour
     :param ctx_overhead_s: host time per context token and decode step
     :param migrate_latency_s: fixed part of one KV transfer
     :param switch_s: pause of a role change, after its drain
@@ -179,10 +182,10 @@ class Profile(Strict):
     shares: Annotated[tuple[Share, ...], Field(min_length=1)]
     regime_bs: Count = 2**30
     prefill_min_tokens: Annotated[int, Field(ge=0)] = 0
-    step_overhead_s: NonNegative = 0.0
-    ctx_overhead_s: NonNegative = 0.0
-    migrate_latency_s: NonNegative = 1e-3
-    switch_s: NonNegative = 0.0
+    step_overhead_s: Pause = 0.0
+    ctx_overhead_s: Pause = 0.0
+    migrate_latency_s: Pause = 1e-3
+    switch_s: Pause = 0.0
     switch_full: bool = False
     roofline: Roofline
     fit: FitError | None = None
@@ -195,7 +198,7 @@ class Profile(Strict):
             raise ValueError("shares must ascend in sms")
         if sms[-1] != self.total_sms:
             raise ValueError(f"the last share must be the whole device ({self.total_sms} SMs)")
-        for fault in _roofline_faults(self):
+        for fault in chain(_range_faults(self), _roofline_faults(self)):
             raise ValueError(fault)
         return self
 
@@ -212,6 +215,7 @@ class Profile(Strict):
             path = profiles_dir() / f"{name_or_path}.json"
             if not path.is_file():
                 raise SlalomError("profile", str(name_or_path), "use one of: " + ", ".join(list_profiles()))
+        check_regular(path)
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -270,6 +274,20 @@ class Profile(Strict):
         """Least seconds of a decode step: weights and context KV read once at full bandwidth."""
         read = self.roofline.weight_bytes + sum_ctx * self.kv_bytes_per_token
         return read / (self.roofline.memory_bytes_per_s * self.tp)
+
+
+def _range_faults(profile: Profile) -> Iterator[str]:
+    """Sentences about steps that take longer than any real one: their sums must fit 64 bits of picoseconds."""
+    for share in profile.shares:
+        prefill = _prefill_curve(profile, share, np.array([profile.max_prompt_tokens]))[0] * share.corun_prefill
+        a, b, c = np.maximum(share.decode_small_s, share.decode_large_s or share.decode_small_s)
+        decode = (a * profile.kv_tokens + b * 512 + c) * share.corun_decode + profile.ctx_overhead_s * profile.kv_tokens
+        for what, seconds in (
+            (f"prefill of {profile.max_prompt_tokens} tokens", prefill),
+            (f"a decode step of 512 sequences and {profile.kv_tokens} context tokens", decode),
+        ):
+            if not seconds <= _LONGEST_STEP_S:
+                yield f"{what} on {share.sms} SMs takes {seconds:.3g} s; no step may take more than an hour"
 
 
 def _roofline_faults(profile: Profile) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Two clocks for one runtime: one that waits for the world, one that jumps to the next event.
 
 An event is a *slot* (what ended, numbered as in :class:`Slots`) and, with the wall clock, what came of it. Time is
-an int64 count of ticks of 1 ps since the clock was made.
+an int64 count of ticks of 1 ps since the clock was made, or since the origin that it was last moved to.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
+from engine.core.origin import FAR
 from engine.core.state import NEVER
 
 __all__ = ["Clock", "Event", "Slots", "VirtualClock", "WallClock"]
@@ -48,6 +49,20 @@ class Clock(Protocol):
         """Ticks at the event being handled."""
         ...
 
+    @property
+    def origin(self) -> int:
+        """Ticks from the clock's beginning to the origin that ``now`` counts from."""
+        ...
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the origin should be moved (:mod:`engine.core.origin`) before anything else."""
+        ...
+
+    def move(self, shift: int) -> None:
+        """Count from an origin ``shift`` ticks later."""
+        ...
+
     def at(self, slot: int, when: int) -> None:
         """Let the event of ``slot`` happen at time ``when`` (``NEVER``: not at all), not when it was to before."""
         ...
@@ -64,10 +79,15 @@ class Clock(Protocol):
 class VirtualClock:
     """Jumps from event to event: earliest first, the lowest slot on a tie, none after ``horizon``."""
 
+    origin, is_far = 0, False  # a simulated run has one origin
+
     def __init__(self, n_slots: int, horizon: int = NEVER) -> None:
         self.now = 0
         self._when = [NEVER] * n_slots
         self._horizon = min(horizon, NEVER - 1)
+
+    def move(self, shift: int) -> None:
+        raise NotImplementedError("simulated time has one origin")
 
     def at(self, slot: int, when: int) -> None:
         self._when[slot] = when
@@ -92,11 +112,34 @@ class WallClock:
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._timers: dict[int, int] = {}
         self._timers_turn = False  # the last event was a post
-        self.now = 0
+        self.now = self.origin = 0
 
     def read(self) -> int:
-        """The time at this moment; any thread may ask."""
-        return (time.perf_counter_ns() - self._zero) * _TICKS_PER_NS
+        """The time at this moment; any thread may ask. Stale once the origin has moved: to keep, :meth:`stamp`."""
+        return self.ticks(self.stamp())
+
+    @staticmethod
+    def stamp() -> int:
+        """This moment, whatever the origin, for :meth:`ticks`."""
+        return time.perf_counter_ns()
+
+    def ticks(self, stamp: int) -> int:
+        """The time at ``stamp``."""
+        return (stamp - self._zero) * _TICKS_PER_NS
+
+    def uptime_s(self) -> float:
+        """Seconds since the clock was made."""
+        return (self.read() + self.origin) * 1e-12
+
+    @property
+    def is_far(self) -> bool:
+        return self.now > FAR
+
+    def move(self, shift: int) -> None:
+        self._zero += shift // _TICKS_PER_NS
+        self._timers = {slot: when - shift for slot, when in self._timers.items()}
+        self.now -= shift
+        self.origin += shift
 
     def post(self, slot: int, outcome: Any = None) -> None:
         """Report an event from any thread."""

@@ -18,7 +18,7 @@ from engine.core.events import interrupt
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.core.state import Batching, ClusterState, Role
-from engine.errors import SlalomError
+from engine.errors import PromptTooLong, SlalomError
 from engine.latency.evaluate import to_ticks
 from engine.live.clock import WallClock
 from engine.live.guard import Guard
@@ -71,7 +71,7 @@ class _Open:
 
     def wait_for_none(self, timeout_s: float) -> None:
         with self.lock:
-            self._none.wait_for(lambda: self.n == 0, timeout_s)
+            self._none.wait_for(lambda: self.n == 0, min(timeout_s, threading.TIMEOUT_MAX))
 
 
 def build_state(
@@ -168,7 +168,12 @@ class Engine:
     @property
     def accepting(self) -> bool:
         """Whether a new request would be taken."""
-        return self._accepting and self.failure is None and len(self.instances.lost) < len(self.state.inst)
+        return self._accepting and not self.is_dead
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it will never take a request again, however long one waits."""
+        return self.failure is not None or len(self.instances.lost) >= len(self.state.inst)
 
     @property
     def n_open(self) -> int:
@@ -204,7 +209,7 @@ class Engine:
 
         if self._thread.is_alive():
             self.clock.post(self.runtime.slots.arrival, last_call)
-            self._thread.join(5.0 + timeout_s)
+            self._thread.join(min(5.0 + timeout_s, threading.TIMEOUT_MAX))
         ended = self.instances.stop() and not self._thread.is_alive()
         if ended:
             for host in self._hosts:
@@ -221,7 +226,7 @@ class Engine:
             _log.critical("the scheduler stopped", exc_info=error)
             for request in self.instances.requests:
                 if request is not None:
-                    request.sink(Delta(None, "", ERROR))
+                    self.instances.heard(request, Delta(None, "", ERROR))
             self.instances.after_step()
             self._open.forget()
 
@@ -242,18 +247,19 @@ class Engine:
 
         :param ttft_s: own target, that of the class if not given; ``tpot_s`` likewise
         :param priority: on each instance prompts of a lower value start first (as vLLM); no running one is stopped
-        :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; a bad class, target or priority
+        :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; no such stop token; a bad
+            class, target or priority
         :raises Overloaded: all slots are taken
         :raises Unavailable: draining, closed or broken
         """
+        if not prompt:
+            raise SlalomError("prompt", [], "give at least one token")
         tokens = list(prompt)
-        if not tokens:
-            raise SlalomError("prompt", tokens, "give at least one token")
         if len(tokens) >= self.max_tokens:
-            fix = f"prompt and answer together may have {self.max_tokens} tokens here"
-            raise SlalomError("prompt", f"{len(tokens)} tokens", fix)
+            raise PromptTooLong("prompt", f"{len(tokens)} tokens", self.max_tokens)
         if not all(0 <= token < self.vocab_size for token in tokens):
             raise SlalomError("prompt", "unknown token id", f"ids go from 0 to {self.vocab_size - 1}")
+        self._check_ends(params)
         if not 0 <= cls < len(self.state.cls):
             raise SlalomError("class", cls, f"classes go from 0 to {len(self.state.cls) - 1}")
         if abs(priority) >= 2**31:
@@ -276,10 +282,22 @@ class Engine:
             if self._open.n >= len(self.state.req):
                 raise Overloaded(f"{self._open.n} requests are open")
             self._open.n += 1
-            request.arrival = self.clock.read()
+            request.handed_in = self.clock.stamp()
             # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
             self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
         return request
+
+    def _check_ends(self, params: SamplingParams) -> None:
+        """:raises SlalomError: no such token to stop at or to favour, or stop tokens that leave nothing to choose"""
+        ends = set(params.stop_token_ids)
+        biased = [token for token, _ in params.logit_bias]
+        for name, tokens in (("stop_token_ids", ends), ("logit_bias", biased)):
+            for token in tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise SlalomError(name, token, f"ids go from 0 to {self.vocab_size - 1}")
+        if params.min_tokens > 0 and len(ends | self.tokenizer.eos_ids) >= self.vocab_size:
+            fix = "with min_tokens some token must be left that ends nothing"
+            raise SlalomError("stop_token_ids", f"{len(ends)} tokens", fix)
 
     def _why_not(self) -> str:
         if self.failure is not None:
@@ -289,6 +307,10 @@ class Engine:
     def abort(self, request: Request) -> None:
         """The caller is gone; the request's blocks are free at once, or when the step in flight has ended."""
         self.clock.post(self.runtime.slots.arrival, partial(self.instances.doom, request, ABORT))
+
+    def abort_all(self) -> None:
+        """Nobody waits any longer: every open request ends now."""
+        self.clock.post(self.runtime.slots.arrival, partial(self.instances.doom_all, ABORT))
 
     # -- administration ------------------------------------------------------------------------------------------
 
@@ -358,7 +380,7 @@ def _target(name: str, seconds: float | None) -> int:
         return 0
     if not (math.isfinite(seconds) and 0.0 < seconds <= 86400.0):
         raise SlalomError(f"{name} target", seconds, "give a positive number of seconds, at most a day")
-    return int(to_ticks(seconds))
+    return max(int(to_ticks(seconds)), 1)  # 0 would mean that of the class
 
 
 def _check_layers(model: Llama | Checkpoint, state: ClusterState) -> None:

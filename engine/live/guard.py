@@ -120,5 +120,5 @@ class Guard(Protocol):
     def choose(
         self, kind: int, subject: int, now: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray
     ) -> int:
-        """The row to carry out; always an allowed one."""
+        """The row to carry out; always an allowed one. ``now``: ticks since the clock was made."""
         ...

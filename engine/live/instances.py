@@ -135,7 +135,10 @@ class LiveInstances:
 
     def arrives(self, outcome: Callable[[], Any]) -> None:
         """Carry out what another thread asked for."""
-        outcome()
+        try:
+            outcome()
+        except Exception:  # whoever asked may have been wrong; the others are served
+            _log.exception("something asked from outside failed")
 
     def admit(self, request: Request) -> None:
         """Give a new request a slot and let it arrive; there must be a free one."""
@@ -143,6 +146,19 @@ class LiveInstances:
             self._tell_end(request, request.doomed)
             return
         r = request.slot = self._free.pop()
+        try:
+            self._fill_in(r, request)
+        except Exception:  # something in it that no check knows: it ends alone
+            _log.exception("request %d cannot be taken in", request.number)
+            self.requests[r] = None
+            self._state.req[r : r + 1] = self._blank
+            self._free.append(r)
+            self._tell_end(request, ERROR)
+            return
+        loop.begin(self._words, r, max(self._clock.ticks(request.handed_in), 0))
+
+    def _fill_in(self, r: int, request: Request) -> None:
+        """Write ``request`` into slot ``r``."""
         self.requests[r] = request
         self._state.req[r : r + 1] = self._blank
         record = self._state.req[r]
@@ -150,7 +166,6 @@ class LiveInstances:
         record["cls"], record["ttft_slo"], record["tpot_slo"] = request.cls, request.ttft_slo, request.tpot_slo
         record["hash_off"], record["priority"] = r * self._hash_room, request.priority
         self._hash(request, request.n_prompt)
-        loop.begin(self._words, r, request.arrival)
 
     def doom(self, request: Request, reason: str) -> None:
         """End ``request`` from outside: at once, or when what is in flight with it has ended."""
@@ -197,11 +212,11 @@ class LiveInstances:
         step = self._steps[2 * i + l]
         assert step is not None
         self._steps[2 * i + l] = None
-        if isinstance(outcome.error, InstanceLost):
-            self.lose(i, outcome.error)
+        if outcome.lost is not None:
+            self.lose(i, outcome.lost)
             return
-        if outcome.error is not None:
-            self._fail(step, outcome.error)
+        for request, error in outcome.failed:
+            self._fail(request, error)
         for request, delta in outcome.due:
             self._hash(request, request.n_tokens - 1)
             if delta.finish is not None:
@@ -226,14 +241,13 @@ class LiveInstances:
             if self._steps[2 * i] is None and self._steps[2 * i + 1] is None:
                 interrupt.evacuate(self._words, i)
 
-    def _fail(self, step: Step, error: Exception) -> None:
-        """A step failed: its requests end, and what it wrote is never found in the prefix cache."""
-        _log.error("a step of %d requests failed", len(step.requests), exc_info=error)
-        for request in step.requests:
-            self._hashed[request.slot] = 0
-            if request.doomed is None:
-                request.doomed = ERROR
-                self._doomed.add(request)
+    def _fail(self, request: Request, error: Exception) -> None:
+        """A request failed in a step: it ends, and what the step wrote of it is never found in the prefix cache."""
+        _log.error("request %d failed: %s", request.number, repr(error)[:200])
+        self._hashed[request.slot] = 0
+        if request.doomed is None:
+            request.doomed = ERROR
+            self._doomed.add(request)
 
     # -- transfers -----------------------------------------------------------------------------------------
 
@@ -297,14 +311,17 @@ class LiveInstances:
 
     def settled(self) -> None:
         for request, delta in self._deltas:
-            if request.doomed is None:
-                request.sink(delta)
+            if request.doomed is None and not self.heard(request, delta):
+                self.doom(request, ERROR)
         self._deltas.clear()
         done = int(self._n_done[0])
         if done != self._seen_done:
             self._seen_done = done
             self._part_with_ended()
-        self.after_step()
+        try:
+            self.after_step()
+        except Exception:  # the event loop it wakes may have ended
+            _log.exception("what a step gave could not be passed on")
 
     def _part_with_ended(self) -> None:
         """Tell the callers of requests that ended, and free their slots."""
@@ -321,7 +338,10 @@ class LiveInstances:
             elif record["state"] == RequestState.FAILED:
                 finish = UNPLACEABLE
             request.cached_tokens = int(record["cached"])
-            self.on_end(request, record, finish)
+            try:
+                self.on_end(request, record, finish)
+            except Exception:  # metrics and logs are no reason to stop serving
+                _log.exception("the end of request %d could not be booked", request.number)
             self.requests[r] = None
             self._doomed.discard(request)
             self._free.append(r)
@@ -330,10 +350,21 @@ class LiveInstances:
 
     def _tell_end(self, request: Request, finish: str) -> None:
         request.ended = True
-        sink, request.sink = request.sink, _nobody  # whoever listens may hold the request, and need not for ever
         if finish:
-            sink(Delta(None, "", finish))
+            self.heard(request, Delta(None, "", finish))
+        request.sink = _nobody  # whoever listens may hold the request, and need not for ever
         self.on_gone()
+
+    @staticmethod
+    def heard(request: Request, delta: Delta) -> bool:
+        """Tell the caller of ``request``; False when that fails, and then it is told nothing more."""
+        try:
+            request.sink(delta)
+        except Exception:
+            _log.exception("whoever listens to request %d failed", request.number)
+            request.sink = _nobody
+            return False
+        return True
 
     def is_over(self) -> bool:
         """Closed, and nothing is left to do."""

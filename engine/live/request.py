@@ -67,7 +67,7 @@ class Request:
         self.tokens = np.zeros(len(prompt) + params.max_tokens, np.int64)
         self.tokens[: len(prompt)] = prompt
         self.newest = -1  # its last token so far, which its next decode step computes
-        self.arrival = 0  # ticks, when it was handed in
+        self.handed_in = 0  # when, a stamp of the engine's clock
         self.slot = -1  # its record in the cluster while it is there
         self.doomed: str | None = None  # why it is being ended from outside
         self.transfer_failures = 0

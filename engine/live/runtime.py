@@ -19,6 +19,7 @@ import numpy as np
 from engine.core import loop
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
 from engine.core.lists import HELD
+from engine.core.origin import move_origin, shift_for
 from engine.core.policy import Policy
 from engine.core.state import NEVER, ClusterState
 from engine.jit.rows import addresses
@@ -133,6 +134,11 @@ class Runtime:
             event = self.clock.next()
             if event is None:
                 return
+            if self.clock.is_far:
+                shift = shift_for(self.state, self.clock.now)
+                self.clock.move(shift)
+                move_origin(self.state, shift, self.clock.origin)
+                self._wake -= shift if self._wake < NEVER else 0
             self._handle(event.slot, event.outcome)
 
     # -- after each event ----------------------------------------------------------------------------------
@@ -174,7 +180,8 @@ class Runtime:
             if guard is None:
                 action = self._choose(kind, self._candidates[:k], self._mask[:k])
             else:
-                action = guard.choose(kind, subject, now, self._context, self._candidates[:k], self._mask[:k])
+                asked = (self._context, self._candidates[:k], self._mask[:k])
+                action = guard.choose(kind, subject, now + self.clock.origin, *asked)
             loop.answer(self.words, kind, subject, action, now)
             self.decisions[_KINDS[kind]] += 1
 

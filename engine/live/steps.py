@@ -1,8 +1,14 @@
-"""From the step written in a lane to tokens: what one lane of one instance runs."""
+"""From the step written in a lane to tokens: what one lane of one instance runs.
+
+What goes wrong with one request is that request's own affair: a step that fails is run again sequence by sequence, and
+only those fail that fail alone. KV that is written twice is the same KV, so nothing of the first try does harm.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import compress
 from operator import attrgetter
 from typing import NamedTuple
@@ -14,11 +20,12 @@ from engine.core.state import ClusterState
 from engine.jit.rows import addresses
 from engine.kernels import Spans
 from engine.lanes.base import WHOLE
-from engine.live.hosts import Executor
+from engine.live.hosts import Executor, InstanceLost
 from engine.live.request import Delta, Request
 
 __all__ = ["LaneRunner", "Step", "StepResult"]
 
+_log = logging.getLogger("slalom.runner")
 _newest = attrgetter("newest")
 
 
@@ -32,14 +39,34 @@ class Step(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """``deltas``: what each sampling request got. ``error``: why there is nothing; its requests cannot go on.
+    """``deltas``: what each sampling request got. ``lost``: nothing will run here any more, and nothing came of it.
 
     ``due``: those of ``deltas`` after which there is something to do for the request itself (``Request.due``).
+    ``failed``: requests that cannot go on, and why.
     """
 
     deltas: list[tuple[Request, Delta]]
-    error: Exception | None = None
+    lost: InstanceLost | None = None
     due: Sequence[tuple[Request, Delta]] = ()
+    failed: Sequence[tuple[Request, Exception]] = ()
+
+
+class _Pass(NamedTuple):
+    """A forward pass: its sequences, and whose they are."""
+
+    spans: Spans
+    requests: list[Request]
+
+    def sampling(self) -> list[Request]:
+        """Those that get a token in the end."""
+        wanted = self.spans.sample
+        return self.requests if bool(wanted.all()) else list(compress(self.requests, wanted.tolist()))
+
+    def kept(self) -> _Pass:
+        """For later: others may be written into the same columns before its last slice ends."""
+        spans = self.spans
+        names = ("counts", "starts", "sample", "n_blocks", "blocks")
+        return _Pass(replace(spans, **{name: getattr(spans, name).copy() for name in names}), self.requests)
 
 
 class LaneRunner:
@@ -55,7 +82,8 @@ class LaneRunner:
         self._columns = loop.step_columns(state.run.shape[1] + state.prefills.shape[1], width)
         self._where = addresses(self._columns)
         self._first = self._views(0)  # of the columns, their part that the last step used
-        self._sampling: list[list[Request]] = []  # of the passes under way; those that stand aside first
+        self._passes: list[_Pass] = []  # whose last layers are still to come; those that stand aside first
+        self._said: set[str] = set()  # faults whose traceback has been logged
 
     def _views(self, n: int) -> list[np.ndarray]:
         slots, starts, counts, sample, n_blocks, blocks, _ = (column[:n] for column in self._columns)
@@ -89,17 +117,65 @@ class LaneRunner:
     def run(self, step: Step) -> StepResult:
         """Run the step; what goes wrong is part of the result."""
         try:
-            deltas = self._run(step)
-        except Exception as error:  # out of memory, a bad kernel: the requests fail, the engine goes on
+            return self._run(step)
+        except InstanceLost as error:
             return StepResult([], error)
-        return StepResult(deltas, None, [pair for pair in deltas if pair[0].n_tokens > pair[0].due])
+        except Exception as error:  # a fault of ours: the requests fail, the engine goes on
+            return StepResult([], failed=[(request, error) for request in step.requests])
 
-    def _run(self, step: Step) -> list[tuple[Request, Delta]]:
-        if step.spans is not None:
-            wanted = step.spans.sample
-            every = bool(wanted.all())
-            self._sampling.append(step.requests if every else list(compress(step.requests, wanted.tolist())))
-        sampling = self._sampling.pop() if step.layers[1] >= self.executor.n_layers else []
+    def _run(self, step: Step) -> StepResult:
+        begun = self._passes.pop() if step.spans is None else _Pass(step.spans, step.requests)
+        last = step.layers[1] >= self.executor.n_layers
+        if not last:
+            self._passes.append(begun if step.spans is None else begun.kept())
+        sampling = begun.sampling() if last else []
         params, steps = [r.params for r in sampling], [r.n_tokens - r.n_prompt for r in sampling]
-        tokens = self.executor.run(step.spans, step.layers, params, steps, step.partition)
-        return [(request, request.push(token)) for request, token in zip(sampling, tokens, strict=True)]
+        try:
+            tokens = self.executor.run(step.spans, step.layers, params, steps, step.partition)
+        except InstanceLost:
+            raise
+        except Exception as error:  # out of memory, a bad kernel, a request that cannot be served
+            self._say(len(step.requests), error)
+            if not last:
+                return StepResult([])  # the executor refuses the slices that follow, too: the last one makes up for it
+            if len(begun.requests) == 1:
+                return StepResult([], failed=[(begun.requests[0], error)])
+            return self._one_by_one(begun, step.partition)
+        return self._hand_out(zip(sampling, tokens, strict=True), [])
+
+    def _one_by_one(self, begun: _Pass, partition: int) -> StepResult:
+        """Run each sequence of a pass alone, all layers of it: the innocent get their tokens."""
+        pairs: list[tuple[Request, int]] = []
+        failed: list[tuple[Request, Exception]] = []
+        whole = (0, self.executor.n_layers)
+        for k, request in enumerate(begun.requests):
+            spans = begun.spans.alone(k)
+            params, steps = [request.params], [request.n_tokens - request.n_prompt]
+            n = int(spans.sample[0])
+            try:
+                tokens = self.executor.run(spans, whole, params[:n], steps[:n], partition)
+            except InstanceLost:
+                raise
+            except Exception as error:
+                failed.append((request, error))
+            else:
+                pairs.extend((request, token) for token in tokens)
+        return self._hand_out(pairs, failed)
+
+    @staticmethod
+    def _hand_out(pairs: Iterable[tuple[Request, int]], failed: list[tuple[Request, Exception]]) -> StepResult:
+        deltas = []
+        for request, token in pairs:
+            try:
+                deltas.append((request, request.push(token)))
+            except Exception as error:  # its text, its stop strings
+                failed.append((request, error))
+        return StepResult(deltas, None, [pair for pair in deltas if pair[0].n_tokens > pair[0].due], failed)
+
+    def _say(self, n: int, error: Exception) -> None:
+        """Log a failed step, with its traceback the first time: one that always fails must not fill the disk."""
+        what = repr(error)[:200]
+        new = what not in self._said and len(self._said) < 32
+        if new:
+            self._said.add(what)
+        _log.error("a step of %d requests failed: %s", n, what, exc_info=error if new else None)

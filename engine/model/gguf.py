@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 
 __all__ = ["GGUFFile", "TensorInfo"]
@@ -46,6 +47,7 @@ class GGUFFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        check_regular(path, 2**50)  # mapped, not read
         try:
             with self.path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -15,6 +15,10 @@ __all__ = ["SamplingParams", "choose_tokens", "uniform"]
 
 _MASK = (1 << 64) - 1
 _HEAD = 1024  # tokens looked at first: nearly always enough for top-k and top-p, and cheaper than all
+_COLD = 1e-5  # below this temperature float32 cannot tell the logits' quotients apart: greedy (as vLLM)
+_MOST_TOP_K = 2**31 - 1
+_MOST_BIASES = 300
+_MOST_STOPS, _MOST_STOP_TEXT, _MOST_STOP_IDS = 64, 4096, 256  # each is looked at for every token, in everybody's step
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +26,14 @@ class SamplingParams:
     """What a request asks of its continuation. Names and meanings are vLLM's where OpenAI has none.
 
     :param max_tokens: tokens to generate at most
-    :param temperature: 0 is greedy
+    :param temperature: 0 is greedy, and so is what lies below 1e-5
     :param top_p: sample from the fewest most likely tokens that hold this probability
     :param top_k: sample from this many most likely tokens; 0 for all
-    :param seed: fixes the draws: the same seed draws the same numbers whatever else is in the batch
-    :param stop: strings that end the output (not part of it)
-    :param stop_token_ids: tokens that end the output (their text is not part of it)
+    :param min_p: sample only from tokens at least this many times as likely as the likeliest
+    :param logit_bias: up to 300 (token, what is added to its logit: from -100 to 100)
+    :param seed: fixes the draws: the same seed draws the same numbers whatever else is in the batch; 64 bits
+    :param stop: up to 64 strings that end the output (not part of it), of 4096 characters together
+    :param stop_token_ids: up to 256 tokens that end the output (their text is not part of it)
     :param min_tokens: tokens before which nothing may end the output but ``max_tokens``
     :param ignore_eos: go on past the model's end tokens (for load tests of a given length)
     :raises SlalomError: a value out of range
@@ -37,6 +43,8 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -48,9 +56,16 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature <= 100.0, "from 0 (greedy) to 100"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0, at most 1"),
-            ("top_k", self.top_k >= 0, "at least 1, or 0 for all tokens"),
+            ("top_k", 0 <= self.top_k <= _MOST_TOP_K, f"from 1 to {_MOST_TOP_K}, or 0 for all tokens"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
+            ("logit_bias", len(self.logit_bias) <= _MOST_BIASES, f"at most {_MOST_BIASES} tokens"),
+            ("logit_bias", all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias), "from -100 to 100 each"),
+            ("seed", -(2**63) <= self.seed < 2**64, "a number of at most 64 bits"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
             ("stop", all(self.stop), "stop strings must not be empty"),
+            ("stop", len(self.stop) <= _MOST_STOPS, f"at most {_MOST_STOPS} strings"),
+            ("stop", sum(map(len, self.stop)) <= _MOST_STOP_TEXT, f"at most {_MOST_STOP_TEXT} characters together"),
+            ("stop_token_ids", len(self.stop_token_ids) <= _MOST_STOP_IDS, f"at most {_MOST_STOP_IDS} tokens"),
         )
         for name, holds, fix in rules:
             if not holds:
@@ -73,13 +88,24 @@ def choose_tokens(
     :param steps: tokens each request has generated so far; selects its random number
     :param eos_ids: the model's end tokens, barred while a request is below its ``min_tokens``
     """
-    logits = _bar_ends(logits, params, steps, eos_ids)
+    logits = _bar_ends(_biased(logits, params), params, steps, eos_ids)
     tokens = logits.argmax(-1)
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0.0]
+    drawn = [row for row, p in enumerate(params) if p.temperature >= _COLD]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         tokens[rows] = _draw(logits[rows].float(), [params[i] for i in drawn], [steps[i] for i in drawn])
     return tokens
+
+
+def _biased(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    rows = [row for row, p in enumerate(params) if p.logit_bias]
+    if not rows:
+        return logits
+    logits = logits.clone()
+    for row in rows:
+        tokens, biases = zip(*params[row].logit_bias, strict=True)
+        logits[row, list(tokens)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+    return logits
 
 
 def _bar_ends(
@@ -103,6 +129,9 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]
         return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
 
     logits = logits / column([p.temperature for p in params])
+    if any(p.min_p > 0.0 for p in params):
+        least = logits.amax(-1, keepdim=True) + column([p.min_p for p in params]).log()
+        logits = logits.masked_fill(logits < least, float("-inf"))
     draws = column([uniform(p.seed, step) for p, step in zip(params, steps, strict=True)])
     top_k = column([float(p.top_k or logits.shape[1]) for p in params])
     top_p = column([p.top_p for p in params])
@@ -130,7 +159,9 @@ def _truncated(logits: Tensor, top_k: Tensor, top_p: Tensor, draws: Tensor, widt
     probabilities = (best - total).exp()
     reached = probabilities.cumsum(-1)
     enough = inside | (reached[:, -1:] >= top_p) | (width == logits.shape[1])
-    kept = probabilities.masked_fill(reached - probabilities >= top_p, 0.0)
+    dropped = reached - probabilities >= top_p
+    dropped[:, 0] = False  # the best one stays, also where float32 has no number for top_p
+    kept = probabilities.masked_fill(dropped, 0.0)
     return order.gather(1, _invert(kept, draws).unsqueeze(1)).squeeze(1), enough.squeeze(1)
 
 

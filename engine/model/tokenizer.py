@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from engine.common.regular import SMALL, check_regular
 from engine.errors import SlalomError
 from engine.model.config import DUMMY_SHAPES
 from engine.model.gguf import GGUFFile
@@ -53,8 +54,15 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``; ``special`` adds what the model expects around a prompt (such as BOS)."""
-        return self._backend.encode(text, add_special_tokens=special).ids
+        """Token ids of ``text``; ``special`` adds what the model expects around a prompt (such as BOS).
+
+        :raises SlalomError: lone surrogates, which are no text
+        """
+        try:
+            # Not ``encode``: the interpreter's other threads run only beside a batch.
+            return self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        except (UnicodeError, TypeError) as error:  # which of them depends on the library's version
+            raise SlalomError("prompt", ascii(text), "half a surrogate pair is no character") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens left out."""
@@ -66,6 +74,13 @@ class Tokenizer:
     def chat(self, messages: Sequence[dict[str, Any]], **extra: Any) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn.
 
+        See :meth:`render`.
+        """
+        return self.encode(self.render(messages, **extra), special=False)
+
+    def render(self, messages: Sequence[dict[str, Any]], **extra: Any) -> str:
+        """A conversation as the text that the model was trained on.
+
         :param messages: ``{"role": ..., "content": ...}`` each
         :param extra: further names for the template, such as ``tools``
         :raises SlalomError: no template, or it refuses the messages
@@ -75,10 +90,9 @@ class Tokenizer:
             raise SlalomError("messages", len(messages), fix)
         names = {"add_generation_prompt": True} | self._variables | extra
         try:
-            text = self._template.render(messages=messages, **names)
-        except (TemplateError, TypeError, ValueError) as error:
+            return self._template.render(messages=messages, **names)
+        except Exception as error:  # a stranger's template on a client's values: anything may be wrong with them
             raise SlalomError("messages", str(error), "the model's chat template refuses them") from error
-        return self.encode(text, special=False)
 
     def _token_bytes(self, token: int) -> bytes:
         """What one token adds to the output, as UTF-8; empty for special and unknown tokens."""
@@ -166,6 +180,7 @@ def _byte_of_char() -> dict[str, int]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -173,6 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_folder(folder: Path) -> Tokenizer:
+    check_regular(folder / "tokenizer.json", 2 * SMALL)
     try:
         backend = Backend.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
@@ -194,6 +210,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
         template = next((t["template"] for t in template if t["name"] == "default"), None)
+    check_regular(folder / "chat_template.jinja")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     variables = {key: text(key) for key in ("bos_token", "eos_token")}

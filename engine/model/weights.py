@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 from engine.kernels import make_kernels
 from engine.model.config import DUMMY_SHAPES, ModelConfig, RopeScaling
@@ -155,6 +156,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        check_regular(folder / "config.json")
         try:
             raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
@@ -163,6 +165,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._files = ExitStack()
         self._where: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
+            check_regular(path, 2**50)  # mapped, not read
             try:
                 file = self._files.enter_context(safe_open(path, framework="pt"))
             except SafetensorError as error:

@@ -14,14 +14,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
 
 from engine.core.policy import Policy
-from engine.errors import SlalomError
+from engine.errors import PromptTooLong, SlalomError
 from engine.live.engine import Engine, Overloaded, Unavailable
-from engine.live.request import SHED, UNPLACEABLE, Delta
+from engine.live.request import ABORT, SHED, UNPLACEABLE, Delta
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
+from engine.server.ending import say_goodbye
+from engine.server.limits import BodyLimit, most_bytes
 from engine.server.metrics import Metrics
+from engine.server.prompts import Prompts
 from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, class_of, error_body, targets_of
 from engine.server.streams import Mailroom, Stream, unanswered
 
@@ -32,6 +36,7 @@ _DEFAULT_CHAT_TOKENS = 512
 _DEFAULT_TOKENS = 16  # OpenAI's default for plain completions
 _CLIENT_GONE = 499  # nobody reads it; for the access log
 _RETRY_AFTER = {"Retry-After": "1"}
+_LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def create_app(
@@ -49,58 +54,96 @@ def create_app(
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
     """
-    metrics = Metrics(engine, model)
+    metrics, prompts = Metrics(engine, model), Prompts(engine.tokenizer, engine.max_tokens)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         app.state.mailroom, app.state.classes = Mailroom(engine, asyncio.get_running_loop()), list(classes)
+        ending = asyncio.create_task(say_goodbye(engine, app.state, drain_s))
         yield
+        ending.cancel()
         await asyncio.to_thread(engine.close, drain_s)
+        prompts.close()
 
     app = FastAPI(title="Slalom", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    _add_errors(app)
+    app.add_middleware(BodyLimit, most=most_bytes(engine.max_tokens))
+    _add_errors(app, engine)
     add_admin(app, engine, load_policy)
     add_dashboard(app, engine, model, metrics.met)
 
-    @app.get("/health")
-    def health() -> Response:
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> Response:  # in the event loop: no queue for threads delays it
         return Response(status_code=200 if engine.accepting else 503)
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])  # AIPerf probes with HEAD
     def scrape() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "slalom"}
+    card |= {"max_model_len": engine.max_tokens}
+
+    def check_model(name: str | None) -> None:
+        if name and name != model:
+            raise _NoSuchModel(name)
+
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "slalom"}
-        return {"object": "list", "data": [card | {"max_model_len": engine.max_tokens}]}
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        check_model(name)
+        return card
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, http: Request) -> Response:
+        check_model(body.model)
         prompt = body.only_prompt()
-        tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = await prompts.text(prompt) if isinstance(prompt, str) else prompt
         return await _answer(engine, model, body, tokens, http, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
-        extra: dict[str, Any] = {"tools": body.tools} if body.tools else {}
+        check_model(body.model)
         messages = [message.plain() for message in body.messages]
-        tokens = engine.tokenizer.chat(messages, **extra, **(body.chat_template_kwargs or {}))
+        tokens = await prompts.chat(messages, body.template_names())
         return await _answer(engine, model, body, tokens, http, chat=True)
 
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
+class _NoSuchModel(Exception):
+    """The model that a request names is not the one served here."""
+
+
+def _add_errors(app: FastAPI, engine: Engine) -> None:
+    bad = "invalid_request_error"
+
     @app.exception_handler(SlalomError)
-    def bad_value(_: Request, error: SlalomError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "invalid_request_error", 400), 400)
+    async def bad_value(_: Request, error: SlalomError) -> JSONResponse:
+        code: int | str = "context_length_exceeded" if isinstance(error, PromptTooLong) else 400
+        return JSONResponse(error_body(str(error), bad, code, error.field), 400)
+
+    @app.exception_handler(_NoSuchModel)
+    async def no_such_model(_: Request, error: _NoSuchModel) -> JSONResponse:
+        text = f"model: {str(error)[:200]!r} is not served here; /v1/models says what is"
+        return JSONResponse(error_body(text, bad, "model_not_found", "model"), 404)
 
     @app.exception_handler(RequestValidationError)
-    def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return JSONResponse(error_body(f"{where}: {first['msg']}", "invalid_request_error", 400), 400)
+        ours = first.get("ctx", {}).get("error")
+        if isinstance(ours, SlalomError):
+            return JSONResponse(error_body(str(ours), bad, 400, ours.field), 400)
+        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        field = next((str(part) for part in first["loc"][1:]), None)
+        return JSONResponse(error_body(f"{where}: {first['msg']}", bad, 400, field), 400)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        """No such route or method, a body that is no JSON: what the framework itself refuses."""
+        body = error_body(str(error.detail), bad, error.status_code)
+        return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(Overloaded)
     def overloaded(_: Request, error: Overloaded) -> JSONResponse:
@@ -108,7 +151,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Unavailable)
     def unavailable(_: Request, error: Unavailable) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "unavailable", 503), 503, headers=_RETRY_AFTER)
+        again = {} if engine.is_dead else _RETRY_AFTER
+        return JSONResponse(error_body(str(error), "unavailable", 503), 503, headers=again)
 
 
 async def _answer(
@@ -169,9 +213,15 @@ def _refusal(delta: Delta) -> JSONResponse:
     if delta.finish == UNPLACEABLE:
         body = error_body("no instance can hold this request", "unavailable", 503)
         return JSONResponse(body, 503, headers=_RETRY_AFTER)
-    message = "the engine is shutting down" if delta.finish == "abort" else "the request failed in the engine"
-    code = 503 if delta.finish == "abort" else 500
-    return JSONResponse(error_body(message, "unavailable" if code == 503 else "server_error", code), code)
+    body = _failure(delta)
+    return JSONResponse(body, int(body["error"]["code"]))
+
+
+def _failure(delta: Delta) -> dict[str, Any]:
+    """What is said of a request that ended before its time."""
+    if delta.finish == ABORT:
+        return error_body("the engine is shutting down", "unavailable", 503)
+    return error_body("the request failed in the engine", "server_error", 500)
 
 
 def _usage(stream: Stream) -> Usage:
@@ -192,14 +242,15 @@ async def _events(
     try:
         async for delta in stream.rest(first):
             if unanswered(delta):
-                yield _event(error_body("the request failed in the engine", "server_error", 500))
+                yield _event(_failure(delta))
+                yield "data: [DONE]\n\n"
                 return
-            if delta.text or delta.finish is not None or not begun:
-                chunk = shape.chunk(delta.text, delta.finish, first=not begun)
-                if options and options.continuous_usage_stats:
-                    chunk["usage"] = _usage(stream).body()
-                yield _event(chunk)
-                begun = True
+            # One for each token, also where its text waits for the next: clients count events.
+            chunk = shape.chunk(delta.text, delta.finish, first=not begun)
+            if options and options.continuous_usage_stats:
+                chunk["usage"] = _usage(stream).body()
+            yield _event(chunk)
+            begun = True
         if options and options.include_usage:
             yield _event(shape.usage_chunk(_usage(stream)))
         yield "data: [DONE]\n\n"
@@ -208,4 +259,6 @@ async def _events(
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """One event. Line separators that JSON allows in a string are escaped: many clients split lines at them."""
+    text = json.dumps(data, ensure_ascii=False)
+    return f"data: {text if text.isascii() else text.translate(_LINE_ENDS)}\n\n"

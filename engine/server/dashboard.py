@@ -26,7 +26,10 @@ def add_dashboard(app: FastAPI, engine: Engine, model: str, met: Attainment) -> 
     page = _PAGE.read_text(encoding="utf-8")
 
     def now() -> bytes:
-        return orjson.dumps({"model": model, **view(engine, met)}, option=orjson.OPT_SERIALIZE_NUMPY)
+        found = orjson.dumps({"model": model, **view(engine, met)}, option=orjson.OPT_SERIALIZE_NUMPY)
+        for end in ("\x85", "\u2028", "\u2029"):  # names may hold them, and clients split lines there
+            found = found.replace(end.encode(), f"\\u{ord(end):04x}".encode())
+        return found
 
     @app.get("/dashboard", response_class=HTMLResponse)
     def dashboard() -> str:

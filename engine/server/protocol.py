@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.errors import SlalomError
 from engine.model.sampling import SamplingParams
+from engine.server.unserved import refuse_unserved
 
 __all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "class_of", "error_body", "targets_of"]
 
@@ -18,6 +19,10 @@ _HEADERS = {
     "ttft_s": ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms"),
     "tpot_s": ("x-slo-tpot-ms", "x-llm-d-slo-tpot-ms"),
 }
+
+
+T = TypeVar("T")
+_Few = Annotated[list[T], Field(max_length=16)]  # several prompts are refused in any case
 
 
 class _Lenient(BaseModel):
@@ -38,12 +43,14 @@ class _Generate(_Lenient):
     default is the other way round). ``slo_class``: one of the server's classes, as the header ``x-slo-class``.
     """
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=1024)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: int | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    logit_bias: dict[int, float] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -53,6 +60,13 @@ class _Generate(_Lenient):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] = 0
     slo_class: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_served(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            refuse_unserved(body, chat="messages" in cls.model_fields)
+        return body
 
     def limit(self) -> int | None:
         """Tokens to generate at most, None when the client leaves it open."""
@@ -64,7 +78,9 @@ class _Generate(_Lenient):
         :raises SlalomError: a value out of range
         """
         given: dict[str, Any] = {}
-        for name in ("temperature", "top_p", "seed"):
+        if self.logit_bias:
+            given["logit_bias"] = tuple(self.logit_bias.items())
+        for name in ("temperature", "top_p", "min_p", "seed"):
             if getattr(self, name) is not None:
                 given[name] = getattr(self, name)
         if self.top_k is not None and self.top_k > 0:  # some clients send -1 for "all"
@@ -84,7 +100,7 @@ class _Generate(_Lenient):
 class CompletionRequest(_Generate):
     """``POST /v1/completions``: a text, its token ids, or a list with one of them."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int] | _Few[str] | _Few[list[int]]
 
     def only_prompt(self) -> str | list[int]:
         """The one prompt.
@@ -126,13 +142,24 @@ class Message(_Lenient):
 class ChatRequest(_Generate):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def template_names(self) -> dict[str, Any]:
+        """What the chat template may name beside the messages.
+
+        :raises SlalomError: names that are fields of the request itself
+        """
+        names = self.chat_template_kwargs or {}
+        for taken in ("self", "messages", "tools"):
+            if taken in names:
+                raise SlalomError("chat_template_kwargs", taken, "send it as a field of the request")
+        return names | ({"tools": self.tools} if self.tools else {})
 
 
 class Targets(BaseModel):
@@ -230,6 +257,6 @@ class Shape:
         return f"chat.completion{suffix}" if self._chat else "text_completion"
 
 
-def error_body(message: str, kind: str, code: int) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def error_body(message: str, kind: str, code: int | str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it; ``param``: the field that is wrong."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

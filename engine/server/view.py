@@ -13,7 +13,6 @@ import numpy as np
 
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, queue_of, ready_of
 from engine.core.state import ClusterState, RequestState, Role
-from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import Engine
 from engine.live.request import ABORT
 
@@ -80,7 +79,7 @@ def view(engine: Engine, met: Attainment, recent: int = 40) -> dict[str, Any]:
     if report is not None:
         report["role_results"] = [[*key, n] for key, n in report["role_results"].items()]
     return {
-        "now_s": engine.clock.read() / TICKS_PER_S,
+        "now_s": engine.clock.uptime_s(),
         "accepting": engine.accepting,
         "open": engine.n_open,
         "policy": runtime.policy.name,

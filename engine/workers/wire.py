@@ -125,7 +125,10 @@ def step_message(
 def step_from(message: dict[str, Any]) -> tuple[Spans | None, tuple[int, int], list[SamplingParams], list[int]]:
     """What :func:`step_message` was given."""
     params = [
-        SamplingParams(**(p | {"stop": tuple(p["stop"]), "stop_token_ids": tuple(p["stop_token_ids"])}))
+        SamplingParams(
+            **(p | {name: tuple(p[name]) for name in ("stop", "stop_token_ids")})
+            | {"logit_bias": tuple((token, bias) for token, bias in p["logit_bias"])}
+        )
         for p in message["params"]
     ]
     first, last = message["layers"]

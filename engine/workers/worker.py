@@ -26,6 +26,7 @@ from engine.errors import SlalomError
 from engine.lanes.partitions import Lanes, make_device
 from engine.live.hosts import LocalExecutor
 from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
+from engine.model.available import check_device
 from engine.workers.kv import Puller, serve_pulls
 from engine.workers.lease import Disowned, Lease
 from engine.workers.wire import admit, listen, parse_address, receive, send, step_from
@@ -161,6 +162,7 @@ def work(
     """Hold weights and KV for a serve started with --workers HOST:PORT. Both need the same secret in SLALOM_KEY."""
     if dtype not in DTYPES:
         raise SlalomError("--dtype", dtype, f"use one of {', '.join(DTYPES)}")
+    check_device(device)
     torch.set_num_threads(1)
     address = parse_address(listen_on)
     listener = listen(address)

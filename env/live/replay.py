@@ -32,7 +32,7 @@ from engine.live.engine import Engine, build_state
 from engine.live.request import ABORT, Delta, Request
 from engine.model import SamplingParams, load_model, load_tokenizer
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of, build_trace, requests_of
+from env.surrogate.arena import arena_of, build_trace, check_classes, requests_of
 from env.surrogate.simulate import RunResult, bind_policy
 from env.workload import Trace
 
@@ -239,6 +239,7 @@ def replay(
     bound: Policy = bind_policy(policy, scenario, values)
     if trace is None:
         trace = build_trace(scenario, rate, n_requests or scenario.n_requests, seed, split)
+    check_classes(trace, len(scenario.classes))
     specs = arena.arranged(bound.arrangement)
     park.warm(specs)
     _scratch(scenario, park, bound, specs)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from engine.core.state import RequestState
 from engine.errors import SlalomError
-from engine.latency.evaluate import TICKS_PER_S
+from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
 __all__ = ["Outcomes", "block_counts", "detailed", "histogram_stats", "outcomes", "summarize"]
 
@@ -71,6 +71,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
     wait = np.where(started, r["first_token"] - r["arrival"], 0)
     span = np.where(finished, r["last_token"] - r["first_token"], 0)
     gaps = np.maximum(r["generated"].astype(np.int64) - 1, 0)
+    tpot_slo = np.minimum(r["tpot_slo"], 2 * FOREVER // np.maximum(gaps, 1))  # the product fits 64 bits
     return Outcomes(
         rows=rows,
         sent_total=len(order),
@@ -79,7 +80,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
         e2el_s=np.where(finished, (r["last_token"] - r["arrival"]) / TICKS_PER_S, np.nan),
         finished=finished,
         ttft_ok=started & (wait <= r["ttft_slo"]),
-        tpot_ok=finished & ((gaps == 0) | (span <= r["tpot_slo"] * gaps)),
+        tpot_ok=finished & ((gaps == 0) | (span <= tpot_slo * gaps)),
     )
 
 

@@ -20,8 +20,9 @@ from engine.core.setup import (
     new_cluster,
 )
 from engine.core.state import Batching, ClusterState, Order, Role, Split
+from engine.core.ticks import arrival_ticks, duration_ticks
+from engine.errors import SlalomError
 from engine.latency import pack
-from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario
 from env.workload import Trace, assign_classes
 from policies.setting import Setting
@@ -81,6 +82,7 @@ class Arena:
         )
         if trace is None:
             return state
+        check_classes(trace, len(self.classes))
         state.cluster["n_requests"] = trace.n
         return state._replace(req=requests_of(trace))
 
@@ -184,22 +186,34 @@ def arena_of(scenario: Scenario) -> Arena:
 def build_trace(scenario: Scenario, rate: float, n: int, seed: int, split: Any) -> Trace:
     """Requests of the scenario's workload; classes drawn by its shares unless the workload binds them."""
     trace = scenario.workload.build(rate, n, seed, split)
+    check_classes(trace, len(scenario.classes))
     shares = [c.share for c in scenario.classes]
     return assign_classes(trace, shares, seed) if len(shares) > 1 and not trace.cls.any() else trace
+
+
+def check_classes(trace: Trace, n: int) -> None:
+    """Class numbers become indices of the core's arrays.
+
+    :param n: classes of the cluster that will serve ``trace``
+    :raises SlalomError: a request of a class that is none
+    """
+    last = int(trace.cls.max(initial=0))
+    if last >= n:
+        raise SlalomError(f"trace {trace.name}: class", last, f"the scenario has {n} classes, numbered from 0")
 
 
 def requests_of(trace: Trace) -> np.ndarray:
     """The requests of a trace as core records, REQUEST (n,), in state NEW."""
     req = blank_requests(trace.n)
     roots = slice(0, trace.n_roots)
-    req["arrival"][roots] = np.rint(trace.arrival_s[roots] * TICKS_PER_S).astype(np.int64)
+    req["arrival"][roots] = arrival_ticks(f"trace {trace.name}", trace.arrival_s[roots])
     req["prompt"], req["output"], req["cls"] = trace.prompt, trace.output, trace.cls
     for column, seconds in (("ttft_slo", trace.ttft_s), ("tpot_slo", trace.tpot_s)):
         own = np.isfinite(seconds)
         if own.any():
-            req[column][own] = np.rint(seconds[own] * TICKS_PER_S).astype(np.int64)
+            req[column][own] = duration_ticks(seconds[own], 1)
     req["next_turn"] = trace.next_turn
-    req["think"] = np.rint(np.nan_to_num(trace.think_s) * TICKS_PER_S).astype(np.int64)
+    req["think"] = duration_ticks(np.nan_to_num(trace.think_s))
     req["hash_off"], req["hash_n"] = trace.hash_start, trace.hash_n
     return req
 

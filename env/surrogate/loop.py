@@ -20,16 +20,16 @@ from engine.core.schedule.batching import plan_lane
 from engine.core.slo import seal
 from engine.core.state import LaneKind, Order, RequestState, Role, attach
 from engine.jit.kernel import kernel
-from engine.latency.evaluate import to_ticks
+from engine.latency.evaluate import FOREVER, to_ticks
 from env.surrogate.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 
 __all__ = ["advance", "answer", "describe", "run"]
 
-_FAR = 2**61
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _MULTIPLEXED, _DECODE = int(Role.MULTIPLEXED), int(Role.DECODE)
 _FINISHED = int(RequestState.FINISHED)
 _FCFS = int(Order.FCFS)
+_FAR = float(FOREVER)
 
 
 @kernel
@@ -89,6 +89,8 @@ def _start_lane(s, q, i, l):
         # Who goes first in the queue may change at the first step boundary from ``watch`` on.
         watch = np.int64(max(min(s.watch[i], np.float64(_FAR)), np.float64(now)))
         clock.left = min(clock.left, steps_done(clock, watch, True) + 1)
+    while clock.left > 1 and clock.left * (float(clock.first) + 0.5 * clock.delta * clock.left) > _FAR:
+        clock.left //= 2  # no jump beyond what stamps can hold
     set_event(q, 2 * i + l, now + span(clock, clock.left))
 
 

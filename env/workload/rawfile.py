@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
 __all__ = ["Table", "read_csv", "read_jsonl"]
+
+_LONGEST_LINE = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,17 @@ def _is_number(value: Any) -> bool:
 
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a text file, decompressed; a file that breaks off is an error, not an end."""
-    number = 0
+    number = size = 0
+    check_regular(path, LARGE)
     try:
         with path.open("rb") as probe:
             packed = probe.read(2) == b"\x1f\x8b"
         with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as stream:
-            for line in stream:
+            while line := stream.readline(_LONGEST_LINE):
                 number += 1
+                size += len(line)
+                if len(line) == _LONGEST_LINE or size > LARGE:
+                    break
                 yield line
     except FileNotFoundError as error:
         raise SlalomError("path", str(path), "give a file that exists") from error
@@ -109,6 +116,10 @@ def _lines(path: Path) -> Iterator[str]:
         raise SlalomError(f"{path.name}: after line {number}", str(error), "fetch the file again, it is cut") from error
     except (OSError, UnicodeDecodeError) as error:
         raise SlalomError(f"{path.name}: after line {number}", str(error), "give a readable UTF-8 text file") from error
+    if size > LARGE:
+        raise SlalomError(f"{path.name}: after line {number}", f"{size} characters", f"at most {LARGE} are read")
+    if len(line) == _LONGEST_LINE:
+        raise SlalomError(f"{path.name}: line {number}", line[:40], f"a line has less than {_LONGEST_LINE} characters")
 
 
 def _resolve(path: Path, names: dict[str, str], present: list[str]) -> dict[str, str]:
@@ -127,17 +138,25 @@ def _resolve(path: Path, names: dict[str, str], present: list[str]) -> dict[str,
     return found
 
 
+def _rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    """What the csv module reads; its own complaints (a field of 128 KiB) as ours."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise SlalomError(f"{path.name}: line {reader.line_num}", str(error), "give a CSV file") from error
+
+
 def read_csv(path: Path, names: dict[str, str]) -> Table:
     """A CSV file with a header line."""
     reader = csv.reader(_lines(path))
-    header = [name.strip() for name in next(reader, [])]
+    header = [name.strip() for name in next(_rows(reader, path), [])]
     if not header:
         raise SlalomError(path.name, "empty file", "give a CSV file with a header and rows")
     found = _resolve(path, names, header)
     picks = {ours: header.index(theirs) for ours, theirs in found.items()}
     columns: dict[str, list[Any]] = {ours: [] for ours in picks}
     lines = []
-    for row in reader:
+    for row in _rows(reader, path):
         if not row:
             continue
         if len(row) != len(header):
@@ -158,7 +177,7 @@ def read_jsonl(path: Path, names: dict[str, str]) -> Table:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SlalomError(f"{path.name}: line {number}", line[:80], f"give whole JSON ({error})") from error
         if not isinstance(value, dict):
             raise SlalomError(f"{path.name}: line {number}", value, "give one JSON object per line")

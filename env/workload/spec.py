@@ -93,7 +93,7 @@ class MixPart(Model):
 
     weight: float = Field(gt=0)
     workload: WorkloadSpec
-    cls: int | None = Field(default=None, ge=0)
+    cls: int | None = Field(default=None, ge=0, lt=2**15)
 
 
 class MixSpec(WorkloadBase):

@@ -151,6 +151,7 @@ class Trace:
         for column in ("prompt", "output"):
             values = getattr(self, column)
             _reject(f"trace.{column}", values, values < 1, "drop requests without tokens")
+            _reject(f"trace.{column}", values, values >= 2**30, "no request has 2^30 tokens or more")
         _reject("trace.cls", self.cls, self.cls < 0, "class indices start at 0")
         for column in ("ttft_s", "tpot_s"):
             values = getattr(self, column)

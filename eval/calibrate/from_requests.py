@@ -25,6 +25,7 @@ from scipy.optimize import minimize
 
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, Role
+from engine.core.ticks import arrival_ticks
 from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
@@ -93,7 +94,7 @@ def replay(
         pause_preempt=True,
     )
     req = blank_requests(log.n)
-    req["arrival"] = np.rint(log.arrival_s * TICKS_PER_S).astype(np.int64)
+    req["arrival"] = arrival_ticks("request log", log.arrival_s)
     req["prompt"], req["output"] = log.prompt, log.output
     hashes = None
     if settings.prefix_caching and settings.known_kv:  # only memory that runs short makes a difference

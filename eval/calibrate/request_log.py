@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
 __all__ = ["EngineSettings", "RequestLog", "read_log", "read_settings"]
@@ -89,6 +90,7 @@ def read_log(path: Path) -> RequestLog:
 
     :raises SlalomError: unreadable, a column is missing or not numeric, times out of order, too few requests
     """
+    check_regular(path, LARGE)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -160,6 +162,7 @@ def read_settings(path: Path) -> EngineSettings:
 
     :raises SlalomError: unreadable, or a required key is missing or no positive number
     """
+    check_regular(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

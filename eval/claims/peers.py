@@ -40,6 +40,7 @@ from engine.core.columns import Kind
 from engine.core.lists import inbound_of, queue_of, ready_of
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import Batching, Role, attach
+from engine.core.ticks import arrival_ticks
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from engine.jit.rows import addresses
@@ -162,7 +163,7 @@ def _arrivals(rate: float, n: int, seed: int) -> np.ndarray:
     They come from numpy's legacy generator because the peer's do: the sequence is part of the comparison.
     """
     gaps_s = np.random.RandomState(seed).gamma(1.0, 1.0 / rate, n - 1)
-    return np.rint(np.concatenate([[0.0], np.cumsum(gaps_s)]) * TICKS_PER_S).astype(np.int64)
+    return arrival_ticks("rate", np.concatenate([[0.0], np.cumsum(gaps_s)]))
 
 
 def distserve_run(

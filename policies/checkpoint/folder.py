@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
+from engine.common.regular import LARGE, SMALL, check_regular
 from engine.core.columns import Kind, Need
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
@@ -318,6 +319,7 @@ def _read_weights(folder: Path, manifest: Manifest) -> dict[str, np.ndarray]:
 
 
 def _read(path: Path) -> bytes:
+    check_regular(path, LARGE if path.name == _WEIGHTS else SMALL)
     try:
         return path.read_bytes()
     except OSError as error:

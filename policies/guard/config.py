@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 
 __all__ = ["BreakerConfig", "DriftConfig", "GuardConfig", "LogConfig", "RoleConfig"]
@@ -98,6 +99,7 @@ class GuardConfig(_Strict):
         data: Any = {}
         where = str(path or "guard")
         if path is not None:
+            check_regular(path)
             try:
                 text = Path(path).read_text(encoding="utf-8")
                 data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text) or {}

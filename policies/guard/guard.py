@@ -30,6 +30,7 @@ import numpy as np
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
+from engine.latency.evaluate import TICKS_PER_S
 from engine.live.guard import DriftReport, GuardReport, RecentDecision
 from engine.live.runtime import Runtime, safe_choice
 from policies.guard.breaker import Breaker, BreakerState
@@ -52,6 +53,7 @@ _EDGES_NS = [edge * 1e9 for edge in LATENCY_EDGES_S]
 (_POLICY, _ADVISORY, _FROZEN, _RESTORE, _BREAKER, _OOD, _FEATURES, _DEADLINE, _BUSY, _ERROR, _INVALID, _SCORES,
  _DRIFT) = range(len(REASONS))  # fmt: skip
 _PLACE_PREFILL, _PLACE_DECODE, _REALLOCATE, _TUNE = (int(k) for k in Kind)
+_LOOK_AFTER = TICKS_PER_S  # between two looks at who writes the log
 _INSTANCE, _NEW_ROLE = int(Col.INSTANCE), int(Col.NEW_ROLE)
 
 
@@ -102,7 +104,7 @@ class Guard:
         self._meta = np.zeros(len(Meta), np.int64)
         self._seq = 0
         self._requests: Any = None
-        self._now = 0
+        self._now = self._looked_at = 0
         self._snapshot: Snapshot
         self.adopt(self.prepare(policy))
         self._compile()
@@ -322,8 +324,11 @@ class Guard:
         self._recent.append((self._seq, now, kind, request, action, instance, advised, reason, took, self.swaps))
         if self.log is None:
             return
+        if now - self._looked_at >= _LOOK_AFTER:
+            self._looked_at = now
+            self.log.look_after()
         meta = self._meta
-        meta[0], meta[1], meta[2], meta[3], meta[4] = self._seq, time.time_ns(), now, kind, request
+        meta[0], meta[1], meta[2], meta[3], meta[4] = self._seq, time.time_ns(), now // 1000, kind, request
         meta[5], meta[6], meta[7], meta[8], meta[9] = len(mask), action, advised, reason, took
         meta[10], meta[11], meta[12] = self.swaps, len(scores), subject
         self.log.decision(meta, context, candidates, mask, scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
 from engine.errors import SlalomError
 from policies.guard.log.log import DecisionLog
 from policies.guard.log.ring import Meta, Ring, Type
-from policies.guard.log.writer import REASONS, Lines, Rotated
+from policies.guard.log.writer import REASONS, Lines, Rotated, pump
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +50,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_a_line_says_what_was_decided_and_on_what(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "log.jsonl")
     log.note("policy", generation=0, name="mine")
-    log.decision(*decision(1, TIME_NS=1_700_000_000 * 10**9, NOW=2 * 10**12))
+    log.decision(*decision(1, TIME_NS=1_700_000_000 * 10**9, NOW=2 * 10**9))
     log.decision(*decision(2, CHOICE=3, ADVISED=-1, REASON=REASONS.index("deadline"), scores=False))
     log.close()
     assert (log.dropped, log.writing) == (0, False)
@@ -152,6 +153,87 @@ def test_a_writer_that_dies_is_replaced(tmp_path: Path) -> None:
     assert not log.writing
     log.decision(*decision(5))
     log.keep_writing()
+    assert log.writing
+    log.close()
+    assert [line["seq"] for line in lines(tmp_path / "log.jsonl")] == [5]
+
+
+def test_a_full_disk_is_said_once_and_counted_and_then_the_log_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring, file = Ring(tmp_path / "ring", 20_000), Rotated(tmp_path / "log", 10**6, 1)
+    append, full = Rotated._append, [False]
+
+    def limited(self: Rotated, line: bytes) -> None:
+        if full[0]:
+            self._file.write(line[:10])  # what still fits
+            self._file.truncate(self._size)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, line)
+
+    monkeypatch.setattr(Rotated, "_append", limited)
+    for full[0], numbers in ((False, (1,)), (True, (2, 3)), (True, (4,)), (False, (5, 6))):
+        for seq in numbers:
+            assert ring.put(*decision(seq))
+        assert pump(ring, Lines(), file) == len(numbers)
+    file.close()
+    assert [line["seq"] for line in lines(tmp_path / "log")] == [1, 5, 6]
+    assert ring.dropped == 3
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert "No space left" in said[0]
+    assert "3 lines are missing" in said[1]
+
+
+def test_a_write_that_breaks_off_leaves_no_part_of_a_line(tmp_path: Path) -> None:
+    file = Rotated(tmp_path / "log", 10**6, 1)
+    assert file.write([b"one\n"]) == 1
+
+    class Short:
+        """Takes three bytes and then nothing."""
+
+        closed, n = False, 0
+
+        def write(self, piece: bytes) -> int:
+            self.n += 1
+            if self.n > 1:
+                raise OSError(errno.ENOSPC, "full")
+            return whole.write(piece[:3])
+
+        def truncate(self, size: int) -> None:
+            whole.truncate(size)
+
+    whole, file._file = file._file, Short()  # type: ignore[assignment]
+    assert file.write([b"two, which is long\n"]) == 0
+    file._file = whole
+    assert file.write([b"three\n"]) == 1
+    file.close()
+    assert (tmp_path / "log").read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"cut', b"x" * 200_000])
+def test_a_line_cut_by_a_power_loss_is_taken_off(rest: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"one\n" + rest)
+    file = Rotated(tmp_path / "log", 10**6, 1)
+    file.write([b"two\n"])
+    file.close()
+    assert (tmp_path / "log").read_bytes() == b"one\ntwo\n"
+
+
+def test_whoever_looks_after_the_log_replaces_its_writer_and_waits_longer_each_time(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "log.jsonl")
+    for replaced in (True, False):
+        assert log._process is not None
+        log._process.kill()
+        log._process.wait()
+        log.look_after()
+        assert log._helper is not None
+        log._helper.join(30)
+        assert log.writing == replaced
+    log._not_before = 0.0
+    log.decision(*decision(5))
+    log.look_after()
+    log._helper.join(30)
     assert log.writing
     log.close()
     assert [line["seq"] for line in lines(tmp_path / "log.jsonl")] == [5]

@@ -163,3 +163,16 @@ def test_streamed_text_is_the_text_cut_at_the_first_stop(text: str, stops: list[
         held = seen.removeprefix(streamed)
         assert seen.startswith(streamed)
         assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+def test_min_p_leaves_what_is_likely_enough_and_a_bias_moves_a_logit() -> None:
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.07, 0.03], dtype=torch.float64)
+    n = 2000
+    for min_p, kept in ((0.5, {0, 1, 2}), (0.6, {0, 1}), (1.0, {0}), (0.01, {0, 1, 2, 3, 4})):
+        asked = [SamplingParams(seed=seed, min_p=min_p) for seed in range(n)]
+        assert set(choose_tokens(probabilities.log().expand(n, -1), asked, [0] * n, NONE).tolist()) == kept
+    biased = [SamplingParams(temperature=0.0, logit_bias=((3, 3.0), (0, -1.0))), SamplingParams(temperature=0.0)]
+    assert choose_tokens(probabilities.log().expand(2, -1), biased, [0] * 2, NONE).tolist() == [3, 0]
+    for bad in ({"min_p": 1.1}, {"logit_bias": ((0, float("nan")),)}, {"logit_bias": ((0, 1.0),) * 301}):
+        with pytest.raises(SlalomError):
+            SamplingParams(**bad)

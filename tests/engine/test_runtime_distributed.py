@@ -106,7 +106,8 @@ def test_two_instances_in_one_worker_copy_without_a_peer(expected: list[list[int
 
 
 def test_drawn_tokens_and_slices_of_layers_cross_the_wire(expected: list[list[int]]) -> None:
-    drawn = SamplingParams(temperature=1.0, seed=7, max_tokens=16, ignore_eos=True, stop=("zzz",), stop_token_ids=(3,))
+    ends: dict[str, Any] = {"stop": ("zzz",), "stop_token_ids": (3,), "ignore_eos": True, "max_tokens": 16}
+    drawn = SamplingParams(temperature=1.0, seed=7, min_p=0.1, logit_bias=((5, -1.5),), **ends)
     message = json.loads(json.dumps(step_message(None, (2, 4), [drawn], [5])))
     assert step_from(message) == (None, (2, 4), [drawn], [5])
 

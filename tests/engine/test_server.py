@@ -29,13 +29,14 @@ from policies.serve import Options, build, load_classes, parse_roles
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "the gate is open"
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
+JSON = {"content-type": "application/json"}  # for bodies written by hand: half a surrogate pair, for example
 
 
 class Served:
     """A server in a thread, and a client for it."""
 
     def __init__(self, **options: Any) -> None:
-        self.engine, self.app = build(Options("dummy:tiny", drain_s=5.0, **options))
+        self.engine, self.app = build(Options("dummy:tiny", **({"drain_s": 5.0} | options)))
         config = uvicorn.Config(self.app, port=0, log_level="warning", access_log=False)
         self.server = self.app.state.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
@@ -151,10 +152,33 @@ def test_fields_of_other_servers_are_ignored(served: Served) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": "x" * 9000}, "prompt"),
+        ({"prompt": PROMPT, "min_tokens": 2, "stop_token_ids": [49152]}, "stop_token_ids"),
+        ({"prompt": PROMPT, "stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"prompt": PROMPT, "top_k": 10**400}, "top_k"),
+        ({"prompt": PROMPT, "seed": 10**400}, "seed"),
+        ({"prompt": PROMPT, "stop": ["a"] * 100}, "stop"),
+        ({"prompt": PROMPT, "stop": [""]}, "stop"),
+        ({"prompt": "half a pair: \ud800"}, "prompt"),
     ],
 )
 def test_bad_requests_are_told_what_is_wrong(served: Served, body: dict[str, Any], named: str) -> None:
-    response = served.post("/v1/completions", body)
+    response = served.client.post("/v1/completions", content=json.dumps(body), headers=JSON)
+    assert response.status_code == 400
+    assert named in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": "\udfff"}]}, "prompt"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_bad_conversations_are_told_what_is_wrong(served: Served, more: dict[str, Any], named: str) -> None:
+    body = {"messages": [{"role": "user", "content": "hello"}], **GREEDY} | more
+    response = served.client.post("/v1/chat/completions", content=json.dumps(body), headers=JSON)
     assert response.status_code == 400
     assert named in response.json()["error"]["message"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from policies.guard import Guard
 from policies.guard.breaker import Breaker, BreakerState
 from policies.guard.checks import FINE, NOT_FINITE, OUTSIDE, inspect
 from policies.guard.config import BreakerConfig, GuardConfig
+from policies.guard.log.log import DecisionLog
 from policies.load import load_policy
 from policies.setting import Setting
 
@@ -380,3 +382,13 @@ def test_config_says_where_it_is_wrong(tmp_path: Any) -> None:
             GuardConfig.load(path)
     with pytest.raises(SlalomError, match="not readable"):
         GuardConfig.load(tmp_path / "none.yaml")
+
+
+def test_the_guard_looks_after_whoever_writes_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[float] = []
+    log = DecisionLog(tmp_path / "log.jsonl", writer="thread")
+    state = cluster()
+    monkeypatch.setattr(log, "look_after", lambda: looked.append(1.0))
+    guarded("least_tokens", state, log=log)
+    log.close()
+    assert 0 < len(looked) <= int(state.req["finished"].max()) * 1e-12 + 1, "at most once a second"

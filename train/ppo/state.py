@@ -17,6 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
 from engine.common.files import write_bytes
+from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 from train.ppo.learner import DispatchPPO
 
@@ -61,6 +62,7 @@ def load_state(path: Path, model: DispatchPPO) -> dict[str, Any]:
 
     :raises SlalomError: no such file, damaged, of another format, or of another network or environment
     """
+    check_regular(path, LARGE)
     try:
         raw = path.read_bytes()
         tensors = load_tensors(raw)

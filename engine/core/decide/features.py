@@ -196,7 +196,7 @@ def _request_context(s, kind, r, now, out):
     if kind > _PLACE_DECODE:
         mean = max(s.cluster[0].mean_prompt, 1.0)
         out[_PROMPT] = 0.0
-        out[_ARRIVAL_S] = now * 1e-12
+        out[_ARRIVAL_S] = now * 1e-12 + s.cluster[0].origin_s
         out[_TTFT_SLO_S] = _class_ttft_s(s)
         out[_TTFT_FACTOR] = s.cls[0].ttft_factor
         out[_TPOT_SLO_S] = s.cls[0].tpot_s
@@ -207,7 +207,7 @@ def _request_context(s, kind, r, now, out):
     req = s.req[r]
     n = float(req.target)
     out[_PROMPT] = req.prompt
-    out[_ARRIVAL_S] = req.arrival * 1e-12
+    out[_ARRIVAL_S] = req.arrival * 1e-12 + s.cluster[0].origin_s
     out[_TTFT_SLO_S] = req.ttft_slo * 1e-12
     out[_TTFT_FACTOR] = s.cls[req.cls].ttft_factor
     out[_TPOT_SLO_S] = req.tpot_slo * 1e-12
@@ -268,7 +268,7 @@ def _cluster_context(s, out):
 def context_row(s, kind, subject, now, needs, out):
     """Fill the context of a decision about ``subject`` (a request, or for TUNE an instance)."""
     c = s.cluster[0]
-    out[_NOW_S] = now * 1e-12
+    out[_NOW_S] = now * 1e-12 + c.origin_s
     out[_KIND] = kind
     out[_N_INSTANCES] = c.n_instances
     if kind <= _PLACE_DECODE:

@@ -11,7 +11,7 @@ from engine.core.schedule.predict import expected_row, predict_step, prefill_sha
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.jit.kernel import kernel
-from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, to_ticks
+from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, times, to_ticks
 
 __all__ = [
     "NO_SLACK_S",
@@ -60,7 +60,7 @@ def min_slack_s(s, i, now):
     least = np.int64(_NEVER)
     for c in range(s.cluster[0].n_classes):
         if s.due[i, c] < _NEVER:
-            least = min(least, s.due[i, c] + to_ticks(s.cls[c].tpot_s) * s.inst[i].unbooked)
+            least = min(least, s.due[i, c] + times(to_ticks(s.cls[c].tpot_s), s.inst[i].unbooked))
     return (least - now) * 1e-12
 
 

@@ -69,9 +69,9 @@ def set_targets(s, r):
             p = s.inst[0].profile
             alone = prefill_s(s.profile[p], s.share[p, whole_device(s, 0)], n * n, 0.0, n)
             seconds = max(seconds, c.ttft_factor * (alone + s.profile[p].step_overhead_s))
-        s.req[r].ttft_slo = to_ticks(seconds)
+        s.req[r].ttft_slo = max(to_ticks(seconds), 1)
     if s.req[r].tpot_slo <= 0:
-        s.req[r].tpot_slo = to_ticks(c.tpot_s)
+        s.req[r].tpot_slo = max(to_ticks(c.tpot_s), 1)
 
 
 @kernel

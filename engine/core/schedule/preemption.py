@@ -9,7 +9,7 @@ from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import Order, RequestState
 from engine.jit.kernel import kernel
-from engine.latency.evaluate import prefill_s, to_ticks
+from engine.latency.evaluate import prefill_s, times, to_ticks
 
 __all__ = [
     "give_way",
@@ -32,7 +32,7 @@ _PREEMPTIVE = int(Order.SHORTEST_PREEMPTIVE)
 def note_due(s, i, r):
     """Count running request ``r`` in its class's least "first token + TPOT target × tokens" on instance ``i``."""
     c = s.req[r].cls
-    due = s.req[r].first_token + s.req[r].tpot_slo * s.req[r].generated
+    due = s.req[r].first_token + times(s.req[r].tpot_slo, s.req[r].generated)
     if due < s.due[i, c]:
         s.due[i, c] = due
 

@@ -33,6 +33,7 @@ from policies.guard.log.writer import Lines, Rotated, pump
 __all__ = ["DecisionLog"]
 
 _log = logging.getLogger("slalom.decisions")
+_LONGEST_WAIT_S = 60.0
 
 
 class DecisionLog:
@@ -67,6 +68,8 @@ class DecisionLog:
         self.written = 0
         self._final_dropped = 0
         self._closed = False
+        self._restarts, self._not_before = 0, 0.0
+        self._helper: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         if writer == "process":
@@ -119,22 +122,32 @@ class DecisionLog:
         if not self._closed and self._ring.note(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY)):
             self.written += 1
 
+    def look_after(self) -> None:
+        """See that somebody writes. Cheap where it is so; starting a process takes a thread of its own."""
+        if not self._closed and not self.writing and (self._helper is None or not self._helper.is_alive()):
+            self._helper = threading.Thread(target=self.keep_writing, name="decision-log", daemon=True)
+            self._helper.start()
+
     def keep_writing(self) -> None:
-        """Start the writer again where it died. Called now and then, off the hot path."""
-        if self._process is not None and not self.writing and not self._closed:
-            _log.error("the decision log's writer ended with status %s; starting another", self._process.returncode)
-            if not self._ring.path.exists():
-                return
+        """Start the writer again where it died, each time after a longer wait. Called now and then, by one thread."""
+        if self._process is None or self.writing or self._closed or time.monotonic() < self._not_before:
+            return
+        self._not_before = time.monotonic() + min(2.0**self._restarts, _LONGEST_WAIT_S)
+        self._restarts += 1
+        _log.error("the decision log's writer ended with status %s; starting another", self._process.returncode)
+        try:
             self._start_process()
+        except OSError as error:
+            _log.error("the decision log's writer cannot be started: %s", error)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Write what is left and end the writer."""
         if self._closed:
             return
-        self._final_dropped, self._closed = self._ring.dropped, True
         if self._thread is not None:
             self._stop.set()
             self._thread.join(timeout_s)
+        self._final_dropped, self._closed = self._ring.dropped, True
         path = self._ring.path
         self._ring.close()
         if self._process is not None:

@@ -34,6 +34,7 @@ class Control(IntEnum):
     READ = 2
     DROPPED = 3  # records that did not fit
     CLOSED = 4  # 1: the writer may end once it has read everything
+    LOST = 5  # records that the writer could not write
 
 
 class Type(IntEnum):
@@ -49,7 +50,7 @@ class Meta(IntEnum):
 
     SEQ = 0
     TIME_NS = 1  # wall clock, since 1970
-    NOW = 2  # ticks of the engine's clock
+    NOW = 2  # nanoseconds of the engine's clock
     KIND = 3
     REQUEST = 4  # number that the client sees (cmpl-17 is 17); -1 for control decisions
     ROWS = 5
@@ -182,8 +183,8 @@ class Ring:
 
     @property
     def dropped(self) -> int:
-        """Records for which there was no room."""
-        return int(self.control[Control.DROPPED])
+        """Records for which there was no room, here or on the disk."""
+        return int(self.control[Control.DROPPED] + self.control[Control.LOST])
 
     def close(self) -> None:
         """Let go of the memory; a reader that has it open keeps it."""

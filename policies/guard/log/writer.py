@@ -8,12 +8,13 @@ It ends when the ring is closed or its parent is gone, after it has written ever
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -39,6 +40,7 @@ _COMPACT_CONTEXT = (
 )  # fmt: skip
 _ROLES = ("prefill", "decode", "mixed", "multiplexed")
 _PERIOD_S = 0.1
+_log = logging.getLogger("slalom.decisions")
 
 
 def action_name(kind: int, choice: int, row: np.ndarray) -> str:
@@ -88,7 +90,7 @@ class Lines:
             "type": "decision",
             "seq": int(meta[Meta.SEQ]),
             "time": int(meta[Meta.TIME_NS]) / 1e9,
-            "now_s": int(meta[Meta.NOW]) / 1e12,
+            "now_s": int(meta[Meta.NOW]) / 1e9,
             "kind": Kind(kind).name.lower(),
             "request": int(meta[Meta.REQUEST]),
             "generation": int(meta[Meta.GENERATION]),
@@ -148,21 +150,51 @@ class Rotated:
 
     def __init__(self, path: Path, max_bytes: int, keep: int) -> None:
         self._path, self._max, self._keep = path, max_bytes, keep
+        self._failing = False
+        self._lost = 0  # lines since it began to fail
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._open()
+        self._file = self._open()
 
-    def _open(self) -> None:
-        self._file = open(self._path, "ab")  # noqa: SIM115  (kept open)
-        self._size = self._file.tell()
+    def _open(self) -> BinaryIO:
+        file = open(self._path, "a+b", buffering=0)  # noqa: SIM115  (kept open)
+        self._size = _whole(file)
+        if self._size < file.seek(0, os.SEEK_END):
+            file.truncate(self._size)  # what was being written when the power went
+        return file
 
-    def write(self, lines: list[bytes]) -> None:
-        """Append whole lines and hand them to the system."""
-        for line in lines:
-            if self._size and self._size + len(line) > self._max:
-                self._rotate()
-            self._file.write(line)
-            self._size += len(line)
-        self._file.flush()
+    def write(self, lines: list[bytes]) -> int:
+        """Append whole lines; returns how many. The others are gone: a disk that is full must not stop anybody."""
+        done = 0
+        try:
+            for line in lines:
+                if self._size and self._size + len(line) > self._max:
+                    self._rotate()
+                self._append(line)
+                done += 1
+        except OSError as error:
+            self._lost += len(lines) - done
+            if not self._failing:
+                _log.error("decision log %s: %s; what cannot be written is counted (said once)", self._path, error)
+            self._failing = True
+            return done
+        if self._failing and lines:
+            _log.warning("decision log %s: written again, %d lines are missing", self._path, self._lost)
+            self._failing, self._lost = False, 0
+        return done
+
+    def _append(self, line: bytes) -> None:
+        """Write ``line`` whole or not at all."""
+        if self._file.closed:
+            self._file = self._open()
+        try:
+            done = 0
+            while done < len(line):
+                done += self._file.write(line[done:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size)
+            raise
+        self._size += len(line)
 
     def _rotate(self) -> None:
         self._file.close()
@@ -172,17 +204,34 @@ class Rotated:
                 os.replace(old, self._path.with_name(f"{self._path.name}.{n}"))
         if self._keep == 0:
             self._path.unlink(missing_ok=True)
-        self._open()
+        self._file = self._open()
 
     def close(self) -> None:
         self._file.close()
 
 
+def _whole(file: BinaryIO) -> int:
+    """Bytes up to the end of the last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(end - 65536, 0)
+        file.seek(begin)
+        at = file.read(end - begin).rfind(b"\n")
+        if at >= 0:
+            return begin + at + 1
+        end = begin
+    return 0
+
+
 def pump(ring: Ring, lines: Lines, file: Rotated) -> int:
-    """Write what is in the ring; returns how many records."""
+    """Write what is in the ring; returns how many records it held. Those that came to nothing are counted there."""
     records = ring.take()
     if records:
-        file.write([lines.line(record) for record in records])
+        made = []
+        for record in records:
+            with contextlib.suppress(Exception):  # a record that is none is no reason to write no others
+                made.append(lines.line(record))
+        ring.control[Control.LOST] += len(records) - file.write(made)
     return len(records)
 
 

@@ -1,0 +1,38 @@
+"""Seconds from outside as the ticks that the core counts in: never an overflow, never a time that wraps around."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.errors import SlalomError
+from engine.latency.evaluate import FOREVER, TICKS_PER_S
+
+__all__ = ["LONGEST_RUN_S", "arrival_ticks", "duration_ticks"]
+
+#: A simulated run may last 49 days: with targets and step times added, its stamps still fit 64 bits.
+LONGEST_RUN_S = 49 * 86_400.0
+
+
+def arrival_ticks(field: str, seconds: np.ndarray) -> np.ndarray:
+    """Arrivals in ticks, int64.
+
+    :param field: named where they are refused
+    :raises SlalomError: the run would last too long
+    """
+    last = float(seconds.max()) if len(seconds) else 0.0
+    if not last <= LONGEST_RUN_S:
+        fix = (
+            f"a run may last {LONGEST_RUN_S / 86400:g} days (time is counted in picoseconds); cut it into parts, "
+            "take fewer requests or a higher rate"
+        )
+        raise SlalomError(field, f"{last / 86400:.4g} days", fix)
+    ticks: np.ndarray = np.rint(seconds * TICKS_PER_S).astype(np.int64)
+    return ticks
+
+
+def duration_ticks(seconds: np.ndarray, least: int = 0) -> np.ndarray:
+    """Durations in ticks, int64, from ``least`` to FOREVER (26 days)."""
+    with np.errstate(over="ignore"):
+        most = np.minimum(seconds * TICKS_PER_S, float(FOREVER))
+    ticks: np.ndarray = np.maximum(np.rint(most).astype(np.int64), least)
+    return ticks

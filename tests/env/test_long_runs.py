@@ -1,0 +1,91 @@
+"""Simulated runs of weeks and targets of days: figures that are right, or a refusal that names the limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.errors import SlalomError
+from env.measure.metrics import summarize
+from env.scenario import Scenario
+from env.surrogate.simulate import simulate
+from env.workload import Trace
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture(scope="module")
+def scenario() -> Scenario:
+    return Scenario.load("tiny-4xa100")
+
+
+def requests(days: float, n: int = 40, output: int = 300) -> Trace:
+    return Trace.make(
+        np.linspace(0.0, days * DAY_S, n), np.full(n, 200, np.int32), np.full(n, output, np.int32), name="long"
+    )
+
+
+def figures(scenario: Scenario, trace: Trace, **more: Any) -> dict[str, Any]:
+    return summarize(simulate(scenario, "least_tokens", rate=1.0, trace=trace, **more), warmup=0.0)
+
+
+@pytest.mark.parametrize("fast_forward", [True, False])
+def test_a_run_of_48_days_has_the_figures_of_its_first_day(scenario: Scenario, fast_forward: bool) -> None:
+    short, long = (figures(scenario, requests(days), fast_forward=fast_forward) for days in (1.0, 48.0))
+    assert long["completed"] == short["completed"] == 40
+    assert long["slo_attainment"] == short["slo_attainment"] > 0.9
+    assert long["mean_ttft_ms"] == pytest.approx(short["mean_ttft_ms"], rel=1e-6)
+    assert long["simulated_s"] > 47 * DAY_S
+
+
+def test_a_run_of_200_days_is_refused_with_the_limit(scenario: Scenario) -> None:
+    with pytest.raises(SlalomError, match=r"200 days.*49 days"):
+        figures(scenario, requests(200.0))
+    with pytest.raises(SlalomError, match="49 days"):
+        simulate(scenario, "least_tokens", rate=1e-9, n_requests=20)
+
+
+@pytest.mark.parametrize("target_s", [86_400.0, 1e6, 1e300])
+def test_the_longest_targets_are_met(scenario: Scenario, target_s: float) -> None:
+    patient = scenario.with_overrides({"classes.0.tpot_s": target_s, "classes.0.ttft_s": target_s})
+    assert figures(patient, requests(1.0))["slo_attainment"] == 1.0
+
+
+@pytest.mark.parametrize("seconds", [1e6, 1e300])
+def test_own_targets_and_pauses_of_any_length_do_not_overflow(scenario: Scenario, seconds: float) -> None:
+    trace = requests(1.0, n=4)
+    arrival = trace.arrival_s.copy()
+    arrival[3] = np.inf
+    own = Trace.make(
+        arrival, trace.prompt, trace.output, n_roots=3, ttft_s=np.full(4, seconds), tpot_s=np.full(4, seconds),
+        next_turn=np.array([3, -1, -1, -1], np.int32), think_s=np.array([seconds, 0, 0, 0]),
+    )  # fmt: skip
+    found = figures(scenario, own)
+    assert found["completed"] == 3
+    assert found["slo_attainment"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("control_interval_s", 1e-13), ("hold_interval_s", 0.0), ("cluster.0.kv_tokens", 2**31),
+        ("cluster.0.count", 10**9), ("cluster.0.max_batch", 10**9), ("links.bandwidth_gb_s", -1.0),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused(scenario: Scenario, field: str, value: float) -> None:
+    with pytest.raises(SlalomError, match=field.split(".")[-1]):
+        scenario.with_overrides({field: value})
+
+
+def test_requests_of_two_to_the_thirtieth_tokens_are_refused() -> None:
+    with pytest.raises(SlalomError, match=r"trace\.output"):
+        requests(1.0, output=2**30)
+
+
+def test_the_slowest_link_keeps_its_order(scenario: Scenario) -> None:
+    """KV that takes for ever to move is simply not there yet when the run ends."""
+    slow = Scenario.load("tiny-4xa100").with_overrides({"links.bandwidth_gb_s": 1e-300})
+    found = figures(slow, requests(1.0, n=4))
+    assert found["completed"] + found["unfinished"] == 4
