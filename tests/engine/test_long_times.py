@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from live_cases import GREEDY, KV, PROMPTS, FirstAllowed, engine_on, mixed, send, until
+from runtime_cases import tables
 
 from engine.core.columns import Col, Ctx
-from engine.core.origin import FAR
+from engine.core.origin import FAR, move_origin
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, new_cluster
 from engine.core.state import NEVER, Role
 from engine.core.ticks import LONGEST_RUN_S, arrival_ticks, duration_ticks
@@ -159,3 +160,14 @@ def test_profiles_whose_steps_take_hours_are_refused(changes: dict[str, Any]) ->
         changes = {}
     with pytest.raises(ValueError, match=r"hour|3600|2147483648"):
         Profile.model_validate(content | changes, strict=False)
+
+
+def test_every_time_of_the_state_moves_with_the_origin() -> None:
+    state = new_cluster([InstanceSpec(Role.MIXED, 0, KV)], *tables(), classes=[SloClass(1.0, 0.1)])
+    state.due[0, 0], state.watch[0], state.cluster["hold_due"] = 5 * FAR // 2, 5.0 * FAR / 2.0, 5 * FAR // 2
+    move_origin(state, FAR, FAR)
+    left = 3 * FAR // 2
+    assert (state.due[0, 0], state.watch[0], state.cluster["hold_due"][0]) == (left, float(left), left)
+    state.due[0, 0], state.watch[0], state.cluster["hold_due"] = NEVER, float(NEVER), NEVER
+    move_origin(state, FAR, 2 * FAR)
+    assert (state.due[0, 0], state.watch[0], state.cluster["hold_due"][0]) == (NEVER, float(NEVER), NEVER)
