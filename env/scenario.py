@@ -229,6 +229,7 @@ class Scenario(_Strict):
     :param reference_rate: requests per second near the knee, for single runs and training
     :param latency_jitter: relative spread of step times; "profile": the profile's held-out error
     :param n_requests: per evaluation run
+    :param tail_factor: nobody may wait for a first token longer than this many TTFT targets
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -250,6 +251,7 @@ class Scenario(_Strict):
     reference_rate: Positive
     latency_jitter: Literal["profile"] | Annotated[float, Field(ge=0, le=1)] = "profile"
     n_requests: Count = 2000
+    tail_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
 
     @field_validator("classes")
     @classmethod

@@ -1,0 +1,359 @@
+"""The search of sustained goodput: few runs, most of them short, the same arrivals for every policy.
+
+Rates lie on a grid of powers of ``1 + tolerance``, so that a bisection of any kind gives the same answer when its
+verdicts agree, and policies share arrivals (common random numbers). A rate is asked in three steps and the search
+goes on at the first that decides:
+
+1. one run of an eighth of the length. It fails a rate when the attainment of five batches of it lies below the target
+   (t-test, 0.5 %), or when a wait is too long or someone unserved: were a share p of such runs to show that, the
+   24 such runs of a full verdict (three seeds) would all be clean with (1 - p)^24, so that at most max p (1 - p)^24 =
+   1.5 % of rates are failed in error. It passes a rate, for the bracket only, far from every bound: attainment above
+   the target (same test), a third of the wait allowed, three quarters of the stability limit;
+2. one full run of the first seed. A wait too long fails the verdict of all seeds as well, without error; attainment
+   fails it, or passes it as in step 1, by ten batches (t-test, 0.1 %);
+   in both steps a class or a length six standard errors below or above its bound counts likewise;
+3. full runs of all seeds: the definition itself. The rate that is answered has always come this far.
+
+The bracket starts below the stability limit: the work done per second in a short run that sends more than is served.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import t as student
+
+from engine.errors import SlalomError
+from eval.goodput import TARGETS
+from eval.points import Contender, Evaluator, Point, PointSettings, arranged, measure
+from eval.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
+
+__all__ = ["Found", "Search", "measure_sustained", "run_settings"]
+
+SHORT = 8  # a short run is this part of a full one
+_DOWN = (0.95, 0.9, 0.8, 0.65, 0.45, 0.25, 0.1, 0.03)  # of the first rate asked, where that fails
+_UP = (1.04, 1.1, 1.25, 1.6, 2.5)
+_LONE_REQUESTS = 400
+_FAR = 6.0  # standard errors as if requests were independent; they are not, and come in clumps of some
+_SATURATED = 0.97  # who serves less than this part of what is sent is saturated
+
+
+def measure_sustained(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
+    """As :func:`eval.points.measure`, with the facts of ``eval.sustained`` under ``sustained``."""
+    kept: list[Any] = []
+    point = measure(scenario, contender, rate, seed, settings, watch=kept.append)
+    return replace(point, metrics=point.metrics | {"sustained": sample_of(kept[0], warmup=settings.warmup).as_dict()})
+
+
+def run_settings(
+    base: PointSettings, rate: float, lone_s: float, *, part: int = 1, turns: float = 1.0,
+    definition: Definition = DEFINITION,
+) -> PointSettings:  # fmt: skip
+    """Settings of a run of the definition's length at ``rate``, or of a ``part``-th of it (the warm-up stays whole).
+
+    :param turns: requests that come of one arrival
+    """
+    warm, span = definition.warmup(lone_s), definition.span(rate * turns, lone_s) / part
+    n = math.ceil(rate * turns * (warm + span))
+    return replace(base, n_requests=max(n, base.n_blocks), warmup=warm / (warm + span), drain=0.0, detailed=False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Sustained goodput of one policy at one target.
+
+    :param rate: requests per second, 0 where no rate is held
+    :param verdict: of ``rate``: full runs of all seeds; None where no rate is held
+    :param above: of the rate above it, which fails: why it is no more
+    """
+
+    target: float
+    rate: float
+    verdict: Verdict | None
+    above: Verdict | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rate": self.rate,
+            "target": self.target,
+            "verdict": self.verdict.as_dict() if self.verdict else None,
+            "above": self.above.as_dict() if self.above else None,
+            "fails_above": self.above.failed if self.above else "",
+        }
+
+
+@dataclass
+class _Runs:
+    """The runs of one rate."""
+
+    short: Sample | None = None
+    full: list[Sample] = field(default_factory=list)
+
+
+class Search:
+    """One policy's sustained goodput on one scenario.
+
+    :param evaluator: must measure with :func:`measure_sustained`
+    :param mode: "plain" judges every rate by full runs of all seeds, as a check on "sequential"
+    :raises SlalomError: the policy serves nobody, or the workload cannot give a run at all
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        contender: Contender,
+        seeds: Sequence[int],
+        *,
+        targets: Sequence[float] = TARGETS,
+        tolerance: float = 0.01,
+        definition: Definition = DEFINITION,
+        mode: Literal["sequential", "plain"] = "sequential",
+    ) -> None:
+        self.evaluator, self.contender, self.seeds = evaluator, contender, tuple(seeds)
+        self.targets, self.definition, self.mode = tuple(sorted(targets)), definition, mode
+        self._step = math.log1p(tolerance)
+        self._tail = float(evaluator.scenario.tail_factor)
+        self._runs: dict[int, _Runs] = {}
+        self._verdicts: dict[tuple[int, float], Verdict] = {}
+        self._most: int | None = None
+        begin, before = time.perf_counter(), evaluator.simulated_requests
+        self.turns = self._turns()
+        self.lone_s = self._lone()
+        self.limit = self._limit()
+        self.found = self._search()
+        self.simulated_requests = evaluator.simulated_requests - before
+        self.wall_s = time.perf_counter() - begin
+
+    # -- runs ------------------------------------------------------------------------------------------
+
+    def _samples(self, rate: float, seeds: Sequence[int], settings: PointSettings) -> list[Sample]:
+        if self._most is not None:
+            settings = replace(settings, n_requests=min(settings.n_requests, self._most))
+        try:
+            points = self.evaluator.points(self.contender, rate, seeds, settings)
+        except SlalomError as error:
+            if self._most is not None or not error.field.startswith("trace"):
+                raise
+            self._most = self._longest(rate, settings.n_requests)
+            return self._samples(rate, seeds, settings)
+        return [Sample(**p.metrics["sustained"]) for p in points]
+
+    def _longest(self, rate: float, n: int) -> int:
+        """The longest run that the trace gives every seed, in requests."""
+        scenario = self.evaluator.scenario
+
+        def gives(n: int) -> bool:
+            try:
+                for seed in self.seeds:
+                    scenario.workload.build(rate, n, seed, self.evaluator.settings.split)
+            except SlalomError:
+                return False
+            return True
+
+        low, high = self.evaluator.settings.n_blocks, n
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if gives(middle) else (low, middle)
+        return low
+
+    def _turns(self) -> float:
+        """Requests that come of one arrival: more than one where the workload has sessions."""
+        scenario = self.evaluator.scenario
+        trace = scenario.workload.build(scenario.reference_rate, 500, 0, "train")
+        return float(trace.n / trace.n_roots)
+
+    def _lone(self) -> float:
+        """P90 of the time in the system of requests that come one at a time, seconds."""
+        scenario = self.evaluator.scenario
+        rate = scenario.reference_rate / 200.0
+        settings = replace(self.evaluator.settings, n_requests=_LONE_REQUESTS, warmup=0.0, drain=0.0, detailed=False)
+        p90 = self.evaluator.points(self.contender, rate, self.seeds[:1], settings)[0].metrics["p90_e2el_ms"]
+        if p90 is None:
+            raise SlalomError("policy", self.contender.name, f"it serves nobody at {rate:.3g} requests/s; check the fit")
+        return float(p90) / 1e3
+
+    def _limit(self) -> float:
+        """The rate whose work is done per second when more is sent: an estimate of where stability ends."""
+        rate = 2.0 * self.evaluator.scenario.reference_rate
+        served = self._overloaded(rate, 120.0, 5.0)
+        for _ in range(12):
+            if served < _SATURATED * rate:
+                rate = 1.25 * served
+                served = self._overloaded(rate, 300.0, 10.0)
+                if served < _SATURATED * rate:
+                    break
+            rate *= 2.0
+            served = self._overloaded(rate, 120.0, 5.0)
+        return served
+
+    def _overloaded(self, rate: float, seconds: float, lone_times: float) -> float:
+        n = math.ceil(rate * self.turns * max(seconds, lone_times * self.lone_s))
+        settings = replace(self.evaluator.settings, n_requests=max(n, 2_000), warmup=1 / 3, drain=0.0, detailed=False)
+        sample = self._samples(rate, self.seeds[:1], settings)[0]
+        return sample.served / self.turns
+
+    # -- one rate --------------------------------------------------------------------------------------
+
+    def _index(self, rate: float) -> int:
+        return math.floor(math.log(rate) / self._step)
+
+    def rate_of(self, index: int) -> float:
+        """Requests per second at a place of the grid."""
+        return float(np.round(math.exp(index * self._step), 9))
+
+    def verdict(self, index: int, target: float, final: bool = False) -> Verdict:
+        """Whether the rate at ``index`` is held; ``final``: by all full runs unless it fails before."""
+        known = self._verdicts.get((index, target))
+        if known is None or (final and known.early and known.met):
+            known = self._verdicts[index, target] = self._ask(index, target, final)
+        return known
+
+    def _ask(self, index: int, target: float, final: bool) -> Verdict:
+        rate, runs = self.rate_of(index), self._runs.setdefault(index, _Runs())
+        full = run_settings(
+            self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
+        )
+        if self.mode == "sequential" and not runs.full:
+            verdict = self._short(rate, runs, target)
+            if self._hopeless(verdict, runs.short, 5, 0.005):
+                return verdict
+            if not final and self._easy(verdict, runs.short, 5, 0.005):
+                return verdict
+        while len(runs.full) < len(self.seeds):
+            begun = len(runs.full)
+            until = 1 if self.mode == "sequential" and not begun else len(self.seeds)
+            runs.full += self._samples(rate, self.seeds[begun:until], full)
+            if until < len(self.seeds):
+                verdict = self._judge(runs.full, target, early=True)
+                if self._hopeless(verdict, runs.full[0], 10, 0.001):
+                    return verdict
+                if not final and self._easy(verdict, runs.full[0], 10, 0.001):
+                    return verdict
+        return self._judge(runs.full, target)
+
+    def _short(self, rate: float, runs: _Runs, target: float) -> Verdict:
+        if runs.short is None:
+            settings = run_settings(
+                self.evaluator.settings, rate, self.lone_s, part=SHORT, turns=self.turns, definition=self.definition
+            )
+            runs.short = self._samples(rate, self.seeds[:1], settings)[0]
+        return self._judge([runs.short], target, early=True)
+
+    def _judge(self, samples: Sequence[Sample], target: float, early: bool = False) -> Verdict:
+        return judge(
+            samples, target, tail_factor=self._tail, limit=self.limit * self.turns, lone_s=self.lone_s,
+            definition=self.definition, early=early,
+        )  # fmt: skip
+
+    def _hopeless(self, verdict: Verdict, sample: Sample | None, batches: int, level: float) -> bool:
+        """Whether one run is enough to fail the rate."""
+        assert sample is not None
+        if any(clause.letter == "b" and not clause.met for clause in verdict.clauses):
+            return True
+        if _distance(sample, verdict.target, batches) < student.ppf(level, batches - 1):
+            return True
+        return _of_groups(sample, verdict.target - self.definition.slack) < -_FAR
+
+    def _easy(self, verdict: Verdict, sample: Sample | None, batches: int, level: float) -> bool:
+        """Whether one run is enough to take the rate for held while the bracket is wide."""
+        assert sample is not None
+        return (
+            verdict.met
+            and sample.tail <= self._tail / 3.0
+            and sample.offered <= 0.75 * self.limit * self.turns
+            and _distance(sample, verdict.target, batches) > student.ppf(1.0 - level, batches - 1)
+            and _of_groups(sample, verdict.target - self.definition.slack) > _FAR
+        )
+
+    # -- all targets -----------------------------------------------------------------------------------
+
+    def _search(self) -> tuple[Found, ...]:
+        """From the loosest target to the strictest: what fails the first fails the others as well."""
+        found = []
+        start: int | None = self._index(0.9 * self.limit) if self.limit > 0.0 else None
+        for target in self.targets:
+            entry, start = self._bisect(start, target)
+            found.append(entry)
+        return tuple(found)
+
+    def _bisect(self, start: int | None, target: float) -> tuple[Found, int | None]:
+        """The largest rate on the grid that is held and whose neighbour above fails, as far as was asked."""
+        if start is None:
+            return Found(target, 0.0, None, None), None
+        self._bracket(start, target)
+        while True:
+            held = [k for (k, t), v in self._verdicts.items() if t == target and v.met]
+            lost = [k for (k, t), v in self._verdicts.items() if t == target and not v.met]
+            low = max(held, default=None)
+            if low is None:
+                high = min(lost)
+                return Found(target, 0.0, None, self._verdicts[high, target]), None
+            high = min((k for k in lost if k > low), default=low)
+            if high - low > 1:
+                self.verdict((low + high) // 2, target)
+            elif self.verdict(low, target, final=True).met:
+                above = self._verdicts[high, target] if high > low else None
+                return Found(target, self.rate_of(low), self._verdicts[low, target], above), low
+            elif not any(k < low for k in held):
+                self._bracket(low, target)
+
+    def _bracket(self, start: int, target: float) -> None:
+        """Ask downwards until a rate is held, upwards until one fails."""
+        if not self.verdict(start, target).met:
+            for factor in _DOWN:
+                if self.verdict(start + round(math.log(factor) / self._step), target).met:
+                    return
+            return
+        if any(t == target and k > start and not v.met for (k, t), v in self._verdicts.items()):
+            return
+        for factor in _UP:
+            if not self.verdict(start + round(math.log(factor) / self._step), target).met:
+                return
+
+    # -- the whole -------------------------------------------------------------------------------------
+
+    def samples_at(self, rate: float) -> list[Sample]:
+        """The full runs of a rate that was answered."""
+        return self._runs[self._nearest(rate)].full
+
+    def _nearest(self, rate: float) -> int:
+        return round(math.log(rate) / self._step)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; targets as keys, e.g. ``0.9``."""
+        n_gpus = arranged(self.evaluator.scenario, self.contender).n_gpus()
+        entries = {}
+        for found in self.found:
+            at = worst_of(self.samples_at(found.rate)) if found.rate else None
+            entries[f"{found.target:g}"] = found.as_dict() | {"per_gpu": found.rate / n_gpus, "at": at}
+        return {
+            "goodput": entries,
+            "stability_limit": self.limit,
+            "lone_p90_s": self.lone_s,
+            "tail_factor": self._tail,
+            "warmup_s": self.definition.warmup(self.lone_s),
+            "missing": list(dict.fromkeys(m for f in self.found for m in (f.verdict.missing if f.verdict else ()))),
+            "simulated_requests": self.simulated_requests,
+            "seconds": self.wall_s,
+        }
+
+
+def _distance(sample: Sample, target: float, batches: int) -> float:
+    """Student's t of the attainment of ``batches`` runs of consecutive arrivals against ``target``."""
+    good, sent = (np.add.reduceat(np.array(x), np.arange(0, 20, 20 // batches)) for x in (sample.block_good, sample.block_sent))
+    share = good / np.maximum(sent, 1)
+    error = share.std(ddof=1) / math.sqrt(batches)
+    gap = float(share.mean()) - target
+    return gap / error if error > 1e-9 else math.copysign(math.inf, gap) if gap else 0.0
+
+
+def _of_groups(sample: Sample, floor: float) -> float:
+    """The class or length that is worst off, against what it must reach, in standard errors of its share."""
+    counts = [*sample.classes.values(), *sample.lengths]
+    gaps = [(good / n - floor) / math.sqrt(max(good / n * (1 - good / n), 1.0 / n) / n) for good, n in counts if n]
+    return min(gaps)
