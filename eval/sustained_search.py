@@ -23,6 +23,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -36,8 +37,9 @@ from eval.sustained import DEFINITION, Definition, Sample, Verdict, judge, sampl
 __all__ = ["Found", "Search", "measure_sustained", "run_settings"]
 
 SHORT = 8  # a short run is this part of a full one
-_DOWN = (0.95, 0.9, 0.8, 0.65, 0.45, 0.25, 0.1, 0.03)  # of the first rate asked, where that fails
-_UP = (1.04, 1.1, 1.25, 1.6, 2.5)
+_FIRST, _LOWEST = 0.85, 0.01  # of the stability limit: the rate that is asked first, and the least
+_DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the next
+_UP = 1.06
 _LONE_REQUESTS = 400
 _FAR = 6.0  # standard errors as if requests were independent; they are not, and come in clumps of some
 _SATURATED = 0.97  # who serves less than this part of what is sent is saturated
@@ -125,7 +127,7 @@ class Search:
         self.turns = self._turns()
         self.lone_s = self._lone()
         self.limit = self._limit()
-        self.found = self._search()
+        self.found = tuple(self._find(target) for target in self.targets)
         self.simulated_requests = evaluator.simulated_requests - before
         self.wall_s = time.perf_counter() - begin
 
@@ -208,41 +210,34 @@ class Search:
 
     def verdict(self, index: int, target: float, final: bool = False) -> Verdict:
         """Whether the rate at ``index`` is held; ``final``: by all full runs unless it fails before."""
-        known = self._verdicts.get((index, target))
-        if known is None or (final and known.early and known.met):
-            known = self._verdicts[index, target] = self._ask(index, target, final)
+        rate, runs = self.rate_of(index), self._runs.setdefault(index, _Runs())
+        while (known := self._known(runs, target, final)) is None:
+            settings = partial(
+                run_settings, self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
+            )
+            if self.mode == "sequential" and runs.short is None:
+                runs.short = self._samples(rate, self.seeds[:1], settings(part=SHORT))[0]
+            else:
+                begun = len(runs.full)
+                until = 1 if self.mode == "sequential" and not begun else len(self.seeds)
+                runs.full += self._samples(rate, self.seeds[begun:until], settings())
+        self._verdicts[index, target] = known
         return known
 
-    def _ask(self, index: int, target: float, final: bool) -> Verdict:
-        rate, runs = self.rate_of(index), self._runs.setdefault(index, _Runs())
-        full = run_settings(
-            self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
-        )
-        if self.mode == "sequential" and not runs.full:
-            verdict = self._short(rate, runs, target)
-            if self._hopeless(verdict, runs.short, 5, 0.005):
+    def _known(self, runs: _Runs, target: float, final: bool) -> Verdict | None:
+        """What the runs so far decide; None: more are needed."""
+        if len(runs.full) == len(self.seeds):
+            return self._judge(runs.full, target)
+        looks = ((runs.full[:1], 10, 0.001), ([runs.short] if runs.short else [], 5, 0.005))
+        for samples, batches, level in looks if self.mode == "sequential" else ():
+            if not samples:
+                continue
+            verdict = self._judge(samples, target, early=True)
+            if self._hopeless(verdict, samples[0], batches, level):
                 return verdict
-            if not final and self._easy(verdict, runs.short, 5, 0.005):
+            if not final and self._easy(verdict, samples[0], batches, level):
                 return verdict
-        while len(runs.full) < len(self.seeds):
-            begun = len(runs.full)
-            until = 1 if self.mode == "sequential" and not begun else len(self.seeds)
-            runs.full += self._samples(rate, self.seeds[begun:until], full)
-            if until < len(self.seeds):
-                verdict = self._judge(runs.full, target, early=True)
-                if self._hopeless(verdict, runs.full[0], 10, 0.001):
-                    return verdict
-                if not final and self._easy(verdict, runs.full[0], 10, 0.001):
-                    return verdict
-        return self._judge(runs.full, target)
-
-    def _short(self, rate: float, runs: _Runs, target: float) -> Verdict:
-        if runs.short is None:
-            settings = run_settings(
-                self.evaluator.settings, rate, self.lone_s, part=SHORT, turns=self.turns, definition=self.definition
-            )
-            runs.short = self._samples(rate, self.seeds[:1], settings)[0]
-        return self._judge([runs.short], target, early=True)
+        return None
 
     def _judge(self, samples: Sequence[Sample], target: float, early: bool = False) -> Verdict:
         return judge(
@@ -250,18 +245,16 @@ class Search:
             definition=self.definition, early=early,
         )  # fmt: skip
 
-    def _hopeless(self, verdict: Verdict, sample: Sample | None, batches: int, level: float) -> bool:
+    def _hopeless(self, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
         """Whether one run is enough to fail the rate."""
-        assert sample is not None
         if any(clause.letter == "b" and not clause.met for clause in verdict.clauses):
             return True
         if _distance(sample, verdict.target, batches) < student.ppf(level, batches - 1):
             return True
         return _of_groups(sample, verdict.target - self.definition.slack) < -_FAR
 
-    def _easy(self, verdict: Verdict, sample: Sample | None, batches: int, level: float) -> bool:
+    def _easy(self, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
         """Whether one run is enough to take the rate for held while the bracket is wide."""
-        assert sample is not None
         return (
             verdict.met
             and sample.tail <= self._tail / 3.0
@@ -272,48 +265,44 @@ class Search:
 
     # -- all targets -----------------------------------------------------------------------------------
 
-    def _search(self) -> tuple[Found, ...]:
-        """From the loosest target to the strictest: what fails the first fails the others as well."""
-        found = []
-        start: int | None = self._index(0.9 * self.limit) if self.limit > 0.0 else None
-        for target in self.targets:
-            entry, start = self._bisect(start, target)
-            found.append(entry)
-        return tuple(found)
-
-    def _bisect(self, start: int | None, target: float) -> tuple[Found, int | None]:
+    def _find(self, target: float) -> Found:
         """The largest rate on the grid that is held and whose neighbour above fails, as far as was asked."""
-        if start is None:
-            return Found(target, 0.0, None, None), None
-        self._bracket(start, target)
+        for index in sorted(self._runs):  # what was asked for another target often decides this one
+            known = self._known(self._runs[index], target, False)
+            if known is not None:
+                self._verdicts[index, target] = known
+        misses = 0
         while True:
-            held = [k for (k, t), v in self._verdicts.items() if t == target and v.met]
-            lost = [k for (k, t), v in self._verdicts.items() if t == target and not v.met]
+            held, lost = (
+                [k for (k, t), v in self._verdicts.items() if t == target and v.met == wanted] for wanted in (True, False)
+            )
             low = max(held, default=None)
-            if low is None:
-                high = min(lost)
-                return Found(target, 0.0, None, self._verdicts[high, target]), None
-            high = min((k for k in lost if k > low), default=low)
-            if high - low > 1:
-                self.verdict((low + high) // 2, target)
+            high = min((k for k in lost if low is None or k > low), default=None)
+            if low is None and high is None:
+                self.verdict(self._index(_FIRST * self.limit), target)
+            elif low is None:
+                assert high is not None
+                if self.rate_of(high) < _LOWEST * self.limit:
+                    return Found(target, 0.0, None, self._verdicts[high, target])
+                self.verdict(high + round(math.log(_DOWN[min(misses, len(_DOWN) - 1)]) / self._step), target)
+                misses += 1
+            elif high is None or high - low > 1:
+                self.verdict(self._between(low, high, target), target)
             elif self.verdict(low, target, final=True).met:
-                above = self._verdicts[high, target] if high > low else None
-                return Found(target, self.rate_of(low), self._verdicts[low, target], above), low
-            elif not any(k < low for k in held):
-                self._bracket(low, target)
+                return Found(target, self.rate_of(low), self._verdicts[low, target], self._verdicts[high, target])
 
-    def _bracket(self, start: int, target: float) -> None:
-        """Ask downwards until a rate is held, upwards until one fails."""
-        if not self.verdict(start, target).met:
-            for factor in _DOWN:
-                if self.verdict(start + round(math.log(factor) / self._step), target).met:
-                    return
-            return
-        if any(t == target and k > start and not v.met for (k, t), v in self._verdicts.items()):
-            return
-        for factor in _UP:
-            if not self.verdict(start + round(math.log(factor) / self._step), target).met:
-                return
+    def _between(self, low: int, high: int | None, target: float) -> int:
+        """The next place to ask: the middle, or where the margins of both ends say that the answer lies."""
+        if high is None:
+            return low + max(1, round(math.log(_UP) / self._step))
+        middle = (low + high) // 2
+        if self.mode == "plain":
+            return middle
+        over, under = (_margin(self._verdicts[k, target]) for k in (low, high))
+        if over is None or under is None or over - under < 1e-9:
+            return middle
+        guess = low + (high - low) * over / (over - under)
+        return min(max(round(guess), low + 1), high - 1)
 
     # -- the whole -------------------------------------------------------------------------------------
 
@@ -357,3 +346,14 @@ def _of_groups(sample: Sample, floor: float) -> float:
     counts = [*sample.classes.values(), *sample.lengths]
     gaps = [(good / n - floor) / math.sqrt(max(good / n * (1 - good / n), 1.0 / n) / n) for good, n in counts if n]
     return min(gaps)
+
+
+def _margin(verdict: Verdict) -> float | None:
+    """How far the clause that is worst off lies from its bound, in attainment or what stands for it; None: no telling."""
+    margins = []
+    for clause in verdict.clauses:
+        if clause.letter in "ad":
+            margins.append(clause.value - clause.bound)
+        elif not clause.met:
+            return None
+    return min(margins)
