@@ -51,6 +51,9 @@ Count = Annotated[int, Field(ge=1)]
 Regime = Literal[
     "prefill-bound", "balanced", "decode-bound", "tiny", "prefix-bound", "bursty", "shifting", "slo-classes"
 ]
+#: Targets above these are none (an hour and more for a first token, a minute for each further one); clocks would
+#: overflow on them, and attainment would be a number without a meaning.
+_LONGEST_TTFT_S, _LARGEST_FACTOR, _LONGEST_TPOT_S = 86_400.0, 10_000.0, 60.0
 _CAN_PREFILL = ("prefill", "mixed", "multiplexed")
 _CAN_DECODE = ("decode", "mixed", "multiplexed")
 
@@ -150,9 +153,9 @@ class SloClass(_Strict):
     name: Annotated[str, Field(min_length=1)]
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight: Positive = 1.0
-    ttft_s: NonNegative = 0.0
-    ttft_factor: NonNegative = 0.0
-    tpot_s: Positive
+    ttft_s: Annotated[float, Field(ge=0, le=_LONGEST_TTFT_S, allow_inf_nan=False)] = 0.0
+    ttft_factor: Annotated[float, Field(ge=0, le=_LARGEST_FACTOR, allow_inf_nan=False)] = 0.0
+    tpot_s: Annotated[float, Field(gt=0, le=_LONGEST_TPOT_S, allow_inf_nan=False)]
 
     @model_validator(mode="after")
     def _has_target(self) -> SloClass:

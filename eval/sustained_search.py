@@ -123,6 +123,7 @@ class Search:
         self._runs: dict[int, _Runs] = {}
         self._verdicts: dict[tuple[int, float], Verdict] = {}
         self._most: int | None = None
+        self._trusting = mode == "sequential"
         begin, before = time.perf_counter(), evaluator.simulated_requests
         self.turns = self._turns()
         self.lone_s = self._lone()
@@ -235,7 +236,7 @@ class Search:
             verdict = self._judge(samples, target, early=True)
             if self._hopeless(verdict, samples[0], batches, level):
                 return verdict
-            if not final and self._easy(verdict, samples[0], batches, level):
+            if self._trusting and not final and self._easy(verdict, samples[0], batches, level):
                 return verdict
         return None
 
@@ -272,6 +273,7 @@ class Search:
             if known is not None:
                 self._verdicts[index, target] = known
         misses = 0
+        self._trusting = self.mode == "sequential"
         while True:
             held, lost = (
                 [k for (k, t), v in self._verdicts.items() if t == target and v.met == wanted] for wanted in (True, False)
@@ -290,6 +292,9 @@ class Search:
                 self.verdict(self._between(low, high, target), target)
             elif self.verdict(low, target, final=True).met:
                 return Found(target, self.rate_of(low), self._verdicts[low, target], self._verdicts[high, target])
+            else:  # one run had passed what all runs fail: rates below are not taken for held on such a word again
+                self._trusting = False
+                self._verdicts = {at: v for at, v in self._verdicts.items() if not (v.met and v.early)}
 
     def _between(self, low: int, high: int | None, target: float) -> int:
         """The next place to ask: the middle, or where the margins of both ends say that the answer lies."""
