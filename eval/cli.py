@@ -170,8 +170,12 @@ def evaluate(
         slo_scale=slo_scale,
         backend="gpu" if env == "gpu" else "surrogate",
         model=model,
+        sustained=rates is None and env == "surrogate",
     )
     console = Console(stderr=True)
+    if env == "gpu" and rates is None:
+        told = "sustained goodput needs 20 minutes of arrivals per rate and seed, in real time on an engine"
+        console.print(f"{told}: classic goodput is measured instead", highlight=False)
     if not is_warm("env.surrogate"):
         console.print("first use of this version: compiling takes about a minute, once")
     from eval.progress import Bar

@@ -18,10 +18,12 @@ from typing import Any, Literal
 from engine.errors import SlalomError
 from eval.compare import compare
 from eval.goodput import TARGETS
+from eval.headline import SUSTAINED, lead_with, meetings, search_all
 from eval.points import STATIC_PLAN as STATIC
 from eval.points import Contender, Evaluator, Point, PointSettings, code_sha256, scenario_hash
 from eval.provenance import commit, machine, versions
 from eval.store import read_json, write_json
+from eval.sustained_search import measure_sustained
 from eval.verdict import is_learned, meeting_point, ranking
 
 __all__ = [
@@ -67,6 +69,7 @@ class Request:
     :param knee_rules: the best goodput of these at their defaults says at which rates rules are tuned
     :param backend: simulate, or replay on the real engine in real time
     :param model: that the engine serves; that of the scenario's profile if empty
+    :param sustained: lead with sustained goodput (see ``eval.sustained``); only where goodput is searched by simulating
     """
 
     scenario: Any
@@ -84,6 +87,7 @@ class Request:
     backend: Literal["surrogate", "gpu"] = "surrogate"
     model: str = ""
     prune: bool = False
+    sustained: bool = False
 
 
 def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
@@ -159,6 +163,14 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
     pool, width = _pool(request)
     folder = None if request.out is None else request.out / "points"
     engine = _engine(request, watcher)
+    lasting: dict[str, Any] = {}
+    if request.sustained and request.rates is None and request.backend == "surrogate":
+        watcher.phase("sustained goodput", None)
+        lasting = search_all(
+            request.scenario, contenders, seeds, request.settings, request.targets, jobs=request.jobs, folder=folder,
+            pool=pool, on_policy=lambda name: watcher.phase(f"sustained goodput: {name}", None),
+        )  # fmt: skip
+        engine = {"measure": measure_sustained, "label": SUSTAINED}
     per_policy = len(seeds) * (len(request.rates) if request.rates else 25)
     with Evaluator(
         request.scenario,
@@ -178,7 +190,10 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             targets=request.targets,
             on_policy=lambda name: watcher.phase(name, per_policy),
             parallel=width,
+            meetings=meetings(lasting, request.settings, request.targets[0]) if lasting else None,
         )
+    if lasting:
+        result = lead_with(result, lasting)
     result["settings"] = _settings(request, seeds, tuning)
     pair = closest_pair(result, contenders)
     if pair is not None:

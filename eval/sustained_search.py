@@ -10,7 +10,7 @@ goes on at the first that decides:
    1.5 % of rates are failed in error. It passes a rate, for the bracket only, far from every bound: attainment above
    the target (same test), a third of the wait allowed, three quarters of the stability limit;
 2. one full run of the first seed. A wait too long fails the verdict of all seeds as well, without error; attainment
-   fails it, or passes it as in step 1, by ten batches (t-test, 0.1 %);
+   fails it, or passes it as in step 1, by ten batches (same test);
    in both steps a class or a length six standard errors below or above its bound counts likewise;
 3. full runs of all seeds: the definition itself. The rate that is answered has always come this far.
 
@@ -229,7 +229,7 @@ class Search:
         """What the runs so far decide; None: more are needed."""
         if len(runs.full) == len(self.seeds):
             return self._judge(runs.full, target)
-        looks = ((runs.full[:1], 10, 0.001), ([runs.short] if runs.short else [], 5, 0.005))
+        looks = ((runs.full[:1], 10, 0.005), ([runs.short] if runs.short else [], 5, 0.005))
         for samples, batches, level in looks if self.mode == "sequential" else ():
             if not samples:
                 continue
@@ -281,7 +281,7 @@ class Search:
             low = max(held, default=None)
             high = min((k for k in lost if low is None or k > low), default=None)
             if low is None and high is None:
-                self.verdict(self._index(_FIRST * self.limit), target)
+                self.verdict(self._index(self._first()), target)
             elif low is None:
                 assert high is not None
                 if self.rate_of(high) < _LOWEST * self.limit:
@@ -296,8 +296,16 @@ class Search:
                 self._trusting = False
                 self._verdicts = {at: v for at, v in self._verdicts.items() if not (v.met and v.early)}
 
+    def _first(self) -> float:
+        """The first rate asked; a plain bisection knows no more than the scenario's bracket."""
+        if self.mode == "plain":
+            return float(self.evaluator.scenario.rates.low)
+        return max(_FIRST * self.limit, math.exp(self._step * -2_000))
+
     def _between(self, low: int, high: int | None, target: float) -> int:
         """The next place to ask: the middle, or where the margins of both ends say that the answer lies."""
+        if high is None and self.mode == "plain":
+            return max(self._index(self.evaluator.scenario.rates.high), low + 1)
         if high is None:
             return low + max(1, round(math.log(_UP) / self._step))
         middle = (low + high) // 2
@@ -308,6 +316,40 @@ class Search:
             return middle
         guess = low + (high - low) * over / (over - under)
         return min(max(round(guess), low + 1), high - 1)
+
+    def by_seed(self, target: float, rate: float) -> list[float]:
+        """The sustained goodput of each seed alone: what the interval of the common one rests on.
+
+        Every seed's run is as long as the definition asks.
+
+        :param rate: the answer of all seeds together, where the search starts
+        """
+        return [self._of_seed(place, target, self._nearest(rate)) for place in range(len(self.seeds))]
+
+    def _of_seed(self, place: int, target: float, start: int) -> float:
+        known: dict[int, bool] = {}
+
+        def held(index: int) -> bool:
+            if index not in known:
+                full = self._runs[index].full if index in self._runs else []
+                if len(full) <= place:
+                    rate = self.rate_of(index)
+                    given = run_settings(
+                        self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
+                    )
+                    full = [*full[:0], *([None] * place), *self._samples(rate, self.seeds[place : place + 1], given)]
+                known[index] = self._judge([full[place]], target).met
+            return known[index]
+
+        step, at = 1, start
+        upwards = held(start)
+        while held(at) == upwards and step < 256:
+            step, at = 2 * step, at + (step if upwards else -step)
+        low, high = (max((k for k, v in known.items() if v), default=None), min((k for k, v in known.items() if not v), default=None))
+        while low is not None and high is not None and high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if held(middle) else (low, middle)
+        return self.rate_of(low) if low is not None else 0.0
 
     # -- the whole -------------------------------------------------------------------------------------
 
