@@ -1,7 +1,7 @@
 """The headline of a comparison: sustained goodput of every policy, put where readers look for *the* goodput.
 
-``goodput`` of a policy and of a pair then means sustained goodput (``goodput_kind`` says so); what a search of clause
-(a) alone found in runs of ``requests_per_run`` requests, as papers measure it, stays as ``classic_goodput``.
+``goodput`` of a policy and of a pair then means sustained goodput (``goodput_kind`` says so). ``classic_goodput`` is
+what papers measure, clause (a) alone, over runs of the same length: it is never below the sustained one but for noise.
 
 Intervals: each seed alone has an answer, from runs as long as the definition asks. Around the common answer lies
 Student's interval of 95 % of the seeds' answers; of a pair, that of the seeds' differences (same arrivals for both).
@@ -40,7 +40,7 @@ def search_one(
 ) -> dict[str, Any]:  # fmt: skip
     """Sustained goodput of one policy, JSON-ready; ``by_seed`` for the first target."""
     with Evaluator(scenario, settings, folder=folder, measure=measure_sustained, label=SUSTAINED) as evaluator:
-        search = Search(evaluator, contender, seeds, targets=targets, tolerance=GRID)
+        search = Search(evaluator, contender, seeds, targets=targets, tolerance=GRID, classic=targets[:1])
         rate = next(f.rate for f in search.found if f.target == targets[0])
         by_seed = search.by_seed(targets[0], rate) if rate > 0.0 else [0.0] * len(seeds)
         return search.as_dict() | {"by_seed": by_seed, "simulated_requests": evaluator.simulated_requests}
@@ -102,26 +102,29 @@ def lead_with(result: dict[str, Any], found: Table) -> dict[str, Any]:
     first = f"{result['targets'][0]:g}"
     for policy in result["policies"]:
         entry = found[policy["label"]]
-        classic = policy["goodput"]
-        policy["classic_goodput"] = classic
-        policy["goodput"] = {}
-        for key, at in entry["goodput"].items():
-            above = at["above"]["rate"] if at["above"] else None
-            half = _half([entry["by_seed"]], at["rate"]) if key == first else None
-            policy["goodput"][key] = at | {
-                "low": None if half is None else max(at["rate"] - half, 0.0),
-                "high": None if half is None else at["rate"] + half,
-                "bracket": [at["rate"], above],
-                "bracketed": at["rate"] > 0.0 and above is not None,
-            }
-        policy["sustained"] = {key: value for key, value in entry.items() if key != "goodput"}
+        policy["goodput"] = {
+            key: _spread(at, _half([entry["by_seed"]], at["rate"]) if key == first else None)
+            for key, at in entry["goodput"].items()
+        }
+        policy["classic_goodput"] = {key: _spread(at, None) for key, at in entry["classic"].items()}
+        policy["sustained"] = {key: value for key, value in entry.items() if key not in ("goodput", "classic")}
     for pair in result["pairs"]:
-        pair["classic_goodput"] = pair["goodput"]
         pair["goodput"] = {key: _pair(pair["a"], pair["b"], found, key, key == first) for key in pair["goodput"]}
     result["goodput_kind"] = "sustained"
     result["definition"] = asdict(DEFINITION)
     result["simulated_requests"] += sum(entry["simulated_requests"] for entry in found.values())
     return result
+
+
+def _spread(at: Mapping[str, Any], half: float | None) -> dict[str, Any]:
+    """An answer with its interval, where it has one, and its bracket, under the names of a plain comparison."""
+    above = at["above"]["rate"] if at["above"] else None
+    return dict(at) | {
+        "low": None if half is None else max(at["rate"] - half, 0.0),
+        "high": None if half is None else at["rate"] + half,
+        "bracket": [at["rate"], above],
+        "bracketed": at["rate"] > 0.0 and above is not None,
+    }
 
 
 def _half(columns: Sequence[Sequence[float]], rate: float) -> float:

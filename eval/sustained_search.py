@@ -1,7 +1,7 @@
 """The search of sustained goodput: few runs, most of them short, the same arrivals for every policy.
 
 Rates lie on a grid of powers of ``1 + tolerance``, so that a bisection of any kind gives the same answer when its
-verdicts agree, and policies share arrivals (common random numbers). A rate is asked in three steps and the search
+verdicts agree. Policies share arrivals (common random numbers), and so do most neighbouring rates, stretched in time. A rate is asked in three steps and the search
 goes on at the first that decides:
 
 1. one run of an eighth of the length. It fails a rate when the attainment of five batches of it lies below the target
@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
@@ -42,6 +42,7 @@ _DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the n
 _UP = 1.06
 _LONE_REQUESTS = 400
 _FAR = 6.0  # standard errors as if requests were independent; they are not, and come in clumps of some
+_ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _SATURATED = 0.97  # who serves less than this part of what is sent is saturated
 
 
@@ -58,11 +59,15 @@ def run_settings(
 ) -> PointSettings:  # fmt: skip
     """Settings of a run of the definition's length at ``rate``, or of a ``part``-th of it (the warm-up stays whole).
 
+    Lengths are rounded up to a coarse grid: at neighbouring rates a seed then draws the same requests and the same
+    gaps, only shorter, and attainment falls with the rate instead of jumping.
+
     :param turns: requests that come of one arrival
     """
     warm, span = definition.warmup(lone_s), definition.span(rate * turns, lone_s) / part
-    n = math.ceil(rate * turns * (warm + span))
-    return replace(base, n_requests=max(n, base.n_blocks), warmup=warm / (warm + span), drain=0.0, detailed=False)
+    n = max(rate * turns * (warm + span), base.n_blocks)
+    n = math.ceil(_ALIKE ** math.ceil(math.log(n) / math.log(_ALIKE)))
+    return replace(base, n_requests=n, warmup=warm * rate * turns / n, drain=0.0, detailed=False)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,13 @@ class Found:
         }
 
 
+class Goal(NamedTuple):
+    """What is searched: the largest rate that meets all clauses at a target, or clause (a) alone."""
+
+    target: float
+    sustained: bool = True
+
+
 @dataclass
 class _Runs:
     """The runs of one rate."""
@@ -101,6 +113,7 @@ class Search:
     """One policy's sustained goodput on one scenario.
 
     :param evaluator: must measure with :func:`measure_sustained`
+    :param classic: targets at which the classic goodput is searched as well; the runs of one help the other
     :param mode: "plain" judges every rate by full runs of all seeds, as a check on "sequential"
     :raises SlalomError: the policy serves nobody, or the workload cannot give a run at all
     """
@@ -115,20 +128,23 @@ class Search:
         tolerance: float = 0.01,
         definition: Definition = DEFINITION,
         mode: Literal["sequential", "plain"] = "sequential",
+        classic: Sequence[float] = (),
     ) -> None:
         self.evaluator, self.contender, self.seeds = evaluator, contender, tuple(seeds)
         self.targets, self.definition, self.mode = tuple(sorted(targets)), definition, mode
         self._step = math.log1p(tolerance)
         self._tail = float(evaluator.scenario.tail_factor)
         self._runs: dict[int, _Runs] = {}
-        self._verdicts: dict[tuple[int, float], Verdict] = {}
+        self._verdicts: dict[tuple[int, Goal], Verdict] = {}
         self._most: int | None = None
         self._trusting = mode == "sequential"
         begin, before = time.perf_counter(), evaluator.simulated_requests
         self.turns = self._turns()
         self.lone_s = self._lone()
         self.limit = self._limit()
-        self.found = tuple(self._find(target) for target in self.targets)
+        self.found = tuple(self._find(Goal(target)) for target in self.targets)
+        #: clause (a) alone, over runs of the same length
+        self.classic = tuple(self._find(Goal(target, sustained=False)) for target in classic)
         self.simulated_requests = evaluator.simulated_requests - before
         self.wall_s = time.perf_counter() - begin
 
@@ -209,10 +225,10 @@ class Search:
         """Requests per second at a place of the grid."""
         return float(np.round(math.exp(index * self._step), 9))
 
-    def verdict(self, index: int, target: float, final: bool = False) -> Verdict:
+    def verdict(self, index: int, goal: Goal, final: bool = False) -> Verdict:
         """Whether the rate at ``index`` is held; ``final``: by all full runs unless it fails before."""
         rate, runs = self.rate_of(index), self._runs.setdefault(index, _Runs())
-        while (known := self._known(runs, target, final)) is None:
+        while (known := self._known(runs, goal, final)) is None:
             settings = partial(
                 run_settings, self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
             )
@@ -222,76 +238,79 @@ class Search:
                 begun = len(runs.full)
                 until = 1 if self.mode == "sequential" and not begun else len(self.seeds)
                 runs.full += self._samples(rate, self.seeds[begun:until], settings())
-        self._verdicts[index, target] = known
+        self._verdicts[index, goal] = known
         return known
 
-    def _known(self, runs: _Runs, target: float, final: bool) -> Verdict | None:
+    def _known(self, runs: _Runs, goal: Goal, final: bool) -> Verdict | None:
         """What the runs so far decide; None: more are needed."""
         if len(runs.full) == len(self.seeds):
-            return self._judge(runs.full, target)
+            return self._judge(runs.full, goal)
         looks = ((runs.full[:1], 10, 0.005), ([runs.short] if runs.short else [], 5, 0.005))
         for samples, batches, level in looks if self.mode == "sequential" else ():
             if not samples:
                 continue
-            verdict = self._judge(samples, target, early=True)
-            if self._hopeless(verdict, samples[0], batches, level):
+            verdict = self._judge(samples, goal, early=True)
+            if self._hopeless(goal, verdict, samples[0], batches, level):
                 return verdict
-            if self._trusting and not final and self._easy(verdict, samples[0], batches, level):
+            if self._trusting and not final and self._easy(goal, verdict, samples[0], batches, level):
                 return verdict
         return None
 
-    def _judge(self, samples: Sequence[Sample], target: float, early: bool = False) -> Verdict:
-        return judge(
-            samples, target, tail_factor=self._tail, limit=self.limit * self.turns, lone_s=self.lone_s,
+    def _judge(self, samples: Sequence[Sample], goal: Goal, early: bool = False) -> Verdict:
+        verdict = judge(
+            samples, goal.target, tail_factor=self._tail, limit=self.limit * self.turns, lone_s=self.lone_s,
             definition=self.definition, early=early,
         )  # fmt: skip
+        return verdict if goal.sustained else replace(verdict, clauses=verdict.clauses[:1])
 
-    def _hopeless(self, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
+    def _hopeless(self, goal: Goal, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
         """Whether one run is enough to fail the rate."""
         if any(clause.letter == "b" and not clause.met for clause in verdict.clauses):
             return True
         if _distance(sample, verdict.target, batches) < student.ppf(level, batches - 1):
             return True
-        return _of_groups(sample, verdict.target - self.definition.slack) < -_FAR
+        return goal.sustained and _of_groups(sample, verdict.target - self.definition.slack) < -_FAR
 
-    def _easy(self, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
+    def _easy(self, goal: Goal, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
         """Whether one run is enough to take the rate for held while the bracket is wide."""
+        clear = verdict.met and _distance(sample, verdict.target, batches) > student.ppf(1.0 - level, batches - 1)
+        if not goal.sustained:
+            return clear
         return (
-            verdict.met
+            clear
             and sample.tail <= self._tail / 3.0
             and sample.offered <= 0.75 * self.limit * self.turns
-            and _distance(sample, verdict.target, batches) > student.ppf(1.0 - level, batches - 1)
             and _of_groups(sample, verdict.target - self.definition.slack) > _FAR
         )
 
     # -- all targets -----------------------------------------------------------------------------------
 
-    def _find(self, target: float) -> Found:
+    def _find(self, goal: Goal) -> Found:
         """The largest rate on the grid that is held and whose neighbour above fails, as far as was asked."""
         for index in sorted(self._runs):  # what was asked for another target often decides this one
-            known = self._known(self._runs[index], target, False)
+            known = self._known(self._runs[index], goal, False)
             if known is not None:
-                self._verdicts[index, target] = known
+                self._verdicts[index, goal] = known
         misses = 0
         self._trusting = self.mode == "sequential"
         while True:
             held, lost = (
-                [k for (k, t), v in self._verdicts.items() if t == target and v.met == wanted] for wanted in (True, False)
+                [k for (k, g), v in self._verdicts.items() if g == goal and v.met == wanted] for wanted in (True, False)
             )
             low = max(held, default=None)
             high = min((k for k in lost if low is None or k > low), default=None)
             if low is None and high is None:
-                self.verdict(self._index(self._first()), target)
+                self.verdict(self._index(self._first()), goal)
             elif low is None:
                 assert high is not None
                 if self.rate_of(high) < _LOWEST * self.limit:
-                    return Found(target, 0.0, None, self._verdicts[high, target])
-                self.verdict(high + round(math.log(_DOWN[min(misses, len(_DOWN) - 1)]) / self._step), target)
+                    return Found(goal.target, 0.0, None, self._verdicts[high, goal])
+                self.verdict(high + round(math.log(_DOWN[min(misses, len(_DOWN) - 1)]) / self._step), goal)
                 misses += 1
             elif high is None or high - low > 1:
-                self.verdict(self._between(low, high, target), target)
-            elif self.verdict(low, target, final=True).met:
-                return Found(target, self.rate_of(low), self._verdicts[low, target], self._verdicts[high, target])
+                self.verdict(self._between(low, high, goal), goal)
+            elif self.verdict(low, goal, final=True).met:
+                return Found(goal.target, self.rate_of(low), self._verdicts[low, goal], self._verdicts[high, goal])
             else:  # one run had passed what all runs fail: rates below are not taken for held on such a word again
                 self._trusting = False
                 self._verdicts = {at: v for at, v in self._verdicts.items() if not (v.met and v.early)}
@@ -302,7 +321,7 @@ class Search:
             return float(self.evaluator.scenario.rates.low)
         return max(_FIRST * self.limit, math.exp(self._step * -2_000))
 
-    def _between(self, low: int, high: int | None, target: float) -> int:
+    def _between(self, low: int, high: int | None, goal: Goal) -> int:
         """The next place to ask: the middle, or where the margins of both ends say that the answer lies."""
         if high is None and self.mode == "plain":
             return max(self._index(self.evaluator.scenario.rates.high), low + 1)
@@ -311,7 +330,7 @@ class Search:
         middle = (low + high) // 2
         if self.mode == "plain":
             return middle
-        over, under = (_margin(self._verdicts[k, target]) for k in (low, high))
+        over, under = (_margin(self._verdicts[k, goal]) for k in (low, high))
         if over is None or under is None or over - under < 1e-9:
             return middle
         guess = low + (high - low) * over / (over - under)
@@ -338,7 +357,7 @@ class Search:
                         self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
                     )
                     full = [*full[:0], *([None] * place), *self._samples(rate, self.seeds[place : place + 1], given)]
-                known[index] = self._judge([full[place]], target).met
+                known[index] = self._judge([full[place]], Goal(target)).met
             return known[index]
 
         step, at = 1, start
@@ -363,12 +382,17 @@ class Search:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; targets as keys, e.g. ``0.9``."""
         n_gpus = arranged(self.evaluator.scenario, self.contender).n_gpus()
-        entries = {}
-        for found in self.found:
-            at = worst_of(self.samples_at(found.rate)) if found.rate else None
-            entries[f"{found.target:g}"] = found.as_dict() | {"per_gpu": found.rate / n_gpus, "at": at}
+        entries, classic = (
+            {
+                f"{f.target:g}": f.as_dict()
+                | {"per_gpu": f.rate / n_gpus, "at": worst_of(self.samples_at(f.rate)) if f.rate else None}
+                for f in found
+            }
+            for found in (self.found, self.classic)
+        )
         return {
             "goodput": entries,
+            "classic": classic,
             "stability_limit": self.limit,
             "lone_p90_s": self.lone_s,
             "tail_factor": self._tail,

