@@ -82,7 +82,9 @@ def evaluate(
     run_s: Annotated[float, typer.Option(min=1.0, help="With --fidelity: seconds of arrivals of one run.")] = 9.0,
     store: Annotated[bool, typer.Option(help="With --fidelity: keep the table in the scenario's profile.")] = True,
     rates: Annotated[str | None, typer.Option(help="START:STOP:STEP or a,b,c in requests per second.")] = None,
-    goodput: Annotated[bool, typer.Option("--goodput", help="Search each policy's sustained goodput (default).")] = False,
+    goodput: Annotated[
+        bool, typer.Option("--goodput", help="Search each policy's sustained goodput (default).")
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds, the same for every policy.")] = 3,
     requests: Annotated[int | None, typer.Option(min=20, help="Requests of one run.")] = None,
     tune: Annotated[int, typer.Option(min=0, help="Also compare every rule tuned with this many trials.")] = 0,

@@ -88,14 +88,14 @@ def search_all(
 
 
 def meetings(found: Table, settings: PointSettings, target: float) -> dict[float, PointSettings]:
-    """The two best sustained goodputs, where all policies are put side by side, with runs of the definition's length."""
-    rates = sorted({r for entry in found.values() if (r := entry["goodput"][f"{target:g}"]["rate"]) > 0.0}, reverse=True)
+    """The two best sustained goodputs, where all policies are put side by side, with runs of full length."""
+    rates = sorted({entry["goodput"][f"{target:g}"]["rate"] for entry in found.values()} - {0.0}, reverse=True)
     lone_s = max(entry["lone_p90_s"] for entry in found.values())
     return {rate: run_settings(settings, rate, lone_s) for rate in rates[:2]}
 
 
 def lead_with(result: dict[str, Any], found: Table) -> dict[str, Any]:
-    """Put sustained goodput in the first place of ``result`` (of :func:`eval.compare.compare`), the classic in the second.
+    """Put sustained goodput in the first place of ``result`` (of ``eval.compare.compare``), the classic in the second.
 
     :param found: of :func:`search_all`
     """
@@ -152,4 +152,3 @@ def _pair(a: str, b: str, found: Table, key: str, with_interval: bool) -> dict[s
         "ratio": {"value": ratio, "low": low, "high": high},
         "difference": {"value": gap, "low": gap - half, "high": gap + half, "p_better": better},
     }
-

@@ -191,7 +191,8 @@ def _sustained_table(result: Mapping[str, Any]) -> str:
         row += [_figure(policy["classic_goodput"][first]["rate"]), _figure(policy["sustained"]["stability_limit"])]
         row += [_figure(at["p99_ttft_s"]), _figure(at["longest_wait_s"])] if at else ["–"] * 2
         row += [str(at["refused"]), str(at["unserved"])] if at else ["–"] * 2
-        row += [f"{name}: {_share(share)}" for name, share in (at["worst_class"], at["worst_length"])] if at else ["–"] * 2
+        worst = (at["worst_class"], at["worst_length"]) if at else ()
+        row += [f"{name}: {_share(share)}" for name, share in worst] or ["–"] * 2
         rows.append([*row, found["fails_above"]])
     return _table(head, rows)
 
@@ -268,10 +269,10 @@ def _sustained_definition(result: Mapping[str, Any]) -> str:
         return ""
     about, policies = result["definition"], [policy["sustained"] for policy in result["policies"]]
     return (
-        f"<p>Sustained goodput: the largest rate that, after a warm-up of {policies[0]['warmup_s']:.0f} s, over at least "
-        f"{about['seconds'] / 60:g} minutes, {about['requests']:,} requests and {about['lone_times']:g} times the P90 of "
-        "a lone request's time in the system, in the runs of all seeds: (a) has that attainment; (b) lets nobody wait "
-        f"for a first token longer than {policies[0]['tail_factor']:g} TTFT targets, leaves nobody unserved and refuses "
+        f"<p>Sustained goodput: the largest rate that, after a warm-up of {policies[0]['warmup_s']:.0f} s, over at "
+        f"least {about['seconds'] / 60:g} minutes, {about['requests']:,} requests and {about['lone_times']:g} times the "
+        "P90 of a lone request's time in the system, in the runs of all seeds: (a) has that attainment; (b) lets nobody "
+        f"wait for a first token longer than {policies[0]['tail_factor']:g} TTFT targets, leaves nobody unserved and refuses "
         "only within the TTFT target; (c) shows no trend of the backlog (Mann and Kendall, Hamed and Rao's correction, "
         f"{100 * about['trend_level']:g} %) and lies below the stability limit; (d) brings every class and every fifth "
         f"of the prompts by length to the target less {100 * about['slack']:g} points. Its interval: Student, over the "

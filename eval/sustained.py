@@ -329,7 +329,8 @@ def judge(
     missing = () if early else _missing(samples, groups, lone_s, definition)
     return Verdict(
         rate=samples[0].rate, target=target, clauses=tuple(clauses), runs=len(samples),
-        requests=sum(s.simulated for s in samples), seconds=min(s.span_s for s in samples), missing=missing, early=early,
+        requests=sum(s.simulated for s in samples), seconds=min(s.span_s for s in samples), missing=missing,
+        early=early,
     )  # fmt: skip
 
 

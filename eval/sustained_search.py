@@ -1,8 +1,9 @@
 """The search of sustained goodput: few runs, most of them short, the same arrivals for every policy.
 
 Rates lie on a grid of powers of ``1 + tolerance``, so that a bisection of any kind gives the same answer when its
-verdicts agree. Policies share arrivals (common random numbers), and so do most neighbouring rates, stretched in time. A rate is asked in three steps and the search
-goes on at the first that decides:
+verdicts agree. Policies share arrivals (common random numbers), and so do most neighbouring rates, stretched in time.
+Where to ask next is read off how far the verdicts at both ends of the bracket are from turning. A rate is asked in
+three steps and the search goes on at the first that decides:
 
 1. one run of an eighth of the length. It fails a rate when the attainment of five batches of it lies below the target
    (t-test, 0.5 %), or when a wait is too long or someone unserved: were a share p of such runs to show that, the
@@ -27,12 +28,12 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from engine.errors import SlalomError
 from eval.goodput import TARGETS
 from eval.points import Contender, Evaluator, Point, PointSettings, arranged, measure
 from eval.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
+from eval.sustained_stop import easy, hopeless, margin
 
 __all__ = ["Found", "Search", "measure_sustained", "run_settings"]
 
@@ -41,7 +42,6 @@ _FIRST, _LOWEST = 0.85, 0.01  # of the stability limit: the rate that is asked f
 _DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the next
 _UP = 1.06
 _LONE_REQUESTS = 400
-_FAR = 6.0  # standard errors as if requests were independent; they are not, and come in clumps of some
 _ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _SATURATED = 0.97  # who serves less than this part of what is sent is saturated
 
@@ -193,7 +193,8 @@ class Search:
         settings = replace(self.evaluator.settings, n_requests=_LONE_REQUESTS, warmup=0.0, drain=0.0, detailed=False)
         p90 = self.evaluator.points(self.contender, rate, self.seeds[:1], settings)[0].metrics["p90_e2el_ms"]
         if p90 is None:
-            raise SlalomError("policy", self.contender.name, f"it serves nobody at {rate:.3g} requests/s; check the fit")
+            fix = f"it serves nobody at {rate:.3g} requests/s; check whether it fits"
+            raise SlalomError("policy", self.contender.name, fix)
         return float(p90) / 1e3
 
     def _limit(self) -> float:
@@ -245,14 +246,15 @@ class Search:
         """What the runs so far decide; None: more are needed."""
         if len(runs.full) == len(self.seeds):
             return self._judge(runs.full, goal)
+        floor = goal.target - self.definition.slack if goal.sustained else None
         looks = ((runs.full[:1], 10, 0.005), ([runs.short] if runs.short else [], 5, 0.005))
         for samples, batches, level in looks if self.mode == "sequential" else ():
             if not samples:
                 continue
             verdict = self._judge(samples, goal, early=True)
-            if self._hopeless(goal, verdict, samples[0], batches, level):
+            if hopeless(verdict, samples[0], batches, level, floor):
                 return verdict
-            if self._trusting and not final and self._easy(goal, verdict, samples[0], batches, level):
+            if self._trusting and not final and easy(verdict, samples[0], batches, level, floor):
                 return verdict
         return None
 
@@ -262,26 +264,6 @@ class Search:
             definition=self.definition, early=early,
         )  # fmt: skip
         return verdict if goal.sustained else replace(verdict, clauses=verdict.clauses[:1])
-
-    def _hopeless(self, goal: Goal, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
-        """Whether one run is enough to fail the rate."""
-        if any(clause.letter == "b" and not clause.met for clause in verdict.clauses):
-            return True
-        if _distance(sample, verdict.target, batches) < student.ppf(level, batches - 1):
-            return True
-        return goal.sustained and _of_groups(sample, verdict.target - self.definition.slack) < -_FAR
-
-    def _easy(self, goal: Goal, verdict: Verdict, sample: Sample, batches: int, level: float) -> bool:
-        """Whether one run is enough to take the rate for held while the bracket is wide."""
-        clear = verdict.met and _distance(sample, verdict.target, batches) > student.ppf(1.0 - level, batches - 1)
-        if not goal.sustained:
-            return clear
-        return (
-            clear
-            and sample.tail <= self._tail / 3.0
-            and sample.offered <= 0.75 * self.limit * self.turns
-            and _of_groups(sample, verdict.target - self.definition.slack) > _FAR
-        )
 
     # -- all targets -----------------------------------------------------------------------------------
 
@@ -330,7 +312,7 @@ class Search:
         middle = (low + high) // 2
         if self.mode == "plain":
             return middle
-        over, under = (_margin(self._verdicts[k, goal]) for k in (low, high))
+        over, under = (margin(self._verdicts[k, goal]) for k in (low, high))
         if over is None or under is None or over - under < 1e-9:
             return middle
         guess = low + (high - low) * over / (over - under)
@@ -350,21 +332,22 @@ class Search:
 
         def held(index: int) -> bool:
             if index not in known:
-                full = self._runs[index].full if index in self._runs else []
-                if len(full) <= place:
+                full = self._runs[index].full[place : place + 1] if index in self._runs else []
+                if not full:
                     rate = self.rate_of(index)
                     given = run_settings(
                         self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
                     )
-                    full = [*full[:0], *([None] * place), *self._samples(rate, self.seeds[place : place + 1], given)]
-                known[index] = self._judge([full[place]], Goal(target)).met
+                    full = self._samples(rate, self.seeds[place : place + 1], given)
+                known[index] = self._judge(full, Goal(target)).met
             return known[index]
 
         step, at = 1, start
         upwards = held(start)
         while held(at) == upwards and step < 256:
             step, at = 2 * step, at + (step if upwards else -step)
-        low, high = (max((k for k, v in known.items() if v), default=None), min((k for k, v in known.items() if not v), default=None))
+        low = max((k for k, v in known.items() if v), default=None)
+        high = min((k for k, v in known.items() if not v), default=None)
         while low is not None and high is not None and high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if held(middle) else (low, middle)
@@ -401,30 +384,3 @@ class Search:
             "simulated_requests": self.simulated_requests,
             "seconds": self.wall_s,
         }
-
-
-def _distance(sample: Sample, target: float, batches: int) -> float:
-    """Student's t of the attainment of ``batches`` runs of consecutive arrivals against ``target``."""
-    good, sent = (np.add.reduceat(np.array(x), np.arange(0, 20, 20 // batches)) for x in (sample.block_good, sample.block_sent))
-    share = good / np.maximum(sent, 1)
-    error = share.std(ddof=1) / math.sqrt(batches)
-    gap = float(share.mean()) - target
-    return gap / error if error > 1e-9 else math.copysign(math.inf, gap) if gap else 0.0
-
-
-def _of_groups(sample: Sample, floor: float) -> float:
-    """The class or length that is worst off, against what it must reach, in standard errors of its share."""
-    counts = [*sample.classes.values(), *sample.lengths]
-    gaps = [(good / n - floor) / math.sqrt(max(good / n * (1 - good / n), 1.0 / n) / n) for good, n in counts if n]
-    return min(gaps)
-
-
-def _margin(verdict: Verdict) -> float | None:
-    """How far the clause that is worst off lies from its bound, in attainment or what stands for it; None: no telling."""
-    margins = []
-    for clause in verdict.clauses:
-        if clause.letter in "ad":
-            margins.append(clause.value - clause.bound)
-        elif not clause.met:
-            return None
-    return min(margins)

@@ -145,7 +145,8 @@ def test_table_names_the_winner_and_files_lie_in_the_folder(world, monkeypatch, 
     }
     result = read_json(tmp_path / "result.json")
     assert (result["mode"], result["goodput_kind"]) == ("goodput", "sustained")
-    assert "sustained goodput" in out and "classic at 90 %" in " ".join(out.split())
+    assert "sustained goodput" in out
+    assert "classic at 90 %" in out
     best = result["policies"][0]
     assert best["goodput"]["0.9"]["rate"] == 0.75 * best["classic_goodput"]["0.9"]["rate"]
 

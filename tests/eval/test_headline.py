@@ -7,7 +7,7 @@ from eval.headline import lead_with
 from eval.points import PointSettings
 from eval.report import write_report
 from eval.session import Request, evaluate
-from eval.verdict import ranking, verdict
+from eval.verdict import ranking, reasons, verdict
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def test_the_headline_is_sustained_and_classic_is_no_lower(result):
         found, classic = policy["goodput"]["0.9"], policy["classic_goodput"]["0.9"]
         assert 0.0 < found["rate"] <= classic["rate"] < 1.01 * policy["sustained"]["stability_limit"]
         assert found["low"] < found["rate"] < found["high"]
-        assert found["verdict"]["met"] and found["fails_above"]
+        assert found["verdict"]["met"]
+        assert found["fails_above"]
         assert found["at"]["longest_wait_targets"] <= 10.0
 
 
@@ -68,7 +69,7 @@ def test_the_page_leads_with_it_and_defines_it(result, tmp_path):
 
 def test_a_policy_that_holds_no_rate_is_last_with_its_reason():
     def entry(rate):
-        at = {"rate": rate, "above": {"rate": 1.0, "failed": "(b) x"}, "fails_above": "(b) x", "per_gpu": 0.0, "at": None}
+        at = {"rate": rate, "above": {"rate": 1.0, "failed": "(b) x"}, "fails_above": "(b) x", "at": None}
         return {"goodput": {"0.9": at}, "classic": {"0.9": at | {"rate": 9.0}}, "by_seed": [rate] * 3,
                 "simulated_requests": 1, "missing": ["too short"]}  # fmt: skip
 
@@ -78,8 +79,6 @@ def test_a_policy_that_holds_no_rate_is_last_with_its_reason():
               "pairs": [{"a": "a", "b": "b", "goodput": plain}]}  # fmt: skip
     led = lead_with(result, {"a": entry(0.0), "b": entry(5.0)})
     assert [p["label"] for p in ranking(led)] == ["b", "a"]
-    from eval.verdict import reasons
-
     assert "a sustains no rate: 1 fails by (b) x." in reasons(led)
     assert "a: too short." in reasons(led)
     assert led["pairs"][0]["goodput"]["0.9"]["difference"]["high"] < 0

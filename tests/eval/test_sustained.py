@@ -10,7 +10,7 @@ from engine.core.state import RequestState
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from eval.points import Contender, Evaluator, PointSettings
-from eval.sustained import DEFINITION, backlog_trend, judge, sample_of
+from eval.sustained import DEFINITION, Sample, backlog_trend, judge, sample_of
 from eval.sustained_search import Search, measure_sustained, run_settings
 
 
@@ -30,7 +30,8 @@ def steady(n=400, **columns):
 
 def test_a_steady_run_meets_every_clause_and_is_told_to_be_too_short(make_run):
     found = verdict_of(make_run(steady()), 0.99)
-    assert found.met and found.failed == ""
+    assert found.met
+    assert found.failed == ""
     assert any("20,000" in text for text in found.missing)
     assert any("minutes" in text for text in found.missing)
 
@@ -48,7 +49,8 @@ def test_one_wait_over_ten_targets_fails_by_clause_b(make_run):
     rows = steady()
     rows[7]["first_token"] = rows[7]["arrival"] + 1001 * MS
     found = verdict_of(make_run(rows))
-    assert found.failed.startswith("(b) longest wait") and "10.01" in found.failed
+    assert found.failed.startswith("(b) longest wait")
+    assert "10.01" in found.failed
     assert verdict_of(make_run(rows), tail_factor=11.0).met
 
 
@@ -94,7 +96,8 @@ def test_a_rate_above_what_was_ever_served_fails_by_the_stability_limit(make_run
     failed = [c for c in found.clauses if not c.met]
     assert {c.letter for c in failed} >= {"b", "c"}
     limit = next(c for c in failed if "stability" in c.name)
-    assert limit.value == pytest.approx(100, rel=0.01) and limit.bound == pytest.approx(50, rel=0.03)
+    assert limit.value == pytest.approx(100, rel=0.01)
+    assert limit.bound == pytest.approx(50, rel=0.03)
     assert next(c for c in failed if "backlog" in c.name).value > 1.0
 
 
@@ -131,7 +134,8 @@ def test_a_backlog_that_drifts_is_found(growth, power):
 def test_a_trend_that_does_not_matter_is_let_pass():
     tiny = 100.0 + np.linspace(0.0, 5.0, 24)
     trend = backlog_trend([tiny, tiny])
-    assert trend.p < 1e-6 and not trend.found()
+    assert trend.p < 1e-6
+    assert not trend.found()
 
 
 # -- one server: M/D/1 ---------------------------------------------------------------------------------
@@ -180,7 +184,9 @@ def test_lindleys_recursion_on_the_same_arrivals_gives_the_sustained_goodput(ser
         assert attainment(entry.rate) >= entry.target
         assert attainment(entry.above.rate) < entry.target
         assert entry.above.rate == pytest.approx(1.01 * entry.rate)
-        assert entry.verdict.met and not entry.verdict.early and entry.verdict.missing == ()
+        assert entry.verdict.met
+        assert not entry.verdict.early
+        assert entry.verdict.missing == ()
 
 
 def test_m_d_1_gives_the_sustained_goodput(found):
@@ -226,8 +232,6 @@ def test_shortest_first_starves_long_prompts_and_is_told_so(server):
     answer = quick.found[0]
     rate = 0.97 * quick.limit
     settings = run_settings(PointSettings(), rate, quick.lone_s)
-    from eval.sustained import Sample
-
     point = measure_sustained(starving, Contender("least_tokens"), rate, 0, settings)
     sample = Sample(**point.metrics["sustained"])
     told = judge([sample], 0.9, tail_factor=20.0, limit=quick.limit, lone_s=quick.lone_s)
@@ -242,8 +246,8 @@ def test_shortest_first_starves_long_prompts_and_is_told_so(server):
 def test_a_trace_too_short_is_measured_as_far_as_it_goes_and_told_so(server, tmp_path):
     path = tmp_path / "short.jsonl"
     arrivals = np.cumsum(np.random.default_rng(0).exponential(0.1, 3_000))
-    lines = [f'{{"timestamp": {1000 * t:.0f}, "input_length": 1000, "output_length": 1, "hash_ids": []}}' for t in arrivals]
-    path.write_text("\n".join(lines))
+    rest = '"input_length": 1000, "output_length": 1, "hash_ids": []'
+    path.write_text("\n".join(f'{{"timestamp": {1000 * t:.0f}, {rest}}}' for t in arrivals))
     workload = {"kind": "trace", "source": {"path": str(path), "format": "mooncake", "time_unit": "ms"}}
     short = search(server.with_overrides({"workload": workload}), targets=(0.9,))
     assert short.found[0].rate > 0.0
@@ -265,7 +269,8 @@ def test_a_target_that_nobody_can_miss_is_refused(server):
 
 def test_targets_out_of_reach_give_no_rate_and_the_reason(server):
     out_of_reach = search(server.with_overrides({"classes.0.ttft_s": 0.001}), targets=(0.9,)).found[0]
-    assert out_of_reach.rate == 0.0 and out_of_reach.verdict is None
+    assert out_of_reach.rate == 0.0
+    assert out_of_reach.verdict is None
     assert "(a)" in out_of_reach.above.failed
 
 
