@@ -270,13 +270,14 @@ def _sustained_definition(result: Mapping[str, Any]) -> str:
     about, policies = result["definition"], [policy["sustained"] for policy in result["policies"]]
     return (
         f"<p>Sustained goodput: the largest rate that, after a warm-up of {policies[0]['warmup_s']:.0f} s, over at "
-        f"least {about['seconds'] / 60:g} minutes, {about['requests']:,} requests and {about['lone_times']:g} times the "
-        "P90 of a lone request's time in the system, in the runs of all seeds: (a) has that attainment; (b) lets nobody "
-        f"wait for a first token longer than {policies[0]['tail_factor']:g} TTFT targets, leaves nobody unserved and refuses "
-        "only within the TTFT target; (c) shows no trend of the backlog (Mann and Kendall, Hamed and Rao's correction, "
-        f"{100 * about['trend_level']:g} %) and lies below the stability limit; (d) brings every class and every fifth "
-        f"of the prompts by length to the target less {100 * about['slack']:g} points. Its interval: Student, over the "
-        "answers of the single seeds. Classic goodput: clause (a) alone, over runs as long.</p>"
+        f"least {about['seconds'] / 60:g} minutes, {about['requests']:,} requests and {about['lone_times']:g} times "
+        "the P90 of a lone request's time in the system, in the runs of all seeds: (a) has that attainment; (b) lets "
+        f"nobody wait for a first token longer than {policies[0]['tail_factor']:g} TTFT targets, leaves nobody "
+        "unserved and refuses only within the TTFT target; (c) shows no trend of the backlog (Mann and Kendall, Hamed "
+        f"and Rao's correction of the variance, {100 * about['trend_level']:g} %) and lies below the stability limit; "
+        "(d) brings every class and every fifth of the prompts by length to the target less "
+        f"{100 * about['slack']:g} points. Its interval: Student, over the answers of the single seeds. Classic "
+        "goodput: clause (a) alone, over runs as long.</p>"
     )
 
 

@@ -159,6 +159,9 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
         elif found["trials"]:
             label = f"{found['policy']} (tuned)"
             contenders.append(Contender(found["rule"], found["values"], label, tuned=True))
+    for rate in request.rates or (request.scenario.reference_rate,):
+        if told := _unfinished(request, rate):
+            watcher.note(f"at {rate:.4g} requests/s {told}")
     seeds = list(range(request.seeds))
     pool, width = _pool(request)
     folder = None if request.out is None else request.out / "points"
@@ -205,6 +208,12 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
         seed = _usual_seed(point, seeds)
         result["shadow"] = shadow(request.scenario, *pair, point["rate"], seed, request.settings)
     return result
+
+
+def _unfinished(request: Request, rate: float) -> str:
+    """What runs at ``rate`` break off in the middle, in words."""
+    workload = getattr(request.scenario, "workload", None)
+    return workload.unfinished(rate, request.settings.n_requests) if workload is not None else ""
 
 
 def scaled(scenario: Any, factor: float) -> Any:

@@ -55,6 +55,7 @@ def measure_sustained(scenario: Any, contender: Contender, rate: float, seed: in
 
 def run_settings(
     base: PointSettings, rate: float, lone_s: float, *, part: int = 1, turns: float = 1.0,
+    natural_s: float = 0.0,
     definition: Definition = DEFINITION,
 ) -> PointSettings:  # fmt: skip
     """Settings of a run of the definition's length at ``rate``, or of a ``part``-th of it (the warm-up stays whole).
@@ -63,9 +64,13 @@ def run_settings(
     gaps, only shorter, and attainment falls with the rate instead of jumping.
 
     :param turns: requests that come of one arrival
+    :param natural_s: length of an episode: a run is a whole number of them, so that it ends in no transient
     """
     warm, span = definition.warmup(lone_s), definition.span(rate * turns, lone_s) / part
     n = max(rate * turns * (warm + span), base.n_blocks)
+    if natural_s:
+        n = rate * turns * natural_s * math.ceil((warm + span) / natural_s - 1e-9)
+        return replace(base, n_requests=math.ceil(n), warmup=warm * rate * turns / n, drain=0.0, detailed=False)
     n = math.ceil(_ALIKE ** math.ceil(math.log(n) / math.log(_ALIKE)))
     return replace(base, n_requests=n, warmup=warm * rate * turns / n, drain=0.0, detailed=False)
 
@@ -140,6 +145,8 @@ class Search:
         self._trusting = mode == "sequential"
         begin, before = time.perf_counter(), evaluator.simulated_requests
         self.turns = self._turns()
+        natural_s = evaluator.scenario.workload.natural_s
+        self._length: dict[str, Any] = {"turns": self.turns, "natural_s": natural_s, "definition": definition}
         self.lone_s = self._lone()
         self.limit = self._limit()
         self.found = tuple(self._find(Goal(target)) for target in self.targets)
@@ -230,9 +237,7 @@ class Search:
         """Whether the rate at ``index`` is held; ``final``: by all full runs unless it fails before."""
         rate, runs = self.rate_of(index), self._runs.setdefault(index, _Runs())
         while (known := self._known(runs, goal, final)) is None:
-            settings = partial(
-                run_settings, self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
-            )
+            settings = partial(run_settings, self.evaluator.settings, rate, self.lone_s, **self._length)
             if self.mode == "sequential" and runs.short is None:
                 runs.short = self._samples(rate, self.seeds[:1], settings(part=SHORT))[0]
             else:
@@ -335,9 +340,7 @@ class Search:
                 full = self._runs[index].full[place : place + 1] if index in self._runs else []
                 if not full:
                     rate = self.rate_of(index)
-                    given = run_settings(
-                        self.evaluator.settings, rate, self.lone_s, turns=self.turns, definition=self.definition
-                    )
+                    given = run_settings(self.evaluator.settings, rate, self.lone_s, **self._length)
                     full = self._samples(rate, self.seeds[place : place + 1], given)
                 known[index] = self._judge(full, Goal(target)).met
             return known[index]
@@ -378,6 +381,8 @@ class Search:
             "classic": classic,
             "stability_limit": self.limit,
             "lone_p90_s": self.lone_s,
+            "turns": self.turns,
+            "natural_s": self._length["natural_s"],
             "tail_factor": self._tail,
             "warmup_s": self.definition.warmup(self.lone_s),
             "missing": list(dict.fromkeys(m for f in self.found for m in (f.verdict.missing if f.verdict else ()))),

@@ -26,6 +26,15 @@ class Model(BaseModel):
 class WorkloadBase(Model, ABC):
     """One kind of workload; ``build`` is all the rest of Slalom knows about it."""
 
+    @property
+    def natural_s(self) -> float:
+        """Seconds of an episode after which the workload has shown all it does; 0: it is alike at all times."""
+        return 0.0
+
+    def unfinished(self, rate: float, n: int) -> str:
+        """What a run of ``n`` requests breaks off in the middle, in words; empty where nothing is."""
+        return ""
+
     @abstractmethod
     def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
         """Draw an episode.
@@ -42,9 +51,7 @@ def stream(seed: int, split: Split) -> np.random.Generator:
     """Random stream of (seed, split); spawn keys make the splits independent for every seed."""
     if split not in SPLIT_NAMES:
         raise SlalomError("split", split, f"give one of {', '.join(SPLIT_NAMES)}")
-    return np.random.Generator(
-        np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(SPLIT_NAMES.index(split),)))
-    )
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(SPLIT_NAMES.index(split),))))
 
 
 def check_request(rate: float, n: int) -> None:
