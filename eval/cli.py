@@ -228,7 +228,7 @@ def _table_of(
         sys.stdout.write(text.rstrip("\n") + "\n")
         return
     head, rows = summary(result)
-    table = Table(title="goodput at 90 % [requests/s], tuned (untuned)")
+    table = Table(title="classic goodput at 90 % [requests/s], tuned (untuned)")
     for at, name in enumerate(head):
         table.add_column(name, no_wrap=at == 0, justify="left" if at == 0 else "right")
     for row in rows:

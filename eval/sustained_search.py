@@ -385,7 +385,7 @@ class Search:
             "natural_s": self._length["natural_s"],
             "tail_factor": self._tail,
             "warmup_s": self.definition.warmup(self.lone_s),
-            "missing": list(dict.fromkeys(m for f in self.found for m in (f.verdict.missing if f.verdict else ()))),
+            "missing": list(dict.fromkeys(m for f in self.found for v in (f.verdict, f.above) if v for m in v.missing)),
             "simulated_requests": self.simulated_requests,
             "seconds": self.wall_s,
         }
