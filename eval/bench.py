@@ -20,6 +20,7 @@ NAMES = {
     "surrogate": "requests simulated per second, one core",
     "scale": "cost per request and memory at 10 thousand to 1 million requests",
     "clusters": "requests per second on 64 instances, and on Mooncake's prompts with the prefix cache",
+    "goodput": "cost of one sustained goodput, beside a plain bisection with full-length runs",
     "env": "decisions per second of the batched environment, observations handed to Python",
     "training": "frames learned from per second and core, interleaved with stock MaskablePPO",
     "engine-cpu": "tokens per second of the engine on one core, beside transformers in the same run",

@@ -22,6 +22,7 @@ __all__ = ["code_sha256", "file_sha256", "policy_sha256", "scenario_hash"]
 def code_sha256() -> str:
     """Digest of every source file a point depends on: a stored point never outlives the code that made it."""
     simulator = [sources.path_of("env.surrogate.simulate"), sources.path_of("env.measure.metrics")]
+    simulator += [sources.path_of("env.measure.sustained")]
     return sources.sha256([*simulator, *(sources.ROOT / "policies").rglob("*.py")])
 
 

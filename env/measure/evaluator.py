@@ -54,8 +54,11 @@ def _served(scenario: Any) -> dict[str, Any]:
     }
 
 
-def measure(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
-    """Simulate one point."""
+def measure(
+    scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings,
+    watch: Callable[[Any], None] | None = None,
+) -> Point:  # fmt: skip
+    """Simulate one point; ``watch`` is shown the run."""
     from env.surrogate.simulate import simulate
 
     scenario = arranged(scenario, contender)
@@ -68,6 +71,8 @@ def measure(scenario: Any, contender: Contender, rate: float, seed: int, setting
         split=settings.split,
         values=dict(contender.values) or None,
     )
+    if watch is not None:
+        watch(run)
     each = {"detailed": detailed(run)} if settings.detailed else {}
     return point_of(run, contender, rate, seed, settings, {"backend": "surrogate", **_served(scenario), **each})
 
@@ -122,7 +127,7 @@ class Evaluator:
         self._known: dict[str, Point] = {}
         self._pool: ProcessPoolExecutor | None = None
         self._given_pool = pool
-        self._base = [code_sha256(), scenario_hash(scenario), settings.__dict__]
+        self._base = [code_sha256(), scenario_hash(scenario)]
         self._base += [] if label == "surrogate" else [label]
 
     def __enter__(self) -> Evaluator:
@@ -132,17 +137,21 @@ class Evaluator:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def points(self, contender: Contender, rate: float, seeds: Sequence[int]) -> list[Point]:
+    def points(
+        self, contender: Contender, rate: float, seeds: Sequence[int], settings: PointSettings | None = None
+    ) -> list[Point]:
         """One point per seed, in the order of ``seeds``.
 
+        :param settings: of these points, where they differ from the others'
         :raises SlalomError: the scenario or the policy is not usable, or a result cannot be written
         """
-        keys = {seed: self._key(contender, rate, seed) for seed in seeds}
+        settings = settings or self.settings
+        keys = {seed: self._key(contender, rate, seed, settings) for seed in seeds}
         missing = [seed for seed in seeds if not self._recall(keys[seed])]
-        for point in self._simulate(contender, rate, missing):
+        for point in self._simulate(contender, rate, missing, settings):
             key = keys[point.seed]
             self._known[key] = point
-            self.simulated_requests += self.settings.n_requests
+            self.simulated_requests += settings.n_requests
             if self._folder is not None:
                 write_json(self._folder / f"{key}.json", point.__dict__)
             if self._on_point is not None:
@@ -154,8 +163,8 @@ class Evaluator:
         points = self.points(contender, rate, seeds)
         return sum(sum(p.good) for p in points) / max(sum(sum(p.sent) for p in points), 1)
 
-    def _key(self, contender: Contender, rate: float, seed: int) -> str:
-        parts = [*self._base, policy_sha256(contender), repr(float(rate)), seed]
+    def _key(self, contender: Contender, rate: float, seed: int, settings: PointSettings) -> str:
+        parts = [*self._base[:2], settings.__dict__, *self._base[2:], policy_sha256(contender), repr(float(rate)), seed]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _recall(self, key: str) -> bool:
@@ -181,13 +190,15 @@ class Evaluator:
             self._pool = ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn"), initializer=_quiet_worker)
         return self._pool
 
-    def _simulate(self, contender: Contender, rate: float, seeds: Sequence[int]) -> Iterator[Point]:
+    def _simulate(
+        self, contender: Contender, rate: float, seeds: Sequence[int], settings: PointSettings
+    ) -> Iterator[Point]:
         pool = self._executor(len(seeds))
         if pool is None:
             for seed in seeds:
-                yield self._measure(self.scenario, contender, rate, seed, self.settings)
+                yield self._measure(self.scenario, contender, rate, seed, settings)
             return
-        waiting = {pool.submit(self._measure, self.scenario, contender, rate, seed, self.settings) for seed in seeds}
+        waiting = {pool.submit(self._measure, self.scenario, contender, rate, seed, settings) for seed in seeds}
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:

@@ -26,6 +26,15 @@ class Model(BaseModel):
 class WorkloadBase(Model, ABC):
     """One kind of workload; ``build`` is all the rest of Slalom knows about it."""
 
+    @property
+    def natural_s(self) -> float:
+        """Seconds of an episode after which the workload has shown all it does; 0: it is alike at all times."""
+        return 0.0
+
+    def unfinished(self, rate: float, n: int) -> str:
+        """What a run of ``n`` requests breaks off in the middle, in words; empty where nothing is."""
+        return ""
+
     @abstractmethod
     def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
         """Draw an episode.

@@ -1,4 +1,9 @@
-"""``kind: shift``: within one episode the rate and the prompt:output mix move, in steps or ramps."""
+"""``kind: shift``: within one episode the rate and the prompt:output mix move, in steps or ramps.
+
+An episode lasts ``duration_s`` seconds, whatever the length of a run: a longer run meets one episode after the other
+(given phases again, random ones drawn anew), a shorter one ends in the middle and says so (``meta["unfinished"]``, and
+:meth:`ShiftSpec.unfinished` before it is run). Files without ``duration_s`` are older: their episode is the whole run.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,13 @@ from env.workload.trace import Trace
 __all__ = ["Phase", "RandomPhases", "ShiftSpec"]
 
 _RAMP_STEPS = 32
+_WHOLE = 0.05  # of an episode: arrivals spread by about that much around the asked length of a run
 
 
 class Phase(Model):
     """A stretch of the episode.
 
-    :param duration: share of the episode (shares are normalised)
+    :param duration: share of the episode (shares are normalised); seconds, where they add up to its ``duration_s``
     :param rate: factor on the episode's rate (normalised, so that the mean stays the asked one)
     :param weights: of each lengths model of the spec
     :param ramp: move linearly from the phase before instead of jumping
@@ -72,12 +78,16 @@ class RandomPhases(Model):
 
 
 class ShiftSpec(WorkloadBase):
-    """Phases over two or more lengths models; the episode lasts ``n / rate`` seconds."""
+    """Phases over two or more lengths models.
+
+    :param duration_s: natural length of an episode; None: all of a run, ``n / rate`` seconds
+    """
 
     kind: Literal["shift"]
     lengths: tuple[LengthsSpec, ...] = Field(min_length=1)
     phases: tuple[Phase, ...] | None = Field(default=None, min_length=1)
     random: RandomPhases | None = None
+    duration_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     cv: float = Field(default=1.0, ge=0, le=30)
     max_context: int | None = Field(default=None, ge=2)
 
@@ -90,6 +100,20 @@ class ShiftSpec(WorkloadBase):
                 raise ValueError(f"give {len(self.lengths)} weights per phase, one per lengths model")
         return self
 
+    @property
+    def natural_s(self) -> float:
+        return self.duration_s or 0.0
+
+    def unfinished(self, rate: float, n: int) -> str:
+        lasts = n / rate
+        if self.duration_s is None or abs(lasts / self.duration_s - round(lasts / self.duration_s)) < _WHOLE:
+            return ""
+        done, natural = int(lasts // self.duration_s), self.duration_s
+        return (
+            f"a run of {lasts:.0f} s ends in the middle of an episode of {natural:g} s, {lasts - done * natural:.0f} s "
+            f"after it began ({done} complete)"
+        )
+
     def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
@@ -97,8 +121,15 @@ class ShiftSpec(WorkloadBase):
         if phases is None:
             assert self.random is not None
             phases = self.random.draw(len(self.lengths), rng)
-        edges, speed, weights = _pieces(phases, n / rate)
-        speed *= n / (np.diff(edges) @ speed)
+        natural = self.duration_s or n / rate
+        again = rng.spawn(1)[0]  # its own stream: a longer run begins as a shorter one does
+        phases, episodes = _stretched(phases, natural), 1
+        # one episode more than the mean run needs: arrivals spread, and the clock must not run out
+        while self.duration_s and episodes < n / rate / natural + 1:
+            more = self.phases or (self.random and self.random.draw(len(self.lengths), again)) or ()
+            phases, episodes = phases + _stretched(more, natural), episodes + 1
+        edges, speed, weights = _pieces(phases, episodes * natural)
+        speed *= rate / _means(edges, speed, episodes)
         arrival_s = on_clock(np.cumsum(gamma_gaps(n, self.cv, rng)), edges, speed)
         piece = np.minimum(np.searchsorted(edges, arrival_s, side="right") - 1, len(speed) - 1)
         which = (rng.random(n)[:, None] >= weights.cumsum(axis=1)[piece, :-1]).sum(axis=1)
@@ -109,12 +140,28 @@ class ShiftSpec(WorkloadBase):
             "split": split,
             "phases": [phase.model_dump() for phase in phases],
         }
+        if self.duration_s and (told := self.unfinished(rate, n)):
+            meta["unfinished"] = told
         trace = Trace.make(arrival_s, prompt, output, name="shift", meta=meta)
         if self.max_context is None:
             return trace
         fits = prompt.astype(np.int64) + output <= self.max_context
         meta["dropped"] = {"over max_context": int((~fits).sum())}
         return trace.rows(fits)
+
+
+def _stretched(phases: tuple[Phase, ...], duration_s: float) -> tuple[Phase, ...]:
+    """The phases of one episode with their durations in seconds."""
+    total = sum(phase.duration for phase in phases)
+    return tuple(p.model_copy(update={"duration": p.duration * duration_s / total}) for p in phases)
+
+
+def _means(edges: np.ndarray, speed: np.ndarray, episodes: int) -> np.ndarray:
+    """Mean speed of the episode that each piece belongs to, f8 (k,): every episode has the asked rate."""
+    middle, width = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    episode = np.minimum((middle / (edges[-1] / episodes)).astype(int), episodes - 1)
+    mean = np.bincount(episode, speed * width) / np.bincount(episode, width)
+    return np.asarray(mean[episode])
 
 
 def _pieces(phases: tuple[Phase, ...], duration_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -31,6 +31,7 @@
     lengths: [A, B]                 # two or more lengths specs (as above)
     phases: [{duration: 0.5, rate: 1, weights: [1, 0]}, {duration: 0.5, rate: 2, weights: [0, 1], ramp: true}]
                                     # or random: {phases: [2, 6], rate: [0.5, 2.0], ramp_share: 0.5}
+    duration_s: 600                 # natural length of an episode; phases last their share of it in any run
     cv: 1.0                         # of the gaps, on the moving clock
 
     kind: clients                   # superposition of clients, the ServeGen way
@@ -105,6 +106,19 @@ class MixSpec(WorkloadBase):
 
     kind: Literal["mix"]
     parts: tuple[MixPart, ...] = Field(min_length=1)
+
+    @property
+    def natural_s(self) -> float:
+        return max(part.workload.natural_s for part in self.parts)
+
+    def unfinished(self, rate: float, n: int) -> str:
+        total = sum(part.weight for part in self.parts)
+        shares = [part.weight / total for part in self.parts]
+        told = [
+            part.workload.unfinished(rate * share, max(1, round(n * share)))
+            for part, share in zip(self.parts, shares, strict=True)
+        ]
+        return "; ".join(dict.fromkeys(text for text in told if text))
 
     def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
         check_request(rate, n)

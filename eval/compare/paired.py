@@ -8,7 +8,7 @@ beyond the bootstrap's own seed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations, product
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import SlalomError
-from env.measure.contender import Contender, Point
+from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import policy_sha256
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import TARGETS, find_goodput, goodput_of_curve
@@ -38,6 +38,7 @@ class Curve:
 
     contender: Contender
     points: dict[float, list[Point]] = field(default_factory=dict)
+    meeting: dict[float, list[Point]] = field(default_factory=dict)  # longer runs, shown but not part of the curve
 
     @property
     def rates(self) -> list[float]:
@@ -67,6 +68,7 @@ def compare(
     resamples: int = 2000,
     on_policy: Callable[[str], None] | None = None,
     parallel: int = 1,
+    meetings: Mapping[float, PointSettings] | None = None,
 ) -> dict[str, Any]:
     """Measure every contender and compare each with each.
 
@@ -75,6 +77,8 @@ def compare(
     :param resamples: bootstrap resamples
     :param on_policy: called with a contender's name before its points
     :param parallel: contenders measured at the same time, for evaluators whose points run elsewhere
+    :param meetings: rates at which all are put side by side after a search, and runs to do it with, instead of the
+        rates that this search finds best
     :return: JSON-ready dict: ``mode``, ``policies`` (points, goodput with intervals), ``pairs``, and the goodputs of
         the two best, where all of them were measured: ``at_rate``, ``second_rate``
     :raises SlalomError: no contender, names not unique, or whatever the evaluator raises
@@ -96,7 +100,11 @@ def compare(
     else:
         curves = [curve(contender) for contender in contenders]
     common: list[float] = []
-    if rates is None:
+    if rates is None and meetings is not None:
+        common = sorted(meetings, reverse=True)
+        for rate, found in product(common, curves):
+            found.meeting[rate] = evaluator.points(found.contender, rate, seeds, meetings[rate])
+    elif rates is None:
         common = sorted({rate for found in curves if (rate := _goodput(found, targets[0])) > 0.0}, reverse=True)[:2]
         for rate, found in product(common, curves):
             if rate not in found.points:
@@ -175,7 +183,7 @@ class _Resampled:
     """A curve with its bootstrap: attainment (R, K) and goodput (R,) per target, on the common draw."""
 
     def __init__(self, curve: Curve, weights: Floats, targets: Sequence[float]) -> None:
-        self.curve, self.rates = curve, curve.rates
+        self.curve, self.rates, self._weights = curve, curve.rates, weights
         good, sent = curve.counts(self.rates)
         self.measured = curve.attainment(self.rates)
         self.samples = bootstrap_attainment(good, sent, weights)
@@ -208,7 +216,7 @@ class _Resampled:
             "tuned": contender.tuned,
             "cluster": [dict(group) for group in contender.cluster],
             "goodput": goodput,
-            "points": [self._point(k) for k in range(len(self.rates))],
+            "points": self._points(),
         }
         if rates is not None:
             runs = [[p.attainment for p in self.curve.points[r]] for r in self.rates]
@@ -216,9 +224,17 @@ class _Resampled:
             summary["iqm_attainment"] = {"value": value, "low": low, "high": high}
         return summary
 
-    def _point(self, k: int) -> dict[str, Any]:
-        rate = self.rates[k]
-        runs = [p.metrics for p in self.curve.points[rate]]
+    def _points(self) -> list[dict[str, Any]]:
+        """Every rate of the curve, and those where all policies meet in longer runs, in ascending order."""
+        shown = [self._point(rate, self.curve.points[rate], k) for k, rate in enumerate(self.rates)]
+        if self.curve.meeting:
+            shown = [point for point in shown if point["rate"] not in self.curve.meeting]
+            beside = _Resampled(Curve(self.curve.contender, self.curve.meeting), self._weights, ())
+            shown += [beside._point(rate, self.curve.meeting[rate], k) for k, rate in enumerate(beside.rates)]
+        return sorted(shown, key=lambda point: float(point["rate"]))
+
+    def _point(self, rate: float, points: Sequence[Point], k: int) -> dict[str, Any]:
+        runs = [p.metrics for p in points]
         low, high = interval(self.samples[:, k])
         return {
             "rate": rate,

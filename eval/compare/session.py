@@ -23,6 +23,8 @@ from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import TARGETS
+from env.measure.sustained_search import measure_sustained
+from eval.compare.headline import SUSTAINED, lead_with, meetings, search_all
 from eval.compare.paired import compare
 from eval.compare.verdict import is_learned, meeting_point, ranking
 
@@ -69,6 +71,7 @@ class Request:
     :param knee_rules: the best goodput of these at their defaults says at which rates rules are tuned
     :param backend: simulate, or replay on the real engine in real time
     :param model: that the engine serves; that of the scenario's profile if empty
+    :param sustained: lead with sustained goodput (see ``eval.sustained``); only where goodput is searched by simulating
     """
 
     scenario: Any
@@ -86,6 +89,7 @@ class Request:
     backend: Literal["surrogate", "gpu"] = "surrogate"
     model: str = ""
     prune: bool = False
+    sustained: bool = False
 
 
 def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
@@ -158,10 +162,21 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
         elif found["trials"]:
             label = f"{found['policy']} (tuned)"
             contenders.append(Contender(found["rule"], found["values"], label, tuned=True))
+    for rate in request.rates or (request.scenario.reference_rate,):
+        if told := _unfinished(request, rate):
+            watcher.note(f"at {rate:.4g} requests/s {told}")
     seeds = list(range(request.seeds))
     pool, width = _pool(request)
     folder = None if request.out is None else request.out / "points"
     engine = _engine(request, watcher)
+    lasting: dict[str, Any] = {}
+    if request.sustained and request.rates is None and request.backend == "surrogate":
+        watcher.phase("sustained goodput", None)
+        lasting = search_all(
+            request.scenario, contenders, seeds, request.settings, request.targets, jobs=request.jobs, folder=folder,
+            pool=pool, on_policy=lambda name: watcher.phase(f"sustained goodput: {name}", None),
+        )  # fmt: skip
+        engine = {"measure": measure_sustained, "label": SUSTAINED}
     per_policy = len(seeds) * (len(request.rates) if request.rates else 25)
     with Evaluator(
         request.scenario,
@@ -181,7 +196,10 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             targets=request.targets,
             on_policy=lambda name: watcher.phase(name, per_policy),
             parallel=width,
+            meetings=meetings(lasting, request.settings, request.targets[0]) if lasting else None,
         )
+    if lasting:
+        result = lead_with(result, lasting)
     result["settings"] = _settings(request, seeds, tuning)
     pair = closest_pair(result, contenders)
     if pair is not None:
@@ -193,6 +211,12 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
         seed = _usual_seed(point, seeds)
         result["shadow"] = shadow(request.scenario, *pair, point["rate"], seed, request.settings)
     return result
+
+
+def _unfinished(request: Request, rate: float) -> str:
+    """What runs at ``rate`` break off in the middle, in words."""
+    workload = getattr(request.scenario, "workload", None)
+    return workload.unfinished(rate, request.settings.n_requests) if workload is not None else ""
 
 
 def scaled(scenario: Any, factor: float) -> Any:

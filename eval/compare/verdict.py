@@ -6,9 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LOST", "is_learned", "lost_share", "meeting_point", "ranking", "verdict"]
+__all__ = ["LOST", "is_learned", "is_sustained", "lost_share", "meeting_point", "ranking", "reasons", "verdict"]
 
 LOST = ("shed", "failed", "unfinished")
+
+
+def is_sustained(result: Mapping[str, Any]) -> bool:
+    """Whether the goodput of a result is the sustained one; else it is the classic one."""
+    return result.get("goodput_kind") == "sustained"
+
+
+def reasons(result: Mapping[str, Any]) -> list[str]:
+    """Per policy what ends its sustained goodput at the first target, and what its runs lack for the definition."""
+    if not is_sustained(result):
+        return []
+    said = []
+    for policy in ranking(result):
+        found = policy["goodput"][f"{result['targets'][0]:g}"]
+        above = found["above"]
+        held = f"sustains {found['rate']:.4g} requests/s" if found["rate"] else "sustains no rate"
+        why = f": {above['rate']:.4g} fails by {above['failed']}" if above else ""
+        said.append(f"{policy['label']} {held}{why}.")
+        said += [f"{policy['label']}: {text}." for text in policy["sustained"]["missing"]]
+    return said
 
 
 def is_learned(policy: Mapping[str, Any]) -> bool:
@@ -32,7 +52,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     order = ranking(result)
     goodput = result["mode"] == "goodput"
     best = order[0]
-    sentences = [_opening(result, best), *_price(result, best)]
+    sentences = [_opening(result, best), *_price(result, best), *reasons(result)]
     line = _goodput_line if goodput else _attainment_line
     learned = [p for p in order if is_learned(p)]
     for place, subject in enumerate(learned or [best]):
@@ -58,9 +78,12 @@ def _opening(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
         )
     found = best["goodput"][f"{result['targets'][0]:g}"]
     if found["rate"] == 0.0:
+        if is_sustained(result):
+            return f"No policy sustains {share} at any rate."
         return f"No policy holds {share} at any rate: the targets are out of reach on this cluster."
+    verb = "sustains" if is_sustained(result) else "holds"
     return (
-        f"{best['label']} holds {share} of requests sent up to {found['rate']:.4g} requests/s "
+        f"{best['label']} {verb} {share} of requests sent up to {found['rate']:.4g} requests/s "
         f"(95 % interval {found['low']:.4g} to {found['high']:.4g}; {found['per_gpu']:.4g} per GPU)."
     )
 
@@ -120,7 +143,8 @@ def _goodput_line(
     bounds = (_inverse(ratio["high"]), _inverse(ratio["low"])) if flipped else (ratio["low"], ratio["high"])
     span = " to ".join("unbounded" if b is None else f"{b:.3f}" for b in bounds)
     verb = _verb(subject, rival, low, high)
-    return f"{verb}: goodput {ours / theirs:.3f} times as high (95 % interval {span})."
+    kind = "sustained goodput" if is_sustained(result) else "goodput"
+    return f"{verb}: {kind} {ours / theirs:.3f} times as high (95 % interval {span})."
 
 
 def _attainment_line(

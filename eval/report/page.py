@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.common.files import write_bytes, write_json, write_text
-from eval.compare.verdict import ranking, verdict
+from eval.compare.verdict import is_sustained, ranking, verdict
 from eval.report.parts import cards, starved, watched_sentences, way_rows
 
 __all__ = ["embed", "write_report"]
@@ -94,6 +94,7 @@ def _page(result: Mapping[str, Any], stems: Sequence[str], pictures: Sequence[st
         _point_table(result),
         _tuning(result),
         "<h2>Settings</h2>",
+        _sustained_definition(result),
         _definitions(settings),
         _settings_table(settings),
         f"<h2>Scenario</h2><pre>{escape(settings['scenario_yaml'])}</pre>",
@@ -157,6 +158,8 @@ def _share(value: float | None) -> str:
 
 
 def _goodput_table(result: Mapping[str, Any]) -> str:
+    if is_sustained(result):
+        return _sustained_table(result)
     head = ["policy", "tuned"]
     for target in result["targets"]:
         head += [f"goodput at {100 * target:g} % [1/s]", "95 % interval"]
@@ -168,6 +171,27 @@ def _goodput_table(result: Mapping[str, Any]) -> str:
             found = policy["goodput"][f"{target:g}"]
             row += [_figure(found["rate"]), f"{_figure(found['low'])} to {_figure(found['high'])}"]
         rows.append([*row, _figure(policy["goodput"][f"{result['targets'][0]:g}"]["per_gpu"])])
+    return _table(head, rows)
+
+
+def _sustained_table(result: Mapping[str, Any]) -> str:
+    """Sustained goodput, what it was found with, and the classic figure beside it."""
+    shares = [f"{100 * target:g} %" for target in result["targets"]]
+    head = ["policy", "tuned", *(f"sustained at {share} [1/s]" for share in shares), "95 % interval", "per GPU"]
+    head += [f"classic at {shares[0]}", "stability limit", "P99 TTFT [s]", "longest wait [s]"]
+    head += ["refused", "unserved", "worst class [%]", "worst length [%]", "no more, because"]
+    first, rows = f"{result['targets'][0]:g}", []
+    for policy in ranking(result):
+        found, at = policy["goodput"][first], policy["goodput"][first]["at"]
+        row = [policy["label"], "yes" if policy["tuned"] else "no"]
+        row += [_figure(policy["goodput"][f"{t:g}"]["rate"]) for t in result["targets"]]
+        row += [f"{_figure(found['low'])} to {_figure(found['high'])}", _figure(found["per_gpu"])]
+        row += [_figure(policy["classic_goodput"][first]["rate"]), _figure(policy["sustained"]["stability_limit"])]
+        row += [_figure(at["p99_ttft_s"]), _figure(at["longest_wait_s"])] if at else ["–"] * 2
+        row += [str(at["refused"]), str(at["unserved"])] if at else ["–"] * 2
+        worst = (at["worst_class"], at["worst_length"]) if at else ()
+        row += [f"{name}: {_share(share)}" for name, share in worst] or ["–"] * 2
+        rows.append([*row, found["fails_above"]])
     return _table(head, rows)
 
 
@@ -236,6 +260,23 @@ def _tuning(result: Mapping[str, Any]) -> str:
         return ""
     head = ["rule", "trials", "requests simulated", "sampler", "defaults [%]", "tuned [%]", "values"]
     return "<h2>Tuning</h2>" + _table(head, rows)
+
+
+def _sustained_definition(result: Mapping[str, Any]) -> str:
+    if not is_sustained(result):
+        return ""
+    about, policies = result["definition"], [policy["sustained"] for policy in result["policies"]]
+    return (
+        f"<p>Sustained goodput: the largest rate that, after a warm-up of {policies[0]['warmup_s']:.0f} s, over at "
+        f"least {about['seconds'] / 60:g} minutes, {about['requests']:,} requests and {about['lone_times']:g} times "
+        "the P90 of a lone request's time in the system, in the runs of all seeds: (a) has that attainment; (b) lets "
+        f"nobody wait for a first token longer than {policies[0]['tail_factor']:g} TTFT targets, leaves nobody "
+        "unserved and refuses only within the TTFT target; (c) shows no trend of the backlog (Mann and Kendall, Hamed "
+        f"and Rao's correction of the variance, {100 * about['trend_level']:g} %) and lies below the stability limit; "
+        "(d) brings every class and every fifth of the prompts by length to the target less "
+        f"{100 * about['slack']:g} points. Its interval: Student, over the answers of the single seeds. Classic "
+        "goodput: clause (a) alone, over runs as long.</p>"
+    )
 
 
 def _definitions(settings: Mapping[str, Any]) -> str:

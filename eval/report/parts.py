@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from eval.compare.verdict import is_learned, lost_share, meeting_point, ranking
+from eval.compare.verdict import is_learned, is_sustained, lost_share, meeting_point, ranking
 
 __all__ = ["cards", "starved", "watched_sentences", "way_rows"]
 
@@ -27,7 +27,8 @@ def cards(result: Result) -> Iterator[tuple[str, str, str]]:
         key = f"{result['targets'][0]:g}"
         found = subject["goodput"][key]
         share = f"{100 * result['targets'][0]:g} %"
-        yield f"{found['rate']:.4g}/s", f"goodput of {subject['label']} at {share} ({found['per_gpu']:.3g} per GPU)", ""
+        kind = "sustained goodput" if is_sustained(result) else "goodput"
+        yield f"{found['rate']:.4g}/s", f"{kind} of {subject['label']} at {share} ({found['per_gpu']:.3g} per GPU)", ""
         if rival is not None and rival["goodput"][key]["rate"] > 0:
             yield _against(result, subject, rival, key)
     else:

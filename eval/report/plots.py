@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from eval.compare.verdict import meeting_point, ranking
+from eval.compare.verdict import is_sustained, meeting_point, ranking
 from eval.report.plots_shadow import decisions, timeline
 
 __all__ = ["claim_figure", "figures"]
@@ -36,7 +36,8 @@ def figures(result: Result) -> dict[str, tuple[Figure, str]]:
         "breakdown": (_breakdown(result), "Attainment per target and per SLO class, one bar per policy"),
     }
     if result["mode"] == "goodput":
-        caption = "Goodput of every policy with 95 % intervals, best on top; marks: at stricter shares"
+        kind = "Sustained goodput" if is_sustained(result) else "Goodput"
+        caption = f"{kind} of every policy with 95 % intervals, best on top; marks: at stricter shares"
         drawn["goodput"] = (_goodput(result), caption)
     if watched := result.get("shadow"):
         where = f"seed {watched['seed']} at {watched['rate']:.4g} requests/s"
@@ -138,13 +139,19 @@ def _goodput(result: Result) -> Figure:
             rate = policy["goodput"][f"{target:g}"]["rate"]
             label = f"at {100 * target:g} %" if index == 0 else None
             axis.plot(rate, index, mark, color="white", markeredgecolor="black", markersize=6, label=label)
+        if is_sustained(result):
+            classic = policy["classic_goodput"][key]["rate"]
+            label = f"classic at {100 * result['targets'][0]:g} %" if index == 0 else None
+            axis.plot(classic, index, "|", color="black", markersize=14, markeredgewidth=2, label=label)
+            end = max(end, classic)
         axis.annotate(f"{found['rate']:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9)
     axis.margins(x=0.12)
     axis.set_xlim(left=0)
-    if len(result["targets"]) > 1:
-        figure.legend(loc="outside upper right", fontsize=9, frameon=False, ncols=3)
+    if len(result["targets"]) > 1 or is_sustained(result):
+        figure.legend(loc="outside upper right", fontsize=9, frameon=False, ncols=4)
     axis.set_yticks(range(len(order)), [p["label"] for p in order])
-    axis.set_xlabel(f"goodput at {100 * result['targets'][0]:g} % [requests/s]; hatched: tuned")
+    kind = "sustained goodput" if is_sustained(result) else "goodput"
+    axis.set_xlabel(f"{kind} at {100 * result['targets'][0]:g} % [requests/s]; hatched: tuned")
     return figure
 
 

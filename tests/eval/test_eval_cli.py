@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from eval_cases import Scenario, request, true_attainment
+from eval_cases import Scenario, request, true_attainment, true_goodput
 from typer.testing import CliRunner
 
 import eval.cli as cli
@@ -14,6 +14,22 @@ from engine.common.files import read_json
 from engine.errors import SlalomError
 
 FACTORS = {"least_tokens": 1.0, "round_robin": 0.8}
+
+
+def lasting(scenario, contenders, seeds, settings, targets, **options):
+    """Sustained goodputs as ``eval.headline.search_all`` gives them, three quarters of the classic ones."""
+    found = {}
+    for contender in contenders:
+        rates = {f"{t:g}": true_goodput(40.0 * FACTORS[contender.name], t) for t in targets}
+        entry = {"above": {"rate": 50.0, "failed": "(b) waits"}, "fails_above": "(b) waits", "at": None, "per_gpu": 1.0}
+        found[contender.name] = {
+            "goodput": {key: entry | {"rate": 0.75 * rate} for key, rate in rates.items()},
+            "classic": {key: entry | {"rate": rate} for key, rate in rates.items()},
+            "by_seed": [0.75 * rates[f"{targets[0]:g}"]] * len(seeds),
+            "stability_limit": 60.0, "lone_p90_s": 1.0, "tail_factor": 10.0, "warmup_s": 120.0, "missing": [],
+            "simulated_requests": 0,
+        }  # fmt: skip
+    return found
 
 
 @pytest.fixture
@@ -45,6 +61,8 @@ def world(monkeypatch, make_run):
     simulator.simulate = simulate
     monkeypatch.setitem(sys.modules, "env.scenario", scenario)
     monkeypatch.setitem(sys.modules, "env.surrogate.simulate", simulator)
+    monkeypatch.setattr("eval.compare.session.search_all", lasting)  # the real search: test_sustained, test_headline
+    monkeypatch.setattr("eval.compare.session.meetings", lambda found, settings, target: {22.0: settings})
     return World
 
 
@@ -123,7 +141,12 @@ def test_table_names_the_winner_and_files_lie_in_the_folder(world, monkeypatch, 
     assert {"result.json", "report.html", "attainment.png", "goodput.png", "points"} <= {
         p.name for p in tmp_path.iterdir()
     }
-    assert read_json(tmp_path / "result.json")["mode"] == "goodput"
+    result = read_json(tmp_path / "result.json")
+    assert (result["mode"], result["goodput_kind"]) == ("goodput", "sustained")
+    assert "sustained goodput" in out
+    assert "classic at 90 %" in out
+    best = result["policies"][0]
+    assert best["goodput"]["0.9"]["rate"] == 0.75 * best["classic_goodput"]["0.9"]["rate"]
 
 
 def test_interrupt_keeps_points_and_resume_needs_no_point_twice(world, monkeypatch, capsys, tmp_path):

@@ -119,7 +119,7 @@ PHASES = [{"duration": 1.0, "rate": 1.0, "weights": [0, 1, 0]}, {"duration": 1.0
 
 def stepping(**changed: Any) -> Scenario:
     """Four instances; half-way the workload turns from code (long prompts) to writing (long answers)."""
-    step = {"name": "stepping", "workload.random": None, "workload.phases": PHASES}
+    step = {"name": "stepping", "workload.random": None, "workload.phases": PHASES, "workload.duration_s": None}
     counts = {"cluster.0.count": 2, "cluster.1.count": 2}
     return Scenario.load("shift-pd-8xa100").with_overrides({**step, **counts, **changed})
 

@@ -1,0 +1,157 @@
+"""The headline of a comparison: sustained goodput of every policy, put where readers look for *the* goodput.
+
+``goodput`` of a policy and of a pair then means sustained goodput (``goodput_kind`` says so). ``classic_goodput`` is
+what papers measure, clause (a) alone, over runs of the same length: it is never below the sustained one but for noise.
+
+Intervals: each seed alone has an answer, from runs as long as the definition asks. Around the common answer lies
+Student's interval of 95 % of the seeds' answers; of a pair, that of the seeds' differences (same arrivals for both).
+It is never narrower than the grid of rates.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import Evaluator
+from env.measure.sustained import DEFINITION
+from env.measure.sustained_search import Search, measure_sustained, run_settings
+
+__all__ = ["GRID", "SUSTAINED", "lead_with", "meetings", "search_all"]
+
+SUSTAINED = "surrogate, sustained"  # label of the points, which know more than those of a plain comparison
+GRID = 0.01
+
+Table = Mapping[str, dict[str, Any]]
+
+
+def search_one(
+    scenario: Any, contender: Contender, seeds: Sequence[int], settings: PointSettings, targets: Sequence[float],
+    folder: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Sustained goodput of one policy, JSON-ready; ``by_seed`` for the first target."""
+    with Evaluator(scenario, settings, folder=folder, measure=measure_sustained, label=SUSTAINED) as evaluator:
+        search = Search(evaluator, contender, seeds, targets=targets, tolerance=GRID, classic=targets[:1])
+        rate = next(f.rate for f in search.found if f.target == targets[0])
+        by_seed = search.by_seed(targets[0], rate) if rate > 0.0 else [0.0] * len(seeds)
+        return search.as_dict() | {"by_seed": by_seed, "simulated_requests": evaluator.simulated_requests}
+
+
+def _quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+
+
+def search_all(
+    scenario: Any,
+    contenders: Sequence[Contender],
+    seeds: Sequence[int],
+    settings: PointSettings,
+    targets: Sequence[float],
+    *,
+    jobs: int = 1,
+    folder: Path | None = None,
+    pool: Executor | None = None,
+    on_policy: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict[str, Any]]:
+    """:func:`search_one` for every contender, by name; each in one process.
+
+    :param pool: where they run instead of in ``jobs`` processes of their own
+    :param on_policy: called with the name of each that is finished
+    """
+    fixed = (tuple(seeds), settings, tuple(targets), folder if pool is None else None)
+    if pool is None and jobs <= 1:
+        found = {}
+        for contender in contenders:
+            on_policy(contender.name)
+            found[contender.name] = search_one(scenario, contender, *fixed)
+        return found
+    own = pool or ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
+    try:
+        work = {own.submit(search_one, scenario, contender, *fixed): contender.name for contender in contenders}
+        done = {}
+        for future in as_completed(work):
+            done[work[future]] = future.result()
+            on_policy(work[future])
+        return {contender.name: done[contender.name] for contender in contenders}
+    finally:
+        if pool is None:
+            own.shutdown(wait=True, cancel_futures=True)
+
+
+def meetings(found: Table, settings: PointSettings, target: float) -> dict[float, PointSettings]:
+    """The two best sustained goodputs, where all policies are put side by side, with runs of full length."""
+    rates = sorted({entry["goodput"][f"{target:g}"]["rate"] for entry in found.values()} - {0.0}, reverse=True)
+    lone_s = max(entry["lone_p90_s"] for entry in found.values())
+    about = next(iter(found.values()))  # of the workload, the same for all
+    length = {"turns": about["turns"], "natural_s": about["natural_s"]}
+    return {rate: run_settings(settings, rate, lone_s, **length) for rate in rates[:2]}
+
+
+def lead_with(result: dict[str, Any], found: Table) -> dict[str, Any]:
+    """Put sustained goodput in the first place of ``result`` (of ``eval.compare.compare``), the classic in the second.
+
+    :param found: of :func:`search_all`
+    """
+    first = f"{result['targets'][0]:g}"
+    for policy in result["policies"]:
+        entry = found[policy["label"]]
+        policy["goodput"] = {
+            key: _spread(at, _half([entry["by_seed"]], at["rate"]) if key == first else None)
+            for key, at in entry["goodput"].items()
+        }
+        policy["classic_goodput"] = {key: _spread(at, None) for key, at in entry["classic"].items()}
+        policy["sustained"] = {key: value for key, value in entry.items() if key not in ("goodput", "classic")}
+    for pair in result["pairs"]:
+        pair["goodput"] = {key: _pair(pair["a"], pair["b"], found, key, key == first) for key in pair["goodput"]}
+    result["goodput_kind"] = "sustained"
+    result["definition"] = asdict(DEFINITION)
+    result["simulated_requests"] += sum(entry["simulated_requests"] for entry in found.values())
+    return result
+
+
+def _spread(at: Mapping[str, Any], half: float | None) -> dict[str, Any]:
+    """An answer with its interval, where it has one, and its bracket, under the names of a plain comparison."""
+    above = at["above"]["rate"] if at["above"] else None
+    return dict(at) | {
+        "low": None if half is None else max(at["rate"] - half, 0.0),
+        "high": None if half is None else at["rate"] + half,
+        "bracket": [at["rate"], above],
+        "bracketed": at["rate"] > 0.0 and above is not None,
+    }
+
+
+def _half(columns: Sequence[Sequence[float]], rate: float) -> float:
+    """Half the interval: of one policy's answers, or of the differences of two, seed by seed."""
+    x = np.asarray(columns[0], dtype=np.float64) - (np.asarray(columns[1]) if len(columns) > 1 else 0.0)
+    grid = GRID * rate
+    if len(x) < 2:
+        return grid
+    return max(float(student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))), grid)
+
+
+def _pair(a: str, b: str, found: Table, key: str, with_interval: bool) -> dict[str, Any]:
+    """How ``a`` stands to ``b`` at one target."""
+    ours, theirs = (found[name]["goodput"][key]["rate"] for name in (a, b))
+    gap = ours - theirs
+    ratio = ours / theirs if theirs > 0.0 else None
+    if not with_interval:
+        none = {"low": None, "high": None}
+        return {"ratio": {"value": ratio, **none}, "difference": {"value": gap, **none, "p_better": None}}
+    half = _half([found[a]["by_seed"], found[b]["by_seed"]], max(ours, theirs))
+    spread = half / float(student.ppf(0.975, max(len(found[a]["by_seed"]) - 1, 1)))
+    better = float(student.cdf(gap / max(spread, 1e-12), max(len(found[a]["by_seed"]) - 1, 1)))
+    low, high = (None, None) if ratio is None else (max(ratio - half / theirs, 0.0), ratio + half / theirs)
+    return {
+        "ratio": {"value": ratio, "low": low, "high": high},
+        "difference": {"value": gap, "low": gap - half, "high": gap + half, "p_better": better},
+    }

@@ -1,0 +1,84 @@
+"""Sustained goodput leads every output; the classic figure stands beside it and no other figure contradicts it."""
+
+import pytest
+
+from env.measure.contender import PointSettings
+from env.scenario import Scenario
+from eval.compare.headline import lead_with
+from eval.compare.session import Request, evaluate
+from eval.compare.verdict import ranking, reasons, verdict
+from eval.report.page import write_report
+
+
+@pytest.fixture(scope="module")
+def result():
+    """Two servers that prefill one prompt at a time: the better rule evens them out."""
+    scenario = Scenario.load("azure-conv-4xa100").with_overrides({
+        "cluster": [{"count": 2, "role": "mixed", "batching": "prefill_first", "max_prefills": 1}],
+        "workload": {"kind": "synthetic", "lengths": {"kind": "fixed", "prompt": 1000, "output": 1}},
+        "decisions": {}, "rates": {"low": 0.1, "high": 1000.0}, "reference_rate": 5.0,
+    })  # fmt: skip
+    request = Request(scenario=scenario, policies=("power_of_two", "least_tokens"), targets=(0.9, 0.95), sustained=True,
+                      settings=PointSettings(n_requests=500))  # fmt: skip
+    return evaluate(request)
+
+
+def test_the_headline_is_sustained_and_classic_is_no_lower(result):
+    assert result["goodput_kind"] == "sustained"
+    for policy in result["policies"]:
+        found, classic = policy["goodput"]["0.9"], policy["classic_goodput"]["0.9"]
+        assert 0.0 < found["rate"] <= classic["rate"] < 1.01 * policy["sustained"]["stability_limit"]
+        assert found["low"] < found["rate"] < found["high"]
+        assert found["verdict"]["met"]
+        assert found["fails_above"]
+        assert found["at"]["longest_wait_targets"] <= 10.0
+
+
+def test_request_goodput_at_the_headline_rate_agrees_with_it(result):
+    best = ranking(result)[0]
+    rate = best["goodput"]["0.9"]["rate"]
+    assert result["at_rate"] == rate
+    point = next(p for p in best["points"] if p["rate"] == rate)
+    assert point["request_goodput"] == pytest.approx(rate * point["slo_attainment"], rel=0.03)
+    assert point["slo_attainment"] == pytest.approx(best["goodput"]["0.9"]["at"]["attainment"], abs=1e-9)
+    assert all(run["num_prompts"] >= 20_000 for run in point["runs"])
+
+
+def test_the_verdict_names_the_clause_that_ends_it(result):
+    told = " ".join(verdict(result))
+    assert "sustains 90 % of requests sent up to" in told
+    for policy in result["policies"]:
+        assert f"{policy['label']} sustains {policy['goodput']['0.9']['rate']:.4g} requests/s" in told
+    assert "fails by (" in told
+
+
+def test_a_pair_is_compared_seed_by_seed(result):
+    pair = result["pairs"][0]
+    gap = pair["goodput"]["0.9"]["difference"]
+    a, b = (next(p for p in result["policies"] if p["label"] == pair[side]) for side in "ab")
+    assert gap["value"] == pytest.approx(a["goodput"]["0.9"]["rate"] - b["goodput"]["0.9"]["rate"])
+    assert gap["low"] < gap["value"] < gap["high"]
+
+
+def test_the_page_leads_with_it_and_defines_it(result, tmp_path):
+    page = write_report(result, tmp_path)["report"].read_text()
+    assert page.index("sustained goodput of") < page.index("Numbers")
+    for text in ("sustained at 90 %", "classic at 90 %", "stability limit", "Sustained goodput: the largest rate"):
+        assert text in page
+
+
+def test_a_policy_that_holds_no_rate_is_last_with_its_reason():
+    def entry(rate):
+        at = {"rate": rate, "above": {"rate": 1.0, "failed": "(b) x"}, "fails_above": "(b) x", "at": None}
+        return {"goodput": {"0.9": at}, "classic": {"0.9": at | {"rate": 9.0}}, "by_seed": [rate] * 3,
+                "simulated_requests": 1, "missing": ["too short"]}  # fmt: skip
+
+    plain = {"0.9": {"rate": 9.0}}
+    result = {"mode": "goodput", "targets": [0.9], "simulated_requests": 0,
+              "policies": [{"label": name, "goodput": plain} for name in "ab"],
+              "pairs": [{"a": "a", "b": "b", "goodput": plain}]}  # fmt: skip
+    led = lead_with(result, {"a": entry(0.0), "b": entry(5.0)})
+    assert [p["label"] for p in ranking(led)] == ["b", "a"]
+    assert "a sustains no rate: 1 fails by (b) x." in reasons(led)
+    assert "a: too short." in reasons(led)
+    assert led["pairs"][0]["goodput"]["0.9"]["difference"]["high"] < 0
