@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.core.kinds import Batching, Role
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Role
 from engine.errors import SlalomError
 from policies.setting import Setting
 

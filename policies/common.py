@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind
-from engine.core.state import Role
+from engine.core.kinds import Role
 from engine.jit.kernel import kernel
 
 __all__ = [

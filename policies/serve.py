@@ -19,9 +19,10 @@ import typer
 import yaml
 
 from engine.common.regular import check_regular
+from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
-from engine.core.state import Batching, ClusterState, Role
+from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from policies.guard.build import build_guard
 from policies.load import load_policy

@@ -29,9 +29,9 @@ class Setting:
     """The scenario as a rule sees it at start. Per-instance tuples have ``n_instances`` entries.
 
     :param gpus: distinct GPUs the instances stand on
-    :param roles: :class:`engine.core.state.Role` of each instance, as the scenario starts it
+    :param roles: :class:`engine.core.kinds.Role` of each instance, as the scenario starts it
     :param chunk_tokens: token budget of a fused step or prefill chunk
-    :param batching: :class:`engine.core.state.Batching`
+    :param batching: :class:`engine.core.kinds.Batching`
     :param max_batch: running sequences
     :param kv_tokens: KV capacity of the instance's pool, tokens
     :param profile_of: row of ``profile`` the instance runs on

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.core.kinds import LaneKind, RequestState, Role
 from engine.core.lists import ENDED, HANDOVER, HELD, PLACING
-from engine.core.state import NEVER, ClusterState, LaneKind, RequestState, Role
+from engine.core.state import NEVER, ClusterState
 from env.surrogate.clock import Sim
 
 S = RequestState

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from engine.core.kinds import Batching, Order, Role, Split
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import Batching, ClusterState, Order, Role, Split
+from engine.core.state import ClusterState
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from env.surrogate.clock import Sim, new_sim
 

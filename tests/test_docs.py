@@ -53,10 +53,12 @@ def strings(tree: ast.AST) -> Iterator[str]:
 
 
 def fields(file: str) -> dict[str, dict[str, str]]:
-    """Fields of the settings classes of a file (those below ``_Strict``): class → field → its annotation."""
+    """Fields of the settings classes of a file (those below ``_Strict`` or ``Section``): class → field → its annotation."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == "_Strict" for b in node.bases):
+        if isinstance(node, ast.ClassDef) and any(
+            isinstance(b, ast.Name) and b.id in ("_Strict", "Section") for b in node.bases
+        ):
             own = [x for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)]
             found[node.name] = {ast.unparse(x.target): ast.unparse(x.annotation) for x in own}
     return found
@@ -103,7 +105,8 @@ def test_serving_names_every_setting_of_the_guard() -> None:
 
 
 def test_scenarios_names_every_field() -> None:
-    there = {name for own in fields("env/scenario.py").values() for name in own}
+    files = ("env/scenario.py", "env/sections.py")
+    there = {name for file in files for own in fields(file).values() for name in own}
     assert {"reference_rate", "ttft_factor", "bandwidth_gb_s"} <= there
     assert [name for name in sorted(there) if f"`{name}`" not in page("scenarios")] == []
 

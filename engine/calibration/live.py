@@ -12,8 +12,9 @@ import numpy as np
 from scipy.optimize import nnls
 
 from engine.calibration.probe import StepProbe, StepTrace
+from engine.core.kinds import Batching, LaneKind, Role
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
-from engine.core.state import Batching, ClusterState, LaneKind, Role
+from engine.core.state import ClusterState
 from engine.latency.evaluate import PROFILE, SHARE
 from engine.live.engine import Engine, build_state
 from engine.live.request import Delta

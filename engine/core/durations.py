@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.state import LaneKind
+from engine.core.kinds import LaneKind
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_line, decode_s, fused_shared_s, prefill_s, times, to_ticks
 

@@ -16,6 +16,7 @@ from engine.core.durations import transfer_ticks
 from engine.core.events.handover import pull, start_link, transfer_done
 from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
 from engine.core.events.roles import end_role_change, role_change_ready
+from engine.core.kinds import LaneKind
 from engine.core.lists import (
     ENDED,
     inbound_of,
@@ -24,7 +25,7 @@ from engine.core.lists import (
     queue_of,
 )
 from engine.core.schedule.batching import plan_lane
-from engine.core.state import LaneKind, attach
+from engine.core.state import attach
 from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
 from engine.latency.evaluate import PROFILE, SHARE, to_ticks

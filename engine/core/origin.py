@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
+from engine.core.kinds import LaneKind, RequestState
+from engine.core.state import NEVER, ClusterState
 from engine.latency.evaluate import TICKS_PER_S
 
 __all__ = ["FAR", "move_origin", "shift_for"]

@@ -34,17 +34,17 @@ POLICY_TYPE = types.FunctionType(POLICY_SIGNATURE)
 class InstancePlan:
     """How one instance starts. ``None`` leaves what the scenario says.
 
-    :param role: a :class:`engine.core.state.Role`
+    :param role: a :class:`engine.core.kinds.Role`
     :param chunk_tokens: token budget of a fused step or a prefill chunk
-    :param batching: a :class:`engine.core.state.Batching`
-    :param split: share row for decode while both lanes run, or a :class:`engine.core.state.Split`
+    :param batching: a :class:`engine.core.kinds.Batching`
+    :param split: share row for decode while both lanes run, or a :class:`engine.core.kinds.Split`
     :param table: for ``Split.TABLE``: (least decode batch size, share row), ascending
     :param layer_tokens: a layered prefill launches max(1, layer_tokens // prompt tokens) layers at a time;
         0: as many as last one decode step
     :param stand_aside: between its layers, a layered prefill batch stands aside for a short prompt that would be late
     :param headroom: the predictor rule aims at ``headroom`` × TPOT target
     :param prefill_tokens: token budget of a whole-prompt prefill batch
-    :param order: a :class:`engine.core.state.Order`
+    :param order: a :class:`engine.core.kinds.Order`
     """
 
     role: int | None = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from engine.core.kinds import Batching, Order, Role, Split
 from engine.core.lists import n_lists
 from engine.core.policy import InstancePlan
 from engine.core.slo import ITL_BINS
@@ -22,11 +23,7 @@ from engine.core.state import (
     POOL,
     REQUEST,
     SLO_CLASS,
-    Batching,
     ClusterState,
-    Order,
-    Role,
-    Split,
 )
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S, to_ticks

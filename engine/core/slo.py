@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import RequestState
 from engine.core.lists import ENDED, push_back
-from engine.core.state import RequestState
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import times
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.core.state import ClusterState, LaneKind, Role
+from engine.core.kinds import LaneKind, Role
+from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.lanes.base import WHOLE, Device, Lane
 

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine.core.events import interrupt
+from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
-from engine.core.state import Batching, ClusterState, Role
+from engine.core.state import ClusterState
 from engine.errors import PromptTooLong, SlalomError
 from engine.latency.evaluate import to_ticks
 from engine.live.clock import WallClock

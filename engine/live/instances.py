@@ -14,8 +14,9 @@ import numpy as np
 
 from engine.core import loop
 from engine.core.events import interrupt
+from engine.core.kinds import LaneKind, RequestState
 from engine.core.setup import blank_requests
-from engine.core.state import NEVER, ClusterState, LaneKind, RequestState
+from engine.core.state import NEVER, ClusterState
 from engine.latency.evaluate import to_ticks
 from engine.live.clock import WallClock
 from engine.live.hosts import Host, InstanceLost

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import LaneKind
 from engine.core.lists import ENDED
-from engine.core.state import ClusterState, LaneKind
+from engine.core.state import ClusterState
 
 __all__ = ["faults"]
 

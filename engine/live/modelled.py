@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from engine.core import loop
+from engine.core.kinds import RequestState
 from engine.core.policy import Policy
-from engine.core.state import NEVER, ClusterState, RequestState
+from engine.core.state import NEVER, ClusterState
 from engine.jit.rows import addresses
 from engine.live.clock import VirtualClock
 from engine.live.guard import Guard

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from fastapi import Depends, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict
 
+from engine.core.kinds import Role
 from engine.core.policy import Policy
-from engine.core.state import Role
 from engine.errors import SlalomError
 from engine.live.engine import Engine
 

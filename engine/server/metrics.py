@@ -19,9 +19,9 @@ from prometheus_client.core import (
     Metric,
 )
 
+from engine.core.kinds import RequestState, Role
 from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
-from engine.core.state import RequestState, Role
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import Engine
 from engine.live.request import Request

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.core.kinds import RequestState, Role
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, queue_of, ready_of
-from engine.core.state import ClusterState, RequestState, Role
+from engine.core.state import ClusterState
 from engine.live.engine import Engine
 from engine.live.request import ABORT
 

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.core.state import ClusterState, Role
+from engine.core.kinds import Role
+from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.kernels import Spans
 from engine.lanes.base import WHOLE

@@ -23,9 +23,10 @@ import torch
 
 from engine.calibration.bench import warm_up
 from engine.calibration.probe import StepProbe, StepTrace
+from engine.core.kinds import RequestState
 from engine.core.policy import Policy
 from engine.core.setup import InstanceSpec, blank_requests
-from engine.core.state import ClusterState, RequestState
+from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import Engine, build_state

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.core.state import RequestState
+from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 

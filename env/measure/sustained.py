@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, theilslopes
 
-from engine.core.state import RequestState
+from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.metrics import Outcomes, block_counts, outcomes
 

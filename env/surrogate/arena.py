@@ -9,6 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from engine.core.kinds import Batching, Order, Role, Split
 from engine.core.policy import InstancePlan
 from engine.core.setup import (
     ClusterOptions,
@@ -19,7 +20,7 @@ from engine.core.setup import (
     blank_requests,
     new_cluster,
 )
-from engine.core.state import Batching, ClusterState, Order, Role, Split
+from engine.core.state import ClusterState
 from engine.core.ticks import arrival_ticks, duration_ticks
 from engine.errors import SlalomError
 from engine.latency import pack

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, N_CANDIDATE, N_CONTEXT, Need
+from engine.core.kinds import RequestState
 from engine.core.kv import release
-from engine.core.state import RequestState, attach
+from engine.core.state import attach
 from engine.jit.kernel import kernel
 from env.surrogate.clock import attach_sim
 from env.surrogate.loop import advance, answer, describe

@@ -15,10 +15,11 @@ from engine.core.durations import step_ticks, transfer_ticks
 from engine.core.events.handover import pull, transfer_done
 from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
 from engine.core.events.roles import end_role_change, role_change_ready
+from engine.core.kinds import LaneKind, Order, RequestState, Role
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
 from engine.core.schedule.batching import plan_lane
 from engine.core.slo import seal
-from engine.core.state import LaneKind, Order, RequestState, Role, attach
+from engine.core.state import attach
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import FOREVER, to_ticks
 from env.surrogate.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from engine.calibration.quick import measure
+from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec, SloClass
-from engine.core.state import Batching, Role
 from engine.errors import SlalomError
 from engine.live.engine import Engine, build_state
 from engine.model import SamplingParams, load_model, load_tokenizer, open_checkpoint

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.core.kinds import Role
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
-from engine.core.state import ClusterState, Role
+from engine.core.state import ClusterState
 from engine.kernels import Batch
 from engine.latency import Profile, pack
 from engine.live.clock import Event, WallClock

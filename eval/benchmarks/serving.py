@@ -125,8 +125,8 @@ def _policy(name: str, setting: Any) -> Any:
 
 
 def _modelled(name: str) -> dict[str, Any]:
+    from engine.core.kinds import Role
     from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
-    from engine.core.state import Role
     from engine.latency import Profile, pack
     from engine.live.modelled import play
     from policies.guard.build import build_guard

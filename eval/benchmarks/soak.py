@@ -22,8 +22,9 @@ import numpy as np
 
 from engine.calibration.quick import measure
 from engine.core.events import interrupt
+from engine.core.kinds import RequestState, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
-from engine.core.state import NEVER, ClusterState, RequestState, Role
+from engine.core.state import NEVER, ClusterState
 from engine.errors import SlalomError
 from engine.lanes.cpu import CpuDevice
 from engine.live.clock import VirtualClock

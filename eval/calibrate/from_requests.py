@@ -23,8 +23,8 @@ import numba
 import numpy as np
 from scipy.optimize import minimize
 
+from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import Batching, Role
 from engine.core.ticks import arrival_ticks
 from engine.errors import SlalomError
 from engine.jit.rows import addresses

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.core.kinds import RequestState
 from engine.core.slo import itl_edges_s
-from engine.core.state import RequestState
 from engine.latency import Profile
 from env.measure.metrics import histogram_stats
 from env.scenario import Scenario

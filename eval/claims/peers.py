@@ -37,9 +37,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from engine.core.columns import Kind
+from engine.core.kinds import Batching, Role
 from engine.core.lists import inbound_of, queue_of, ready_of
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import Batching, Role, attach
+from engine.core.state import attach
 from engine.core.ticks import arrival_ticks
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel

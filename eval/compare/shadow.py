@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.columns import Col, Ctx, Kind
-from engine.core.state import Role
+from engine.core.kinds import Role
 from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, PointSettings

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import RequestState
 from engine.core.policy import Policy
-from engine.core.state import RequestState
 from engine.errors import SlalomError
 
 __all__ = ["BASELINE", "Decision", "Recorder", "deviations", "distil", "gain", "importance", "record"]

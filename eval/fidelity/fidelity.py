@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.common.files import read_json, write_json
 from engine.common.provenance import commit, machine, versions
-from engine.core.state import LaneKind
+from engine.core.kinds import LaneKind
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, scenario_hash

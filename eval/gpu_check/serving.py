@@ -33,8 +33,8 @@ def engine_tokens(rig: Rig) -> dict[str, Any]:
     """Greedy tokens of the tiny model in fp32, in every mode the same; which lanes and graphs there were."""
     import numpy as np
 
+    from engine.core.kinds import Batching, Role
     from engine.core.setup import InstanceSpec, SloClass
-    from engine.core.state import Batching, Role
     from engine.latency.evaluate import PROFILE, SHARE
     from engine.live.engine import Engine, build_state
     from engine.model import SamplingParams, load_model, load_tokenizer

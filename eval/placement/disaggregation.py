@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numba
 import numpy as np
 
+from engine.core.kinds import Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
-from engine.core.state import Role
 from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.latency import Profile, pack

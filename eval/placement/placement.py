@@ -24,7 +24,8 @@ from engine.errors import SlalomError
 from engine.latency import Profile
 from env.measure.goodput import find_goodput
 from env.measure.metrics import outcomes
-from env.scenario import InstanceGroup, Scenario
+from env.scenario import Scenario
+from env.sections import InstanceGroup
 from env.surrogate.simulate import simulate
 from eval.placement.disaggregation import (
     LEAST_LOAD,

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import Role
 from engine.core.policy import POLICY_SIGNATURE, InstancePlan
-from engine.core.state import Role
 from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
 from policies.rule import BoundPolicy

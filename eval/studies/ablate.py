@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.common.files import read_json
-from engine.core.state import Order
+from engine.core.kinds import Order
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.core.columns import Col, Kind
-from engine.core.state import RequestState
+from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
 from policies.guard.config import DriftConfig
 from policies.guard.drift import Drift

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.core.state import ClusterState, Role
+from engine.core.kinds import Role
+from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from policies.guard.config import RoleConfig
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import Batching, Role
 from engine.core.policy import POLICY_SIGNATURE, InstancePlan
-from engine.core.state import Batching, Role
 from engine.jit.kernel import kernel
 from policies.arrangement import prefill_decode_split
 from policies.common import default_answer, is_instance, kind_of, least, least_decode, or_hold, stay_in_place

@@ -16,8 +16,8 @@ paper's attention-aware roofline, and the dispatch over instances (the paper has
 from __future__ import annotations
 
 from engine.core.columns import Need
+from engine.core.kinds import Batching, Order, Role, Split
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Order, Role, Split
 from policies.rule import Param, Rule, Values
 from policies.rules.muxwise import ROUTER, decide, require_shares
 from policies.setting import Setting

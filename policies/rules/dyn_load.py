@@ -14,8 +14,8 @@ prefill queue.
 from __future__ import annotations
 
 from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import Role
 from engine.core.policy import POLICY_SIGNATURE
-from engine.core.state import Role
 from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
 from policies.rule import Param, Rule

@@ -15,8 +15,8 @@ layers of P are one launch here.
 from __future__ import annotations
 
 from engine.core.columns import Col, Kind, Need
+from engine.core.kinds import Batching, Role
 from engine.core.policy import POLICY_SIGNATURE, InstancePlan
-from engine.core.state import Batching, Role
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, least, or_hold

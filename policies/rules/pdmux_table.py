@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Need
+from engine.core.kinds import Batching, Order, Role, Split
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Order, Role, Split
 from policies.rule import Param, Rule, Values
 from policies.rules.muxwise import ROUTER, decide, require_shares
 from policies.setting import Setting

@@ -20,8 +20,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import Batching, Role
 from engine.core.policy import POLICY_SIGNATURE, InstancePlan
-from engine.core.state import Batching, Role
 from engine.jit.kernel import kernel
 from policies.common import default_answer, is_instance, kind_of, least, or_hold
 from policies.rule import Param, Rule, Setting, Values

@@ -19,8 +19,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import Role
 from engine.core.policy import POLICY_SIGNATURE
-from engine.core.state import Role
 from engine.jit.kernel import kernel
 from policies.common import default_answer, hold, is_instance, kind_of, or_hold
 from policies.rule import Param, Rule

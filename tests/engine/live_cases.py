@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from runtime_cases import tables
 
+from engine.core.kinds import Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
-from engine.core.state import Role
 from engine.live.engine import Engine, build_state
 from engine.live.request import Delta, Request
 from engine.model import SamplingParams, load_model, load_tokenizer

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from engine.core.kinds import Batching, Role, Split
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import Batching, ClusterState, Role, Split
+from engine.core.state import ClusterState
 from engine.latency.evaluate import PROFILE, SHARE
 
 BLOCK = 16

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_cases import GREEDY, KV, PROMPTS, engine_on, mixed, send
 
+from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec
-from engine.core.state import Batching, ClusterState, Role
+from engine.core.state import ClusterState
 from engine.kernels import Batch, Span, Spans
 from engine.live.steps import LaneRunner
 from engine.workers.wire import step_from, step_message

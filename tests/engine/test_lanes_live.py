@@ -13,7 +13,7 @@ from live_cases import GREEDY, MODEL, PROMPTS, cores, engine_on, mixed, send, un
 from test_lanes import CORES, needs_two_cores
 from torch import Tensor
 
-from engine.core.state import Batching, Role
+from engine.core.kinds import Batching, Role
 from engine.kernels import Span
 from engine.lanes.base import WHOLE, Lane
 from engine.lanes.partitions import Lanes, make_device

@@ -11,9 +11,10 @@ from live_cases import GREEDY, KV, PROMPTS, FirstAllowed, engine_on, mixed, send
 from runtime_cases import tables
 
 from engine.core.columns import Col, Ctx
+from engine.core.kinds import Role
 from engine.core.origin import FAR, move_origin
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, new_cluster
-from engine.core.state import NEVER, Role
+from engine.core.state import NEVER
 from engine.core.ticks import LONGEST_RUN_S, arrival_ticks, duration_ticks
 from engine.errors import SlalomError
 from engine.latency import Profile

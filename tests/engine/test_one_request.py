@@ -12,8 +12,8 @@ import torch
 from live_cases import GREEDY, KV, PROMPTS, Caller, engine_on, mixed, send, until
 from test_runtime_distributed import InThread, served_by
 
+from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec
-from engine.core.state import Batching, Role
 from engine.errors import SlalomError
 from engine.model import Generation, ModelRunner, SamplingParams
 from engine.model import runner as model_runner

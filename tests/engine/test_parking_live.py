@@ -9,7 +9,7 @@ import pytest
 from live_cases import GREEDY, MODEL, PROMPTS, cores, engine_on, mixed, send, until
 from test_lanes import CORES, needs_two_cores
 
-from engine.core.state import Batching, Role
+from engine.core.kinds import Batching, Role
 from engine.kernels import Span, Spans
 from engine.lanes.base import WHOLE
 from engine.lanes.partitions import Lanes, make_device

@@ -21,8 +21,8 @@ import torch
 from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, engine_on, mixed, send, until
 from runtime_cases import tables
 
+from engine.core.kinds import Role
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
-from engine.core.state import Role
 from engine.errors import SlalomError
 from engine.live.engine import Engine, build_state
 from engine.model import KVPool, SamplingParams, open_checkpoint

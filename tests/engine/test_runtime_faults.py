@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from live_cases import GREEDY, KV, PROMPTS, FirstAllowed, engine_on, mixed, send, until
 
+from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec
-from engine.core.state import Batching, Role
 from engine.errors import SlalomError
 from engine.live.engine import Unavailable
 from engine.live.transfer import CopyTransport, Transfer, TransferState

@@ -14,8 +14,8 @@ from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, Caller, engine_on,
 from runtime_cases import RandomPolicy
 
 from engine.core.columns import Kind
+from engine.core.kinds import Batching, RequestState, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass
-from engine.core.state import Batching, RequestState, Role
 from engine.errors import SlalomError
 from engine.live.clock import WallClock
 from engine.live.engine import Engine, Overloaded, Unavailable, build_state

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from runtime_cases import RandomPolicy, crowded_cluster, random_cluster
 
 from engine.core.events import interrupt
-from engine.core.state import ClusterState, RequestState
+from engine.core.kinds import RequestState
+from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.live.clock import VirtualClock

@@ -12,8 +12,8 @@ from live_cases import cores, engine_on, mixed, send
 from runtime_cases import tables
 from test_lanes import CORES
 
+from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec
-from engine.core.state import Batching, Role
 from engine.errors import SlalomError
 from engine.model import SamplingParams, load_model, load_tokenizer
 from engine.model.weights import resolve_model

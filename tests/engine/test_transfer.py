@@ -9,8 +9,8 @@ import pytest
 import torch
 from live_cases import GREEDY, KV, MODEL, PROMPTS, FirstAllowed, engine_on, send, until
 
+from engine.core.kinds import Role
 from engine.core.setup import InstanceSpec
-from engine.core.state import Role
 from engine.live.transfer import CopyTransport, Mover, Transfer, TransferState
 from engine.model import KVPool
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import Batching, Role
 from engine.jit.rows import addresses
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from env.surrogate.clock import new_sim

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.state import RequestState
+from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Point
 

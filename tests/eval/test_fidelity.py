@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import env  # noqa: F401  (registers the environment)
-from engine.core.state import RequestState, Role
+from engine.core.kinds import RequestState, Role
 from engine.errors import SlalomError
 from engine.latency import Profile
 from env.live.replay import Engine, EngineRun, Park, model_of, replay

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from eval_cases import request
 
+from engine.core.kinds import RequestState
 from engine.core.slo import ITL_BINS, itl_edges_s
-from engine.core.state import RequestState
 from engine.errors import SlalomError
 from env.measure.metrics import block_counts, detailed, histogram_stats, outcomes, summarize
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.core.state import Role
+from engine.core.kinds import Role
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace

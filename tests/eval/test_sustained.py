@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from eval_cases import MS, request
 
-from engine.core.state import RequestState
+from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator

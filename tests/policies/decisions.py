@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
-from engine.core.state import Batching, Role
+from engine.core.kinds import Batching, Role
 from engine.latency.evaluate import PROFILE, SHARE
 from policies.network.scoring import ScoringNetwork
 from policies.rule import BoundPolicy, Setting, SloTarget

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind
+from engine.core.kinds import RequestState, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
-from engine.core.state import ClusterState, RequestState, Role
+from engine.core.state import ClusterState
 from engine.live.modelled import play
 from engine.live.runtime import Runtime
 from policies.guard import Guard

@@ -8,7 +8,7 @@ import numpy as np
 from decisions import context, instances, setting
 
 from engine.core.columns import Col, Kind
-from engine.core.state import Role
+from engine.core.kinds import Role
 from policies import registry
 from policies.rule import BoundPolicy
 

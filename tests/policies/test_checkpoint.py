@@ -15,8 +15,8 @@ from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
 from engine.core.columns import Kind
+from engine.core.kinds import Role
 from engine.core.policy import InstancePlan
-from engine.core.state import Role
 from engine.errors import SlalomError
 from policies.checkpoint import folder as checkpoint
 from policies.checkpoint.folder import Facts, load, save_network, save_rule

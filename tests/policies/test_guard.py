@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx, Kind
-from engine.core.state import Role
+from engine.core.kinds import Role
 from engine.errors import SlalomError
 from engine.live.modelled import play
 from policies.guard import Guard

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core.columns import Kind
+from engine.core.kinds import Role
 from engine.core.policy import InstancePlan
-from engine.core.state import Role
 from policies import registry
 from policies.arrangement import resized
 from policies.network import compiled, guided

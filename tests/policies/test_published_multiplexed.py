@@ -10,7 +10,7 @@ from decisions import choose, instances, setting
 from published import place
 
 from engine.core.columns import Kind
-from engine.core.state import Batching, RequestState, Role, Split
+from engine.core.kinds import Batching, RequestState, Role, Split
 from engine.errors import SlalomError
 from engine.latency import Profile, pack
 from env.scenario import Scenario

@@ -9,7 +9,7 @@ from decisions import choose, context, instances, setting
 from published import PLACE, D, M, P, bound, place, roles_table, with_shed
 
 from engine.core.columns import Kind
-from engine.core.state import Order
+from engine.core.kinds import Order
 from policies import registry
 
 # -- DistServe ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from decisions import choose, random_decision, setting
 
 from engine.core.columns import Kind
-from engine.core.state import RequestState
+from engine.core.kinds import RequestState
 from env.scenario import Scenario
 from env.surrogate.simulate import RunResult, simulate
 from policies import registry

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core.columns import Col, Kind
+from engine.core.kinds import Role
 from engine.core.policy import Policy
-from engine.core.state import Role
 from engine.latency import Profile, pack
 from policies import registry
 

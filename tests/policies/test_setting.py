@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.core import state
 from engine.core.columns import Kind
-from engine.core.state import Role
+from engine.core.kinds import Role
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
 from policies.rule import Setting
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from engine.core.state import Order
+from engine.core.kinds import Order
 from engine.errors import SlalomError
 from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario

@@ -6,8 +6,8 @@ from itertools import combinations
 
 import numpy as np
 
+from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Order, Role
 from policies.setting import Setting
 
 __all__ = ["ORDERS", "composed", "random_plans"]

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from cmaes import SepCMA
 
-from engine.core.state import Order
+from engine.core.kinds import Order
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of

@@ -15,8 +15,8 @@ from dataclasses import replace
 import numpy as np
 from cmaes import SepCMA
 
+from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan
-from engine.core.state import Batching, Order, Role
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind
+from engine.core.kinds import Order, Role
 from engine.core.policy import InstancePlan
-from engine.core.state import Order, Role
 from policies import registry
 from policies.arrangement import resized
 from policies.checkpoint.folder import bind_network

@@ -16,10 +16,10 @@ from engine.core.decide.patience import fits, is_idle, may_hold, may_shed, note_
 from engine.core.events.handover import drop_handover, hand_over
 from engine.core.events.lifecycle import hold, place, shed
 from engine.core.events.roles import begin_role_change
+from engine.core.kinds import Batching, RequestState, Role
 from engine.core.kv import blocks_for
 from engine.core.lists import HANDOVER, PLACING, remove
 from engine.core.slo import end_request
-from engine.core.state import Batching, RequestState, Role
 from engine.jit.kernel import kernel
 
 __all__ = ["apply", "build", "next_decision", "open_control"]

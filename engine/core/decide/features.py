@@ -11,10 +11,10 @@ import numpy as np
 
 from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.decide.outlook import hand_over_s, min_slack_s, prefill_forecast, queue_outlook, transfer_s
+from engine.core.kinds import LaneKind, Role
 from engine.core.kv import find_prefix
 from engine.core.lists import HELD, inbound_of, queue_of, ready_of
 from engine.core.schedule.predict import expected_row, running_ctx, tightest_tpot_s, whole_device
-from engine.core.state import LaneKind, Role
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, prefill_s
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.core.lists import queue_of
 from engine.core.schedule.layer_preemption import parked_rest_s
 from engine.core.schedule.on_time import goes_before
 from engine.core.schedule.predict import expected_row, predict_step, prefill_share, running_ctx, whole_device
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, times, to_ticks
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from engine.core.decide.outlook import prefill_forecast, queue_outlook, residual_s
 from engine.core.events.lifecycle import wake_held
+from engine.core.kinds import LaneKind, RequestState, Role
 from engine.core.kv import blocks_for, find_prefix
 from engine.core.lists import HELD, PLACING, inbound_of, push_back, queue_of, ready_of, remove
 from engine.core.schedule.on_time import pace_of
 from engine.core.schedule.predict import whole_device
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import LaneKind, RequestState, Role
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, to_ticks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.core.kinds import LaneKind, RequestState
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow, publish, release, release_chain
 from engine.core.lists import (
     HANDOVER,
@@ -15,7 +16,6 @@ from engine.core.lists import (
 )
 from engine.core.schedule.preemption import requeue, touch_pool
 from engine.core.slo import end_request
-from engine.core.state import LaneKind, RequestState
 from engine.jit.kernel import kernel
 
 __all__ = ["drop_handover", "hand_over", "pull", "start_link", "transfer_done"]

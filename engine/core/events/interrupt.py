@@ -9,12 +9,13 @@ import numpy as np
 
 from engine.core.events.handover import start_link
 from engine.core.events.roles import begin_role_change
+from engine.core.kinds import LaneKind, RequestState, Role
 from engine.core.kv import release, release_chain
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, link_list, push_back, queue_of, ready_of, remove
 from engine.core.schedule.preemption import note_due, touch_pool
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import LaneKind, RequestState, Role, attach
+from engine.core.state import attach
 from engine.jit.kernel import kernel
 
 __all__ = ["abort", "evacuate", "fail_transfer", "lose", "release_blocks", "request_role"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import LaneKind, Order, RequestState, Role
 from engine.core.kv import blocks_for, find_prefix, grow, publish, release
 from engine.core.lists import (
     HANDOVER,
@@ -26,7 +27,6 @@ from engine.core.schedule.predict import whole_device
 from engine.core.schedule.preemption import note_due, touch_pool
 from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import LaneKind, Order, RequestState, Role
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, to_ticks
 

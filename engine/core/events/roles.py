@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from engine.core.kinds import LaneKind, RequestState, Role
 from engine.core.lists import HANDOVER, PLACING, inbound_of, pop_front, push_back, queue_of, ready_of, remove
-from engine.core.state import LaneKind, RequestState, Role
 from engine.jit.kernel import kernel
 
 __all__ = ["begin_role_change", "end_role_change", "role_change_ready"]

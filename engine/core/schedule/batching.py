@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.core.lists import pop_front, push_back, queue_of, ready_of
 from engine.core.schedule.layer_preemption import overtaker, park, unpark
 from engine.core.schedule.predict import (
@@ -23,7 +24,6 @@ from engine.core.schedule.predict import (
 )
 from engine.core.schedule.preemption import note_due, recount_due, secure_decode
 from engine.core.schedule.prompts import admit_alone, plan_queue, take
-from engine.core.state import Batching, LaneKind, Order, RequestState, Role, Split
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, prefill_s, to_ticks
 

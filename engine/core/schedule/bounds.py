@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import Order, RequestState
 from engine.core.lists import push_before, queue_of, remove
 from engine.core.schedule.on_time import line_up, pace_of, tail_due
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import Order, RequestState
 from engine.jit.kernel import kernel
 
 __all__ = ["keep_bounds"]

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import RequestState
 from engine.core.lists import queue_of, ready_of
 from engine.core.schedule.predict import prefill_share, running_ctx, split_for, whole_device
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import RequestState
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, to_ticks
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import Batching, RequestState, Role
 from engine.core.lists import push_before, queue_of, remove
 from engine.core.schedule.predict import expected_row, prefill_share, running_ctx, whole_device
-from engine.core.state import Batching, RequestState, Role
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 

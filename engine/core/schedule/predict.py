@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import LaneKind, Split
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import LaneKind, Split
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 

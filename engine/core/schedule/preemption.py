@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from engine.core.kinds import Order, RequestState
 from engine.core.kv import grow, release
 from engine.core.lists import place_by_work, push_before, push_front, queue_of, remove
 from engine.core.schedule.predict import whole_device
 from engine.core.slo import end_request
 from engine.core.state import NEVER as _NEVER
-from engine.core.state import Order, RequestState
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, times, to_ticks
 

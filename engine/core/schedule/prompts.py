@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.kinds import Order, RequestState, Role
 from engine.core.kv import adopt, blocks_for, evictable_cost, find_prefix, grow
 from engine.core.lists import queue_of, ready_of
 from engine.core.schedule.bounds import keep_bounds
 from engine.core.schedule.on_time import give_up_late
 from engine.core.schedule.preemption import give_way, partly_prefilled, preempt, touch_pool
-from engine.core.state import Order, RequestState, Role
 from engine.jit.kernel import kernel
 
 __all__ = ["admit_alone", "plan_queue", "take"]

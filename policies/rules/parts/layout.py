@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from engine.core.kinds import Order, Role
 from engine.core.policy import InstancePlan
-from engine.core.state import Order, Role
 from policies.arrangement import all_mixed, prefill_decode_split
 from policies.rule import Param, Value, Values
 from policies.setting import Setting

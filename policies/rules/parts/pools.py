@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col
-from engine.core.state import Role
+from engine.core.kinds import Role
 from engine.jit.kernel import kernel
 from policies.common import is_instance, least
 

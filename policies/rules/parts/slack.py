@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.columns import Col, Ctx
-from engine.core.state import Role
+from engine.core.kinds import Role
 from engine.jit.kernel import kernel
 from policies.common import is_instance
 from policies.rules.parts.pools import kv_use, least_prefill, row_of, tokens

@@ -10,9 +10,10 @@ from audit import check_end
 from drive import Driver
 from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 
+from engine.core.kinds import Batching, Order, RequestState, Role, Split
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
-from engine.core.state import Batching, ClusterState, Order, RequestState, Role, Split
+from engine.core.state import ClusterState
 from engine.jit.kernel import kernel
 
 MS = 10**9  # ticks

@@ -16,9 +16,10 @@ from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 from test_core_behaviour import DECODE, MIXED, MULTIPLEXED, PREFILL, ms, one, serve
 
 from engine.core.columns import Col
+from engine.core.kinds import Batching, Order, RequestState, Role
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass
-from engine.core.state import Batching, ClusterState, Order, RequestState, Role
+from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 

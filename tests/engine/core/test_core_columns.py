@@ -10,9 +10,9 @@ from drive import Driver
 from strategies import Case, ProfileSpec, RequestSpec
 
 from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import Order, Role
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
-from engine.core.state import Order, Role
 from engine.jit.kernel import kernel
 
 PREFILL, DECODE, MIXED = Role.PREFILL, Role.DECODE, Role.MIXED

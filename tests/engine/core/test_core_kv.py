@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, ProfileSpec, RequestSpec
 
+from engine.core.kinds import Role
 from engine.core.kv import adopt, evictable_cost, find_prefix, grow, publish, release
 from engine.core.setup import ClusterOptions, InstanceSpec
-from engine.core.state import ClusterState, Role, attach
+from engine.core.state import ClusterState, attach
 from engine.jit.kernel import kernel
 from engine.jit.rows import addresses
 

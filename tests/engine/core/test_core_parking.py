@@ -11,8 +11,9 @@ from drive import Driver, played
 from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 
 from engine.core.events import interrupt
+from engine.core.kinds import Batching, RequestState, Role
 from engine.core.setup import InstanceSpec
-from engine.core.state import Batching, ClusterState, RequestState, Role
+from engine.core.state import ClusterState
 from engine.jit.rows import addresses
 
 MS = 10**9

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from strategies import Case, RequestSpec
 from test_core_behaviour import MIXED, ms, one, serve
 
+from engine.core.kinds import Batching, Order
 from engine.core.setup import InstanceSpec
-from engine.core.state import Batching, Order
 
 BLOCKER = 10  # tokens of the prompt that computes while the others arrive
 
