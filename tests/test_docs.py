@@ -53,7 +53,7 @@ def strings(tree: ast.AST) -> Iterator[str]:
 
 
 def fields(file: str) -> dict[str, dict[str, str]]:
-    """Fields of the settings classes of a file (those below ``_Strict`` or ``Section``): class → field → its annotation."""
+    """Fields of the settings classes of a file (below ``_Strict`` or ``Section``): class → field → its annotation."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and any(
