@@ -272,9 +272,18 @@ def test_when_the_scheduler_fails_nobody_waits_for_ever(monkeypatch: pytest.Monk
 
 
 def test_shed_requests_hear_so() -> None:
-    with engine_on(mixed(), policy=Shedder(), options=ClusterOptions(shed=True)) as engine:
-        caller: Caller = send(engine, PROMPTS[0]).wait()
+    def slow() -> Any:
+        profile, share = tables()
+        profile["step_overhead_s"] = 10.0  # by this, no step meets a target of a second
+        return profile, share
+
+    long = replace(GREEDY, max_tokens=400)
+    with engine_on(mixed(), policy=Shedder(), options=ClusterOptions(shed=True), tables_of=slow) as engine:
+        first = send(engine, PROMPTS[0], long)  # the fleet is idle: nobody is refused
+        until(lambda: bool(first.deltas))
+        caller: Caller = send(engine, PROMPTS[1]).wait()
         assert (caller.tokens, caller.finish) == ([], "shed")
+        assert first.wait().finish == "length"
 
 
 def test_roles_change_while_serving(plain: list[list[int]]) -> None:

@@ -22,7 +22,7 @@ from env.surrogate.simulate import simulate
 from env.workload import Trace, read_trace
 from env.workload.rawfile import read_csv
 from eval.calibrate.request_log import read_log, read_settings
-from policies import checkpoint
+from policies.checkpoint.folder import load
 from policies.guard.config import GuardConfig
 from policies.serve import load_classes
 from train.recipe import load_recipe
@@ -71,7 +71,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "model": ("a.gguf", lambda path: open_checkpoint(str(path))),
     "config of a model": ("config.json", lambda path: open_checkpoint(str(path.parent))),
     "tokenizer": ("tokenizer.json", lambda path: load_tokenizer(str(path.parent))),
-    "checkpoint": ("policy.json", lambda path: checkpoint.load(path.parent)),
+    "checkpoint": ("policy.json", lambda path: load(path.parent)),
 }
 
 

@@ -75,7 +75,7 @@ def test_time_between_decisions_adds_up_to_simulated_time(scenario: Scenario) ->
 
 
 def test_without_discount_rewards_are_the_sealed_misses(scenario: Scenario) -> None:
-    venv, rng = make(scenario, beta=TINY_BETA, rates=(60.0, 70.0)), np.random.default_rng(2)
+    venv, rng = make(scenario, beta=TINY_BETA, rates=(200.0, 240.0), n_requests=400), np.random.default_rng(2)
     venv.reset()
     paid = np.zeros(4)
     running = np.ones(4, bool)

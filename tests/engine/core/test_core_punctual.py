@@ -11,7 +11,7 @@ from strategies import Case, RequestSpec
 from test_core_behaviour import MIXED, ms, one, serve
 
 from engine.core.kinds import Batching, Order
-from engine.core.setup import InstanceSpec
+from engine.core.setup import ClusterOptions, InstanceSpec
 
 BLOCKER = 10  # tokens of the prompt that computes while the others arrive
 
@@ -23,7 +23,9 @@ def instance(order: Order) -> InstanceSpec:
 def on_time(jobs: list[tuple[int, int]], order: Order) -> int:
     """How many of the jobs (tokens, target in ms), all there when the blocker ends, meet their target."""
     requests = (RequestSpec(BLOCKER, 1), *(RequestSpec(n, 1, ttft_slo_s=due / 1e3) for n, due in jobs))
-    first = ms(serve(Case((instance(order),), requests)), "first_token")[1:]
+    # Nobody's second deadline comes near: it would go first, and the number in time would not be the largest.
+    patient = ClusterOptions(tail_factor=1e6)
+    first = ms(serve(Case((instance(order),), requests, options=patient)), "first_token")[1:]
     return sum(t <= due + 1e-6 for t, (_, due) in zip(first, jobs, strict=True))
 
 
