@@ -154,12 +154,14 @@ def evaluate(
         console.print(f"{told}: classic goodput is measured instead", highlight=False)
     if not is_warm("env.surrogate.loop"):
         console.print("first use of this version: compiling takes about a minute, once")
+    from engine.common.progress import Display
     from eval.compare.progress import Bar
 
     try:
-        with Bar(console) as bar:
-            result = run(request, bar)
-        written = _write(result, out)
+        with Display() as display:
+            result = run(request, Bar(display))
+            display.phase("report", None)
+            written = _write(result, out)
     except KeyboardInterrupt:
         kept = f"; finished points are in {out}, go on with --resume" if out is not None else ""
         print(f"interrupted{kept}", file=sys.stderr)
@@ -181,7 +183,7 @@ def _table_of(
     from rich.console import Console
     from rich.table import Table
 
-    from eval.compare.progress import CellBar
+    from engine.common.progress import Display
     from eval.compare.session import open_folder
     from eval.compare.table import TableRequest, run_table, scenario_names
     from eval.report.table_page import markdown, summary, write_table
@@ -190,8 +192,11 @@ def _table_of(
     request = TableRequest(scenario_names(scenarios), tuple(policies), **counts)
     console = Console(stderr=True)
     try:
-        with CellBar(console) as bar:
-            result = run_table(request, jobs=jobs, out=out, on_start=bar.start, on_cell=bar.cell)
+        with Display() as display:
+            display.phase("cells", None)
+            result = run_table(
+                request, jobs=jobs, out=out, say=lambda text, done, total: display.update(done, text, total)
+            )
     except KeyboardInterrupt:
         kept = f"; finished cells are in {out}, go on with --resume" if out is not None else ""
         print(f"interrupted{kept}", file=sys.stderr)

@@ -103,7 +103,7 @@ def run(request: Request) -> dict[str, Any]:
         folder.resume(_asked(request, scenario), config)
     else:
         folder.start(_asked(request, scenario), config)
-    with Display() as display:
+    with Display(keep=True) as display:
         return _stages(request, scenario, config, folder, display)
 
 

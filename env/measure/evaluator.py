@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.metrics import block_counts, detailed, outcomes, summarize
+from env.measure.pool import finished, processes
 
 __all__ = ["Evaluator", "arranged", "point_of"]
 
@@ -92,10 +91,6 @@ def point_of(
     return Point(rate, seed, identity | summarize(run, **windows), sent, good)
 
 
-def _quiet_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C and keeps what is finished
-
-
 class Evaluator:
     """Answers for points of one scenario, from memory, from the folder or by simulating.
 
@@ -125,7 +120,7 @@ class Evaluator:
         self.simulated_requests = 0
         self._jobs, self._folder, self._on_point, self._measure = jobs, folder, on_point, measure
         self._known: dict[str, Point] = {}
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Executor | None = None
         self._given_pool = pool
         self._base = [code_sha256(), scenario_hash(scenario)]
         self._base += [] if label == "surrogate" else [label]
@@ -187,19 +182,12 @@ class Evaluator:
         if self._jobs <= 1 or work <= 1:
             return None
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn"), initializer=_quiet_worker)
+            self._pool = processes(self._jobs)
         return self._pool
 
     def _simulate(
         self, contender: Contender, rate: float, seeds: Sequence[int], settings: PointSettings
     ) -> Iterator[Point]:
-        pool = self._executor(len(seeds))
-        if pool is None:
-            for seed in seeds:
-                yield self._measure(self.scenario, contender, rate, seed, settings)
-            return
-        waiting = {pool.submit(self._measure, self.scenario, contender, rate, seed, settings) for seed in seeds}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+        jobs = [(self.scenario, contender, rate, seed, settings) for seed in seeds]
+        for _, point in finished(self._executor(len(seeds)), self._measure, jobs):
+            yield point

@@ -1,4 +1,4 @@
-"""Work on a Ray cluster: connecting to one, and an executor whose jobs survive the death of a worker.
+"""Where work is done beside this process: in processes on this machine, or on a Ray cluster.
 
 ``auto`` joins the cluster that runs here (or the one RAY_ADDRESS names) and starts local workers if there is none.
 Every node needs this package in the same version: the digest of the sources is compared before work is sent.
@@ -8,14 +8,44 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from typing import Any
 
 from engine.errors import SlalomError
 from env.measure.digest import code_sha256
 
-__all__ = ["RayExecutor", "check_code", "connect", "cores"]
+__all__ = ["RayExecutor", "check_code", "connect", "cores", "finished", "processes"]
+
+
+def _quiet(niceness: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C and keeps what is finished
+    if niceness:
+        os.nice(niceness)
+
+
+def processes(jobs: int, *, niceness: int = 0) -> ProcessPoolExecutor:
+    """``jobs`` fresh processes on this machine; ``niceness``: how much they give way to what they run beside."""
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet, initargs=(niceness,))
+
+
+def finished(
+    pool: Executor | None, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(job, ``work(*job)``) as they finish; without a pool here, one after the other."""
+    if pool is None:
+        for job in jobs:
+            yield job, work(*job)
+        return
+    waiting = {pool.submit(work, *job): job for job in jobs}
+    try:
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def connect(address: str, *, cores: int | None = None) -> None:

@@ -10,11 +10,13 @@ import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.common.progress import Display
 from engine.errors import SlalomError
 from engine.model.device import choose_device, choose_dtype
 
@@ -132,10 +134,13 @@ def _measure(
     store = Store(out.with_suffix(".points.jsonl"), identity)
     parts, total = _parts(shares, device)
     store.note("device_total", total)
-    with _Bar(budget_s) as say:
+    with Display() as display:
+        display.phase("calibrate")
+        begin = time.monotonic()
         campaign = Campaign(
             loaded, load_tokenizer(model), space, store, Limits(budget_s, error), instances=instances,
-            shares=parts, say=say,
+            shares=parts,
+            say=lambda text: display.update((time.monotonic() - begin) / budget_s, text),
         )  # fmt: skip
         stopped = campaign.run()
     print(f"stopped: {stopped}", file=sys.stderr)
@@ -195,32 +200,6 @@ def _room(model: Llama, instances: int) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return max(int(free / model_facts(model)[2] / instances) // 16 * 16, 1024)
-
-
-class _Bar:
-    """Time spent of the budget, and what is being measured; a plain line per step where there is no terminal."""
-
-    def __init__(self, budget_s: float) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn(f"of {budget_s:g} s"))
-        self._console = Console(stderr=True)
-        self._progress = Progress(*columns, console=self._console, transient=True)
-        self._task = self._progress.add_task("start", total=budget_s)
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        return self.say
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def say(self, text: str) -> None:
-        elapsed = self._progress.tasks[0].elapsed or 0.0
-        self._progress.update(self._task, description=text, completed=elapsed)
-        if not self._console.is_terminal and "points" not in text:
-            self._console.print(text, highlight=False)
 
 
 def _text(facts: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -93,32 +92,34 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+_BODY = """
+<p>Commit {{ commit }}.</p>
+{{ table(head, overview, "text") }}
+{% for claim, rows, picture in claims %}
+<h2>{{ claim.name }}: {{ claim.title }}</h2>
+<p>Source: {{ claim.source }}.</p>
+<p>{{ claim.note }}</p>
+{{ picture }}
+{{ table(("measured", "figure", "unit"), rows, "text") }}
+{% endfor %}
+"""
+
+
 def page_html(claims: Sequence[Claim]) -> str:
     """The same page as HTML that opens offline, with the pictures inside."""
+    from eval.report.html import render
     from eval.report.page import embed
     from eval.report.plots import claim_figure
 
-    def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-        top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        body = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-
-    parts = ["<h1>Published results, reproduced</h1>", f"<p>Commit {escape(str(commit()))}.</p>"]
-    parts.append(table(_HEAD, [_cells(claim) for claim in claims]))
+    sections = []
     for claim in claims:
         rows = [(label, _number(figure), unit) for label, figure, unit in claim.rows]
-        parts += [f"<h2>{escape(claim.name)}: {escape(claim.title)}</h2>", f"<p>Source: {escape(claim.source)}.</p>"]
-        parts.append(f"<p>{escape(claim.note)}</p>")
-        if claim.curves:
-            caption = f"{claim.name}: published points as markers, ours as lines"
-            parts.append(embed(claim_figure(claim), caption, claim.name))
-        parts.append(table(("measured", "figure", "unit"), rows))
-    style = "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}"
-    style += "td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Published results, reproduced</title>'
-        f"<style>{style}</style></head>\n<body>{''.join(parts)}</body></html>\n"
-    )
+        caption = f"{claim.name}: published points as markers, ours as lines"
+        picture = embed(claim_figure(claim), caption, claim.name) if claim.curves else ""
+        sections.append((claim, rows, picture))
+    overview = [_cells(claim) for claim in claims]
+    title = "Published results, reproduced"
+    return render(_BODY, title=title, commit=commit(), head=_HEAD, overview=overview, claims=sections)
 
 
 def _print(claim: Claim) -> None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from env.measure.contender import STATIC_PLAN as STATIC
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
+from env.measure.pool import finished, processes
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from eval.compare.paired import measured_goodput
@@ -244,63 +243,31 @@ def _static(task: _Task, scenario: Any, settings: PointSettings, evaluator: Eval
 # -- all of them -----------------------------------------------------------------------------------------------
 
 
-def _worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C; finished cells are kept
-
-
-def _each(jobs: int, work: Callable[[_Task], Any], tasks: Sequence[_Task]) -> Iterator[tuple[_Task, Any]]:
-    """(task, result) as they finish; ``jobs`` of them at once."""
-    if jobs <= 1:
-        for task in tasks:
-            yield task, work(task)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
-        try:
-            waiting: dict[Future[Any], _Task] = {pool.submit(work, task): task for task in tasks}
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield waiting.pop(future), future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 def run_table(
     request: TableRequest,
     *,
     jobs: int = 1,
     out: Path | None = None,
-    on_start: Callable[[int], None] = lambda cells: None,
-    on_cell: Callable[[dict[str, Any]], None] = lambda cell: None,
+    say: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> dict[str, Any]:
     """Measure every cell.
 
     :param jobs: cells at once, each in its own process
     :param out: finished cells are kept here and read back; None keeps nothing
-    :param on_start: called with the number of cells; ``on_cell`` with each when it is finished
+    :param say: hears what is finished, how many cells are, and of how many
     :return: JSON-ready: ``scenarios`` (knee, rate), ``cells`` in order, ``settings``
     :raises SlalomError: unknown scenario, a policy that fits none of them, a folder that cannot be written
     """
     policies = cells_of(request)
-    on_start(len(policies) * len(request.scenarios))
-    knees = {
-        t.scenario: found for t, found in _knees([_Task(name, "", request) for name in request.scenarios], jobs, out)
-    }
+    total = len(policies) * len(request.scenarios)
+    say("knees", 0, total)
+    alone = [_Task(name, "", request) for name in request.scenarios]
+    knees = {task.scenario: found for task, found in _each(alone, _knee, jobs, out)}
     tasks = [_Task(name, policy, request, **knees[name]) for name in request.scenarios for policy in policies]
     cells: dict[tuple[str, str], dict[str, Any]] = {}
-    missing = []
-    for task in tasks:
-        stored = None if out is None else task.file(out)
-        if stored is not None and stored.exists():
-            cells[task.scenario, task.policy] = read_json(stored)
-            on_cell(cells[task.scenario, task.policy])
-        else:
-            missing.append(task)
-    for task, cell in _each(jobs, run_cell, missing):
+    for task, cell in _each(tasks, run_cell, jobs, out):
         cells[task.scenario, task.policy] = cell
-        if out is not None:
-            write_json(task.file(out), cell)
-        on_cell(cell)
+        say(f"{task.scenario}: {task.policy}", len(cells), total)
     for policy in policies:
         mine = [cells[name, policy] for name in request.scenarios]
         if "all" not in request.policies and all("refused" in cell for cell in mine):
@@ -329,16 +296,18 @@ def _about(name: str, found: dict[str, Any]) -> dict[str, Any]:
     return facts | {"gpus": scenario.n_gpus(), "reference_rate": scenario.reference_rate, **found}
 
 
-def _knees(tasks: Sequence[_Task], jobs: int, out: Path | None) -> Iterator[tuple[_Task, dict[str, Any]]]:
-    """The knee of every scenario, kept like a cell."""
+def _each(
+    tasks: Sequence[_Task], work: Callable[[_Task], dict[str, Any]], jobs: int, out: Path | None
+) -> Iterator[tuple[_Task, dict[str, Any]]]:
+    """(task, what it found): first what is kept in ``out``, then the others as they finish, ``jobs`` at once."""
     missing = []
     for task in tasks:
-        stored = None if out is None else task.file(out)
-        if stored is not None and stored.exists():
-            yield task, read_json(stored)
+        if out is not None and task.file(out).exists():
+            yield task, read_json(task.file(out))
         else:
             missing.append(task)
-    for task, found in _each(jobs, _knee, missing):
-        if out is not None:
-            write_json(task.file(out), found)
-        yield task, found
+    with processes(jobs) if jobs > 1 else nullcontext() as pool:
+        for (task,), found in finished(pool, work, [(task,) for task in missing]):
+            if out is not None:
+                write_json(task.file(out), found)
+            yield task, found

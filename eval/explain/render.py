@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from html import escape
 from typing import Any
 
 from eval.explain.policy import BASELINE
+from eval.report.html import Markup, render
 
 __all__ = ["decision_text", "page", "policy_text", "summary_text"]
 
@@ -105,30 +105,24 @@ def _kind_text(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } table { border-collapse: collapse; }
-td { padding: .15rem .6rem; } .bar { background: #2f7de1; height: .8rem; border-radius: 3px; }
-pre { background: #f4f5f7; padding: .9rem; overflow-x: auto; font-size: .83rem; line-height: 1.4; }
+_BODY = """
+{% for kind, found in kinds.items() %}
+<h2>{{ kind.replace("_", " ") }}: answers that change when a feature is shuffled</h2>
+<table>
+{% for f in found.importance[:12] %}
+{% set share = "%.1f" % (100 * f.changed) %}
+<tr><td>{{ f.feature }}</td><td class="room"><div class="bar" style="width:{{ share }}%"></div></td>
+<td>{{ share }} %</td></tr>
+{% endfor %}
+</table>
+{% endfor %}
+<h2>In words</h2><pre>{{ text }}</pre>
+<script type="application/json" id="data">{{ data }}</script>
 """
 
 
 def page(result: dict[str, Any], text: str) -> str:
     """One self-contained page: bars of importance where there are any, the text, and the data."""
-    parts = []
-    for kind, found in result.get("kinds", {}).items():
-        rows = "".join(
-            f"<tr><td>{escape(f['feature'])}</td><td style='width:24rem'><div class='bar' "
-            f"style='width:{100 * f['changed']:.1f}%'></div></td><td>{100 * f['changed']:.1f} %</td></tr>"
-            for f in found["importance"][:12]
-        )
-        parts.append(f"<h2>{escape(kind.replace('_', ' '))}: answers that change when a feature is shuffled</h2>")
-        parts.append(f"<table>{rows}</table>")
-    data = json.dumps(result, allow_nan=False).replace("<", "\\u003c")
-    title = escape(str(result["policy"]["name"])) if "kinds" in result else "Decision log"
-    return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{''.join(parts)}"
-        f"<h2>In words</h2><pre>{escape(text)}</pre>"
-        f"<script type='application/json' id='data'>{data}</script></body></html>\n"
-    )
+    data = Markup(json.dumps(result, allow_nan=False).replace("<", "\\u003c"))
+    title = str(result["policy"]["name"]) if "kinds" in result else "Decision log"
+    return render(_BODY, title=title, kinds=result.get("kinds", {}), text=text, data=data)

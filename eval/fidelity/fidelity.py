@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from engine.common.files import read_json, write_json
+from engine.common.progress import Display
 from engine.common.provenance import commit, machine, versions
 from engine.core.kinds import LaneKind
 from engine.errors import SlalomError
@@ -290,19 +291,22 @@ def command(
     shares = parse_rates(loads)
     console = Console(stderr=True)
 
-    def park(s: Any) -> Any:
-        found = park_for(s, model)
-        console.print(f"engine: {found.name}, scenario {s.name}", highlight=False)
-        return found
-
     from eval.fidelity.gauge import Gauge
-    from eval.fidelity.report import Bar, print_table
+    from eval.fidelity.report import print_table
 
     try:
-        with Bar(console) as bar:
+        with Display() as display:
+
+            def park(s: Any) -> Any:
+                found = park_for(s, model)
+                display.say(f"engine: {found.name}, scenario {s.name}")
+                return found
+
+            display.phase("engine runs", None)
             result = fidelity(
                 chosen, list(dict.fromkeys(policies)), loads=shares, repetitions=repetitions, run_s=run_s, out=out,
-                park=park, say=bar.say, gauge=lambda s: Gauge(park_for(s, model).model, s).slowdown,
+                park=park, say=lambda text, done, total: display.update(done, text, total),
+                gauge=lambda s: Gauge(park_for(s, model).model, s).slowdown,
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = f"; finished runs are in {out}, go on with --resume" if out is not None else ""

@@ -1,49 +1,17 @@
-"""The fidelity table for a reader, and the progress of measuring it."""
+"""The fidelity table for a reader."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Bar", "print_table"]
+__all__ = ["print_table"]
 
 _COLUMNS = ("ttft_p50", "ttft_p90", "ttft_p99", "tpot_p50", "tpot_p90", "tpot_p99", "attainment")
-
-
-class Bar:
-    """Engine runs done of all, with the time left; elsewhere than on a terminal a line per tenth."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=console, transient=True,
-        )  # fmt: skip
-        self._task = self._progress.add_task("planning", total=None)
-        self._said = -1
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def say(self, text: str, done: int, total: int) -> None:
-        """``text`` runs now; ``done`` of ``total`` engine runs are over."""
-        self._progress.update(self._task, description=escape(text), completed=done, total=total)
-        tenth = 10 * done // max(total, 1)
-        if not self._console.is_terminal and tenth > self._said:
-            self._said = tenth
-            self._console.print(f"{done} of {total} engine runs", highlight=False)
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:

@@ -4,11 +4,11 @@ terminals."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from engine.common.files import write_json, write_text
+from eval.report.html import render
 
 __all__ = ["markdown", "page", "summary", "write_table"]
 
@@ -125,25 +125,20 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:90rem;padding:0 1rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem}.wide{overflow-x:auto}
-td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}"""
+_BODY = """
+{% for title, said, head, rows in sections %}
+<h2>{{ title }}</h2>
+{% for sentence in said %}<p>{{ sentence }}</p>{% endfor %}
+{{ table(head, rows) }}
+{% endfor %}
+<p>Commit {{ settings.commit }}, {{ settings.date }}.</p>
+"""
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The same as one HTML file without scripts."""
-    body = ["<h1>Every policy on every scenario</h1>"]
-    for title, said, head, rows in _sections(result):
-        top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-        lines = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-        body += [f"<h2>{escape(title)}</h2>", *(f"<p>{escape(sentence)}</p>" for sentence in said)]
-        body.append(f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>')
-    body.append(f"<p>Commit {escape(str(result['settings']['commit']))}, {escape(result['settings']['date'])}.</p>")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Every policy on every scenario</title>'
-        f"<style>{_STYLE}</style></head><body>\n{chr(10).join(body)}\n</body></html>\n"
-    )
+    title = "Every policy on every scenario"
+    return render(_BODY, title=title, sections=_sections(result), settings=result["settings"])
 
 
 def write_table(result: Mapping[str, Any], folder: Path) -> dict[str, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -428,20 +427,8 @@ def test_servegen_files_give_the_published_window_mix() -> None:
     assert outputs.mean() == pytest.approx(1828, rel=0.15)
 
 
-def test_building_is_fast_and_small() -> None:
-    """An episode of 1,000 requests costs a training step little, and a million fit in memory and patience."""
-    for name in ("synthetic", "on_off", "shift", "system"):
-        spec = parse_workload(KINDS[name])
-        best = 1.0
-        for seed in range(20):
-            start = time.perf_counter()
-            spec.build(5.0, 1000, seed, "train")
-            best = min(best, time.perf_counter() - start)
-        assert best < 2e-3, name
+def test_a_million_requests_fit_in_memory() -> None:
     spec = parse_workload(KINDS["synthetic"])
-    start = time.perf_counter()
-    spec.build(5.0, 1_000_000, 0, "train")
-    assert time.perf_counter() - start < 1.5
     tracemalloc.start()
     spec.build(5.0, 1_000_000, 1, "train")
     peak = tracemalloc.get_traced_memory()[1]

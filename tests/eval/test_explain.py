@@ -63,7 +63,7 @@ def test_text_and_page(of_linear_score: dict[str, Any]) -> None:
     assert "a tree of depth 3 agrees in" in text
     assert "differs from least_tokens in" in text
     html = page(of_linear_score, text)
-    data = html.partition("id='data'>")[2].partition("</script>")[0]
+    data = html.partition('id="data">')[2].partition("</script>")[0]
     assert json.loads(data) == json.loads(json.dumps(of_linear_score))
     assert "http" not in html
 

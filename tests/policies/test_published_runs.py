@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from functools import cache
 
 import numpy as np
 import pytest
-from decisions import choose, random_decision, setting
 
-from engine.core.columns import Kind
 from engine.core.kinds import RequestState
 from env.scenario import Scenario
 from env.surrogate.simulate import RunResult, simulate
-from policies import registry
 
 PUBLISHED = (
     "aibrix_pd",
@@ -77,22 +73,3 @@ def test_tropical_is_what_distserve_is_not_at_the_same_split() -> None:
     np.testing.assert_array_equal(static.inst["role"], slack.inst["role"])
     assert not np.isin(static.req["first_inst"], np.flatnonzero(decode)).any()
     assert np.isin(slack.req["first_inst"], np.flatnonzero(decode)).mean() > 0.05
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_decision_over_sixteen_instances_takes_microseconds(name: str) -> None:
-    """At most 20 µs a decision (the mean of many, called from Python, the best of a few rounds)."""
-    policy = registry.get(name).bind({}, setting(16))
-    rng = np.random.default_rng(5)
-    kinds = ((Kind.PLACE_PREFILL, 18), (Kind.REALLOCATE, 49)) * 20
-    decisions = [random_decision(rng, kind, rows) for kind, rows in kinds]
-    for ctx, rows in decisions:
-        choose(policy, ctx, rows)
-    masks = [np.ones(len(rows), np.uint8) for _, rows in decisions]
-    best = np.inf
-    for _ in range(5):
-        begin = time.perf_counter()
-        for (ctx, rows), mask in zip(decisions, masks, strict=True):
-            policy.decide(ctx, rows, mask, policy.params, policy.memory)
-        best = min(best, (time.perf_counter() - begin) / len(decisions))
-    assert best < 20e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,7 @@ def test_sampling_follows_the_softmax(make_model: Make) -> None:
     assert th.allclose(got, expected, atol=0.015)
 
 
+@pytest.mark.slow
 def test_learning_beats_the_base_rule_and_keeps_it_frozen(make_model: Make) -> None:
     model = make_model(learning_rate=5e-3, learning_rate_final=5e-3, target_kl=None, n_epochs=4)
     # a base rule that ignores queues leaves room to learn
@@ -120,10 +122,19 @@ def test_time_limit_is_bootstrapped_with_the_elapsed_discount(make_model: Make) 
     np.testing.assert_allclose(buffer.rewards, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_time_limit_stops_learning(make_model: Make) -> None:
-    model = make_model()
-    model.learn(10**9, time_limit_s=0.3)
-    assert 0.3 <= model.trained_s < 3.0
+def test_time_limit_stops_learning(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock on which an update takes a second and nothing else takes time."""
+    model, updates = make_model(), []
+    train = model.train
+
+    def update() -> None:
+        updates.append(len(updates))
+        train()
+
+    monkeypatch.setattr(model, "train", update)
+    monkeypatch.setattr("train.ppo.learner.time", SimpleNamespace(perf_counter=lambda: float(len(updates))))
+    model.learn(10**9, time_limit_s=2.5)
+    assert (len(updates), model.trained_s) == (3, 3.0)
 
 
 def test_time_split_is_reported(make_model: Make) -> None:

@@ -82,6 +82,7 @@ def test_training_leaves_a_checkpoint_that_serves(tmp_path: Path, config: Path) 
     assert (low <= high).all()
 
 
+@pytest.mark.slow
 def test_same_seed_same_checkpoint(tmp_path: Path, config: Path) -> None:
     for name in ("a", "b"):
         run(request(tmp_path, config, name))

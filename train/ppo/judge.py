@@ -6,16 +6,14 @@ training goes on beside it.
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, Protocol
 
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import measure
+from env.measure.pool import processes
 
 __all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_attainment"]
 
@@ -56,11 +54,6 @@ def mean_attainment(
     return Verdict(tuple(rows))
 
 
-def _quiet_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    os.nice(5)  # judging must not slow the training it runs beside
-
-
 class SimulatorJudge:
     """Judges on windows of the ``valid`` split.
 
@@ -71,9 +64,7 @@ class SimulatorJudge:
     def __init__(self, scenario: Any, rates: Sequence[float], n_requests: int, *, background: bool = True) -> None:
         self._scenario, self._rates = scenario, tuple(rates)
         self._settings = PointSettings(n_requests=n_requests, split="valid")
-        self._pool = (
-            ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quiet_worker) if background else None
-        )
+        self._pool = processes(1, niceness=5) if background else None  # it must not slow the training beside it
 
     def submit(self, contender: Contender, seeds: Sequence[int]) -> Future[Verdict]:
         """See :meth:`Judge.submit`."""
