@@ -20,6 +20,7 @@ from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 
 from engine.jit import sources
+from engine.jit.parts import PART, Compiler, rebuilt
 
 __all__ = ["CACHE_DIR", "is_warm", "kernel"]
 
@@ -84,6 +85,9 @@ class _Locator:
 class _Overloads(CompileResultCacheImpl):
     _locator_classes = [_Locator]  # noqa: RUF012  (numba's own attribute)
 
+    def rebuild(self, target_context: Any, payload: Any) -> Any:
+        return (rebuilt if payload[0][1] == PART else super().rebuild)(target_context, payload)
+
 
 class _Cache(FunctionCache):
     _impl_class = _Overloads
@@ -105,6 +109,10 @@ def kernel(signature: Any = None, **options: Any) -> Callable[..., Any]:
     def made(function: Any) -> Any:
         dispatcher = njit(**settings)(function)
         dispatcher._cache = _Cache(function)
+        dispatcher._compiler = Compiler(
+            function, dispatcher.targetdescr, dispatcher.targetoptions, dispatcher.locals,
+            dispatcher._compiler.pipeline_class,
+        )  # fmt: skip
         if signature is not None and not bare:
             dispatcher.compile(signature)
             dispatcher.disable_compile()
