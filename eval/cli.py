@@ -109,7 +109,6 @@ def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> Non
     """Policies on one scenario, see ``eval.compare.session``."""
     from rich.console import Console
 
-    from engine.jit.kernel import is_warm
     from env.measure.contender import PointSettings
     from env.scenario import Scenario
     from eval.compare.progress import Bar
@@ -135,8 +134,6 @@ def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> Non
         model=o.model,
     )
     console = Console(stderr=True)
-    if not is_warm("env.surrogate.loop"):
-        console.print("first use of this version: compiling takes about a minute, once")
     with _kept("points", o.out), Bar(console) as bar:
         result = run(request, bar)
         written = _write(result, o.out)

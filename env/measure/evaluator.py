@@ -178,6 +178,10 @@ class Evaluator:
         if self._jobs <= 1 or work <= 1:
             return None
         if self._pool is None:
+            if self._measure is measure:
+                from env.surrogate.simulate import ready
+
+                ready()
             self._pool = ProcessPoolExecutor(self._jobs, mp_context=get_context("spawn"), initializer=_quiet_worker)
         return self._pool
 

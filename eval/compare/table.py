@@ -254,6 +254,9 @@ def _each(jobs: int, work: Callable[[_Task], Any], tasks: Sequence[_Task]) -> It
         for task in tasks:
             yield task, work(task)
         return
+    from env.surrogate.simulate import ready
+
+    ready()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_worker) as pool:
         try:
             waiting: dict[Future[Any], _Task] = {pool.submit(work, task): task for task in tasks}

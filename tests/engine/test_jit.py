@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from engine.jit import sources
-from engine.jit.kernel import kernel
+from engine.jit.kernel import _Files, kernel
 from engine.jit.rows import addresses, make_attach
+from engine.jit.warm import told, warm
 
 HELPER = "from engine.jit.kernel import kernel\n\n\n@kernel\ndef helper(x):\n    return x + {}\n"
 TOP = "from rooms.inner.helper import helper\nfrom engine.jit.kernel import kernel\n\n\n@kernel\ndef top(x):\n"
@@ -119,3 +123,53 @@ def test_parts_are_read_back_by_another_process(tmp_path: Path) -> None:
         done = subprocess.run(run, env=surroundings, capture_output=True, text=True, check=True)
         said.append(done.stdout.split("\n")[:2])
     assert said == [["6", "below zero 0"], ["6", "below zero 0"], ["7", "below zero 1"]]
+
+
+def test_two_signatures_never_share_a_file(tmp_path: Path) -> None:
+    """Two processes that compile at once each see an empty folder; neither may find the other's machine code."""
+    first, second = (_Files(str(tmp_path), "name", "stamp") for _ in range(2))
+    assert first.load("int64") is None
+    assert second.load("float64") is None
+    first.save("int64", "code for int64")
+    second.save("float64", "code for float64")
+    for files in (first, second):
+        assert files.load("int64") == "code for int64"
+        assert files.load("float64") == "code for float64"
+        assert files.load("float32") is None
+
+
+def good_step() -> None:
+    Path(os.environ["WARM_TEST"], "done").touch()
+
+
+def bad_step() -> None:
+    raise ValueError("no such kernel")
+
+
+def test_steps_run_in_processes_and_one_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WARM_TEST", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    assert not warm([(bad_step,), (good_step,)], aloud=True)
+    assert (tmp_path / "done").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "could not compile bad step beforehand: ValueError: no such kernel", "compiled good step, 2 of 2",
+    ]  # fmt: skip
+
+
+def test_who_waits_hears_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with told("compiling", quiet_s=0.01):
+        time.sleep(0.2)
+    first, *more = capsys.readouterr().err.splitlines()
+    assert first == "compiling ..."
+    assert more
+    assert more[0].startswith("compiling: ")
+
+
+def test_what_is_listed_to_be_compiled_exists() -> None:
+    for module in ("env.warm", "policies.warm", "train.ppo.warm"):
+        for stage in importlib.import_module(module).STAGES:
+            for step in stage:
+                assert getattr(importlib.import_module(step.__module__), step.__name__) is step

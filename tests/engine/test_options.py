@@ -50,4 +50,4 @@ def test_what_is_missing_or_out_of_bounds_is_refused(written: list[str]) -> None
 def test_the_help_is_that_of_the_function_and_of_the_fields() -> None:
     said = CliRunner().invoke(app, ["--help"]).output
     assert "What it does." in said
-    assert "a flag and its opposite" in said
+    assert "repeated" in said
