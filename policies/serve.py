@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,8 @@ from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
 from engine.core.state import Batching, ClusterState, Role
 from engine.errors import SlalomError
+from engine.jit.kernel import is_warm
+from engine.jit.warm import told
 from policies.guard.build import build_guard
 from policies.load import load_policy
 from policies.setting import Setting
@@ -302,7 +305,9 @@ def serve(options: Options) -> None:
     import uvicorn
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    engine, application = build(options)
+    cold = not is_warm("engine.core.loop")
+    with told("compiling the scheduling core for this machine, once") if cold else nullcontext():
+        engine, application = build(options)
     where = f"http://{options.host}:{options.port}"
     print(f"serving {options.model} on {where} with policy {engine.runtime.policy.name}", file=sys.stderr)
     # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
