@@ -3,7 +3,7 @@
 
     python3 run.py            train a policy on the surrogate, then compare it with the tuned rules
     python3 run.py test       run the tests
-    python3 run.py setup      only set up; then: .venv/bin/train-policy, .venv/bin/eval-policy
+    python3 run.py setup      only set up, and compile; then: .venv/bin/train-policy, .venv/bin/eval-policy
 
 Further arguments go to the command, e.g. ``python3 run.py test -k kv``.
 """
@@ -67,6 +67,12 @@ def set_up() -> None:
     stamp.write_text(wanted)
 
 
+def compile_kernels() -> None:
+    """Compile now what the first commands would wait for; what fails here is compiled when it is needed."""
+    modules = ("env.warm", "policies.warm", "train.ppo.warm")
+    subprocess.call([str(BIN / "python"), "-m", "engine.jit.warm", *modules], cwd=ROOT)
+
+
 def resumed(folder: Path) -> list[object]:
     """The arguments that name a run's folder, and that go on with it where there is one."""
     begun = folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
@@ -100,6 +106,8 @@ def main() -> None:
     set_up()
     if task == "train":
         main_job(arguments)
+    elif task == "setup":
+        compile_kernels()
     elif task == "test":
         # Two workers: live engines under test bring threads of their own.
         workers = () if any(a.startswith("-n") for a in arguments) else ("-n", str(min(2, os.cpu_count() or 1)))

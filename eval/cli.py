@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from engine.common.options import option, takes
 from engine.errors import SlalomError
 from eval.options import parse_rates
 
@@ -24,65 +28,50 @@ __all__ = ["app", "main"]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is compared, where and how closely."""
+
+    scenario: list[str] | None = option(
+        None, "Name of a shipped scenario, or a YAML file. Several (repeated, or with commas) or 'all' for the eight "
+        "traffic regimes: one table.",
+    )  # fmt: skip
+    policy: list[str] | None = option(
+        None, "Rule, rule:param=value, checkpoint folder, static_plan (the best fixed arrangement, searched), or "
+        "'all'. Repeat to compare.",
+    )  # fmt: skip
+    env: str = option("surrogate", "Where policies run: surrogate, or gpu: the real engine (on a CPU without one).")
+    model: str = option("", "With --env gpu: model to serve; default: that of the scenario's profile.")
+    fidelity: bool = option(False, "Run surrogate and engine beside each other and compare them.", "--fidelity")
+    loads: str = option("0.5,0.65,0.8", "With --fidelity: loads as shares of the median goodput of the policies.")
+    repetitions: int = option(3, "With --fidelity: engine runs of each case.", min=2, max=100)
+    run_s: float = option(9.0, "With --fidelity: seconds of arrivals of one run.", min=1.0)
+    store: bool = option(True, "With --fidelity: keep the table in the scenario's profile.")
+    rates: str | None = option(None, "START:STOP:STEP or a,b,c in requests per second.")
+    goodput: bool = option(False, "Search each policy's sustained goodput (default).", "--goodput")
+    seeds: int = option(3, "Seeds, the same for every policy.", min=1, max=1000)
+    requests: int | None = option(None, "Requests of one run.", min=20)
+    tune: int = option(0, "Also compare every rule tuned with this many trials.", min=0)
+    slo_scale: float = option(1.0, "Multiply every TTFT and TPOT target by this.")
+    warmup: float = option(0.05, "Share of arrivals left out at the start.")
+    drain: float = option(0.0, "Share of arrivals left out at the end.")
+    jobs: int = option(1, "Processes that simulate.", min=1, max=64)
+    ray: str | None = option(None, "Simulate on a Ray cluster: auto (else started here) or HOST:PORT.")
+    out: Path | None = option(None, "Folder for points, result, report and pictures.")
+    resume: bool = option(False, "Go on with the points found in --out.", "--resume")
+    as_json: bool = option(False, "Print one JSON object instead of a table.", "--json")
+    save_detailed: bool = option(
+        False, "Keep every request of every run in result.json, as vLLM does.", "--save-detailed"
+    )
+    markdown: bool = option(False, "Several scenarios: print the table as Markdown.", "--markdown")
+    reproduce: str | None = option(
+        None, "Published results beside ours: 'all' or S1, S2, S4, S5, S6. Needs no other option."
+    )
+
+
 @app.command()
-def evaluate(
-    scenario: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Name of a shipped scenario, or a YAML file. Several (repeated, or with commas) or 'all' for the "
-            "eight traffic regimes: one table."
-        ),
-    ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Rule, rule:param=value, checkpoint folder, static_plan (the best fixed arrangement, searched), or "
-            "'all'. Repeat to compare."
-        ),
-    ] = None,
-    env: Annotated[
-        str, typer.Option(help="Where policies run: surrogate, or gpu: the real engine (on a CPU without one).")
-    ] = "surrogate",
-    model: Annotated[
-        str, typer.Option(help="With --env gpu: model to serve; default: that of the scenario's profile.")
-    ] = "",
-    fidelity: Annotated[
-        bool, typer.Option("--fidelity", help="Run surrogate and engine beside each other and compare them.")
-    ] = False,
-    loads: Annotated[
-        str, typer.Option(help="With --fidelity: loads as shares of the median goodput of the policies.")
-    ] = "0.5,0.65,0.8",
-    repetitions: Annotated[int, typer.Option(min=2, max=100, help="With --fidelity: engine runs of each case.")] = 3,
-    run_s: Annotated[float, typer.Option(min=1.0, help="With --fidelity: seconds of arrivals of one run.")] = 9.0,
-    store: Annotated[bool, typer.Option(help="With --fidelity: keep the table in the scenario's profile.")] = True,
-    rates: Annotated[str | None, typer.Option(help="START:STOP:STEP or a,b,c in requests per second.")] = None,
-    goodput: Annotated[
-        bool, typer.Option("--goodput", help="Search each policy's sustained goodput (default).")
-    ] = False,
-    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Seeds, the same for every policy.")] = 3,
-    requests: Annotated[int | None, typer.Option(min=20, help="Requests of one run.")] = None,
-    tune: Annotated[int, typer.Option(min=0, help="Also compare every rule tuned with this many trials.")] = 0,
-    slo_scale: Annotated[float, typer.Option(help="Multiply every TTFT and TPOT target by this.")] = 1.0,
-    warmup: Annotated[float, typer.Option(help="Share of arrivals left out at the start.")] = 0.05,
-    drain: Annotated[float, typer.Option(help="Share of arrivals left out at the end.")] = 0.0,
-    jobs: Annotated[int, typer.Option(min=1, max=64, help="Processes that simulate.")] = 1,
-    ray: Annotated[
-        str | None, typer.Option(help="Simulate on a Ray cluster: auto (else started here) or HOST:PORT.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for points, result, report and pictures.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the points found in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
-    save_detailed: Annotated[
-        bool, typer.Option("--save-detailed", help="Keep every request of every run in result.json, as vLLM does.")
-    ] = False,
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="Several scenarios: print the table as Markdown.")
-    ] = False,
-    reproduce: Annotated[
-        str | None,
-        typer.Option(help="Published results beside ours: 'all' or S1, S2, S4, S5, S6. Needs no other option."),
-    ] = None,
-) -> None:
+@takes(Options)
+def evaluate(options: Options) -> None:
     """Compare policies on a scenario: paired runs, bootstrap 95 % intervals, HTML report.
 
     Example: eval-policy --scenario NAME --policy least_tokens --policy runs/my-policy --goodput --out report
@@ -94,92 +83,80 @@ def evaluate(
     On the engine: --env gpu plays each run in real time. With --fidelity the same arrivals go to surrogate and engine,
     and the table says how far apart they are.
     """
-    if reproduce is not None:
+    o = options
+    if o.reproduce is not None:
         from eval.claims.reproduce import run as run_claims
 
-        run_claims(reproduce, out, as_json)
+        run_claims(o.reproduce, o.out, o.as_json)
         return
-    if not scenario or not policy:
-        missing = "--policy" if scenario else "--scenario"
+    if not o.scenario or not o.policy:
+        missing = "--policy" if o.scenario else "--scenario"
         raise SlalomError(missing, None, "give --scenario and --policy, or --reproduce")
-    if env not in ("surrogate", "gpu"):
-        raise SlalomError("--env", env, "use surrogate or gpu")
-    if fidelity:
+    if o.env not in ("surrogate", "gpu"):
+        raise SlalomError("--env", o.env, "use surrogate or gpu")
+    if o.fidelity:
         from eval.fidelity.fidelity import command
 
-        command(scenario, policy, loads, repetitions, run_s, model, out, resume, store, as_json)
+        command(o.scenario, o.policy, o.loads, o.repetitions, o.run_s, o.model, o.out, o.resume, o.store, o.as_json)
         return
-    if rates is not None and goodput:
-        raise SlalomError("--rates", rates, "give either --rates or --goodput")
+    if o.rates is not None and o.goodput:
+        raise SlalomError("--rates", o.rates, "give either --rates or --goodput")
+    several = len(o.scenario) > 1 or o.scenario[0] == "all" or "," in o.scenario[0]
+    (_compare_on_many if several else _compare_on_one)(o, o.scenario, o.policy)
+
+
+def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> None:
+    """Policies on one scenario, see ``eval.compare.session``."""
     from rich.console import Console
 
-    if len(scenario) > 1 or scenario[0] == "all" or "," in scenario[0]:
-        if rates is not None:
-            raise SlalomError("--rates", rates, "several scenarios have no rate in common; leave it out")
-        counts: dict[str, Any] = {"requests": requests, "seeds": seeds, "tune": tune, "warmup": warmup, "drain": drain}
-        counts["slo_scale"] = slo_scale
-        if env == "gpu":
-            raise SlalomError("--env", env, "the engine serves one scenario at a time: name one")
-        _table_of(scenario, policy, counts, jobs, out, resume, "json" if as_json else "md" if markdown else "")
-        return
-    from engine.jit.kernel import is_warm
+    from engine.common.progress import Display
     from env.measure.contender import PointSettings
     from env.scenario import Scenario
+    from eval.compare.progress import Bar
     from eval.compare.session import Request, open_folder, scaled
     from eval.compare.session import evaluate as run
 
-    open_folder(out, resume)
-    chosen = scaled(Scenario.load(scenario[0]), slo_scale)
+    open_folder(o.out, o.resume)
+    chosen = scaled(Scenario.load(scenario[0]), o.slo_scale)
+    n_requests = o.requests or chosen.n_requests
     request = Request(
         scenario=chosen,
-        policies=tuple(policy),
-        rates=None if rates is None else parse_rates(rates),
-        seeds=seeds,
-        settings=PointSettings(
-            n_requests=requests or chosen.n_requests, warmup=warmup, drain=drain, detailed=save_detailed
-        ),
-        tune=tune,
+        policies=tuple(policies),
+        rates=None if o.rates is None else parse_rates(o.rates),
+        seeds=o.seeds,
+        settings=PointSettings(n_requests=n_requests, warmup=o.warmup, drain=o.drain, detailed=o.save_detailed),
+        tune=o.tune,
         prune=True,
-        jobs=jobs,
-        out=out,
-        ray=ray,
-        slo_scale=slo_scale,
-        backend="gpu" if env == "gpu" else "surrogate",
-        model=model,
-        sustained=rates is None and env == "surrogate",
+        jobs=o.jobs,
+        out=o.out,
+        ray=o.ray,
+        slo_scale=o.slo_scale,
+        backend="gpu" if o.env == "gpu" else "surrogate",
+        model=o.model,
+        sustained=o.rates is None and o.env == "surrogate",
     )
     console = Console(stderr=True)
-    if env == "gpu" and rates is None:
+    if o.env == "gpu" and o.rates is None:
         told = "sustained goodput needs 20 minutes of arrivals per rate and seed, in real time on an engine"
         console.print(f"{told}: classic goodput is measured instead", highlight=False)
-    if not is_warm("env.surrogate.loop"):
-        console.print("first use of this version: compiling takes about a minute, once")
-    from engine.common.progress import Display
-    from eval.compare.progress import Bar
-
-    try:
-        with Display() as display:
-            result = run(request, Bar(display))
-            display.phase("report", None)
-            written = _write(result, out)
-    except KeyboardInterrupt:
-        kept = f"; finished points are in {out}, go on with --resume" if out is not None else ""
-        print(f"interrupted{kept}", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with _kept("points", o.out), Display() as display:
+        result = run(request, Bar(display))
+        display.phase("report", None)
+        written = _write(result, o.out)
     for path in written.values():
         console.print(f"wrote {path}", highlight=False)
-    if as_json:
+    if o.as_json:
         sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
     else:
         _print(result, Console(width=None if sys.stdout.isatty() else 120))
 
 
-def _table_of(
-    scenarios: list[str], policies: list[str], counts: dict[str, Any], jobs: int, out: Path | None, resume: bool,
-    form: str,
-) -> None:  # fmt: skip
-    """Every policy on every scenario, see ``eval.compare.table``; ``form``: json, md or nothing for a terminal's
-    table."""
+def _compare_on_many(o: Options, scenarios: list[str], policies: list[str]) -> None:
+    """Every policy on every scenario, see ``eval.compare.table``."""
+    if o.rates is not None:
+        raise SlalomError("--rates", o.rates, "several scenarios have no rate in common; leave it out")
+    if o.env == "gpu":
+        raise SlalomError("--env", o.env, "the engine serves one scenario at a time: name one")
     from rich.console import Console
     from rich.table import Table
 
@@ -188,23 +165,21 @@ def _table_of(
     from eval.compare.table import TableRequest, run_table, scenario_names
     from eval.report.table_page import markdown, summary, write_table
 
-    open_folder(out, resume, "cells")
-    request = TableRequest(scenario_names(scenarios), tuple(policies), **counts)
+    open_folder(o.out, o.resume, "cells")
+    request = TableRequest(
+        scenario_names(scenarios), tuple(policies), requests=o.requests, seeds=o.seeds, tune=o.tune, warmup=o.warmup,
+        drain=o.drain, slo_scale=o.slo_scale,
+    )  # fmt: skip
     console = Console(stderr=True)
-    try:
-        with Display() as display:
-            display.phase("cells", None)
-            result = run_table(
-                request, jobs=jobs, out=out, say=lambda text, done, total: display.update(done, text, total)
-            )
-    except KeyboardInterrupt:
-        kept = f"; finished cells are in {out}, go on with --resume" if out is not None else ""
-        print(f"interrupted{kept}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    for path in (write_table(result, out) if out is not None else {}).values():
+    with _kept("cells", o.out), Display() as display:
+        display.phase("cells", None)
+        result = run_table(
+            request, jobs=o.jobs, out=o.out, say=lambda text, done, total: display.update(done, text, total)
+        )
+    for path in (write_table(result, o.out) if o.out is not None else {}).values():
         console.print(f"wrote {path}", highlight=False)
-    if form:
-        text = json.dumps(result, allow_nan=False) if form == "json" else markdown(result)
+    if o.as_json or o.markdown:
+        text = json.dumps(result, allow_nan=False) if o.as_json else markdown(result)
         sys.stdout.write(text.rstrip("\n") + "\n")
         return
     head, rows = summary(result)
@@ -214,6 +189,17 @@ def _table_of(
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@contextmanager
+def _kept(what: str, out: Path | None) -> Iterator[None]:
+    """Turns an interrupt into exit code 130, after saying that finished ``what`` are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"; finished {what} are in {out}, go on with --resume" if out is not None else ""
+        print(f"interrupted{kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _write(result: dict[str, Any], out: Path | None) -> dict[str, Path]:

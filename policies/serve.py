@@ -10,20 +10,24 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 import yaml
 
+from engine.common.options import option, takes
 from engine.common.regular import check_regular
 from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
+from engine.jit.kernel import is_warm
+from engine.jit.warm import told
 from policies.guard.build import build_guard
 from policies.load import load_policy
 from policies.setting import Setting
@@ -45,38 +49,42 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Options:
-    """What is served, and how; see ``serve --help``."""
+    """What is served, and how."""
 
-    model: str
-    instances: int = 1
-    roles: str = ""
-    policy: str = "least_tokens"
-    profile: str = ""
-    shared_kv: bool = False
-    kv_tokens: int = 8192
-    max_tokens: int = 0
-    max_batch: int = 64
-    chunk_tokens: int = 256
-    max_requests: int = 256
-    ttft_ms: float = 2000.0
-    tpot_ms: float = 100.0
-    shed: bool = False
-    reallocate: bool = False
-    tune: bool = False
-    prefix_cache: bool = True
-    device: str = "cpu"
-    dtype: str = "float32"
-    kernels: str = "auto"
-    drain_s: float = 30.0
-    fallback: str = ""
-    deadline_us: float = 0.0
-    advisory: bool = False
-    guard_config: str = ""
-    decision_log: str = ""
-    classes: str = ""
-    workers: str = ""
-    kv_transport: str = "gloo"
-    transfer_timeout_s: float = 10.0
+    model: str = option(..., "GGUF file, model folder, package:NAME or dummy:SHAPE")
+    instances: int = option(1, "number of instances")
+    roles: str = option("", "prefill, decode, mixed, multiplexed; one, or one for each")
+    policy: str = option("least_tokens", "rule, RULE:parameter=value, or checkpoint folder")
+    profile: str = option("", "latency profile, name or path; default: measured at start")
+    shared_kv: bool = option(False, "all instances on one KV pool", "--shared-kv")
+    kv_tokens: int = option(8192, "KV capacity of a pool, tokens", min=32, max=2**31 - 1)
+    max_tokens: int = option(0, "longest request, prompt and answer; 0: what fits", min=0)
+    max_batch: int = option(64, "running sequences of an instance", min=1, max=65536)
+    chunk_tokens: int = option(256, "tokens of a fused step or prefill chunk", min=16, max=2**30)
+    max_requests: int = option(256, "open requests; more get status 429", min=1, max=65536)
+    ttft_ms: float = option(2000.0, "target of the time to first token", min=0.001, max=_DAY_MS)
+    tpot_ms: float = option(100.0, "target of the time per output token", min=0.001, max=_DAY_MS)
+    shed: bool = option(False, "the policy may refuse requests", "--shed")
+    reallocate: bool = option(False, "the policy may change roles", "--reallocate")
+    tune: bool = option(False, "the policy may change chunk budget and SM split", "--tune")
+    prefix_cache: bool = option(True, "reuse KV of equal beginnings")
+    device: str = option("cpu", "cpu or cuda")
+    dtype: str = option("float32", "float32, bfloat16 or float16")
+    kernels: str = option("auto", "auto, torch or triton")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "0: any free one", min=0, max=65535)
+    drain_s: float = option(30.0, "seconds open requests get at shutdown", min=0, max=86_400)
+    fallback: str = option("", "rule that answers where the policy may not; default: the checkpoint's, or least_tokens")
+    deadline_us: float = option(0.0, "deadline of a decision, us; 0: 2000", min=0, max=1e9)
+    advisory: bool = option(False, "ask and log the policy, act by the fallback", "--advisory")
+    guard_config: str = option("", "YAML or JSON file with the guard's other settings")
+    decision_log: str = option("", "write one JSON line a decision to this file")
+    classes: str = option("", "YAML file (a scenario, for example) with SLO classes; x-slo-class names one")
+    workers: str = option("", "processes that hold the instances: a number to start here, or HOST:PORT,HOST:PORT")
+    kv_transport: str = option("gloo", "KV between workers: gloo or nccl")
+    transfer_timeout_s: float = option(
+        10.0, "a KV transfer may take that long in each of its states", min=0.01, max=86_400
+    )
 
 
 def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]:
@@ -302,48 +310,8 @@ def _profile(options: Options, source: Any) -> tuple[Any, Any]:
 
 
 @app.command()
-def serve(
-    model: Annotated[str, typer.Option(help="GGUF file, model folder, package:NAME or dummy:SHAPE")],
-    instances: Annotated[int, typer.Option(help="number of instances")] = 1,
-    roles: Annotated[str, typer.Option(help="prefill, decode, mixed, multiplexed; one, or one for each")] = "",
-    policy: Annotated[str, typer.Option(help="rule, RULE:parameter=value, or checkpoint folder")] = "least_tokens",
-    profile: Annotated[str, typer.Option(help="latency profile, name or path; default: measured at start")] = "",
-    shared_kv: Annotated[bool, typer.Option("--shared-kv", help="all instances on one KV pool")] = False,
-    kv_tokens: Annotated[int, typer.Option(min=32, max=2**31 - 1, help="KV capacity of a pool, tokens")] = 8192,
-    max_tokens: Annotated[int, typer.Option(min=0, help="longest request, prompt and answer; 0: what fits")] = 0,
-    max_batch: Annotated[int, typer.Option(min=1, max=65536, help="running sequences of an instance")] = 64,
-    chunk_tokens: Annotated[int, typer.Option(min=16, max=2**30, help="tokens of a fused step or prefill chunk")] = 256,
-    max_requests: Annotated[int, typer.Option(min=1, max=65536, help="open requests; more get status 429")] = 256,
-    ttft_ms: Annotated[float, typer.Option(min=0.001, max=_DAY_MS, help="target of the time to first token")] = 2000.0,
-    tpot_ms: Annotated[float, typer.Option(min=0.001, max=_DAY_MS, help="target of the time per output token")] = 100.0,
-    shed: Annotated[bool, typer.Option("--shed", help="the policy may refuse requests")] = False,
-    reallocate: Annotated[bool, typer.Option("--reallocate", help="the policy may change roles")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="the policy may change chunk budget and SM split")] = False,
-    prefix_cache: Annotated[bool, typer.Option(help="reuse KV of equal beginnings")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    kernels: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one")] = 8000,
-    drain_s: Annotated[float, typer.Option(min=0, max=86_400, help="seconds open requests get at shutdown")] = 30.0,
-    fallback: Annotated[
-        str, typer.Option(help="rule that answers where the policy may not; default: the checkpoint's, or least_tokens")
-    ] = "",
-    deadline_us: Annotated[float, typer.Option(min=0, max=1e9, help="deadline of a decision, us; 0: 2000")] = 0.0,
-    advisory: Annotated[bool, typer.Option("--advisory", help="ask and log the policy, act by the fallback")] = False,
-    guard_config: Annotated[str, typer.Option(help="YAML or JSON file with the guard's other settings")] = "",
-    decision_log: Annotated[str, typer.Option(help="write one JSON line a decision to this file")] = "",
-    classes: Annotated[
-        str, typer.Option(help="YAML file (a scenario, for example) with SLO classes; x-slo-class names one")
-    ] = "",
-    workers: Annotated[
-        str, typer.Option(help="processes that hold the instances: a number to start here, or HOST:PORT,HOST:PORT")
-    ] = "",
-    kv_transport: Annotated[str, typer.Option(help="KV between workers: gloo or nccl")] = "gloo",
-    transfer_timeout_s: Annotated[
-        float, typer.Option(min=0.01, max=86_400, help="a KV transfer may take that long in each of its states")
-    ] = 10.0,
-) -> None:
+@takes(Options)
+def serve(options: Options) -> None:
     """Serve MODEL behind /v1/completions and /v1/chat/completions, dispatched by POLICY behind a guard.
 
     /dashboard shows it live, /metrics counts it, and clients on this machine may change policy, roles and mode under
@@ -353,22 +321,18 @@ def serve(
 
     from engine.server.ending import reserve
 
-    door = reserve(host, port)
+    door = reserve(options.host, options.port)
     port = door.getsockname()[1]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    engine, application = build(
-        Options(
-            model, instances, roles, policy, profile, shared_kv, kv_tokens, max_tokens, max_batch, chunk_tokens,
-            max_requests, ttft_ms, tpot_ms, shed, reallocate, tune, prefix_cache, device, dtype, kernels, drain_s,
-            fallback, deadline_us, advisory, guard_config, decision_log,
-            classes, workers, kv_transport, transfer_timeout_s,
-        )
-    )  # fmt: skip
-    print(f"serving {model} on http://{host}:{port} with policy {engine.runtime.policy.name}", file=sys.stderr)
+    cold = not is_warm("engine.core.loop")
+    with told("compiling the scheduling core for this machine, once") if cold else nullcontext():
+        engine, application = build(options)
+    where = f"http://{options.host}:{port}"
+    print(f"serving {options.model} on {where} with policy {engine.runtime.policy.name}", file=sys.stderr)
     # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
     signal.signal(signal.SIGTERM, _done)
     # By the end of the timeout those that are cut off have heard so.
-    last = int(drain_s) + 6
+    last = int(options.drain_s) + 6
     config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=last)
     server = uvicorn.Server(config)
     application.state.server = server  # open dashboards end when it does

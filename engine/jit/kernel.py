@@ -8,6 +8,7 @@ a change compiles only what depends on it, and clones of one version share what 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from typing import Any
 
 import numba
 from numba import njit
-from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
 from engine.jit import sources
+from engine.jit.parts import PART, Compiler, rebuilt
 
-__all__ = ["CACHE_DIR", "is_warm", "kernel"]
+__all__ = ["CACHE_DIR", "is_compiled", "is_warm", "kernel"]
 
 
 def _usable(folder: Path) -> bool:
@@ -84,14 +86,49 @@ class _Locator:
 class _Overloads(CompileResultCacheImpl):
     _locator_classes = [_Locator]  # noqa: RUF012  (numba's own attribute)
 
+    def rebuild(self, target_context: Any, payload: Any) -> Any:
+        return (rebuilt if payload[0][1] == PART else super().rebuild)(target_context, payload)
+
+
+class _Files(IndexDataCacheFile):
+    """One file for each signature, found by its name.
+
+    Numba numbers the files and keeps an index of them; of two processes that compile at once, one may then find the
+    machine code of the other's signature under its own number.
+    """
+
+    def path(self, key: Any) -> str:
+        named = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+        return self._index_path.removesuffix(".nbi") + f".{named}.nbc"
+
+    def save(self, key: Any, data: Any) -> None:
+        self._save_data(self.path(key), data)
+
+    def load(self, key: Any) -> Any:
+        try:
+            return self._load_data(self.path(key))
+        except OSError:
+            return None
+
 
 class _Cache(FunctionCache):
     _impl_class = _Overloads
 
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
+
 
 def is_warm(module: str) -> bool:
-    """Whether the kernels of this exact version of ``module`` (dotted name) were compiled on this machine before."""
-    return any(_folder_of(sources.path_of(module)).glob("*.nbi"))
+    """Whether kernels of this exact version of ``module`` (dotted name) were compiled on this machine before."""
+    return any(_folder_of(sources.path_of(module)).glob("*.nbc"))
+
+
+def is_compiled(kernel: Any, signature: tuple[Any, ...]) -> bool:
+    """Whether the machine code of ``kernel`` for these argument types is on disk."""
+    key = kernel._cache._index_key(signature, kernel.targetctx.codegen())
+    return os.path.exists(kernel._cache._cache_file.path(key))
 
 
 def kernel(signature: Any = None, **options: Any) -> Callable[..., Any]:
@@ -105,6 +142,10 @@ def kernel(signature: Any = None, **options: Any) -> Callable[..., Any]:
     def made(function: Any) -> Any:
         dispatcher = njit(**settings)(function)
         dispatcher._cache = _Cache(function)
+        dispatcher._compiler = Compiler(
+            function, dispatcher.targetdescr, dispatcher.targetoptions, dispatcher.locals,
+            dispatcher._compiler.pipeline_class,
+        )  # fmt: skip
         if signature is not None and not bare:
             dispatcher.compile(signature)
             dispatcher.disable_compile()

@@ -25,7 +25,7 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHECKED", "WORDS", "RowsType", "address", "addresses", "make_attach"]
+__all__ = ["CHECKED", "WORDS", "RowsType", "address", "addresses", "make_attach", "state_type"]
 
 CHECKED = os.environ.get("SLALOM_BOUNDS", "") == "1"
 #: int64 words per array in the address vector: address, rows, columns.
@@ -197,6 +197,11 @@ def make_attach(name: str, fields: Sequence[tuple[str, Any, int]]) -> Any:
         return state(vector), codegen
 
     return attach
+
+
+def state_type(attach: Any) -> Any:
+    """The type of what an ``attach`` of :func:`make_attach` returns."""
+    return attach._defn(None, types.int64[::1])[0].return_type
 
 
 def addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:

@@ -182,6 +182,10 @@ class Evaluator:
         if self._jobs <= 1 or work <= 1:
             return None
         if self._pool is None:
+            if self._measure is measure:
+                from env.surrogate.simulate import ready
+
+                ready()
             self._pool = processes(self._jobs)
         return self._pool
 

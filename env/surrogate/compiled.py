@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from functools import cache
 from typing import Any
 
 import numba
 
 from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE
-from engine.jit.kernel import is_warm
+from engine.jit.kernel import is_compiled, is_warm
+from engine.jit.warm import told, warm
+from env.surrogate.parts import PARTS
 
 __all__ = ["POLICY_ARGS", "WORDS", "FirstClass", "compiled"]
 
 
 @cache
 def compiled(kernel: Any, *signature: Any) -> Any:
-    """``kernel`` compiled for one signature (from disk when warm), after saying so when it takes long."""
-    if not is_warm(kernel.py_func.__module__):
-        print("compiling the scheduling core for this machine (once, under a minute) ...", file=sys.stderr, flush=True)
-    kernel.compile(signature)
+    """``kernel`` compiled for one signature: from disk when warm, else audibly and with its parts side by side."""
+    if is_compiled(kernel, signature):
+        kernel.compile(signature)
+    else:
+        with told("compiling the scheduling core for this machine, once"):
+            if not is_warm("engine.core.schedule.batching"):
+                warm([PARTS])
+            kernel.compile(signature)
     kernel.disable_compile()
     return kernel
 

