@@ -21,7 +21,7 @@ from itertools import zip_longest
 
 from engine.jit import sources
 
-__all__ = ["Step", "told", "warm"]
+__all__ = ["Step", "cores", "told", "warm"]
 
 Step = Callable[[], None]
 #: Seconds after which somebody who waits hears that it goes on.
@@ -48,7 +48,8 @@ def told(what: str, quiet_s: float = QUIET_S) -> Iterator[None]:
         teller.join()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -68,7 +69,7 @@ def warm(stages: Sequence[Sequence[Step]], *, aloud: bool = False) -> bool:
     :return: whether all of them succeeded
     """
     failed, done, total = 0, 0, sum(map(len, stages))
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for stage in stages:
             running = {pool.submit(_compile, step): step.__name__.replace("_", " ") for step in stage}
             for future in as_completed(running):
@@ -85,7 +86,7 @@ def main(modules: Sequence[str]) -> int:
     """Warm what ``modules`` list, the first stages of all before the second ones; returns the exit code."""
     listed = [importlib.import_module(module).STAGES for module in modules]
     stages = [[step for part in parts for step in part] for parts in zip_longest(*listed, fillvalue=())]
-    with told(f"compiling for this machine, once, on {_cores()} cores"):
+    with told(f"compiling for this machine, once, on {cores()} cores"):
         return 0 if warm(stages, aloud=True) else 1
 
 

@@ -9,7 +9,7 @@ import numba
 
 from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE
 from engine.jit.kernel import is_compiled, is_warm
-from engine.jit.warm import told, warm
+from engine.jit.warm import cores, told, warm
 from env.surrogate.parts import PARTS
 
 __all__ = ["POLICY_ARGS", "WORDS", "FirstClass", "compiled"]
@@ -22,7 +22,7 @@ def compiled(kernel: Any, *signature: Any) -> Any:
         kernel.compile(signature)
     else:
         with told("compiling the scheduling core for this machine, once"):
-            if not is_warm("engine.core.schedule.batching"):
+            if cores() > 1 and not is_warm("engine.core.schedule.batching"):
                 warm([PARTS])
             kernel.compile(signature)
     kernel.disable_compile()
