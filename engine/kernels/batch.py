@@ -42,6 +42,7 @@ class Spans:
     sample: np.ndarray  # bool (S,)
     n_blocks: np.ndarray  # int32 (S,)
     blocks: np.ndarray  # int32 (S, W)
+    prompts: int = 0  # the first so many sequences compute a part of their prompt, be it of one token
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -68,15 +69,18 @@ class Spans:
 
     @property
     def decodes(self) -> bool:
-        """Whether every sequence takes part with one token and samples."""
-        return len(self.tokens) == len(self.counts) and bool(self.sample.all())
+        """Whether this is a decode step: every sequence takes part with its newest token, and samples.
+
+        A prompt's last chunk of one token looks the same but is none: it runs beside the decodes of the other lane.
+        """
+        return self.prompts == 0 and len(self.tokens) == len(self.counts) and bool(self.sample.all())
 
     def alone(self, k: int) -> Spans:
         """Sequence ``k`` by itself."""
         begin, one = int(self.counts[:k].sum()), slice(k, k + 1)
         tokens = self.tokens[begin : begin + int(self.counts[k])]
-        rest = (self.counts, self.starts, self.sample, self.n_blocks, self.blocks)
-        return Spans(tokens, *(column[one] for column in rest))
+        counts, starts, sample = self.counts[one], self.starts[one], self.sample[one]
+        return Spans(tokens, counts, starts, sample, self.n_blocks[one], self.blocks[one], int(k < self.prompts))
 
     @property
     def width(self) -> int:

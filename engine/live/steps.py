@@ -103,7 +103,7 @@ class LaneRunner:
         if begin > 0:
             return Step(None, requests, layers, partition)
         tokens = self._tokens(requests, prompts, starts, counts)
-        return Step(Spans(tokens, counts, starts, sample, n_blocks, blocks), requests, layers, partition)
+        return Step(Spans(tokens, counts, starts, sample, n_blocks, blocks, prompts), requests, layers, partition)
 
     @staticmethod
     def _tokens(requests: list[Request], prompts: int, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -109,13 +109,15 @@ def step_message(
     spans: Spans | None, layers: tuple[int, int], params: Sequence[SamplingParams], steps: Sequence[int]
 ) -> dict[str, Any]:
     """The arguments of :meth:`engine.live.hosts.Executor.run`. Of the block tables only what is used travels."""
-    columns = None
+    columns, prompts = None, 0
     if spans is not None:
         used = spans.blocks[:, : spans.width][_used(spans.n_blocks)]
+        prompts = spans.prompts
         columns = [c.tolist() for c in (spans.tokens, spans.counts, spans.starts, spans.sample, spans.n_blocks, used)]
     return {
         "do": "step",
         "spans": columns,
+        "prompts": prompts,
         "layers": layers,
         "params": [asdict(p) for p in params],
         "steps": list(steps),
@@ -140,7 +142,7 @@ def step_from(message: dict[str, Any]) -> tuple[Spans | None, tuple[int, int], l
         tokens, counts, starts, sample, n_blocks = arrays
         blocks = np.zeros((len(n_blocks), n_blocks.max()), np.int32)
         blocks[_used(n_blocks)] = used
-        spans = Spans(tokens, counts, starts, sample, n_blocks, blocks)
+        spans = Spans(tokens, counts, starts, sample, n_blocks, blocks, message["prompts"])
     return spans, (first, last), params, message["steps"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from engine.kernels import Span
 from engine.lanes.base import WHOLE, Lane
 from engine.lanes.partitions import Lanes, make_device
 from engine.live.graphs import DecodeGraphs, graphs_of
+from engine.live.hosts import LocalExecutor
 from engine.live.steps import LaneRunner, Step
 from engine.model import KVPool, ModelRunner, SamplingParams
 
@@ -192,3 +194,33 @@ def test_lane_runners_replay_decode_steps_and_count_the_others(monkeypatch: pyte
     assert capturer.replays > 0
     assert set(reasons) <= {"more than 4 sequences"}
     assert sum(reasons.values()) > 0
+
+
+@needs_two_cores
+def test_a_prompts_last_token_never_replays_the_graph_of_the_decode_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its chunk looks like a decode step; replayed, it would overwrite the static inputs that lane 1 computes with."""
+    prompts = [(PROMPTS[k % len(PROMPTS)] * 8)[: 24 * (1 + k % 3) + 1] for k in range(24)]
+    with engine_on(mixed()) as engine:
+        expected = [send(engine, prompt, LONG if k < 2 else GREEDY).wait().tokens for k, prompt in enumerate(prompts)]
+    asked: Counter[tuple[int, bool, bool]] = Counter()  # lane, a token for each sequence, replayed
+    replay = LocalExecutor._replay
+
+    def watched(self: LocalExecutor, spans: Any, n_sampling: int, partition: int) -> Tensor | None:
+        found = replay(self, spans, n_sampling, partition)
+        asked[self._l, n_sampling == len(spans) == len(spans.tokens), found is not None] += 1
+        return found
+
+    monkeypatch.setattr(LocalExecutor, "_replay", watched)
+    role = {"role": Role.MULTIPLEXED, "batching": Batching.CHUNKED, "chunk_tokens": 24, "split": 0}
+    with engine_on(mixed(**role), tables_of=cores(len(CORES)), prefix_cache=False) as engine:
+        executors = [lane.runner.executor for lane in engine.instances._lanes]
+        shared = graphs(executors[0]._runner, Rerun(), width=64, buckets=(1, 2, 4, 8, 16))
+        for executor in executors:
+            executor._graphs = {WHOLE: shared, 0: shared}
+        callers = [send(engine, prompt, LONG) for prompt in prompts[:2]]
+        until(lambda: all(len(caller.tokens) > 2 for caller in callers))
+        callers += [send(engine, prompt).wait() for prompt in prompts[2:]]  # one after the other: nothing fills a chunk
+        assert [caller.wait().tokens for caller in callers] == expected
+    assert asked[0, True, False] > 0, "no chunk of one token was met"
+    assert asked[0, True, True] == 0
+    assert asked[1, True, True] > 100
