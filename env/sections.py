@@ -135,7 +135,7 @@ class SloClass(Section):
 
     :param share: of all requests; the shares of a scenario add up to 1
     :param weight: of one request in reward and goodput
-    :param ttft_s: target of the time to the first token; with a factor, the least target; more than 26 days is as 26
+    :param ttft_s: target of the time to the first token, at most a day; with a factor, the least target
     :param ttft_factor: target as a multiple of the request's isolated prefill time (0: fixed target)
     :param tpot_s: target of the mean time per output token
     """
