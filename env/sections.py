@@ -137,7 +137,7 @@ class SloClass(Section):
     :param weight: of one request in reward and goodput
     :param ttft_s: target of the time to the first token, at most a day; with a factor, the least target
     :param ttft_factor: target as a multiple of the request's isolated prefill time (0: fixed target)
-    :param tpot_s: target of the mean time per output token
+    :param tpot_s: target of the mean time per output token, at most a minute
     """
 
     name: Annotated[str, Field(min_length=1)]
