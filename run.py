@@ -90,7 +90,7 @@ def main_job(arguments: list[str]) -> None:
     )  # fmt: skip
     call(
         BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO,
-        *policies, "--policy", OUT / "learned" / "best", "--goodput", "--tune", "600",
+        *policies, "--policy", OUT / "learned" / "best", "--goodput", "--tune", "400",
         "--jobs", "2", *resumed(OUT / "compare"), **common,
     )  # fmt: skip
     print(f"report: {OUT / 'compare' / 'report.html'}")
