@@ -131,7 +131,8 @@ def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
                         raise
                     watcher.note(f"{name} left out: {error}")
                     continue
-                chosen.setdefault(label if label not in chosen else name, Contender(name, label=label))
+                label = label if label not in chosen else name  # two folders of one name go by their paths
+                chosen.setdefault(label, Contender(name, label=label))
     if not chosen:
         raise SlalomError("--policy", list(request.policies), "name at least one policy that fits the scenario")
     return list(chosen.values())
