@@ -10,18 +10,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from engine.jit.sources import ROOT
+
 __all__ = ["commit", "machine", "versions"]
 
-_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("slalom", "numpy", "numba", "optuna", "torch", "stable-baselines3")
 
 
 def _git(*arguments: str) -> str | None:
-    if not (_ROOT / ".git").exists():  # installed: a repository further up would not be ours
+    if not (ROOT / ".git").exists():  # installed: a repository further up would not be ours
         return None
     try:
         done = subprocess.run(
-            ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engine.common.regular import check_regular
 from engine.errors import SlalomError
+from engine.jit.sources import ROOT
 from engine.latency import evaluate
 from engine.latency.evaluate import MAX_KNOTS, PROFILE, SHARE
 
@@ -328,7 +329,7 @@ def _prefill_curve(profile: Profile, share: Share, tokens: np.ndarray) -> np.nda
 
 def profiles_dir() -> Path:
     """Folder of the shipped profiles."""
-    return Path(__file__).resolve().parents[2] / "checkpoints" / "profiles"
+    return ROOT / "checkpoints" / "profiles"
 
 
 def list_profiles() -> list[str]:

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from engine.common.files import read_json, write_json
 from engine.errors import SlalomError
+from engine.jit.sources import ROOT
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from eval.compare.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
@@ -49,7 +50,7 @@ __all__ = [
     "trials_for",
 ]
 
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints" / "policies"
+CHECKPOINTS = ROOT / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
     "azure-conv-4xa100": ("linear_score", "splitwise", "muxwise", "taichi"),
     "mooncake-pd-8xh100": ("tropical_code", "tropical", "linear_score", "taichi"),
