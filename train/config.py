@@ -31,9 +31,6 @@ class TrainConfig(BaseModel):
         None, ge=20, description="requests of its simulations; default: the scenario's, 2000 to 4000"
     )
     direct_seeds: int = Field(1, ge=1, description="arrival sequences per rate and generation of CMA-ES")
-    wait_limit_s: float | None = Field(
-        None, gt=0, description="in the direct search, who waits longer for a first token counts as two misses"
-    )
     light_loads: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.3, 0.6), description="times the goodput: light load that the direct search looks at as well; empty: never"
     )

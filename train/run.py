@@ -147,8 +147,8 @@ def _stages(
     publisher = Publisher(scenario, base, config, request.seed)
     summary: dict[str, Any] = {"checkpoint": str(folder.best), "base": asdict(base)}
     if request.algorithm == "search":
-        table = [{"policy": f"{base.rule} (tuned)", "attainment": base.score, "split": "valid"}]
-        table.append({"policy": f"{base.rule} (defaults)", "attainment": base.default_score, "split": "valid"})
+        table = [{"policy": f"{base.rule} (tuned)", "score": base.score, "split": "valid"}]
+        table.append({"policy": f"{base.rule} (defaults)", "score": base.default_score, "split": "valid"})
         publisher.start(folder.best, table)
         return _finish(summary, folder, display, base.score, base.default_score)
     publisher = replace(publisher, base=_published(publisher, folder.root / "base"))
@@ -169,7 +169,7 @@ def _stages(
     finally:
         judge.close()
     log.write("selected", **chosen)
-    return _finish(summary | facts | chosen, folder, display, chosen["attainment"], chosen["base_attainment"])
+    return _finish(summary | facts | chosen, folder, display, chosen["score"], chosen["base_score"])
 
 
 def _generalist(
@@ -203,7 +203,7 @@ def _table(base: SearchResult) -> list[dict[str, Any]]:
         ("this policy, score over light load to beyond its knee", base.score),
         ("best published rule, score at the same (for it too high) rates", base.default_score),
     ]
-    return [{"policy": name, "attainment": round(score, 5), "split": "valid"} for name, score in rows]
+    return [{"policy": name, "score": round(score, 5), "split": "valid"} for name, score in rows]
 
 
 def _published(publisher: Publisher, folder: Path) -> SearchResult:
@@ -340,7 +340,7 @@ def _finish(
     display: Display,
     score: float,
     before: float,
-    what: str = "attainment on validation windows around the knee",
+    what: str = "level on validation windows around the knee",
 ) -> dict[str, Any]:
     write_json(folder.root / "result.json", summary)
     display.say(

@@ -48,10 +48,10 @@ def select(
     display.update(1.0, "done")
     # ties go to the simpler policy, the base, which comes first
     winner = max(range(len(contenders)), key=lambda i: verdicts[i].score)
-    per_window = np.mean(np.array(verdicts[winner].attainment) - np.array(verdicts[0].attainment), axis=0)
+    per_window = np.mean(np.array(verdicts[winner].levels) - np.array(verdicts[0].levels), axis=0)
     error = float(np.std(per_window, ddof=1) / np.sqrt(len(per_window))) if len(per_window) > 1 else 0.0
     table = [
-        {"policy": name, "attainment": round(verdict.score, 5), "windows": len(seeds), "split": "valid"}
+        {"policy": name, "score": round(verdict.score, 5), "windows": len(seeds), "split": "valid"}
         for (name, _), verdict in zip(contenders, verdicts, strict=True)
     ]
     if winner == 0:
@@ -60,8 +60,8 @@ def select(
         publisher.finished(Path(contenders[winner][1].policy), folder.best, table)
     return {
         "winner": contenders[winner][0],
-        "attainment": verdicts[winner].score,
-        "base_attainment": verdicts[0].score,
+        "score": verdicts[winner].score,
+        "base_score": verdicts[0].score,
         "gain": float(np.mean(per_window)),
         "gain_standard_error": error,
         "table": table,

@@ -28,6 +28,8 @@ class Contender:
     :param label: how the report calls it (unique within a comparison)
     :param tuned: its parameters come from a search
     :param cluster: instance groups that replace the scenario's, with every lever but placement off (a fixed plan)
+    :param plans: one :class:`engine.core.policy.InstancePlan` per instance, as keywords, instead of the policy's own
+        arrangement; every lever stays
     """
 
     policy: str
@@ -35,6 +37,7 @@ class Contender:
     label: str = ""
     tuned: bool = False
     cluster: tuple[Mapping[str, Any], ...] = ()
+    plans: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def name(self) -> str:

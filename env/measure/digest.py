@@ -30,6 +30,7 @@ def policy_sha256(contender: Contender) -> str:
     """Digest of what decides: every file of a checkpoint folder, or the name and values of a rule."""
     parts: list[Any] = [contender.policy, sorted(contender.values.items())]
     parts += [contender.cluster] if contender.cluster else []
+    parts += [{"plans": contender.plans}] if contender.plans else []
     digest = hashlib.sha256(json.dumps(parts).encode())
     folder = Path(contender.policy)
     if os.path.isdir(folder):  # unlike Path.is_dir, answers False for a spec longer than a file name

@@ -12,17 +12,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.common.files import read_json, write_json
+from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.metrics import block_counts, detailed, outcomes, summarize
 from env.measure.pool import finished, processes
 
-__all__ = ["Evaluator", "arranged", "point_of"]
+__all__ = ["Evaluator", "arranged", "bound", "point_of", "simulated"]
 
 
 _ARRANGED: dict[tuple[str, str], Any] = {}
@@ -53,27 +55,39 @@ def _served(scenario: Any) -> dict[str, Any]:
     }
 
 
+def bound(scenario: Any, contender: Contender) -> Any:
+    """The policy ready to decide in ``scenario``, on the instance plans that ``contender`` brings, if it does.
+
+    :raises SlalomError: it does not fit the scenario
+    """
+    from env.surrogate.simulate import bind_policy
+
+    policy: Any = bind_policy(contender.policy, scenario, dict(contender.values) or None)
+    if not contender.plans:
+        return policy
+    return replace(policy, arrangement=tuple(InstancePlan(**plan) for plan in contender.plans))
+
+
+def simulated(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Any:
+    """The run of one point, a ``RunResult``."""
+    from env.surrogate.simulate import simulate
+
+    scenario = arranged(scenario, contender)
+    policy = bound(scenario, contender)
+    return simulate(scenario, policy, rate=rate, n_requests=settings.n_requests, seed=seed, split=settings.split)
+
+
 def measure(
     scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings,
     watch: Callable[[Any], None] | None = None,
 ) -> Point:  # fmt: skip
     """Simulate one point; ``watch`` is shown the run."""
-    from env.surrogate.simulate import simulate
-
-    scenario = arranged(scenario, contender)
-    run = simulate(
-        scenario,
-        contender.policy,
-        rate=rate,
-        n_requests=settings.n_requests,
-        seed=seed,
-        split=settings.split,
-        values=dict(contender.values) or None,
-    )
+    run = simulated(scenario, contender, rate, seed, settings)
     if watch is not None:
         watch(run)
     each = {"detailed": detailed(run)} if settings.detailed else {}
-    return point_of(run, contender, rate, seed, settings, {"backend": "surrogate", **_served(scenario), **each})
+    facts = {"backend": "surrogate", **_served(arranged(scenario, contender)), **each}
+    return point_of(run, contender, rate, seed, settings, facts)
 
 
 def point_of(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from env.measure.contender import Contender, Point, PointSettings
-from env.measure.evaluator import arranged, point_of
+from env.measure.evaluator import arranged, bound, point_of
 
 __all__ = ["engine_facts", "measure", "open_park"]
 
@@ -57,14 +57,8 @@ def measure(
     """As :func:`env.measure.evaluator.measure`, on the engine of ``park``."""
     from env.live.replay import replay
 
-    run = replay(
-        arranged(scenario, contender),
-        contender.policy,
-        rate=rate,
-        n_requests=settings.n_requests,
-        seed=seed,
-        split=settings.split,
-        values=dict(contender.values) or None,
-        park=park,
-    )
+    scenario = arranged(scenario, contender)
+    policy = bound(scenario, contender)
+    n, split = settings.n_requests, settings.split
+    run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, park=park)
     return point_of(run, contender, rate, seed, settings, {"backend": "gpu", "engine": engine_facts(run)})

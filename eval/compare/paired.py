@@ -215,6 +215,7 @@ class _Resampled:
             "values": dict(contender.values),
             "tuned": contender.tuned,
             "cluster": [dict(group) for group in contender.cluster],
+            "plans": [dict(plan) for plan in contender.plans],
             "goodput": goodput,
             "points": self._points(),
         }

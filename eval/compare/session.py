@@ -63,6 +63,8 @@ class Request:
     :param rates: requests per second; None searches the goodput
     :param seeds: number of seeds, 0 upwards
     :param tune: trials per rule and for the static plan; 0 compares untuned rules only (the plan takes 40 trials)
+    :param tune_requests: simulated requests after which each of these searches ends, if its trials last so long
+    :param only_tuned: compare a tuned rule in place of the rule as published, not beside it
     :param prune: give up trials that cannot come among the best any more: a trial then costs less than a full one
     :param out: folder of all files; None keeps nothing
     :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
@@ -90,6 +92,8 @@ class Request:
     model: str = ""
     prune: bool = False
     sustained: bool = False
+    tune_requests: float = float("inf")
+    only_tuned: bool = False
 
 
 def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
@@ -162,7 +166,10 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
             contenders[place] = Contender(found["rule"], found["values"], STATIC, tuned=True, cluster=groups)
         elif found["trials"]:
             label = f"{found['policy']} (tuned)"
-            contenders.append(Contender(found["rule"], found["values"], label, tuned=True))
+            plans = tuple(found["plans"])
+            contenders.append(Contender(found["rule"], found["values"], label, tuned=True, plans=plans))
+            if request.only_tuned:
+                contenders = [c for c in contenders if c.policy != found["policy"] or c.tuned]
     for rate in request.rates or (request.scenario.reference_rate,):
         if told := _unfinished(request, rate):
             watcher.note(f"at {rate:.4g} requests/s {told}")
@@ -331,12 +338,13 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
         trials = request.tune or TRIALS
         told = _trial_watcher(watcher, contender.name, trials)
         effort: dict[str, Any] = {"settings": request.settings, "jobs": request.jobs, "on_trial": told}
+        effort["requests"] = request.tune_requests
         if contender.policy == STATIC:
             entry = search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
         else:
             best = tune(
-                contender.policy, request.scenario, trials, rates=rates, knee=knee, prune=request.prune, pool=pool,
-                width=2 * width, **effort,
+                contender.policy, request.scenario, trials, rates=rates, knee=knee, levers=True, prune=request.prune,
+                pool=pool, width=2 * width, **effort,
             )  # fmt: skip
             entry = {"policy": contender.policy, **best.as_dict()}
         if stored is not None:
@@ -376,6 +384,7 @@ def _tuning_file(request: Request, contender: Contender, rates: Sequence[float])
 
     parts = [code_sha256(), scenario_hash(request.scenario), contender.policy, request.tune, list(rates), MANNER]
     parts += ["prunes"] if request.prune else []
+    parts += [request.tune_requests] if request.tune_requests < float("inf") else []
     parts.append(request.settings.__dict__)
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return request.out / "tuning" / f"{contender.name.split(':')[0]}-{digest}.json"

@@ -18,12 +18,12 @@ from engine.core.kinds import Role
 from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import bound
 from env.measure.metrics import outcomes
 from env.surrogate.arena import arena_of, build_trace, horizon_s
 from env.surrogate.clock import new_sim
 from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate.loop import run
-from env.surrogate.simulate import bind_policy
 
 __all__ = ["SAMPLES", "shadow"]
 
@@ -73,7 +73,7 @@ class _Watched:
         other: Contender | None = None,
     ) -> None:
         arena = arena_of(scenario)
-        policy = bind_policy(contender.policy, scenario, dict(contender.values) or None)
+        policy = bound(scenario, contender)
         trace = build_trace(scenario, rate, settings.n_requests, seed, settings.split)
         self.state = arena.cluster(policy.arrangement, trace, horizon_s(trace))
         self.kinds: dict[int, dict[str, int]] = {}
@@ -81,7 +81,7 @@ class _Watched:
         self._settings, self._times, self._roles, self._shares = settings, [], [], []  # type: ignore[var-annotated]
         self._sim = sim = new_sim(self.state, n_roots=trace.n_roots)
         step = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
-        asked = bind_policy(other.policy, scenario, dict(other.values) or None) if other is not None else None
+        asked = bound(scenario, other) if other is not None else None
         needs = int(policy.needs) | (int(asked.needs) if asked is not None else 0)
         words = addresses(self.state), addresses(sim), sim.context, sim.candidates, sim.mask
         decide, memory = FirstClass(policy.decide), policy.memory.copy()

@@ -1,10 +1,10 @@
 """``static_plan``: the best fixed arrangement of a scenario's GPUs, searched with the budget of a rule's tuning.
 
 One trial scores one arrangement (of :func:`eval.placement.placement.arrangements`) by the objective of
-:func:`train.search.tune.tune`: mean attainment over rates around the knee, on the ``train`` split. At most half of the
-trials look at arrangements with default budgets, the rest at the budgets (chunks, prefill batches, SM splits) of the
-best ones. The leaders are ranked again on fresh seeds of the ``valid`` split, as a rule's settings are. Nothing moves
-at run time.
+:func:`train.search.tune.tune`: levels at rates around the knee, on the ``train`` split. At most half of the trials look
+at arrangements with default budgets, the rest at the order of queues and the budgets (chunks, prefill batches, SM
+splits) of the best ones. The leaders are ranked again on fresh seeds of the ``valid`` split, as a rule's settings are.
+Nothing moves at run time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from engine.errors import SlalomError
 from env.measure.contender import STATIC_PLAN as NAME
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
+from env.measure.level import mean_level, measure_level
 from eval.placement.disaggregation import reference, siblings
-from eval.placement.placement import Arrangement, arrangements, variants
+from eval.placement.placement import Arrangement, arrangements, orders, variants
+from train.search.fitness import merged
 from train.search.tune import VALID_SEED
 
 __all__ = ["TRIALS", "StaticFound", "as_contender", "place_to_beat", "score_of", "search_static", "spread"]
 
 #: Budget where none is asked for (``--tune 0``).
 TRIALS = 40
-_SLACK = 0.02  # attainment may rise by so much from one rate to the next higher one
+_SLACK = 0.02  # the level may rise by so much from one rate to the next higher one
+_ORDERED = 4  # leaders whose queues are tried in other orders, before all leaders' budgets
 _SCREEN = 0.5  # share of the trials that arrangements with default budgets may take
 
 
@@ -86,15 +89,14 @@ def place_to_beat(scores: Sequence[float], places: int) -> float:
 def score_of(
     evaluator: Evaluator, contender: Contender, rates: Sequence[float], seeds: Sequence[int], floor: float = 0.0
 ) -> float:
-    """Mean attainment over ``rates``, lowest first; an upper bound of it once that falls below ``floor``."""
-    total = 0.0
-    for done, rate in enumerate(sorted(rates), start=1):
-        found = evaluator.attainment(contender, rate, seeds)
-        total += found
-        bound = (total + (len(rates) - done) * min(found + _SLACK, 1.0)) / len(rates)
+    """Levels at ``rates`` merged, lowest first; an upper bound of it once that falls below ``floor``."""
+    levels: list[float] = []
+    for rate in sorted(rates):
+        levels.append(mean_level(evaluator, contender, rate, seeds))
+        bound = merged([*levels, *[min(levels[-1] + _SLACK, 1.0)] * (len(rates) - len(levels))])
         if bound < floor:
             return bound
-    return total / len(rates)
+    return merged(levels)
 
 
 def search_static(
@@ -108,6 +110,7 @@ def search_static(
     valid_seeds: int = 4,
     finalists: int = 5,
     jobs: int = 1,
+    requests: float = float("inf"),
     on_trial: Callable[[int, float], None] | None = None,
 ) -> StaticFound:
     """Search the plan, see the module docstring. Further parameters as those of :func:`train.search.tune.tune`.
@@ -121,16 +124,18 @@ def search_static(
     if not listed or trials < 1:
         raise SlalomError(NAME, trials, "give at least one trial, and GPUs enough for one instance")
     scored: list[tuple[float, Arrangement]] = []
-    with Evaluator(scenario, replace(settings, split="train"), jobs=jobs) as search:
+    with Evaluator(scenario, replace(settings, split="train"), jobs=jobs, measure=measure_level) as search:
         rates = [factor * _knee(search, listed, knee) for factor in factors]
         for arrangement in _trials(scenario, listed, trials, scored):
             floor = place_to_beat([score for score, _ in scored], finalists)
             scored.append((score_of(search, as_contender(arrangement), rates, seeds, floor), arrangement))
+            if search.simulated_requests >= requests:
+                break
             if on_trial is not None:
                 on_trial(len(scored), max(score for score, _ in scored))
     best = sorted(scored, key=lambda entry: -entry[0])[:finalists]
     fresh = range(VALID_SEED, VALID_SEED + valid_seeds)
-    with Evaluator(scenario, replace(settings, split="valid"), jobs=jobs) as valid:
+    with Evaluator(scenario, replace(settings, split="valid"), jobs=jobs, measure=measure_level) as valid:
         final = [(score_of(valid, as_contender(a), rates, fresh), score, a) for score, a in best]
     final.sort(key=lambda entry: -entry[0])
     return StaticFound(
@@ -145,12 +150,12 @@ def search_static(
 
 
 def _knee(search: Evaluator, listed: Sequence[Arrangement], least: float) -> float:
-    """The highest coarse goodput of one arrangement per family (the middle one of its list), at least ``least``."""
+    """The highest coarse knee of one arrangement per family (the middle one of its list), at least ``least``."""
     knee = least
     for family in dict.fromkeys(a.family for a in listed):
         members = [a for a in listed if a.family == family]
         contender = as_contender(members[len(members) // 2])
-        while search.attainment(contender, 1.2 * knee, (0,)) >= 0.9 and knee < 64.0 * least:
+        while mean_level(search, contender, 1.2 * knee, (0,)) >= 0.9 and knee < 64.0 * least:
             knee *= 1.2
     return knee
 
@@ -167,10 +172,12 @@ def _trials(
         tried.add(arrangement.label)
         yield arrangement
     profiles = {reference(scenario, p): p for p in siblings(scenario)}
-    for _, leader in sorted(scored, key=lambda entry: -entry[0]):
-        for variant in variants(leader, profiles[str(leader.groups[0].profile)]):
-            if len(tried) >= trials:
-                return
-            if variant.label not in tried:
-                tried.add(variant.label)
-                yield variant
+    for change in (orders, lambda leader: variants(leader, profiles[str(leader.groups[0].profile)])):
+        leaders = sorted(scored, key=lambda entry: -entry[0])
+        for _, leader in leaders[: _ORDERED if change is orders else len(leaders)]:
+            for variant in change(leader):
+                if len(tried) >= trials:
+                    return
+                if variant.label not in tried:
+                    tried.add(variant.label)
+                    yield variant

@@ -222,12 +222,13 @@ def _tuned(
         return None
     rates = [factor * task.knee for factor in FACTORS]
     effort = _effort(scenario, settings)
-    found = tune(task.policy, scenario, task.request.tune, rates=rates, knee=task.knee, prune=True, **effort)
+    effort |= {"rates": rates, "knee": task.knee, "levers": True, "prune": True}
+    found = tune(task.policy, scenario, task.request.tune, **effort)
     search = {"trials": found.trials, "simulated_requests": found.simulated_requests, "default": found.default}
     search |= {"score": found.score}
     if found.trials == 0:
         return None  # nothing to tune
-    contender = Contender(found.rule, found.values, task.policy, tuned=True)
+    contender = Contender(found.rule, found.values, task.policy, tuned=True, plans=found.plans)
     start = plain["goodput"]["rate"] or task.knee
     return _figures(task, scenario, evaluator, contender, start) | {"search": search}
 

@@ -38,7 +38,7 @@ from eval.placement.disaggregation import (
     steady_requests,
 )
 
-__all__ = ["Arrangement", "Effort", "Found", "arrangements", "measure", "plan", "variants"]
+__all__ = ["Arrangement", "Effort", "Found", "arrangements", "measure", "orders", "plan", "variants"]
 
 CHUNKS = (256, 512, 1024, 2048, 4096)
 PREFILL_BUDGETS = (512, 2048, 8192, 16384)
@@ -74,8 +74,10 @@ class Arrangement:
 
 
 def _budget(group: InstanceGroup) -> str:
-    if group.role == "decode":
-        return ""
+    return _tokens(group) + _ORDERS.get(group.order, "") if group.role != "decode" else ""
+
+
+def _tokens(group: InstanceGroup) -> str:
     if group.role == "prefill" or group.batching_used == "prefill_first":
         first = "whole prompts first, " if group.role == "mixed" else ""
         return f", {first}batches of {group.prefill_tokens} tokens"
@@ -83,6 +85,9 @@ def _budget(group: InstanceGroup) -> str:
         return f", chunks of {group.chunk_tokens} tokens"
     split = f"{group.split} SMs for decode" if group.split != "auto" else f"predictor, headroom {group.headroom:g}"
     return f", {split}"
+
+
+_ORDERS = {"srf": ", shortest first", "on_time": ", on time"}
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,12 @@ def variants(arrangement: Arrangement, profile: Profile) -> Iterator[Arrangement
         last = len(arrangement.groups) - 1
         yield from (changed(last, chunk_tokens=chunk) for chunk in CHUNKS)
         yield changed(last, batching="prefill_first")
+
+
+def orders(arrangement: Arrangement) -> Iterator[Arrangement]:
+    """The arrangement with every other order of its prefill queues: shortest first, on time."""
+    for order in ("srf", "on_time"):
+        yield Arrangement(arrangement.family, tuple(g.model_copy(update={"order": order}) for g in arrangement.groups))
 
 
 # -- what they are worth ---------------------------------------------------------------------------------------

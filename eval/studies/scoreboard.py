@@ -1,17 +1,17 @@
-"""The shipped checkpoints against the best tuned opponents of their scenarios, on test windows.
+"""The shipped checkpoints against the best tuned opponents of their scenarios: sustained goodput on test windows.
 
-    python -m eval.studies.scoreboard                       every scenario that has a checkpoint; goes on where it
-    stopped python -m eval.studies.scoreboard azure-conv-4xa100     only this one
+    python -m eval.studies.scoreboard                       every scenario with a checkpoint; goes on where it stopped
+    python -m eval.studies.scoreboard azure-conv-4xa100     only this one
     python -m eval.studies.scoreboard --slo-scale 0.5       TTFT and TPOT targets halved
     python -m eval.studies.scoreboard --search              only the opponents' searches; the test windows stay unseen
-    python -m eval.studies.scoreboard --all-rules           every rule of ``policies/`` instead of the strongest of a
-    screening python -m eval.studies.scoreboard --read                the tables again from finished results, nothing
-    is simulated
+    python -m eval.studies.scoreboard --screen              which rules come furthest with a short search each
+    python -m eval.studies.scoreboard --all-rules           every rule instead of the strongest of the screening
+    python -m eval.studies.scoreboard --read                the tables again from finished results, nothing is simulated
 
 Each opponent is searched with as many simulated requests as the checkpoint's whole training took
-(``train.search.tune``, so on the training split, ranked on validation windows); then all meet the same test windows.
-``OPPONENTS`` are the best four per scenario of the table of all rules (``eval-policy --scenario all --policy all
---tune 25``), with linear_score.
+(``train.search.tune``, so on the training split, ranked on validation windows), with the levers that the learned policy
+has: arrangement, queue order, chunks, SM shares. Then all meet the same test windows. ``OPPONENTS`` are the strongest
+published rules of ``--screen``, beside them ``static_plan``.
 
 With scaled targets the opponents are searched anew under them; the checkpoint is the shipped one, which has never met
 them. The screening is that of the unscaled targets.
@@ -20,7 +20,6 @@ them. The screening is that of the unscaled targets.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +33,9 @@ from engine.jit.sources import ROOT
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from eval.compare.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
-from train.search.tune import KNEE
+from eval.studies.scoretable import TARGETS, table, told
+from train.search.direct import rules_of
+from train.search.tune import KNEE, knee_rate, tune
 
 __all__ = [
     "CHECKPOINTS",
@@ -45,9 +46,9 @@ __all__ = [
     "pair_ratio",
     "row",
     "score",
+    "screen",
     "search",
     "table",
-    "trials_for",
 ]
 
 CHECKPOINTS = ROOT / "checkpoints" / "policies"
@@ -63,8 +64,9 @@ OPPONENTS: dict[str, tuple[str, ...]] = {
 }
 #: Whose best knee says where opponents are tuned when the targets are not the scenario's own.
 KNEE_RULES = ("least_tokens", "predicted_ttft", "static_split", "linear_score")
-_SEARCH_SEEDS = 2  # of train.search.tune
-_TARGETS = ("0.9", "0.95", "0.99")
+_SHOWN = 3  # opponents in the table of what is held
+MOST_TRIALS = 3_000  # of one search, whatever requests are left
+_SCREENED = 600_000  # simulated requests of a rule's search in a screening
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Effort:
     """How much one comparison takes.
 
     :param share: of the equal budget that opponents get (below 1 the comparison is not equal, and says so)
-    :param trials: of every opponent instead, whatever the checkpoint's training took
+    :param trials: of every opponent at most
     :param seeds: windows per rate
     :param slo_scale: factor of every TTFT and TPOT target
     """
@@ -102,11 +104,6 @@ class Lines(Watcher):
         print(f"{self._what}: {text}", file=sys.stderr, flush=True)
 
 
-def trials_for(requests: float, n_requests: int) -> int:
-    """Trials of ``train.search.tune`` that simulate as many requests; ``n_requests`` is the size of one run."""
-    return max(1, math.ceil(requests / (len(KNEE) * _SEARCH_SEEDS * n_requests)))
-
-
 def _trained_with(checkpoint: Path) -> float:
     """Requests that a checkpoint's whole training simulated, decisions of PPO included."""
     training = read_json(checkpoint / "policy.json")["training"]
@@ -134,17 +131,32 @@ def row(result: dict[str, Any], learned: str) -> dict[str, Any]:
             "rate": best["goodput"][target]["rate"],
             **pair_ratio(result["pairs"], mine, best, target),
         }
+    leaders = sorted(rivals, key=lambda p: -float(p["goodput"][TARGETS[0]]["rate"]))[:_SHOWN]
+    found["held"] = [_held(p) for p in (mine, *leaders)]
     rules = [p for p in rivals if not p["cluster"]]
-    opponent = _best(rivals, _TARGETS[0])
+    opponent = _best(rivals, TARGETS[0])
     for key in ("at_rate", "second_rate"):
         if result.get(key):
             found[key] = {
                 "rate": result[key],
                 "learned": _standing(mine, result[key]),
                 "opponent": _standing(opponent, result[key]),
-                "rule": _standing(_best(rules, _TARGETS[0]), result[key]) if rules else None,
+                "rule": _standing(_best(rules, TARGETS[0]), result[key]) if rules else None,
             }
     return found
+
+
+def _held(policy: dict[str, Any]) -> dict[str, Any]:
+    """What ``policy`` sustains at each target, its classic goodput and limit, and who fares worst at its rate."""
+    first = policy["goodput"][TARGETS[0]]
+    return {
+        "label": policy["label"],
+        **{target: policy["goodput"][target]["rate"] for target in TARGETS},
+        "classic": policy.get("classic_goodput", {}).get(TARGETS[0], {}).get("rate"),
+        "limit": policy.get("sustained", {}).get("stability_limit"),
+        "at": first.get("at"),
+        "ends_by": (first.get("fails_above") or "").split(":")[0],
+    }
 
 
 def _best(policies: Sequence[dict[str, Any]], target: str) -> dict[str, Any]:
@@ -210,27 +222,56 @@ def search(name: str, out: Path, effort: Effort) -> None:
     tune_all(request, contenders_of(request, watcher), watcher)
 
 
+def screen(name: str, requests: float = _SCREENED) -> list[tuple[str, float, dict[str, Any]]]:
+    """How far every published rule of a scenario comes on the training split with a short search over all levers.
+
+    :return: (rule, knee in requests per second, its levers), furthest first
+    """
+    scenario = Scenario.load(name)
+    settings = PointSettings(n_requests=scenario.n_requests)
+    knee = max(_knee_or_none(scenario, settings, rule) for rule in KNEE_RULES)
+    found = []
+    for rule in rules_of(scenario):
+        rates = [factor * knee for factor in KNEE]
+        best = tune(
+            rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=True, requests=requests, settings=settings,
+            prune=True,
+        )  # fmt: skip
+        found.append((rule, best.rates[2], dict(best.levers)))
+        print(f"{name}: {rule} {best.rates[2]:.2f}/s, {best.levers}", file=sys.stderr, flush=True)
+    return sorted(found, key=lambda entry: -entry[1])
+
+
+def _knee_or_none(scenario: Scenario, settings: PointSettings, rule: str) -> float:
+    try:
+        return knee_rate(scenario, settings, policy=rule, start=scenario.reference_rate)
+    except SlalomError:  # it does not fit, or holds nothing
+        return 0.0
+
+
 def _request(name: str, out: Path, effort: Effort) -> tuple[Request, Lines]:
     checkpoint = CHECKPOINTS / name
     scenario = scaled(Scenario.load(name), effort.slo_scale)
     settings = PointSettings(n_requests=scenario.n_requests, split=effort.split)
-    equal = trials_for(_trained_with(checkpoint), settings.n_requests)
-    trials = effort.trials or max(1, round(effort.share * equal))
     rivals = ("all",) if effort.all_rules else (*OPPONENTS[name], "static_plan")
     folder = out / _folder(name, effort.slo_scale)
     request = Request(
-        scenario, (*rivals, str(checkpoint)), None, effort.seeds, settings, trials, effort.jobs, folder,
-        slo_scale=effort.slo_scale, knee_rules=KNEE_RULES,
+        scenario, (*rivals, str(checkpoint)), None, effort.seeds, settings, effort.trials or MOST_TRIALS, effort.jobs,
+        folder, slo_scale=effort.slo_scale, knee_rules=KNEE_RULES, prune=True, sustained=True,
+        tune_requests=effort.share * _trained_with(checkpoint), only_tuned=True,
     )  # fmt: skip
     return request, Lines(folder.name)
 
 
 def _budget(result: dict[str, Any], name: str) -> dict[str, Any]:
-    """Trials that the opponents got, as a share of the equal budget."""
+    """Simulated requests of the opponents' searches, as a share of the checkpoint's."""
     settings = result["settings"]
-    trials = max((int(entry["trials"]) for entry in settings["tuning"]), default=0)
-    equal = trials_for(_trained_with(CHECKPOINTS / name), int(settings["requests_per_run"]))
-    facts = {"trials": trials, "share": round(trials / equal, 3), "split": settings["split"]}
+    spent = min((int(entry["simulated_requests"]) for entry in settings["tuning"]), default=0)
+    facts = {
+        "requests": spent,
+        "share": round(spent / _trained_with(CHECKPOINTS / name), 3),
+        "split": settings["split"],
+    }
     return facts | {"slo_scale": settings["slo_scale"]}
 
 
@@ -243,93 +284,6 @@ def _read(name: str, out: Path, slo_scale: float) -> dict[str, Any]:
     return row(result, name) | _budget(result, name)
 
 
-# -- tables ----------------------------------------------------------------------------------------------------
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: goodput against the best opponent with geometric means, then waits, classes and throughput."""
-    lines = [
-        "| scenario | learned, req/s | best opponent | its req/s | ratio | 95 % interval | ratio at 95 % | at 99 % |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for found in rows:
-        at = found["0.9"]
-        others = " | ".join(_ratio_text(found.get(target)) for target in _TARGETS[1:])
-        lines.append(
-            f"| {found['scenario']} | {at['learned']:.2f} | {at['opponent']} | {at['rate']:.2f} "
-            f"| {_ratio_text(at)} | {_figure(at['low'])} to {_figure(at['high'])} | {others} |"
-        )
-    lines.append("")
-    lines += [line for target in _TARGETS if (line := _mean(rows, target))]
-    for key, title in (
-        ("at_rate", "Where the better of the two holds 90 %:"),
-        ("second_rate", "Where the other does:"),
-    ):
-        standings = [found for found in rows if found.get(key)]
-        if standings:
-            lines += ["", title, "", *_waits_and_classes(standings, key)]
-    return "\n".join(lines)
-
-
-def _ratio_text(at: dict[str, Any] | None) -> str:
-    """A ratio, or who alone holds the target."""
-    if at is None:
-        return ""
-    if at["ratio"] is None:
-        return "only learned" if at["learned"] > 0.0 else "nobody"
-    return _figure(at["ratio"])
-
-
-def _mean(rows: list[dict[str, Any]], target: str) -> str:
-    """Geometric mean and smallest ratio; scenarios whose ratio has no value are counted, not averaged."""
-    known = [found[target]["ratio"] for found in rows if target in found and found[target]["ratio"] is not None]
-    if not known:
-        return ""
-    mean = 0.0 if min(known) <= 0.0 else math.exp(sum(math.log(r) for r in known) / len(known))
-    without = len(rows) - len(known)
-    left_out = f"; {without} without a ratio left out" if without else ""
-    return f"At {100 * float(target):g} %: geometric mean {mean:.3f}, smallest {min(known):.3f}{left_out}."
-
-
-def _waits_and_classes(rows: list[dict[str, Any]], key: str) -> list[str]:
-    """What goodput does not show, at one common rate of each scenario: learned against the best opponent, longest
-    waits also against the best rule. Throughput is that of ``vllm bench serve``: finished requests until the last of
-    them is, so a few that wait long count against it."""
-    lines = [
-        "| scenario | at req/s | worst class: learned | opponent | longest wait s: learned | opponent | best rule "
-        "| finished/s: learned | opponent | given up |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for found in rows:
-        mine, rival, rule = (found[key][who] for who in ("learned", "opponent", "rule"))
-        lost = rival["finished_per_s"] - mine["finished_per_s"]
-        given_up = f"{lost:.2f} ({100 * lost / rival['finished_per_s']:.1f} %)" if lost > 0.0 else "nothing"
-        waits = " | ".join("-" if p is None else f"{p['worst_wait_s']:.1f}" for p in (mine, rival, rule))
-        lines.append(
-            f"| {found['scenario']} | {found[key]['rate']:.2f} | {_class(mine)} | {_class(rival)} | {waits} "
-            f"| {mine['finished_per_s']:.2f} | {rival['finished_per_s']:.2f} | {given_up} |"
-        )
-    return lines
-
-
-def _class(standing: dict[str, Any]) -> str:
-    name = f" {standing['worst_class']}" if len(standing["by_class"]) > 1 else ""
-    return f"{standing['worst_class_attainment']:.3f}{name}"
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _told(rows: list[dict[str, Any]]) -> str:
-    """What the comparison was, in one line."""
-    first = rows[0]
-    shares = sorted({found["share"] for found in rows})
-    share = f"{shares[0]:g}" if len(shares) == 1 else f"{shares[0]:g} to {shares[-1]:g}"
-    scale = "" if first["slo_scale"] == 1.0 else f", targets × {first['slo_scale']:g}"
-    return f"Windows: {first['split']}; opponents' budget ÷ the checkpoint's: {share}{scale}."
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 on a scenario without a checkpoint."""
     about = (__doc__ or "").splitlines()[0]
@@ -340,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the equal budget, for a quick look")
     parser.add_argument("--trials", type=int, help="of every opponent, instead of a share of the equal budget")
     parser.add_argument("--search", action="store_true", help="only search the opponents, compare later")
+    parser.add_argument("--screen", action="store_true", help="only find out which rules come furthest")
     parser.add_argument("--slo-scale", type=float, default=1.0, help="multiply every TTFT and TPOT target by this")
     parser.add_argument("--split", choices=("valid", "test"), default="test", help="windows of the comparison")
     parser.add_argument("--all-rules", action="store_true")
@@ -365,6 +320,9 @@ def main(arguments: list[str] | None = None) -> int:
                     rows.append(_read(name, options.out, effort.slo_scale))
                 continue
             try:
+                if options.screen:
+                    print("\n".join(f"{name} {rule} {knee:.2f} {levers}" for rule, knee, levers in screen(name)))
+                    continue
                 if options.search:
                     search(name, options.out, effort)
                     continue
@@ -377,10 +335,10 @@ def main(arguments: list[str] | None = None) -> int:
     if rows:
         write_json(options.out / f"{_folder('scoreboard', effort.slo_scale)}.json", rows)
         print(table(rows))
-        print(f"\n{_told(rows)}")
+        print(f"\n{told(rows)}")
     for name, reason in refused.items():
         print(f"Left out, {name}: {reason}")
-    return 0 if rows or (options.search and not refused) else 2
+    return 0 if rows or ((options.search or options.screen) and not refused) else 2
 
 
 if __name__ == "__main__":

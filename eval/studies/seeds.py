@@ -122,7 +122,7 @@ def read_stages(folder: Path) -> list[Stage]:
 
 
 class _Yardstick:
-    """Goodput at 90 % on fresh validation windows, kept in a folder so that a second run measures nothing twice."""
+    """The largest rate with a level of 90 % on fresh validation windows; kept in a folder, so measured once."""
 
     def __init__(self, scenario: Any, folder: Path) -> None:
         from env.measure.digest import code_sha256, scenario_hash
@@ -130,7 +130,7 @@ class _Yardstick:
         from train.search.fitness import Fitness
 
         self.scenario, self._folder, self._windows = scenario, folder, _WINDOWS
-        self._fitness = Fitness(scenario, arena_of(scenario).setting, "valid", class_floor=0.0)
+        self._fitness = Fitness(scenario, arena_of(scenario).setting, "valid")
         self._identity = [code_sha256(), scenario_hash(scenario), list(self._windows)]
         self._start = float(scenario.reference_rate)
 
@@ -180,31 +180,35 @@ def _best_rule(
     """
     from env.measure.contender import PointSettings
     from env.measure.digest import code_sha256, scenario_hash
-    from eval.studies.scoreboard import trials_for
+    from eval.studies.scoreboard import MOST_TRIALS
     from policies import registry
     from train.search.tune import KNEE, MANNER, knee_rate, tune
 
     settings = PointSettings(n_requests=scenario.n_requests)
-    trials = trials_for(requests, settings.n_requests)
     table: list[dict[str, Any]] = []
     knee = 0.0
     for rule in rules:
         defaults = registry.get(rule).values()
         table.append({"rule": rule, "tuned": False, "goodput": yardstick.design({"rule": rule, "values": defaults})})
-        identity = [code_sha256(), scenario_hash(scenario), rule, trials, MANNER]
+        identity = [code_sha256(), scenario_hash(scenario), rule, requests, MANNER]
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
         path = out / f"{scenario.name}-{rule}-{digest}.json"
         if not path.exists():
             knee = knee or knee_rate(scenario, settings, start=scenario.reference_rate)
             rates = [factor * knee for factor in KNEE]
-            print(f"{scenario.name}: tune {rule}, {trials} trials", file=sys.stderr, flush=True)
-            write_json(path, tune(rule, scenario, trials, rates=rates, knee=knee, settings=settings).as_dict())
-        values = read_json(path)["values"]
-        table.append({"rule": rule, "tuned": True, "goodput": yardstick.design({"rule": rule, "values": values})})
+            print(f"{scenario.name}: tune {rule}, {requests / 1e6:.1f} M requests", file=sys.stderr, flush=True)
+            found = tune(
+                rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=True, requests=requests, settings=settings,
+                prune=True,
+            )  # fmt: skip
+            write_json(path, found.as_dict())
+        kept = read_json(path)
+        facts = {"rule": rule, "values": kept["values"], "plans": kept["plans"] or None}
+        table.append({"rule": rule, "tuned": True, "goodput": yardstick.design(facts)})
     best = max(table, key=lambda entry: float(entry["goodput"]))
     if not best["goodput"]:
         raise SlalomError("--rule", list(rules), f"none of them holds 90 % on {scenario.name}; name others")
-    return best | {"trials": trials, "all": table}
+    return best | {"requests": requests, "all": table}
 
 
 def _curves(scenario_name: str, runs: int, rules: Sequence[str], out: Path) -> tuple[list[Curve], dict[str, Any]]:
@@ -292,7 +296,7 @@ def _told(summary: dict[str, Any], rules: Sequence[dict[str, Any]]) -> str:
     lines = []
     for rule in rules:
         tuned = "tuned with" if rule["tuned"] else "as published, better than tuned with"
-        text = f"{rule['scenario']}: best rule {rule['rule']} ({tuned} {rule['trials']} trials)"
+        text = f"{rule['scenario']}: best rule {rule['rule']} ({tuned} {rule['requests'] / 1e6:.1f} M requests)"
         text += f" {rule['goodput']:.2f} req/s"
         if rule["shipped_ratio"] is not None:
             text += f"; shipped checkpoint {rule['shipped_ratio']:.3f} of it"

@@ -29,7 +29,7 @@ from engine.errors import SlalomError
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from eval.compare.session import Request, evaluate, label_of
-from eval.studies.scoreboard import CHECKPOINTS, KNEE_RULES, OPPONENTS, Lines, pair_ratio, trials_for
+from eval.studies.scoreboard import CHECKPOINTS, KNEE_RULES, MOST_TRIALS, OPPONENTS, Lines, pair_ratio
 
 __all__ = ["BAR", "Effort", "main", "native", "rows_of", "table", "variant", "zeroshot"]
 
@@ -141,11 +141,11 @@ def zeroshot(
     trained = native(scenario, folder, effort)
     requests = int(trained["base"]["requests"])
     settings = PointSettings(n_requests=effort.requests or scenario.n_requests, split=effort.split)
-    trials = max(1, round(effort.share * trials_for(requests, settings.n_requests)))
     policies = (*(str(path) for path in checkpoints), str(folder / "native" / "best"), *rules)
     request = Request(
-        scenario, policies, None, effort.seeds, settings, trials, effort.jobs, folder,
-        targets=(float(_TARGET),), knee_rules=KNEE_RULES,
+        scenario, policies, None, effort.seeds, settings, MOST_TRIALS, effort.jobs, folder,
+        targets=(float(_TARGET),), knee_rules=KNEE_RULES, prune=True, sustained=True,
+        tune_requests=effort.share * requests, only_tuned=True,
     )  # fmt: skip
     result = evaluate(request, watcher)
     write_json(folder / "result.json", result)
@@ -153,7 +153,7 @@ def zeroshot(
         "budget": effort.budget,
         "native_requests": requests,
         "native_seconds": trained["base"]["seconds"],
-        "trials": trials,
+        "share": effort.share,
         "split": effort.split,
     }
     return [row | facts for row in rows_of(result, [label_of(str(path)) for path in checkpoints])]

@@ -65,6 +65,7 @@ def synthetic_measure(scenario, contender, rate, seed, settings) -> Point:
         "slo_attainment_by_metric": {"ttft": share, "tpot": 1.0},
         "slo_attainment_by_class": {"only": {"sent": len(good), "slo_attainment": share, "ttft": share, "tpot": 1.0}},
         "worst_wait_s": 1.0,
+        "level": share,
         "n_gpus": 4,
         **dict.fromkeys(figures, 10.0 * rate),
         **dict.fromkeys(means, rate * share),

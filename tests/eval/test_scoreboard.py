@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from eval.studies import scoreboard
-from eval.studies.scoreboard import CHECKPOINTS, Effort, main, pair_ratio, row, score, table, trials_for
+from eval.studies.scoreboard import CHECKPOINTS, Effort, main, pair_ratio, row, score
+from eval.studies.scoretable import table
 
 TARGETS = ("0.9", "0.95", "0.99")
 SCENARIO = "azure-conv-4xa100"
@@ -34,7 +35,7 @@ def result() -> dict[str, Any]:
         policy(SCENARIO, (15.0, 6.0, 0.0), wait=3.0),
     ]
     pairs = [pair("rule", SCENARIO, 0.5, 0.8), pair(SCENARIO, "static_plan", 1.1, 1.4)]
-    tuning = [{"trials": 40}]
+    tuning = [{"trials": 40, "simulated_requests": 1e6}]
     settings = {"scenario": SCENARIO, "tuning": tuning, "requests_per_run": 2000, "split": "valid", "slo_scale": 1.0}
     return {"policies": policies, "pairs": pairs, "at_rate": 20.0, "settings": settings}
 
@@ -93,7 +94,8 @@ def test_opponents_are_searched_under_the_scaled_targets_with_their_share_of_the
     for before, after in zip(plain.scenario.classes, halved.scenario.classes, strict=True):
         assert (after.ttft_s, after.tpot_s) == (before.ttft_s / 2, before.tpot_s / 2)
     spent = scoreboard._trained_with(CHECKPOINTS / SCENARIO)
-    assert halved.tune == round(0.5 * trials_for(spent, plain.scenario.n_requests))
+    assert halved.tune_requests == 0.5 * spent
+    assert halved.sustained
     assert str(CHECKPOINTS / SCENARIO) in halved.policies
 
 

@@ -20,8 +20,17 @@ def fake_rule(monkeypatch, *params):
     monkeypatch.setattr(tuning, "get", lambda name: rule)
 
 
+def as_asked(scenario, rate, n, split):
+    """Runs as long as they are asked for: the synthetic scenario has no workload to look at."""
+    return n
+
+
+def tune(name, scenario, trials, **options):
+    return tuning.tune(name, scenario, trials, settings=SETTINGS, length=as_asked, **options)
+
+
 def run(measure=synthetic_measure, **options):
-    return tuning.tune("weighted", Scenario(), 25, rates=(30.0, 40.0), settings=SETTINGS, measure=measure, **options)
+    return tune("weighted", Scenario(), 25, rates=(30.0, 40.0), measure=measure, **options)
 
 
 WEIGHT = Param("weight", 0.0, 1.0, 0.9)
@@ -109,8 +118,6 @@ def test_pruning_saves_simulations_and_keeps_the_winner(monkeypatch):
 
 def test_trials_in_parallel_are_a_search_of_their_own_that_repeats(monkeypatch):
     fake_rule(monkeypatch, WEIGHT)
-    monkeypatch.setattr(tuning, "measure", synthetic_measure)
-    monkeypatch.setattr(tuning.Evaluator.__init__, "__kwdefaults__", KEYWORDS | {"measure": synthetic_measure})
     with ThreadPoolExecutor(4) as pool:
         found = [run(pool=pool, width=4) for _ in range(2)]
     assert found[0] == found[1]
@@ -153,17 +160,17 @@ def test_a_rule_without_parameters_costs_nothing(monkeypatch):
 
 
 def test_the_knee_is_the_goodput_of_the_reference_rule():
-    knee = tuning.knee_rate(Scenario(), SETTINGS, policy="x1", measure=synthetic_measure)
+    knee = tuning.knee_rate(Scenario(), SETTINGS, policy="x1", measure=synthetic_measure, length=as_asked)
     assert knee == pytest.approx(true_goodput(40.0, 0.9), rel=0.05)
 
 
 def test_rates_follow_the_best_setting_to_where_settings_differ(monkeypatch):
     fake_rule(monkeypatch, WEIGHT)
-    easy = {"rates": (6.8, 8.0, 9.2, 10.4), "settings": SETTINGS, "measure": synthetic_measure}  # met by every setting
-    stays = tuning.tune("weighted", Scenario(), 25, **easy)
+    easy = {"rates": (5.6, 6.7, 8.0, 9.2), "measure": synthetic_measure}  # met by every setting
+    stays = tune("weighted", Scenario(), 25, **easy)
     assert stays.score - stays.default < 0.005
-    follows = tuning.tune("weighted", Scenario(), 25, knee=8.0, **easy)
-    assert follows.rates[1] == pytest.approx(true_goodput(40.0, 0.9), rel=0.1)
+    follows = tune("weighted", Scenario(), 25, knee=8.0, **easy)
+    assert follows.rates[2] == pytest.approx(true_goodput(40.0, 0.9), rel=0.1)
     assert follows.values["weight"] == pytest.approx(0.3, abs=0.1)
     assert follows.score > follows.default + 0.05
     assert follows.trials == 25
@@ -182,10 +189,10 @@ def test_a_search_that_follows_is_resumed_where_it_was_and_counts_what_it_simula
         if number == ends:
             raise KeyboardInterrupt
 
-    options = {"rates": (6.8, 8.0), "knee": 8.0, "settings": SETTINGS, "measure": spy}
-    whole = tuning.tune("weighted", Scenario(), 25, **options)
+    options = {"rates": (6.8, 8.0), "knee": 8.0, "measure": spy}
+    whole = tune("weighted", Scenario(), 25, **options)
     assert whole.simulated_requests == len(calls) * SETTINGS.n_requests
     with pytest.raises(KeyboardInterrupt):
-        tuning.tune("weighted", Scenario(), 25, storage=tmp_path / "j", on_trial=stop, **options)
-    found = tuning.tune("weighted", Scenario(), 25, storage=tmp_path / "j", **options)
+        tune("weighted", Scenario(), 25, storage=tmp_path / "j", on_trial=stop, **options)
+    found = tune("weighted", Scenario(), 25, storage=tmp_path / "j", **options)
     assert (found.ranking, found.rates, found.trials) == (whole.ranking, whole.rates, 25)

@@ -72,7 +72,7 @@ def test_training_leaves_a_checkpoint_that_serves(tmp_path: Path, config: Path) 
     best = load(root / "best")
     assert best.manifest.evaluation
     assert result["frames"] >= 4000
-    assert result["attainment"] >= result["base_attainment"]
+    assert result["score"] >= result["base_score"]
     tiny = Scenario.load("tiny-4xa100")
     assert simulate(tiny, str(root / "best"), rate=tiny.reference_rate, n_requests=50).decisions > 0
     # the oldest snapshot is already a full policy with the bounds of what it has seen

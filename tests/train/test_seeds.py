@@ -73,7 +73,7 @@ def test_the_interquartile_mean_leaves_out_the_luckiest_and_the_worst() -> None:
     assert summary["shipped"]["reached"] == 2
     assert summary["shipped"]["median_s"] is None  # most did not
     assert _draw(summary).startswith(b"\x89PNG")
-    rule = {"scenario": "s", "rule": "r", "tuned": True, "trials": 3, "goodput": 20.0, "shipped_ratio": 1.25}
+    rule = {"scenario": "s", "rule": "r", "tuned": True, "requests": 3e6, "goodput": 20.0, "shipped_ratio": 1.25}
     text = _told(summary, [rule])
     assert "4 of 5 runs; time median 23.0 s, latest not within the budget" in text
     json.dumps(summary, allow_nan=False)

@@ -70,14 +70,14 @@ class Evaluation:
     """One judged snapshot of the network.
 
     :param name: folder of the snapshot below ``snapshots/``
-    :param attainment: (rates, seeds), 0 to 1
+    :param levels: (rates, seeds), see ``env.measure.level``
     """
 
     name: str
     frames: int
     trained_s: float
     score: float
-    attainment: tuple[tuple[float, ...], ...]
+    levels: tuple[tuple[float, ...], ...]
 
 
 class EvaluationCallback(BaseCallback):
@@ -129,8 +129,7 @@ class EvaluationCallback(BaseCallback):
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of :meth:`state`."""
         self.done = [
-            Evaluation(**{**entry, "attainment": tuple(tuple(row) for row in entry["attainment"])})
-            for entry in state["done"]
+            Evaluation(**{**entry, "levels": tuple(tuple(row) for row in entry["levels"])}) for entry in state["done"]
         ]
         self._last_s, self._last_frames = state["last"]
         if state["pending"] and (self.out / "snapshots" / state["pending"][0]).is_dir():
@@ -182,7 +181,7 @@ class EvaluationCallback(BaseCallback):
         name, frames, trained_s, future = self._pending
         verdict = future.result()
         self._pending = None
-        evaluation = Evaluation(name, frames, trained_s, verdict.score, verdict.attainment)
+        evaluation = Evaluation(name, frames, trained_s, verdict.score, verdict.levels)
         best = max([self.base_score, *(e.score for e in self.done)])
         self.done.append(evaluation)
         if evaluation.score > best:
@@ -190,7 +189,7 @@ class EvaluationCallback(BaseCallback):
         self._record(evaluation)
 
     def _record(self, evaluation: Evaluation) -> None:
-        self.logger.record("eval/attainment", evaluation.score)
+        self.logger.record("eval/level", evaluation.score)
         self.logger.record("eval/gain_over_base", evaluation.score - self.base_score)
         self.logger.dump(step=evaluation.frames)
         self._log.write("evaluation", **asdict(evaluation), base=self.base_score)
@@ -198,7 +197,7 @@ class EvaluationCallback(BaseCallback):
         np.savez(  # the RL zoo's layout: timesteps (n,), results (n, windows)
             table,
             timesteps=np.array([e.frames for e in self.done]),
-            results=np.array([np.ravel(e.attainment) for e in self.done]),
+            results=np.array([np.ravel(e.levels) for e in self.done]),
             base=np.array(self.base_score),
         )
         write_bytes(self.out / "evaluations.npz", table.getvalue())

@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from env.measure.contender import Contender, PointSettings
-from env.measure.evaluator import measure
+from env.measure.level import measure_level, run_length
 from env.measure.pool import processes
 
-__all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_attainment"]
+__all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_level"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attainment of one policy on validation windows.
+    """Levels of one policy on validation windows, see ``env.measure.level``.
 
-    :param attainment: one row per rate, one column per seed, 0 to 1
+    :param levels: one row per rate, one column per seed
     """
 
-    attainment: tuple[tuple[float, ...], ...]
+    levels: tuple[tuple[float, ...], ...]
 
     @property
     def score(self) -> float:
         """Mean over rates and seeds: what selection maximises."""
-        cells = [value for row in self.attainment for value in row]
+        cells = [value for row in self.levels for value in row]
         return sum(cells) / len(cells)
 
 
@@ -46,11 +46,15 @@ class Judge(Protocol):
         ...
 
 
-def mean_attainment(
+def mean_level(
     scenario: Any, contender: Contender, rates: Sequence[float], seeds: Sequence[int], settings: PointSettings
 ) -> Verdict:
     """Simulate every (rate, seed)."""
-    rows = (tuple(measure(scenario, contender, rate, seed, settings).attainment for seed in seeds) for rate in rates)
+    rows = []
+    for rate in rates:
+        n = run_length(scenario, rate, settings.n_requests, settings.split)
+        long = replace(settings, n_requests=n)
+        rows.append(tuple(measure_level(scenario, contender, rate, seed, long).metrics["level"] for seed in seeds))
     return Verdict(tuple(rows))
 
 
@@ -70,10 +74,10 @@ class SimulatorJudge:
         """See :meth:`Judge.submit`."""
         job = (self._scenario, contender, self._rates, tuple(seeds), self._settings)
         if self._pool is not None:
-            return self._pool.submit(mean_attainment, *job)
+            return self._pool.submit(mean_level, *job)
         done: Future[Verdict] = Future()
         try:
-            done.set_result(mean_attainment(*job))
+            done.set_result(mean_level(*job))
         except Exception as error:  # belongs to whoever asks for the result, as with a process
             done.set_exception(error)
         return done

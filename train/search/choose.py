@@ -1,52 +1,42 @@
 """What learning starts from when no rule is named: the direct search, and the choice among what it found.
 
 The finalists (refined scores, the designs they came from, the best published rule) are ranked on validation windows
-that the search has not seen, so the outcome is never below the best rule there.
+that the search has not seen, in long runs, so the outcome is never below the best rule there.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 from engine.common.progress import Display
+from env.measure.sustained import DEFINITION
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from train.budget import Budget
 from train.config import TrainConfig
-from train.search.direct import DirectConfig, direct_search, rates_between
-from train.search.fitness import Fitness
+from train.search.direct import DirectConfig, direct_search
+from train.search.fitness import Fitness, rates_between
 from train.search.rule import SearchResult
 from train.search.space import Design
 
-__all__ = ["AUTO", "calmer", "rank", "search_all"]
+__all__ = ["AUTO", "rank", "search_all"]
 
 AUTO = "auto"
 _FIRST_SEED = 1_000  # as in train.search.tune
-_CALM = 0.005  # score that queues in order of arrival may cost
-_BEYOND = 1.1  # times the knee: the highest rate of the choice
+_BEYOND = 1.05  # times the knee: the highest rate of the choice
+_RANK_SEEDS = 2
+_LONGEST = 50_000  # requests of one run of the choice, at most
 _RANKING_SHARE = 0.12  # of the search's time for the choice
 
 
-def rank(
-    scenario: Scenario, designs: list[Design], rates: list[float], seeds: int, n: int, wait_limit_s: float | None = None
-) -> list[float]:
-    """Score of each design over fresh validation windows; see :class:`train.search.fitness.Fitness`."""
-    fitness = Fitness(scenario, arena_of(scenario).setting, "valid", wait_limit_s=wait_limit_s)
+def rank(scenario: Scenario, designs: Sequence[Design], rates: Sequence[float], seeds: int) -> list[float]:
+    """Score of each design over fresh validation windows, in runs as long as those that measure sustained goodput."""
+    fitness = Fitness(scenario, arena_of(scenario).setting, "valid")
+    n = min(max(DEFINITION.requests, math.ceil(DEFINITION.seconds * max(rates))), _LONGEST)
     return [fitness.score(design, rates, range(_FIRST_SEED, _FIRST_SEED + seeds), n) for design in designs]
-
-
-def calmer(
-    scenario: Scenario, config: TrainConfig, design: Design, score: float, rates: list[float]
-) -> tuple[Design, float]:
-    """The design with first-come-first-served queues where that costs next to nothing: shortest first lets long
-    prompts wait much longer. With the score of what is returned."""
-    if design.plans is None or not any(plan.order for plan in design.plans):
-        return design, score
-    fair = replace(design, plans=tuple(replace(plan, order=0) for plan in design.plans))
-    found = rank(scenario, [fair], rates, config.final_seeds, config.eval_requests, config.wait_limit_s)[0]
-    return (fair, found) if found >= score - _CALM else (design, score)
 
 
 def search_all(
@@ -83,7 +73,6 @@ def search_all(
         starts=config.starts,
         n_requests=config.direct_size,
         seeds=config.direct_seeds,
-        wait_limit_s=config.wait_limit_s,
         light_loads=config.light_loads,
         rules=config.rules,
     )
@@ -93,16 +82,16 @@ def search_all(
     display.phase("choose")
     light = [load * found.knee for load in config.light_loads]
     rates = [*light, *rates_between(found.strict, found.knee, _BEYOND)]
-    scores = rank(scenario, list(found.finalists), rates, config.final_seeds, config.eval_requests, config.wait_limit_s)
+    scores = rank(scenario, found.finalists, rates, _RANK_SEEDS)
     display.update(1.0, "done")
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
-    design, score = calmer(scenario, config, found.finalists[best], scores[best], rates)
+    design = found.finalists[best]
     return SearchResult(
         rule=design.rule,
         values=dict(design.values),
         knee=found.knee,
         default_score=scores[-1],
-        score=score,
+        score=scores[best],
         trials=len(found.history),
         requests=found.requests,
         seconds=round(time.monotonic() - begin, 2),

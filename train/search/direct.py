@@ -8,8 +8,8 @@
               starts as itself, plus deviations. The covariance is diagonal (Ros and Hansen 2008): some hundred
               generations are too few to learn that of sixty to ninety offsets
 
-Every generation meets fresh arrivals, the same for all its members. Rates follow the best so far: its goodput at
-99 %, at 90 % (the knee), the middle between them, where 95 % is decided, and beyond the knee.
+Every generation meets fresh arrivals, the same for all its members. Rates follow the best so far: where its level
+is 99 %, 90 % (the knee), the middle between them, where 95 % is decided, and beyond the knee.
 With a budget in requests the outcome depends on the seed alone.
 """
 
@@ -28,12 +28,11 @@ from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from policies import registry
 from train.search.arrange import composed
-from train.search.fitness import Fitness
+from train.search.fitness import Fitness, rates_between
 from train.search.space import Design, Space, offspring, random_design, reordered, varied
 
-__all__ = ["DirectConfig", "DirectResult", "direct_search", "rates_between", "rules_of"]
+__all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
 
-_BEYOND = 1.15  # highest rate of the objective, as a multiple of the knee
 _STRICT = (0.35, 0.95)  # least and greatest of the lowest, likewise; where the goodput at 99 % lies between
 _MODERATE = 0.7  # where it is while that goodput is not known, or none
 #: Successive halving: share of the designs still in, loads (times the knee; empty: the rates of the objective), seeds,
@@ -47,9 +46,11 @@ _RUNGS: tuple[tuple[float, tuple[float, ...], int, int], ...] = (
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
 _KNEE_SEEDS, _FINAL_SEEDS = 4, 10
 _KNEE_RATES = 12  # about so many rates are looked at for a knee
+_KNEE_LENGTH = 4  # times the requests of other simulations: a rate that is too high shows it in time only
 _RUNG_SHARE, _KNEE_SHARE, _FINAL_SHARE = 0.12, 0.02, 0.08  # of the budget, at most
 _TELL = 0.03  # share of the budget between two incumbents of CMA-ES
 _RACE = 0.45  # share of the time of CMA-ES in which several starts compete
+_FINALISTS = 3  # beside the best rule
 _END = 0.97  # share of the budget at which CMA-ES ends
 
 
@@ -63,7 +64,6 @@ class DirectConfig:
     :param rules: published rules to draw from; None: all that fit
     :param share: of the budget for exploration
     :param seeds: arrival sequences per rate and generation
-    :param wait_limit_s: see :class:`train.search.fitness.Fitness`
     :param light_loads: as multiples of the knee; every third generation of CMA-ES trades one of its two rates for the
         next of these: what is learned around the knee alone may hold prompts back when nothing presses
     :param n_requests: of one simulation in CMA-ES; None: as many as the scenario's own runs, 2000 to 4000
@@ -78,7 +78,6 @@ class DirectConfig:
     seeds: int = 1
     population: int = 14
     sigma: float = 0.6
-    wait_limit_s: float | None = None
     light_loads: tuple[float, ...] = (0.3, 0.6)
     rules: tuple[str, ...] | None = None
 
@@ -88,8 +87,9 @@ class DirectResult:
     """What the search found.
 
     :param design: the best; ``best_rule`` the best among published rules as they are
-    :param knee: goodput of ``design`` at 90 % on the ``train`` split; ``strict`` that at 99 %, at least 0.35 of it
-    :param scores: of design, best rule on the fresh validation windows
+    :param finalists: the best, best first; the last is ``best_rule``
+    :param knee: the largest rate at which ``design`` has a level of 90 %, on the ``train`` split; ``strict`` that of
+        99 %, at least 0.35 of it
     """
 
     design: Design
@@ -125,11 +125,6 @@ def rules_of(scenario: Scenario, among: Collection[str] | None = None) -> list[s
     return found
 
 
-def rates_between(strict: float, knee: float, beyond: float) -> list[float]:
-    """From where a policy holds 99 % (``strict``) over the middle to its knee and ``beyond`` times that."""
-    return [strict, (strict * knee) ** 0.5, knee, beyond * knee]
-
-
 class _Search:
     """The state of one search: budget spent, where the knee is."""
 
@@ -138,7 +133,7 @@ class _Search:
         on_incumbent: Incumbent,
     ) -> None:  # fmt: skip
         self.setting = arena_of(scenario).setting
-        self.fitness = Fitness(scenario, self.setting, wait_limit_s=config.wait_limit_s)
+        self.fitness = Fitness(scenario, self.setting)
         self.config, self.report, self.on_incumbent = config, report, on_incumbent
         self.rng = np.random.default_rng([seed, 1])
         self.seed = seed
@@ -157,7 +152,7 @@ class _Search:
         return max(self.fitness.requests / self.most_requests, (time.monotonic() - self.begin) / self.most_seconds)
 
     def windows(self, most: int, simulations: int, share: float) -> int:
-        """Arrival sequences, at most ``most``, so that ``simulations`` on each cost at most ``share`` of the budget."""
+        """Arrival sequences (or lengths), at most ``most``, so that ``simulations`` on each cost ``share`` of all."""
         total = self.most_requests
         if total == float("inf"):
             total = self.fitness.requests / max(self.used, 1e-3)
@@ -225,13 +220,14 @@ class _Search:
 
     def rates(self) -> list[float]:
         """Of the objective, lowest first."""
-        return rates_between(self.strict, self.knee, _BEYOND)
+        return rates_between(self.strict, self.knee)
 
     def recentre(self, design: Design, seed: int) -> None:
         """Move the rates to the goodputs of ``design``, if it has any."""
         try:
-            seeds = range(seed, seed + self.windows(_KNEE_SEEDS, _KNEE_RATES, _KNEE_SHARE))
-            knee, strict = self.fitness.knees(design, max(self.knee, 1e-3), seeds, self.n_requests)
+            length = self.windows(_KNEE_LENGTH, _KNEE_RATES, _KNEE_SHARE)
+            seeds = range(seed, seed + self.windows(_KNEE_SEEDS, length * _KNEE_RATES, _KNEE_SHARE))
+            knee, strict = self.fitness.knees(design, max(self.knee, 1e-3), seeds, length * self.n_requests)
         except SlalomError:
             return
         if knee > 0.0:
@@ -363,8 +359,9 @@ def direct_search(
     scores = [search.fitness.score(d, rates, range(5_000, 5_000 + windows), search.n_requests) for d in finalists]
     best = finalists[scores.index(max(scores))]
     search.recentre(best, 6_000)
+    ranked = [finalists[i] for i in sorted(range(len(finalists) - 1), key=lambda i: -scores[i])]
     return DirectResult(
-        best, rule, tuple(finalists), search.knee, search.strict, search.fitness.requests,
+        best, rule, (*ranked[:_FINALISTS], rule), search.knee, search.strict, search.fitness.requests,
         round(time.monotonic() - search.begin, 2), tuple(search.history),
     )  # fmt: skip
 

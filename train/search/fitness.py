@@ -1,10 +1,10 @@
-"""How good a bound policy is, for the direct search: attainment over common arrivals, cheap and repeatable.
+"""How good a bound policy is, for the direct search: its level over common arrivals, cheap and repeatable.
 
-Traces are built once and shared by every policy (common random numbers). At one rate what counts is the attainment
-of requests sent, less what the worst SLO class lacks to its floor, so that no class is starved for the others.
-Rates are put together by :func:`merged`, because a mean over attainments would be deaf to the targets of 95 and
-99 %: at 80 % of the knee a policy that misses 3 % instead of 1 % loses two points there, no more than it loses by
-meeting 86 instead of 88 % beyond the knee.
+Traces are built once and shared by every policy (common random numbers). What counts at one rate is the level of
+``env.measure.level``: attainment of requests sent, held down by the class and the prompt lengths that are worst off and
+by waits that are too long. Rates are put together by :func:`merged`, because a mean over levels would be deaf to the
+targets of 95 and 99 %: at 80 % of the knee a policy that misses 3 % instead of 1 % loses two points there, no more than
+it loses by meeting 86 instead of 88 % beyond the knee.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from engine.core.policy import Policy
 from engine.errors import SlalomError
 from env.measure.goodput import find_goodput
-from env.measure.metrics import outcomes
+from env.measure.level import level_of, run_length
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
@@ -26,7 +26,9 @@ from env.workload import Trace
 from policies.setting import Setting
 from train.search.space import Design
 
-__all__ = ["Fitness", "merged"]
+__all__ = ["BEYOND", "Fitness", "merged", "rates_between"]
+
+BEYOND = 1.15  # highest rate of the objective, as a multiple of the knee
 
 _LEAST_MISSED = 0.01  # share below which missing less counts little: some requests of one simulation
 _TRACES = 64
@@ -43,25 +45,22 @@ def merged(attainment: Sequence[float]) -> float:
     return 1.0 + _LEAST_MISSED - float(np.exp(np.log(missed).mean()))
 
 
+def rates_between(strict: float, knee: float, beyond: float = BEYOND) -> list[float]:
+    """From where a policy holds 99 % (``strict``) over the middle to its knee and ``beyond`` times that."""
+    return [strict, (strict * knee) ** 0.5, knee, beyond * knee]
+
+
 class Fitness:
-    """Scores designs on one scenario and counts what that cost.
+    """Scores designs on one scenario and counts what that cost; runs are at least as long as their level asks for."""
 
-    :param class_floor: attainment below which a class costs extra, per point as much as the mean itself
-    :param wait_limit_s: whoever waits longer for a first token counts as two misses; None: no such limit
-    """
-
-    def __init__(
-        self,
-        scenario: Scenario,
-        setting: Setting,
-        split: Literal["train", "valid"] = "train",
-        class_floor: float = 0.6,
-        wait_limit_s: float | None = None,
-    ) -> None:
-        self.scenario, self.setting, self.split, self.class_floor = scenario, setting, split, class_floor
-        self.wait_limit_s = wait_limit_s
+    def __init__(self, scenario: Scenario, setting: Setting, split: Literal["train", "valid"] = "train") -> None:
+        self.scenario, self.setting, self.split = scenario, setting, split
         self.requests = 0
         self._traces: OrderedDict[tuple[float, int, int], Trace] = OrderedDict()
+
+    def length(self, rate: float, n: int) -> int:
+        """Requests of a run at ``rate``: ``n``, or more where starvation would not show."""
+        return run_length(self.scenario, rate, n, self.split)
 
     def trace(self, rate: float, seed: int, n: int) -> Trace:
         """Arrivals of (rate, seed), built once while they are in use."""
@@ -73,42 +72,24 @@ class Fitness:
         self._traces.move_to_end(key)
         return self._traces[key]
 
-    def attainment(self, policy: Policy, rate: float, seed: int, n: int) -> float:
-        """Share of requests sent that met both targets, less the lack of the worst class."""
+    def level(self, policy: Policy, rate: float, seed: int, n: int) -> float:
+        """Of one run; see ``env.measure.level``."""
+        n = self.length(rate, n)
         run = simulate(self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n))
         self.requests += n
-        found = outcomes(run, warmup=_WARMUP)
-        good = found.good
-        score = float(good.mean())
-        if self.wait_limit_s is not None:
-            score -= float(np.mean(~(found.ttft_s <= self.wait_limit_s)))  # NaN: never served
-        if len(self.scenario.classes) > 1:
-            cls = run.req["cls"][found.rows]
-            worst = min((float(good[cls == c].mean()) for c in np.unique(cls)), default=1.0)
-            score -= max(0.0, self.class_floor - worst)
-        return score
+        return level_of(run, tail_factor=self.scenario.tail_factor, warmup=_WARMUP)
 
     def score(self, design: Design, rates: Sequence[float], seeds: Sequence[int], n: int) -> float:
         """Mean over seeds, :func:`merged` over rates; 0 where the rule does not fit the scenario."""
         try:
             policy = design.bind(self.setting)
-            cells = [[self.attainment(policy, rate, seed, n) for seed in seeds] for rate in rates]
+            cells = [[self.level(policy, rate, seed, n) for seed in seeds] for rate in rates]
         except SlalomError:
             return 0.0
         return merged([sum(row) / len(row) for row in cells])
 
-    def worst_wait_s(self, design: Design, rate: float, seed: int, n: int) -> float:
-        """Longest time to a first token among the requests that got one; 0 where the design does not fit."""
-        try:
-            policy = design.bind(self.setting)
-        except SlalomError:
-            return 0.0
-        run = simulate(self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n))
-        waits = outcomes(run, warmup=_WARMUP).ttft_s
-        return float(np.nanmax(waits)) if np.isfinite(waits).any() else 0.0
-
     def knee(self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
-        """Goodput at 90 %, requests per second; 0 where the targets are met at no rate."""
+        """The largest rate with a level of 90 %, requests per second; 0 where there is none."""
         try:
             policy = design.bind(self.setting)
         except SlalomError:
@@ -120,7 +101,7 @@ class Fitness:
         return self._goodputs(policy, start, seeds, n, (0.9,), tolerance)[0]
 
     def knees(self, design: Design, start: float, seeds: Sequence[int], n: int) -> tuple[float, float]:
-        """Goodput at 90 and at 99 % of a design known to hold 90 % near ``start``; 0 where it does not."""
+        """The same at 90 and at 99 % for a design known to hold 90 % near ``start``."""
         found = self._goodputs(design.bind(self.setting), start, seeds, n, (0.9, 0.99), 0.03, step=1.2, widest=16.0)
         return found[0], found[1]
 
@@ -128,8 +109,8 @@ class Fitness:
         self, policy: Policy, start: float, seeds: Sequence[int], n: int, targets: Sequence[float], tolerance: float,
         **search: float,
     ) -> list[float]:  # fmt: skip
-        def attainment(rate: float) -> float:
-            return sum(self.attainment(policy, rate, seed, n) for seed in seeds) / len(seeds)
+        def level(rate: float) -> float:
+            return sum(self.level(policy, rate, seed, n) for seed in seeds) / len(seeds)
 
-        found = find_goodput(attainment, start, targets=targets, tolerance=tolerance, **search)
+        found = find_goodput(level, start, targets=targets, tolerance=tolerance, **search)
         return [at.rate for at in found.goodput]

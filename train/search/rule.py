@@ -20,6 +20,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import find_goodput
+from env.measure.level import mean_level, measure_level
 from env.scenario import Scenario
 from policies import registry
 from policies.rule import Value
@@ -49,7 +50,7 @@ class SearchResult:
     """A rule with the best parameters found.
 
     :param plans: arrangement, where it is not the rule's own; ``theta``: see ``train.search.space``
-    :param knee: its goodput at 90 % in requests per second on the ``train`` split
+    :param knee: the largest rate at which its level is 90 %, on the ``train`` split, requests per second
     :param default_score: score of the untuned rule in the final ranking, 0 to 1
     :param score: score of ``values`` there
     :param requests: requests simulated for all of it
@@ -97,7 +98,7 @@ def search_rule(
     pool: Executor | None = None,
     width: int = 1,
 ) -> SearchResult:
-    """Tune ``rule`` until the first of the limits; the knee of its goodput is measured before and after.
+    """Tune ``rule`` until the first of the limits; its knee is measured before and after.
 
     Choices and whole numbers (the arrangement) are searched first, with a sixth of the trials, the continuous
     parameters then around the best of them: Optuna's sampler for mixed spaces takes longer over a trial than
@@ -114,7 +115,7 @@ def search_rule(
     start = time.monotonic()
     settings = PointSettings(n_requests=config.tune_requests, split="train")
     display.phase("knee")
-    display.update(0.0, f"goodput of {rule} with its defaults")
+    display.update(0.0, f"knee of {rule} with its defaults")
     knee = _knee(Contender(rule), scenario, settings, scenario.reference_rate)
     rates = tuple(factor * knee for factor in KNEE)
     display.update(1.0, f"{knee:.3g} requests/s")
@@ -201,10 +202,10 @@ def _rounds(rule: str, budget: int) -> list[tuple[set[str], int, _Ranking, float
 
 
 def _knee(contender: Contender, scenario: Scenario, settings: PointSettings, start: float) -> float:
-    """Goodput at 90 % in requests per second on the ``train`` split."""
-    with Evaluator(scenario, settings) as evaluator:
+    """The largest rate with a level of 90 % on the ``train`` split, requests per second."""
+    with Evaluator(scenario, settings, measure=measure_level) as evaluator:
         found = find_goodput(
-            lambda rate: evaluator.attainment(contender, rate, _SEEDS), start, targets=(0.9,), tolerance=0.03
+            lambda rate: mean_level(evaluator, contender, rate, _SEEDS), start, targets=(0.9,), tolerance=0.03
         )
     if found.goodput[0].rate <= 0.0:
         fix = "its targets are met at no rate; loosen them or change the cluster"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 from policies.rule import Value
@@ -14,6 +15,7 @@ class Finalist(TypedDict):
     """A setting of the final ranking: its score in the search and on the fresh validation seeds."""
 
     values: dict[str, Value]
+    levers: dict[str, Value]
     search: float
     final: float
 
@@ -23,12 +25,14 @@ class TuneResult:
     """What a search found and what it cost.
 
     :param values: parameter values of the winner of the final ranking
-    :param default: score of the rule's own defaults in the final ranking (attainment, 0 to 1)
+    :param default: score of the rule's own defaults in the final ranking (see ``train.search.fitness.merged``)
     :param score: score of ``values`` in the final ranking
     :param trials: trials of the search
     :param simulated_requests: requests simulated in the search and in the final ranking
     :param rates: of the last part of the search and of the final ranking
     :param pruned: trials that ended early
+    :param levers: of the winner, see ``train.search.levers``; ``plans``: its arrangement, one per instance, where it is
+        not the rule's own
     :param sampler: which Optuna sampler drew the values
     :param ranking: values, search score and final score of every finalist, best first
     """
@@ -43,6 +47,8 @@ class TuneResult:
     rates: tuple[float, ...]
     ranking: tuple[Finalist, ...]
     pruned: int = 0
+    levers: dict[str, Value] = field(default_factory=dict)
+    plans: tuple[Mapping[str, Any], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,144 @@
+"""The level of a run: the greatest target at which it would hold the clauses of sustained goodput that one run shows.
+
+Searches need one number that rises whenever a policy comes nearer to holding its rate for good, and that nobody can
+raise by starving somebody. Of the definition in ``env.measure.sustained`` a run shows clause (a), the share in time;
+clause (d), the worst class and the worst fifth of the prompts by length, which may stay below by 10 points; and clause
+(b), waits. Too long a wait, a request left unserved or refused late fails the rate at any target; here it costs the
+more the worse it is, so that a search sees which way is out. Of clause (c) a run shows one thing: refusals carry a rate
+over the stability limit, so that more than a hundredth of them costs.
+
+Runs must last for starvation to show: at least four times the longest wait that the scenario allows, and a whole
+episode where the workload has one (:func:`run_length`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from engine.core.kinds import RequestState
+from engine.errors import SlalomError
+from engine.latency.evaluate import TICKS_PER_S
+from env.measure.contender import Contender, Point, PointSettings, Split
+from env.measure.evaluator import Evaluator, arranged, simulated
+from env.measure.metrics import Outcomes, outcomes
+from env.measure.sustained import DEFINITION, QUANTILES
+from env.surrogate.simulate import simulate
+
+__all__ = ["level_of", "mean_level", "measure_level", "run_length"]
+
+_NEAR = 0.8  # of the longest wait allowed: from here on waits cost, since a longer run would show longer ones
+_DOUBLING = 0.1  # what each doubling of the longest wait costs from there
+_REFUSED = 3.0  # what each request costs that is refused beyond the margin of the stability limit, beside being missed
+_UNSERVED = 0.05  # what the first request costs that nobody serves, or that is refused late
+_WAITS = 4.0  # a run lasts so many times the longest wait allowed
+_PROBED = 200  # requests that tell the TTFT targets
+_LONGEST = 100_000  # requests of a run, at most
+
+
+def level_of(run: Any, *, tail_factor: float, warmup: float = 0.05, slack: float = DEFINITION.slack) -> float:
+    """See the module's text; at most 1, below 0 where much is wrong.
+
+    :param run: a ``RunResult``
+    :param tail_factor: longest wait allowed, in TTFT targets
+    :param warmup: share of arrivals left out at the start
+    """
+    found = outcomes(run, warmup=warmup)
+    r = run.req[found.rows]
+    good = found.good
+    return min(float(good.mean()), _worst_group(r, good) + slack) - _cost_of_waits(r, found, tail_factor)
+
+
+def _worst_group(r: np.ndarray, good: np.ndarray) -> float:
+    """Share in time of the class, or fifth of the prompts by length, that is worst off."""
+    fifth = np.searchsorted(np.quantile(r["prompt"], np.arange(1, QUANTILES) / QUANTILES), r["prompt"], side="left")
+    shares = []
+    for group in (r["cls"], fifth):
+        sent, hit = np.bincount(group), np.bincount(group[good], minlength=int(group.max()) + 1)
+        shares.append(float((hit[sent > 0] / sent[sent > 0]).min()))
+    return min(shares)
+
+
+def _cost_of_waits(r: np.ndarray, found: Outcomes, tail_factor: float) -> float:
+    started = r["first_token"] >= 0
+    gone = (r["state"] == RequestState.SHED) | (r["state"] == RequestState.FAILED)
+    refused = gone & ~started
+    late = refused & (r["finished"] - r["arrival"] > r["ttft_slo"])
+    wrong = int(late.sum()) + int((~found.finished & ~refused).sum())
+    cost = _UNSERVED + wrong / len(r) if wrong else 0.0
+    cost += _REFUSED * max(float(refused.mean()) - DEFINITION.limit_margin, 0.0)
+    wait = np.where(started, r["first_token"] - r["arrival"], 0) / np.maximum(r["ttft_slo"], 1)
+    return cost + _DOUBLING * math.log2(max(float(wait.max()) / (_NEAR * tail_factor), 1.0))
+
+
+def measure_level(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
+    """A point that knows its level and nothing else beside what was sent and in time: searches measure thousands."""
+    run = simulated(scenario, contender, rate, seed, settings)
+    found = level_of(run, tail_factor=scenario.tail_factor, warmup=settings.warmup)
+    good = outcomes(run, warmup=settings.warmup).good
+    return Point(rate, seed, {"level": found}, [len(good)], [int(good.sum())])
+
+
+def mean_level(
+    evaluator: Evaluator, contender: Contender, rate: float, seeds: Sequence[int],
+    length: Callable[..., int] | None = None,
+) -> float:  # fmt: skip
+    """Mean level over seeds of runs long enough for it.
+
+    :param evaluator: must measure with :func:`measure_level`
+    :param length: says how long instead of :func:`run_length`, with its arguments
+    """
+    settings = evaluator.settings
+    n = (length or run_length)(arranged(evaluator.scenario, contender), rate, settings.n_requests, settings.split)
+    points = evaluator.points(contender, rate, seeds, replace(settings, n_requests=n))
+    return sum(float(p.metrics["level"]) for p in points) / len(points)
+
+
+def run_length(scenario: Any, rate: float, n: int, split: Split = "train") -> int:
+    """Requests of a run at ``rate`` in which starvation would show: at least ``n``, where the workload has so many."""
+    key = scenario.hash()
+    _KNOWN.setdefault(key, scenario)
+    seconds, turns = _least(key)
+    return min(max(n, math.ceil(rate * turns * seconds)), _most(key, split))
+
+
+_KNOWN: dict[str, Any] = {}  # scenarios by their hash, for the caches
+
+
+@lru_cache(maxsize=64)
+def _least(key: str) -> tuple[float, float]:
+    """Seconds that a run must last, and requests that come of one arrival."""
+    scenario = _KNOWN[key]
+    run = simulate(scenario, "least_tokens", rate=scenario.reference_rate, n_requests=_PROBED, split="train")
+    longest = scenario.tail_factor * float(np.quantile(run.req["ttft_slo"], 0.9)) / TICKS_PER_S
+    seconds = max(min(_WAITS * longest, DEFINITION.seconds), scenario.workload.natural_s)
+    trace = scenario.workload.build(scenario.reference_rate, 500, 0, "train")
+    return seconds, float(trace.n / trace.n_roots)
+
+
+@lru_cache(maxsize=64)
+def _most(key: str, split: Split) -> int:
+    """The longest run that the workload gives, in requests; a recorded trace ends."""
+    workload, rate = _KNOWN[key].workload, _KNOWN[key].reference_rate
+
+    def gives(n: int) -> bool:
+        try:
+            workload.build(rate, n, 0, split)
+        except SlalomError as error:
+            if not error.field.startswith("trace"):
+                raise
+            return False
+        return True
+
+    low, high = 1, _LONGEST
+    if gives(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if gives(middle) else (low, middle)
+    return low
