@@ -169,8 +169,12 @@ class Scenario(Section):
     def hash(self) -> str:
         """SHA-256 (hex) of everything but the description, the same on every machine."""
         content = self.model_dump(mode="json", exclude={"description"})
+        # Fields younger than the hashes in checkpoints count only where they say something.
         if self.tail_factor == Scenario.model_fields["tail_factor"].default:
-            del content["tail_factor"]  # younger than the hashes in checkpoints
+            del content["tail_factor"]
+        for name in ("at_once", "drain", "start_roles"):
+            if getattr(self.decisions, name) == Decisions.model_fields[name].default:
+                del content["decisions"][name]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -187,6 +191,13 @@ class Scenario(Section):
     def placements(self) -> tuple[Placement, ...]:
         """Every instance, in the order of the cluster's groups."""
         return tuple(self._place(self.load_profiles()))
+
+    def usable_roles(self) -> frozenset[str]:
+        """What a policy may arrange instances as: ``decisions.start_roles``, by default the ``decisions.roles`` and the
+        cluster's own; anything where none are named."""
+        if not self.decisions.roles:
+            return frozenset(_CAN_PREFILL + _CAN_DECODE)
+        return frozenset(self.decisions.start_roles or self.decisions.roles) | {group.role for group in self.cluster}
 
     def n_gpus(self) -> int:
         """GPUs of the cluster: what goodput per GPU divides by."""
@@ -215,6 +226,9 @@ class Scenario(Section):
             if group.role == "multiplexed" and len(profile.shares) < 2:
                 fix = f"{profile.name} has no SM shares; choose a profile that has, or another role"
                 raise SlalomError(f"{where}.role", group.role, fix)
+            if "multiplexed" in self.decisions.roles and len(profile.shares) < 2:
+                fix = f"{profile.name} has no SM shares; leave multiplexed out"
+                raise SlalomError(f"{source}: decisions.roles", list(self.decisions.roles), fix)
             if isinstance(group.split, int):
                 profile.row(group.split)
 

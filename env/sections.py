@@ -162,6 +162,10 @@ class Decisions(Section):
     :param shed: may refuse a request
     :param place_decode: choose where to decode after every prefill, also where staying is possible
     :param reallocate: change roles at control intervals, to one of ``roles``
+    :param roles: what instances may become
+    :param start_roles: what a policy may arrange them as before it starts; empty: as ``roles`` and the cluster say
+    :param at_once: role changes under way at the same time
+    :param drain: a role change waits for the end of running decodes, or hands them over to other instances
     :param tune: change SM split and chunk budget at control intervals
     """
 
@@ -171,6 +175,9 @@ class Decisions(Section):
     place_decode: bool = False
     reallocate: bool = False
     roles: tuple[RoleName, ...] = ()
+    start_roles: tuple[RoleName, ...] = ()
+    at_once: Rows = 1
+    drain: Literal["wait", "hand_over"] = "wait"
     tune: bool = False
 
     @model_validator(mode="after")
@@ -179,6 +186,8 @@ class Decisions(Section):
             raise ValueError("reallocate needs two roles or more, e.g. roles: [prefill, decode]")
         if self.roles and not self.reallocate:
             raise ValueError("roles do nothing without reallocate: true")
+        if (self.at_once > 1 or self.drain != "wait" or self.start_roles) and not self.reallocate:
+            raise ValueError("at_once, drain and start_roles do nothing without reallocate: true")
         return self
 
 

@@ -165,7 +165,8 @@ class Rule:
     def bind(self, values: Mapping[str, Any] | None, setting: Setting) -> BoundPolicy:
         """The rule ready to run in ``setting``.
 
-        :raises SlalomError: see :meth:`values`; or the rule cannot be arranged on these instances
+        :raises SlalomError: see :meth:`values`; or the rule cannot be arranged on these instances, or not in roles that
+            the scenario allows
         """
         checked = self.values(values)
         if self.prepare is None:
@@ -175,6 +176,8 @@ class Rule:
         plan = self.arrange(checked, setting) if self.arrange else None
         if plan is not None and len(plan) != setting.n_instances:
             raise SlalomError(f"{self.name}: arrangement", len(plan), f"plan {setting.n_instances} instances")
+        if plan is not None:
+            setting.check_roles(plan, self.name)
         cells = self.memory_size(setting) if callable(self.memory_size) else self.memory_size
         slow = self.slow(checked) if self.slow else None
         return BoundPolicy(

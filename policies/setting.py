@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.core.columns import Kind
+from engine.core.kinds import Role
+from engine.core.policy import InstancePlan
 from engine.core.state import ClusterState
+from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 
 __all__ = ["Setting", "SloTarget"]
@@ -37,6 +41,7 @@ class Setting:
     :param profile_of: row of ``profile`` the instance runs on
     :param profile: ``engine.latency.evaluate.PROFILE`` (n,)
     :param share: ``engine.latency.evaluate.SHARE`` (n, M), last row in use = whole device
+    :param usable_roles: what a policy may arrange instances as before it starts
     :param kinds: decision kinds the core will ask for
     :param control_s: control interval, seconds
     :param mean_prompt: mean prompt tokens if known, else 0
@@ -54,12 +59,21 @@ class Setting:
     profile: np.ndarray
     share: np.ndarray
     classes: tuple[SloTarget, ...]
+    usable_roles: frozenset[int] = frozenset(Role)
     kinds: frozenset[Kind] = frozenset({Kind.PLACE_PREFILL, Kind.PLACE_DECODE})
     allow_hold: bool = True
     allow_shed: bool = False
     control_s: float = 1.0
     mean_prompt: float = 0.0
     mean_output: float = 0.0
+
+    def check_roles(self, plans: Sequence[InstancePlan], who: str) -> None:
+        """:raises SlalomError: a plan uses a role that this scenario does not allow"""
+        for plan in plans:
+            if plan.role is not None and plan.role not in self.usable_roles:
+                known = ", ".join(Role(role).name.lower() for role in sorted(self.usable_roles))
+                fix = f"the scenario allows {known}; add it to decisions.start_roles, or arrange instances otherwise"
+                raise SlalomError(f"{who}: role", Role(plan.role).name.lower(), fix)
 
     @classmethod
     def of_state(cls, state: ClusterState, mean_prompt: float = 0.0, mean_output: float = 0.0) -> Setting:

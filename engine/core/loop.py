@@ -15,7 +15,7 @@ from engine.core.durations import step_ticks as _step_ticks
 from engine.core.durations import transfer_ticks
 from engine.core.events.handover import pull, start_link, transfer_done
 from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
-from engine.core.events.roles import end_role_change, role_change_ready
+from engine.core.events.roles import end_role_change, hand_out, role_change_ready
 from engine.core.kinds import LaneKind
 from engine.core.lists import (
     ENDED,
@@ -151,6 +151,7 @@ def finish_lane(words, i, l, now):
             # Every prompt that is through makes room for one that was held.
             wake_held(s, queued - s.lists[queue_of(i), 2])
     lane.kind = _IDLE
+    hand_out(s, i)
     s.inst[i].dirty = 1
 
 

@@ -98,6 +98,8 @@ class ClusterOptions:
     roles: Sequence[Role] = tuple(Role)
     min_prefill: int = 1
     min_decode: int = 1
+    at_once: int = 1  # role changes under way at the same time
+    hand_over: bool = False  # a role change hands running decodes to other instances; else it waits for their end
     hold_s: float = 0.05
     hold_scan: int = 8
     hold_limit_s: float = 10.0
@@ -152,6 +154,8 @@ def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
         record["table_n"] = len(spec.table)
         for k, (least, row) in enumerate(spec.table):
             record["table_bs"][k], record["table_row"][k] = least, row
+        multiplexed = spec.role == Role.MULTIPLEXED
+        record["batching_after"] = Batching.CHUNKED if multiplexed else Batching.LAYERED
         record["target_role"] = -1
         record["last_decode_end"] = -1
     return inst
@@ -188,6 +192,7 @@ def _cluster(specs: Sequence[InstanceSpec], options: ClusterOptions, n_requests:
     c["ask_decode"], c["ask_realloc"], c["ask_tune"] = options.place_decode, options.reallocate, options.tune
     c["roles_allowed"] = sum(1 << int(r) for r in options.roles)
     c["min_prefill"], c["min_decode"] = options.min_prefill, options.min_decode
+    c["at_once"], c["hand_over"] = options.at_once, options.hand_over
     for name in ("hold_s", "control_s"):
         if not getattr(options, name) >= LEAST_INTERVAL_S:
             fix = f"give at least {LEAST_INTERVAL_S:g} seconds: something is done each time"

@@ -55,6 +55,8 @@ CLUSTER = np.dtype(
         ("roles_allowed", np.int32),  # bit mask of roles a REALLOCATE may choose
         ("min_prefill", np.int32),  # instances that must stay able to prefill / decode
         ("min_decode", np.int32),
+        ("at_once", np.int32),  # instances that may be in a role change at the same time
+        ("hand_over", np.int32),  # 1: an instance that changes its role hands its running decodes to others
         ("hold_ticks", np.int64),  # a held request is asked for again at the latest after this time
         ("hold_limit", np.int64),  # nobody is held longer than this after arrival
         ("hold_scan", np.int32),  # held requests asked for again per epoch
@@ -122,6 +124,7 @@ INSTANCE = np.dtype(
         ("link", np.int32),  # ingress link that KV for this instance travels on
         ("profile", np.int32),
         ("batching", np.int32),
+        ("batching_after", np.int32),  # in its place once the instance becomes, or ceases to be, MULTIPLEXED
         ("chunk_tokens", np.int32),  # token budget of a fused step / a prefill chunk
         ("prefill_tokens", np.int32),  # token budget of a whole-prompt prefill batch
         ("max_batch", np.int32),  # running sequences

@@ -64,9 +64,13 @@ class Arena:
     n_gpus: int
 
     def arranged(self, plan: Sequence[InstancePlan] | None) -> tuple[InstanceSpec, ...]:
-        """The instances after a policy's static arrangement was applied."""
+        """The instances after a policy's static arrangement was applied.
+
+        :raises SlalomError: it uses a role that the scenario does not allow
+        """
         if plan is None:
             return self.specs
+        self.setting.check_roles(plan, self.scenario.name)
         return tuple(arranged(spec, p) for spec, p in zip(self.specs, plan, strict=True))
 
     def cluster(self, plan: Sequence[InstancePlan] | None, trace: Trace | None, horizon_s: float = 0.0) -> ClusterState:
@@ -114,6 +118,10 @@ def _specs(scenario: Scenario, n_links: int) -> tuple[InstanceSpec, ...]:
     return tuple(specs)
 
 
+def _roles(names: Sequence[str]) -> tuple[Role, ...]:
+    return tuple(Role[name.upper()] for name in names) or tuple(Role)
+
+
 def _options(scenario: Scenario) -> ClusterOptions:
     d = scenario.decisions
     return ClusterOptions(
@@ -122,9 +130,11 @@ def _options(scenario: Scenario) -> ClusterOptions:
         place_decode=d.place_decode,
         reallocate=d.reallocate,
         tune=d.tune,
-        roles=tuple(Role[name.upper()] for name in d.roles) or tuple(Role),
+        roles=_roles(d.roles),
         min_prefill=scenario.min_prefill,
         min_decode=scenario.min_decode,
+        at_once=d.at_once,
+        hand_over=d.drain == "hand_over",
         hold_s=scenario.hold_interval_s,
         hold_scan=scenario.hold_scan,
         hold_limit_s=scenario.hold_limit_s,
@@ -169,6 +179,7 @@ def arena_of(scenario: Scenario) -> Arena:
         specs = _specs(scenario, n_links)
         profile, share = pack(scenario.load_profiles())
         empty = new_cluster(specs, profile, share, classes=classes, options=_options(scenario), links=links)
+        usable = frozenset(_roles(tuple(scenario.usable_roles())))
         _ARENAS[key] = Arena(
             scenario=scenario,
             specs=specs,
@@ -178,7 +189,7 @@ def arena_of(scenario: Scenario) -> Arena:
             profile=profile,
             share=share,
             error=_jitter(scenario),
-            setting=Setting.of_state(empty, *_mean_lengths(scenario)),
+            setting=replace(Setting.of_state(empty, *_mean_lengths(scenario)), usable_roles=usable),
             n_gpus=scenario.n_gpus(),
         )
     return _ARENAS[key]

@@ -14,7 +14,7 @@ from engine.core.decide.patience import hold_event, wake_due, wake_for_idle
 from engine.core.durations import step_ticks, transfer_ticks
 from engine.core.events.handover import pull, transfer_done
 from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
-from engine.core.events.roles import end_role_change, role_change_ready
+from engine.core.events.roles import end_role_change, hand_out, role_change_ready
 from engine.core.kinds import LaneKind, Order, RequestState, Role
 from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
 from engine.core.schedule.batching import plan_lane
@@ -160,6 +160,7 @@ def _lane_event(s, q, i, l):
             # Every prompt that is through makes room for one that was held.
             wake_held(s, queued - s.lists[queue_of(i), 2])
     lane.kind = _IDLE
+    hand_out(s, i)
     s.inst[i].dirty = 1
 
 

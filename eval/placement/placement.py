@@ -139,7 +139,15 @@ def _group(scenario: Scenario, profile: Profile, role: str, count: int, **change
 
 
 def arrangements(scenario: Scenario, gpus: int) -> Iterator[Arrangement]:
-    """Every arrangement on ``gpus`` GPUs with default budgets; all of them use as many as they can."""
+    """Every arrangement on ``gpus`` GPUs with default budgets, of roles that the scenario allows; all of them use as
+    many GPUs as they can."""
+    usable = scenario.usable_roles()
+    for arrangement in _every(scenario, gpus):
+        if all(group.role in usable for group in arrangement.groups):
+            yield arrangement
+
+
+def _every(scenario: Scenario, gpus: int) -> Iterator[Arrangement]:
     profiles = [p for p in siblings(scenario) if p.tp <= gpus]
     for profile in profiles:
         n = gpus // profile.tp

@@ -180,7 +180,8 @@ class _World:
         profile_of = tuple(place.profile for place in scenario.placements())
         if len(profile_of) < 2:
             raise SlalomError("--replan", scenario.name, "one instance cannot be split; choose a scenario with more")
-        levers = {"reallocate": True, "roles": ["prefill", "decode"]}
+        start = sorted(scenario.usable_roles())
+        levers = {"reallocate": True, "roles": ["prefill", "decode"], "start_roles": start}
         fixed = scenario.with_overrides({"decisions": levers, "min_prefill": 1, "min_decode": 1})
         return _World(fixed, tuple(profile_of.count(p) for p in range(max(profile_of) + 1)), profile_of)
 

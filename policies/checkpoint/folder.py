@@ -106,6 +106,7 @@ class LoadedPolicy:
         plans = self.manifest.arrangement
         if plans is not None:
             base = replace(base, arrangement=resized([p.plan() for p in plans], setting.n_instances))
+            setting.check_roles(base.arrangement or (), self.manifest.name)
         network, normal = self.manifest.network, self.manifest.normalisation
         if network is None or normal is None:
             return replace(base, name=self.name, fallback=self.manifest.fallback)

@@ -132,6 +132,7 @@ def random_cluster(seed: int, n_requests: int = 30) -> tuple[ClusterState, int]:
     profile, share = tables(shares=3)
     profile["switch_full"] = int(rng.integers(0, 2))
     flags = [bool(x) for x in rng.integers(0, 2, 5)]
+    at_once, hand_over = np.random.default_rng([seed, 2]).integers(0, 2, 2)
     options = ClusterOptions(
         hash_tokens=BLOCK if rng.random() < 0.7 else 0,
         hold=flags[0],
@@ -139,6 +140,8 @@ def random_cluster(seed: int, n_requests: int = 30) -> tuple[ClusterState, int]:
         place_decode=flags[2],
         reallocate=flags[3],
         tune=flags[4],
+        at_once=1 + 2 * int(at_once),
+        hand_over=bool(hand_over),
         hold_s=0.004,
         hold_scan=2,
         control_s=0.05,

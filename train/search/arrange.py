@@ -56,7 +56,7 @@ def random_plans(setting: Setting, rng: np.random.Generator) -> tuple[InstancePl
     if draw < 0.1:
         return None
     whole = [role for role in roles if role not in (Role.PREFILL, Role.DECODE)]
-    if draw < 0.4 or n < 2:
+    if whole and (draw < 0.4 or n < 2):
         return (_random_plan(whole[int(rng.integers(len(whole)))], setting, rng),) * n
     while True:
         first, second = (roles[int(rng.integers(len(roles)))] for _ in range(2))
@@ -67,8 +67,9 @@ def random_plans(setting: Setting, rng: np.random.Generator) -> tuple[InstancePl
 
 
 def _roles(setting: Setting) -> list[Role]:
-    roles = [Role.MIXED, Role.PREFILL, Role.DECODE]
-    return [*roles, Role.MULTIPLEXED] if int(setting.profile["n_shares"].min()) > 1 else roles
+    shares = int(setting.profile["n_shares"].min()) > 1
+    roles = [Role.MIXED, Role.PREFILL, Role.DECODE, *([Role.MULTIPLEXED] if shares else [])]
+    return [role for role in roles if role in setting.usable_roles]
 
 
 def composed(setting: Setting) -> list[tuple[InstancePlan, ...]]:

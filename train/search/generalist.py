@@ -28,6 +28,7 @@ __all__ = ["generalist_design", "named", "sized", "train_generalist"]
 _DRAWN = 3  # scenarios of one generation
 _LOADS = ((0.8, 1.1), (0.97, 1.2), (0.4, 1.05))
 _SEED, _KNEE_EVERY = 40_000, 25
+_ROLES = ("reallocate", "roles", "start_roles", "at_once", "drain")  # levers of role changes, which no size keeps
 
 Report = Callable[[str, float, str], None]
 
@@ -47,7 +48,8 @@ def sized(scenario: Scenario, n: int) -> Scenario:
     groups = [scenario.cluster[0].model_dump(mode="json") | {"count": n, "role": "mixed", "batching": "chunked"}]
     rates = {"low": scenario.rates.low * n / before / 4, "high": scenario.rates.high * n / before * 4}
     changes = {"cluster": groups, "rates": rates, "reference_rate": scenario.reference_rate * n / before}
-    return scenario.with_overrides(changes | {"decisions.reallocate": False, "decisions.roles": []})
+    levers = {name: value for name, value in scenario.decisions.model_dump(mode="json").items() if name not in _ROLES}
+    return scenario.with_overrides(changes | {"decisions": levers})
 
 
 def named(text: str) -> Scenario:

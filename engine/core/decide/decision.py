@@ -15,7 +15,7 @@ from engine.core.decide.features import candidate_row, context_row
 from engine.core.decide.patience import fits, is_idle, may_hold, may_shed, note_hold
 from engine.core.events.handover import drop_handover, hand_over
 from engine.core.events.lifecycle import hold, place, shed
-from engine.core.events.roles import begin_role_change
+from engine.core.events.roles import begin_role_change, count_able, may_change
 from engine.core.kinds import Batching, RequestState, Role
 from engine.core.kv import blocks_for
 from engine.core.lists import HANDOVER, PLACING, remove
@@ -136,38 +136,20 @@ def _build_place_decode(s, r, now, needs, candidates, mask):
 
 
 @kernel
-def _count_roles(s):
-    """Instances that are, and stay, able to prefill and to decode."""
-    prefill, decode = 0, 0
-    for i in range(s.cluster[0].n_instances):
-        if s.inst[i].lost == 1:
-            continue
-        role = s.inst[i].role if s.inst[i].target_role < 0 else s.inst[i].target_role
-        prefill += 1 if role != _DECODE else 0
-        decode += 1 if role != _PREFILL else 0
-    return prefill, decode
-
-
-@kernel
 def _build_reallocate(s, now, needs, candidates, mask):
     n = s.cluster[0].n_instances
-    prefill, decode = _count_roles(s)
     _empty_row(candidates[0], _IS_KEEP)
     mask[0] = 1
     k = 1
     for i in range(n):
-        role = s.inst[i].role
+        prefill, decode = count_able(s, i)
         for new in range(4):
-            if new == role:
+            if new == s.inst[i].role:
                 continue
             candidate_row(s, i, -1, _REALLOCATE, now, needs, candidates[k])
             candidates[k, _TO_PREFILL + new] = 1.0
             candidates[k, _NEW_ROLE] = new
-            left_prefill = prefill - (1 if role != _DECODE else 0) + (1 if new != _DECODE else 0)
-            left_decode = decode - (1 if role != _PREFILL else 0) + (1 if new != _PREFILL else 0)
-            ok = (s.cluster[0].roles_allowed >> new) & 1 == 1 and s.cluster[0].moving_roles == 0 and s.inst[i].lost == 0
-            ok = ok and left_prefill >= s.cluster[0].min_prefill and left_decode >= s.cluster[0].min_decode
-            mask[k] = 1 if ok else 0
+            mask[k] = 1 if may_change(s, i, new, prefill, decode) else 0
             k += 1
     return k
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.events.handover import start_link
-from engine.core.events.roles import begin_role_change
+from engine.core.events.roles import begin_role_change, count_able, may_change
 from engine.core.kinds import LaneKind, RequestState, Role
 from engine.core.kv import release, release_chain
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, link_list, push_back, queue_of, ready_of, remove
@@ -20,7 +20,7 @@ from engine.jit.kernel import kernel
 
 __all__ = ["abort", "evacuate", "fail_transfer", "lose", "release_blocks", "request_role"]
 
-_PREFILL, _DECODE, _MIXED = int(Role.PREFILL), int(Role.DECODE), int(Role.MIXED)
+_PREFILL, _MIXED = int(Role.PREFILL), int(Role.MIXED)
 _K_IDLE, _K_DECODE, _K_FUSED = int(LaneKind.IDLE), int(LaneKind.DECODE), int(LaneKind.FUSED)
 (_NEW, _PLACING, _HELD, _WAITING, _PREFILLING, _HANDOVER, _INBOUND, _MOVING, _READY, _RUNNING, _FINISHED,
  _, _FAILED) = (int(x) for x in RequestState)  # fmt: skip
@@ -252,19 +252,12 @@ def release_blocks(words, i, tail, n):
 def request_role(words, i, role):
     """Begin the change of instance ``i`` to ``role``, as a REALLOCATE answer would.
 
-    :return: False when another change is under way, or too few instances could prefill or decode afterwards
+    :return: False where the scenario does not allow it: too many changes under way, or too few instances that could
+        prefill or decode
     """
     s = attach(words)
-    if s.cluster[0].moving_roles > 0 or (s.cluster[0].roles_allowed >> role) & 1 == 0 or s.inst[i].lost == 1:
-        return False
-    prefill, decode = 0, 0
-    for j in range(s.cluster[0].n_instances):
-        if s.inst[j].lost == 1:
-            continue
-        other = role if j == i else s.inst[j].role
-        prefill += 1 if other != _DECODE else 0
-        decode += 1 if other != _PREFILL else 0
-    if prefill < s.cluster[0].min_prefill or decode < s.cluster[0].min_decode:
+    prefill, decode = count_able(s, i)
+    if not may_change(s, i, role, prefill, decode):
         return False
     if s.inst[i].role != role:
         begin_role_change(s, i, role)

@@ -1,18 +1,122 @@
-"""Role changes: drain, pay for the switch, serve in the new role. No request is lost on the way."""
+"""Role changes: drain, pay for the switch, serve in the new role. No request is lost on the way.
+
+An instance that may not decode in its new role is rid of its running requests in one of two ways, as the scenario says:
+it waits for their end, or it hands them over. Then, at every step boundary, it gives as many to others as those have
+room for and their links are free for; they pull the KV as after a prefill, and the rest goes on decoding meanwhile.
+"""
 
 from __future__ import annotations
 
 from engine.core.kinds import LaneKind, RequestState, Role
+from engine.core.kv import blocks_for
 from engine.core.lists import HANDOVER, PLACING, inbound_of, pop_front, push_back, queue_of, ready_of, remove
+from engine.core.schedule.preemption import gives_up_decodes, recount_due
 from engine.jit.kernel import kernel
 
-__all__ = ["begin_role_change", "end_role_change", "role_change_ready"]
+__all__ = ["begin_role_change", "count_able", "end_role_change", "hand_out", "may_change", "role_change_ready"]
 
-_PREFILL = int(Role.PREFILL)
+_PREFILL, _DECODE, _, _MULTIPLEXED = (int(r) for r in Role)
 _PLACING = int(RequestState.PLACING)
 _WAITING = int(RequestState.WAITING)
 _HANDOVER = int(RequestState.HANDOVER)
-_IDLE = int(LaneKind.IDLE)
+_IDLE, _K_PREFILL = int(LaneKind.IDLE), int(LaneKind.PREFILL)
+#: Requests that one receiver has on the way at most: each stands still for no longer than so many transfers.
+_ON_THE_WAY = 4
+
+
+@kernel
+def count_able(s, but):
+    """Instances other than ``but`` that can prefill and that can decode, and still can after their role change."""
+    prefill, decode = 0, 0
+    for i in range(s.cluster[0].n_instances):
+        if i == but or s.inst[i].lost == 1:
+            continue
+        role, target = s.inst[i].role, s.inst[i].target_role
+        prefill += 1 if role != _DECODE and target != _DECODE else 0
+        decode += 1 if role != _PREFILL and target != _PREFILL else 0
+    return prefill, decode
+
+
+@kernel
+def may_change(s, i, role, prefill, decode):
+    """Whether instance ``i`` may begin a change to ``role``, (``prefill``, ``decode``) being ``count_able(s, i)``.
+
+    No change takes away what the stated minima need, while it drains or afterwards.
+    """
+    c, inst = s.cluster[0], s.inst[i]
+    if (c.roles_allowed >> role) & 1 == 0 or c.moving_roles >= c.at_once or inst.target_role >= 0 or inst.lost == 1:
+        return False
+    if inst.role != _DECODE and role == _DECODE and prefill < c.min_prefill:
+        return False
+    return not (inst.role != _PREFILL and role == _PREFILL and decode < c.min_decode)
+
+
+@kernel
+def _receiver(s, i, j):
+    """Whether instance ``j`` is one that draining instance ``i`` may hand decodes to."""
+    other = s.inst[j]
+    return j != i and other.lost == 0 and other.target_role < 0 and other.role != _PREFILL
+
+
+@kernel
+def _room(s, i):
+    """What others can take from draining instance ``i`` now: (requests, blocks, most blocks of one request).
+
+    Half of what is free is left to the growth of those that are there.
+    """
+    n, blocks, most = 0, 0, 0
+    for j in range(s.cluster[0].n_instances):
+        if not _receiver(s, i, j):
+            continue
+        other = s.inst[j]
+        coming = s.lists[inbound_of(j), 2] + other.moving_n
+        seats = other.max_batch - other.run_n - s.lists[ready_of(j), 2] - coming
+        free = s.pool[other.pool].free // 2
+        n += max(min(seats, _ON_THE_WAY - coming), 0)
+        blocks += free
+        most = max(most, free)
+    return n - s.lists[HANDOVER, 2], blocks, most
+
+
+@kernel
+def _to_hand_over(s, i, r):
+    """Request ``r``, out of the running set and every list, waits for a PLACE_DECODE answer."""
+    s.req[r].state = _HANDOVER
+    s.req[r].dest = -1
+    s.inst[i].out_n += 1
+    push_back(s.lists, s.req, HANDOVER, r)
+
+
+@kernel
+def hand_out(s, i):
+    """A step of instance ``i`` ended, or its role change begins: hand over what others have room for, the newest first.
+
+    Nothing is done while a step with the running set is in flight, nor where the scenario has decodes waited for.
+    """
+    if s.cluster[0].hand_over == 0 or not gives_up_decodes(s, i):
+        return
+    for l in range(2):
+        if s.lane[i, l].kind != _IDLE and s.lane[i, l].kind != _K_PREFILL:
+            return
+    n, blocks, most = _room(s, i)
+    ready, before = ready_of(i), s.inst[i].run_n
+    while n > 0 and s.inst[i].run_n + s.lists[ready, 2] > 0:
+        waits = s.lists[ready, 2] > 0
+        r = s.lists[ready, 1] if waits else s.run[i, s.inst[i].run_n - 1]
+        need = blocks_for(s.req[r].computed + 1, s.cluster[0].block_tokens)
+        if need > most or need > blocks:
+            break
+        if waits:
+            remove(s.lists, s.req, ready, r)
+        else:
+            s.inst[i].run_n -= 1
+            s.inst[i].run_ctx -= s.req[r].computed
+            s.inst[i].held_tokens += s.req[r].computed
+        _to_hand_over(s, i, r)
+        n -= 1
+        blocks -= need
+    if s.inst[i].run_n < before:
+        recount_due(s, i)
 
 
 @kernel
@@ -41,6 +145,7 @@ def begin_role_change(s, i, role):
             s.req[r].state = _HANDOVER
             s.req[r].dest = -1
             push_back(s.lists, s.req, HANDOVER, r)
+    hand_out(s, i)
     s.inst[i].dirty = 1
 
 
@@ -52,10 +157,9 @@ def role_change_ready(s, i):
         return False
     if s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE or s.lists[queue_of(i), 2] > 0:
         return False
-    full = s.profile[s.inst[i].profile].switch_full == 1
-    if full and s.inst[i].out_n > 0:
+    if s.profile[s.inst[i].profile].switch_full == 1 and s.inst[i].out_n > 0:
         return False
-    if full or role == _PREFILL:
+    if gives_up_decodes(s, i):
         waiting = s.lists[ready_of(i), 2] + s.lists[inbound_of(i), 2] + s.inst[i].moving_n
         return s.inst[i].run_n == 0 and waiting == 0
     return True
@@ -81,6 +185,8 @@ def end_role_change(s, i):
     """The switch of instance ``i`` has been paid for: it serves in its new role from now on."""
     if s.profile[s.inst[i].profile].switch_full == 1 and s.pool[s.inst[i].pool].sharers == 1:
         _flush_cache(s, s.inst[i].pool)
+    if (s.inst[i].role == _MULTIPLEXED) != (s.inst[i].target_role == _MULTIPLEXED):
+        s.inst[i].batching, s.inst[i].batching_after = s.inst[i].batching_after, s.inst[i].batching
     s.inst[i].role = s.inst[i].target_role
     s.inst[i].target_role = -1
     s.inst[i].switching = 0

@@ -22,7 +22,7 @@ from engine.core.schedule.predict import (
     table_row,
     whole_device,
 )
-from engine.core.schedule.preemption import note_due, recount_due, secure_decode
+from engine.core.schedule.preemption import gives_up_decodes, note_due, recount_due, secure_decode
 from engine.core.schedule.prompts import admit_alone, plan_queue, take
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, prefill_s, to_ticks
@@ -104,6 +104,8 @@ def _take_running(s, i, l):
 @kernel
 def _jump_limit(s, i):
     """Decode steps of the present running set until the first request ends or blocks might run out."""
+    if s.cluster[0].hand_over == 1 and gives_up_decodes(s, i):
+        return np.int64(1)  # after every step some are handed over
     size = s.cluster[0].block_tokens
     pool = s.pool[s.inst[i].pool]
     if s.lists[queue_of(i), 2] > 0 and pool.cached > 0 and pool.spare_n < s.inst[i].run_n:

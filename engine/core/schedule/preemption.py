@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.core.kinds import Order, RequestState
+from engine.core.kinds import Order, RequestState, Role
 from engine.core.kv import grow, release
 from engine.core.lists import place_by_work, push_before, push_front, queue_of, remove
 from engine.core.schedule.predict import whole_device
@@ -13,6 +13,7 @@ from engine.latency.evaluate import prefill_s, times, to_ticks
 
 __all__ = [
     "give_way",
+    "gives_up_decodes",
     "note_due",
     "partly_prefilled",
     "preempt",
@@ -26,6 +27,14 @@ _WAITING = int(RequestState.WAITING)
 _RUNNING = int(RequestState.RUNNING)
 _FAILED = int(RequestState.FAILED)
 _PREEMPTIVE = int(Order.SHORTEST_PREEMPTIVE)
+_PREFILL = int(Role.PREFILL)
+
+
+@kernel
+def gives_up_decodes(s, i):
+    """Whether instance ``i`` must be rid of its decodes before its pending role change."""
+    role = s.inst[i].target_role
+    return role >= 0 and (role == _PREFILL or s.profile[s.inst[i].profile].switch_full == 1)
 
 
 @kernel(forceinline=True)
