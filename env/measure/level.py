@@ -99,11 +99,16 @@ def mean_level(
     return sum(float(p.metrics["level"]) for p in points) / len(points)
 
 
-def run_length(scenario: Any, rate: float, n: int, split: Split = "train") -> int:
-    """Requests of a run at ``rate`` in which starvation would show: at least ``n``, where the workload has so many."""
+def run_length(scenario: Any, rate: float, n: int, split: Split = "train", *, waits: bool = True) -> int:
+    """Requests of a run at ``rate`` in which starvation would show: at least ``n``, where the workload has so many.
+
+    :param waits: False: a first look, long enough for whole episodes, not for waits
+    """
     key = scenario.hash()
     _KNOWN.setdefault(key, scenario)
     seconds, turns = _least(key)
+    if not waits:
+        seconds = scenario.workload.natural_s
     return min(max(n, math.ceil(rate * turns * seconds)), _most(key, split))
 
 

@@ -320,6 +320,7 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
     if not asked:
         return []
     from eval.compare.static import TRIALS, search_static
+    from train.search.levers import EVERY
     from train.search.tune import KNEE, tune
 
     pool, width = _pool(request)
@@ -343,7 +344,7 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
             entry = search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
         else:
             best = tune(
-                contender.policy, request.scenario, trials, rates=rates, knee=knee, levers=True, prune=request.prune,
+                contender.policy, request.scenario, trials, rates=rates, knee=knee, levers=EVERY, prune=request.prune,
                 pool=pool, width=2 * width, **effort,
             )  # fmt: skip
             entry = {"policy": contender.policy, **best.as_dict()}

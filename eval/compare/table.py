@@ -38,6 +38,7 @@ from eval.compare.paired import measured_goodput
 from eval.compare.session import label_of, scaled
 from eval.compare.static import TRIALS, search_static
 from policies.registry import names
+from train.search.levers import EVERY
 from train.search.tune import MANNER, tune
 
 __all__ = [
@@ -222,7 +223,7 @@ def _tuned(
         return None
     rates = [factor * task.knee for factor in FACTORS]
     effort = _effort(scenario, settings)
-    effort |= {"rates": rates, "knee": task.knee, "levers": True, "prune": True}
+    effort |= {"rates": rates, "knee": task.knee, "levers": EVERY, "prune": True}
     found = tune(task.policy, scenario, task.request.tune, **effort)
     search = {"trials": found.trials, "simulated_requests": found.simulated_requests, "default": found.default}
     search |= {"score": found.score}

@@ -35,6 +35,7 @@ from env.scenario import Scenario
 from eval.compare.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
 from eval.studies.scoretable import TARGETS, table, told
 from train.search.direct import rules_of
+from train.search.levers import EVERY
 from train.search.tune import KNEE, knee_rate, tune
 
 __all__ = [
@@ -234,7 +235,7 @@ def screen(name: str, requests: float = _SCREENED) -> list[tuple[str, float, dic
     for rule in rules_of(scenario):
         rates = [factor * knee for factor in KNEE]
         best = tune(
-            rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=True, requests=requests, settings=settings,
+            rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=EVERY, requests=requests, settings=settings,
             prune=True,
         )  # fmt: skip
         found.append((rule, best.rates[2], dict(best.levers)))

@@ -182,6 +182,7 @@ def _best_rule(
     from env.measure.digest import code_sha256, scenario_hash
     from eval.studies.scoreboard import MOST_TRIALS
     from policies import registry
+    from train.search.levers import EVERY
     from train.search.tune import KNEE, MANNER, knee_rate, tune
 
     settings = PointSettings(n_requests=scenario.n_requests)
@@ -198,7 +199,7 @@ def _best_rule(
             rates = [factor * knee for factor in KNEE]
             print(f"{scenario.name}: tune {rule}, {requests / 1e6:.1f} M requests", file=sys.stderr, flush=True)
             found = tune(
-                rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=True, requests=requests, settings=settings,
+                rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=EVERY, requests=requests, settings=settings,
                 prune=True,
             )  # fmt: skip
             write_json(path, found.as_dict())

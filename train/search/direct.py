@@ -36,13 +36,14 @@ __all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
 _STRICT = (0.35, 0.95)  # least and greatest of the lowest, likewise; where the goodput at 99 % lies between
 _MODERATE = 0.7  # where it is while that goodput is not known, or none
 #: Successive halving: share of the designs still in, loads (times the knee; empty: the rates of the objective), seeds,
-#: requests of one simulation (for one of 2000).
+#: requests of one simulation (for one of 2000). The first two are a first look: bursts are cheap and tell the worst.
 _RUNGS: tuple[tuple[float, tuple[float, ...], int, int], ...] = (
     (1.0, (1.15,), 1, 1000),
     (0.35, (1.0, 1.2), 1, 1500),
     (0.12, (0.8, 1.0, 1.2), 3, 2000),
     (0.0, (), 6, 2500),
 )
+_FIRST_LOOK = 2  # rungs
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
 _KNEE_SEEDS, _FINAL_SEEDS = 4, 10
 _KNEE_RATES = 12  # about so many rates are looked at for a knee
@@ -151,12 +152,13 @@ class _Search:
         """Share of the budget spent."""
         return max(self.fitness.requests / self.most_requests, (time.monotonic() - self.begin) / self.most_seconds)
 
-    def windows(self, most: int, simulations: int, share: float) -> int:
+    def windows(self, most: int, simulations: int, share: float, waits: bool = True) -> int:
         """Arrival sequences (or lengths), at most ``most``, so that ``simulations`` on each cost ``share`` of all."""
         total = self.most_requests
         if total == float("inf"):
             total = self.fitness.requests / max(self.used, 1e-3)
-        return int(np.clip(share * total // (simulations * self.n_requests), 1, most))
+        n = self.fitness.length(self.knee, self.n_requests, waits)
+        return int(np.clip(share * total // (simulations * n), 1, most))
 
     def note(self, phase: str, done: float, best: float) -> None:
         text = f"{self.fitness.requests / 1e6:.1f} M requests  knee {self.knee:.4g}/s  best {100 * best:.2f} %"
@@ -173,12 +175,12 @@ class _Search:
         """Successive halving; leaves the designs it knows best in ``ranked``, best first."""
         config, reference = self.config, self.fitness.scenario.reference_rate
         pool = [Design(name) for name in (*self.rules, "linear_score")]
-        knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1), i) for i, d in enumerate(pool)]
+        knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1, waits=False), i) for i, d in enumerate(pool)]
         self.knee, best = max(knees)
         self.strict = _MODERATE * self.knee
         self.incumbent(pool[best])
         # a round costs about 4000 requests a design; a small budget draws fewer
-        afford = 0.25 * config.share * self.most_requests / self.n_requests
+        afford = 0.25 * config.share * self.most_requests / self.fitness.length(self.knee, self.n_requests, False)
         n = int(max(min(config.designs, afford), 8))
         pool += [reordered(design, self.setting, Order.ON_TIME) for design in pool]
         plain = [Design("linear_score", plans=plans) for plans in composed(self.setting)]
@@ -202,10 +204,12 @@ class _Search:
             designs, cut = designs[:left], designs[left:]
             first = _FIRST_SEED + 100 * turn + 10 * rung
             rates = [load * self.knee for load in loads] or self.rates()
-            seeds = self.windows(seeds, len(designs) * len(rates), _RUNG_SHARE)
+            waits = rung >= _FIRST_LOOK
+            seeds = self.windows(seeds, len(designs) * len(rates), _RUNG_SHARE, waits)
             scored = []
             for i, design in enumerate(designs):
-                score = self.fitness.score(design, rates, range(first, first + seeds), n * self.n_requests // 2000)
+                size = n * self.n_requests // 2000
+                score = self.fitness.score(design, rates, range(first, first + seeds), size, waits=waits)
                 scored.append((score, -i))
                 if design.plans is None and design.rule != "linear_score":
                     self.rules_seen.append((rung, score, design))

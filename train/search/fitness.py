@@ -58,9 +58,9 @@ class Fitness:
         self.requests = 0
         self._traces: OrderedDict[tuple[float, int, int], Trace] = OrderedDict()
 
-    def length(self, rate: float, n: int) -> int:
-        """Requests of a run at ``rate``: ``n``, or more where starvation would not show."""
-        return run_length(self.scenario, rate, n, self.split)
+    def length(self, rate: float, n: int, waits: bool = True) -> int:
+        """Requests of a run at ``rate``: ``n``, or more, see ``env.measure.level.run_length``."""
+        return run_length(self.scenario, rate, n, self.split, waits=waits)
 
     def trace(self, rate: float, seed: int, n: int) -> Trace:
         """Arrivals of (rate, seed), built once while they are in use."""
@@ -72,45 +72,55 @@ class Fitness:
         self._traces.move_to_end(key)
         return self._traces[key]
 
-    def level(self, policy: Policy, rate: float, seed: int, n: int) -> float:
+    def level(self, policy: Policy, rate: float, seed: int, n: int, waits: bool = True) -> float:
         """Of one run; see ``env.measure.level``."""
-        n = self.length(rate, n)
+        n = self.length(rate, n, waits)
         run = simulate(self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n))
         self.requests += n
         return level_of(run, tail_factor=self.scenario.tail_factor, warmup=_WARMUP)
 
-    def score(self, design: Design, rates: Sequence[float], seeds: Sequence[int], n: int) -> float:
-        """Mean over seeds, :func:`merged` over rates; 0 where the rule does not fit the scenario."""
+    def score(
+        self, design: Design, rates: Sequence[float], seeds: Sequence[int], n: int, *, waits: bool = True
+    ) -> float:
+        """Mean over seeds, :func:`merged` over rates; 0 where the rule does not fit the scenario.
+
+        :param waits: False: a first look, in runs too short for starvation to show
+        """
         try:
             policy = design.bind(self.setting)
-            cells = [[self.level(policy, rate, seed, n) for seed in seeds] for rate in rates]
+            cells = [[self.level(policy, rate, seed, n, waits) for seed in seeds] for rate in rates]
         except SlalomError:
             return 0.0
         return merged([sum(row) / len(row) for row in cells])
 
-    def knee(self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
-        """The largest rate with a level of 90 %, requests per second; 0 where there is none."""
+    def knee(
+        self, design: Design, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03, *, waits: bool = True
+    ) -> float:
+        """The largest rate with a level of 90 %, requests per second; 0 where there is none.
+
+        :param waits: as in :meth:`score`
+        """
         try:
             policy = design.bind(self.setting)
         except SlalomError:
             return 0.0
-        return self.goodput(policy, start, seeds, n, tolerance)
+        return self._rates(policy, start, seeds, n, (0.9,), waits, tolerance=tolerance)[0]
 
     def goodput(self, policy: Policy, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
         """The same of a bound policy."""
-        return self._goodputs(policy, start, seeds, n, (0.9,), tolerance)[0]
+        return self._rates(policy, start, seeds, n, (0.9,), True, tolerance=tolerance)[0]
 
     def knees(self, design: Design, start: float, seeds: Sequence[int], n: int) -> tuple[float, float]:
         """The same at 90 and at 99 % for a design known to hold 90 % near ``start``."""
-        found = self._goodputs(design.bind(self.setting), start, seeds, n, (0.9, 0.99), 0.03, step=1.2, widest=16.0)
+        near = {"tolerance": 0.03, "step": 1.2, "widest": 16.0}
+        found = self._rates(design.bind(self.setting), start, seeds, n, (0.9, 0.99), True, **near)
         return found[0], found[1]
 
-    def _goodputs(
-        self, policy: Policy, start: float, seeds: Sequence[int], n: int, targets: Sequence[float], tolerance: float,
+    def _rates(
+        self, policy: Policy, start: float, seeds: Sequence[int], n: int, targets: Sequence[float], waits: bool,
         **search: float,
     ) -> list[float]:  # fmt: skip
         def level(rate: float) -> float:
-            return sum(self.level(policy, rate, seed, n) for seed in seeds) / len(seeds)
+            return sum(self.level(policy, rate, seed, n, waits) for seed in seeds) / len(seeds)
 
-        found = find_goodput(level, start, targets=targets, tolerance=tolerance, **search)
-        return [at.rate for at in found.goodput]
+        return [at.rate for at in find_goodput(level, start, targets=targets, **search).goodput]

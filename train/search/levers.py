@@ -7,7 +7,7 @@ prefill batches and SM shares. Names begin with ``lever.`` so that they meet no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,9 @@ from policies.rule import Param, Value
 from policies.setting import Setting
 from train.search.arrange import composed
 
-__all__ = ["OWN", "Levers"]
+__all__ = ["EVERY", "OWN", "Levers", "label"]
+
+EVERY = ("roles", "order", "chunk_tokens", "prefill_tokens", "headroom")
 
 OWN = "own"  # of the rule, or of the scenario where the rule arranges nothing
 _ORDERS = {"fcfs": Order.FCFS, "shortest": Order.SHORTEST, "on_time": Order.ON_TIME}
@@ -30,16 +32,19 @@ class Levers:
     """What may be arranged in one scenario.
 
     :param rule: whose own arrangement is one of the choices
+    :param free: levers that are searched; the others stay as the rule has them
     """
 
-    def __init__(self, rule: str, setting: Setting) -> None:
+    def __init__(self, rule: str, setting: Setting, free: Collection[str] = EVERY) -> None:
         self._rule, self._setting = rule, setting
         self._compositions = {label(plans): plans for plans in composed(setting)}
-        self.params: tuple[Param, ...] = (
+        params = (
             Param("lever.roles", choices=(OWN, *self._compositions), default=OWN),
             Param("lever.order", choices=(OWN, *_ORDERS), default=OWN),
             *(Param(f"lever.{name}", 1.0 / most, most, 1.0, log=True) for name, most in _FACTOR.items()),
         )
+        self._all = {p.name: p.default for p in params}
+        self.params: tuple[Param, ...] = tuple(p for p in params if p.name.removeprefix("lever.") in free)
 
     @property
     def defaults(self) -> dict[str, Value]:
@@ -48,8 +53,9 @@ class Levers:
 
     def starts(self) -> list[dict[str, Value]]:
         """Every composition with its plain budgets and queues on time: the first trials after the defaults."""
-        orders = {"lever.order": "on_time"}
-        return [self.defaults | orders | {"lever.roles": roles} for roles in (OWN, *self._compositions)]
+        plain: dict[str, Value] = {"lever.order": "on_time"} if "lever.order" in self.defaults else {}
+        roles = (OWN, *self._compositions) if "lever.roles" in self.defaults else (OWN,)
+        return [self.defaults | plain | ({"lever.roles": r} if len(roles) > 1 else {}) for r in roles]
 
     def plans(self, levers: Mapping[str, Value], values: Mapping[str, Value]) -> list[InstancePlan] | None:
         """One plan per instance; None: the rule arranges as it does by itself.
@@ -59,6 +65,7 @@ class Levers:
         """
         if all(levers[name] == value for name, value in self.defaults.items()):
             return None
+        levers = self._all | dict(levers)
         roles, order = str(levers["lever.roles"]), str(levers["lever.order"])
         own = registry.get(self._rule).bind(values, self._setting).arrangement if roles == OWN else None
         plans: Sequence[InstancePlan] = self._compositions.get(roles, own or self._scenarios())

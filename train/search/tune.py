@@ -15,7 +15,7 @@ would miss the best few even if it did as well at every rate left as any trial e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +74,7 @@ def tune(
     *,
     rates: Sequence[float],
     knee: float | None = None,
-    levers: bool = False,
+    levers: Collection[str] = (),
     requests: float = float("inf"),
     settings: PointSettings | None = None,
     seeds: Sequence[int] = (0, 1),
@@ -98,7 +98,7 @@ def tune(
     :param trials: at most; a full one simulates at least ``len(rates) * len(seeds) * settings.n_requests`` requests
     :param rates: requests per second of the objective, e.g. ``KNEE`` × :func:`knee_rate`
     :param knee: what ``rates`` are multiples of; they then follow the knee of the best setting. None: they stay
-    :param levers: search the arrangement as well, see :class:`train.search.levers.Levers`
+    :param levers: of the arrangement that are searched as well, some of ``train.search.levers.EVERY``
     :param requests: simulated requests after which the search ends, the final ranking not counted
     :param storage: journal file or URL of a database that makes the search resumable; None keeps it in memory
     :param sampler: one of ``train.search.record.SAMPLERS``
@@ -114,7 +114,7 @@ def tune(
     if trials < 1 or not rates or not seeds:
         raise SlalomError("tune", trials, "give at least one trial, rate and seed")
     name, fixed = parse(rule_name)
-    subject = Subject(get(name), dict(fixed), _levers(name, scenario) if levers else None)
+    subject = Subject(get(name), dict(fixed), _levers(name, scenario, levers) if levers else None)
     settings = settings or PointSettings()
     if not subject.free:
         return TuneResult(name, subject.values(subject.defaults), 0.0, 0.0, 0, 0, "none", tuple(rates), ())
@@ -123,7 +123,7 @@ def tune(
     chosen = choose_sampler(sampler, subject.free)
     inside = replace(settings, split="train")
     identity = [code_sha256(), scenario_hash(scenario), inside.__dict__, dict(fixed), list(seeds), seed]
-    identity += ["levers"] if levers else []
+    identity += ["levers", *levers] if levers else []
     with Evaluator(scenario, inside, jobs=jobs, measure=measure) as here:
 
         def begin(rates: tuple[float, ...], first: Sequence[Drawn]) -> Study:
@@ -185,10 +185,10 @@ def tune(
     )
 
 
-def _levers(rule: str, scenario: Any) -> Levers:
+def _levers(rule: str, scenario: Any, free: Collection[str]) -> Levers:
     from env.surrogate.arena import arena_of
 
-    return Levers(rule, arena_of(scenario).setting)
+    return Levers(rule, arena_of(scenario).setting, free)
 
 
 def _knees(
