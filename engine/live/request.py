@@ -8,17 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.live.fate import ABORT, ERROR, SERVER, SHED, UNPLACEABLE
 from engine.model.sampling import SamplingParams
 from engine.model.stopping import Generation
 from engine.model.tokenizer import Tokenizer
 
 __all__ = ["ABORT", "ERROR", "SHED", "UNPLACEABLE", "Delta", "Request"]
-
-#: Ends of a request beside the model's own (:class:`engine.model.Finish`).
-ABORT = "abort"  # the client is gone, or the engine shut down
-ERROR = "error"  # a step or its transfers failed
-SHED = "shed"  # the policy refused it
-UNPLACEABLE = "unplaceable"  # no instance could ever hold it
 
 _numbers = itertools.count(1)
 
@@ -75,6 +70,11 @@ class Request:
         self.cached_tokens = 0  # of the prompt, found in the prefix cache
         self.ended = False
         self._generation = Generation(params, tokenizer)
+
+    @property
+    def id(self) -> str:
+        """What clients see, unique across processes: 17 of them later, ``1f3a9c02-17``."""
+        return f"{SERVER}-{self.number}"
 
     @property
     def finish(self) -> str | None:

@@ -12,6 +12,7 @@ from engine.core.kinds import Role
 from engine.core.policy import Policy
 from engine.errors import SlalomError
 from engine.live.engine import Engine
+from engine.server.view import state_of
 
 __all__ = ["add_admin"]
 
@@ -114,6 +115,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "instances": [
             {
                 "instance": i,
+                "state": state_of(state, i),
                 "role": roles[x["role"]],
                 "target_role": None if x["target_role"] < 0 else roles[x["target_role"]],
                 "running": int(x["run_n"]),

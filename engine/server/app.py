@@ -54,7 +54,7 @@ def create_app(
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
     """
-    metrics, prompts = Metrics(engine, model), Prompts(engine.tokenizer, engine.max_tokens)
+    metrics, prompts = Metrics(engine, model, classes), Prompts(engine.tokenizer, engine.max_tokens)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -164,7 +164,7 @@ async def _answer(
     cls = class_of(http.headers, body.slo_class, http.app.state.classes)
     stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority)
     assert stream.request is not None
-    shape = Shape(stream.request.number, model, chat=chat)
+    shape = Shape(stream.request.id, model, chat=chat)
     gone = asyncio.ensure_future(_hung_up(http))
     try:
         first = await _or_hang_up(stream, gone)

@@ -223,13 +223,14 @@ class Usage(BaseModel):
 class Shape:
     """The JSON of one kind of answer.
 
+    :param request: its id
     :param chat: chat completion, else plain completion
     """
 
-    def __init__(self, number: int, model: str, *, chat: bool) -> None:
+    def __init__(self, request: str, model: str, *, chat: bool) -> None:
         self._chat = chat
         self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request}",
             "created": int(time.time()),
             "model": model,
         }

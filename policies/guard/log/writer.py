@@ -1,8 +1,6 @@
 """Turns the ring's records into lines of JSON, in a process of its own: the scheduler shares no interpreter with it.
 
-    python -m policies.guard.log.writer RING LOG MAX_BYTES KEEP FEATURES PARENT
-
-It ends when the ring is closed or its parent is gone, after it has written everything that was left.
+Its arguments: RING LOG MAX_BYTES KEEP FEATURES SERVER PARENT. It ends when the ring is closed or its parent is gone, after it has written everything that was left.
 """
 
 from __future__ import annotations
@@ -64,10 +62,11 @@ class Lines:
     """Records as JSON lines.
 
     :param features: ``compact``, or ``full`` for every column
+    :param server: the process whose decisions these are
     """
 
-    def __init__(self, features: str = "compact") -> None:
-        self._full = features == "full"
+    def __init__(self, features: str = "compact", server: str = "") -> None:
+        self._full, self._server = features == "full", server
 
     def line(self, record: np.ndarray) -> bytes:
         """One record (int64 cells, see ``policies.guard.log.ring``) as a line."""
@@ -88,6 +87,7 @@ class Lines:
         reason, advised = REASONS[meta[Meta.REASON]], int(meta[Meta.ADVISED])
         return {
             "type": "decision",
+            "server": self._server,
             "seq": int(meta[Meta.SEQ]),
             "time": int(meta[Meta.TIME_NS]) / 1e9,
             "now_s": int(meta[Meta.NOW]) / 1e9,
@@ -237,13 +237,13 @@ def pump(ring: Ring, lines: Lines, file: Rotated) -> int:
 
 def main(arguments: list[str]) -> None:
     """Serve one ring until it is closed or orphaned."""
-    ring_path, log, max_bytes, keep, features, parent = arguments
+    ring_path, log, max_bytes, keep, features, server, parent = arguments
     for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for the server, which then closes the ring
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(5)
     ring = Ring(Path(ring_path))
-    lines, file = Lines(features), Rotated(Path(log), int(max_bytes), int(keep))
+    lines, file = Lines(features, server), Rotated(Path(log), int(max_bytes), int(keep))
     try:
         over = False
         while True:
@@ -257,7 +257,3 @@ def main(arguments: list[str]) -> None:
     finally:
         file.close()
         Path(ring_path).unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
