@@ -15,25 +15,31 @@ from engine.errors import SlalomError
 __all__ = ["explain_decision", "read_log", "summary"]
 
 
-def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Every line, older files (``path.2``, ``path.1``) first. A last line cut short is left out.
+def read_log(path: Path, left_out: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every line, older files (``path.2``, ``path.1``) first. Lines that a crash has spoilt are left out.
 
-    :raises SlalomError: no such file, or a line that is no JSON
+    :param left_out: gets the places of these
+    :raises SlalomError: no such file, or one that does not begin as a decision log
     """
     older = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit()]
     files = [*sorted(older, key=lambda p: -int(p.suffix[1:])), path]
     if not path.is_file():
         raise SlalomError("--log", str(path), "no such file; serve --decision-log FILE writes one")
     for file in files:
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.endswith("\n"):
-                    break
                 try:
-                    yield json.loads(line)
+                    found = json.loads(line)
+                    if not (line.endswith(b"\n") and isinstance(found, dict) and "type" in found):
+                        raise ValueError("no object with a type")
                 except ValueError as error:
-                    fix = f"not a line of a decision log: {error}"
-                    raise SlalomError(f"{file}:{number}", line[:60], fix) from error
+                    if number == 1 and line.endswith(b"\n"):
+                        fix = f"not a line of a decision log: {error}"
+                        raise SlalomError(f"{file}:{number}", line[:60].decode(errors="replace"), fix) from error
+                    if left_out is not None:
+                        left_out.append(f"{file}:{number}")
+                else:
+                    yield found
 
 
 def _key(line: dict[str, Any], number: str = "generation") -> tuple[str, int]:
@@ -150,7 +156,8 @@ def summary(path: Path) -> dict[str, Any]:
     latency, ratios, met = [], {"ttft": [], "tpot": []}, Counter()  # type: ignore[var-annotated]
     advised = agreed = 0
     policies, events = [], []
-    for line in read_log(path):
+    left_out: list[str] = []
+    for line in read_log(path, left_out):
         kind = line.get("type")
         if kind == "decision":
             kinds[line["kind"]] += 1
@@ -173,6 +180,7 @@ def summary(path: Path) -> dict[str, Any]:
             events.append(line)
     return {
         "decisions": sum(kinds.values()),
+        "unreadable": left_out,
         "kinds": dict(kinds),
         "reasons": dict(reasons),
         "latency_us": {f"p{q}": float(np.percentile(latency, q)) for q in (50, 99)} if latency else {},

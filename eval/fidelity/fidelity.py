@@ -190,7 +190,7 @@ def fidelity(
                 if gauges:
                     entry["slowdown"] = [*speed, gauges[case.scenario]()]
                 if path is not None:
-                    write_json(path, entry)
+                    write_json(path, entry, sealed=True)
                 theirs[case].append(entry)
             done += 1
     say("done", done, total)

@@ -119,7 +119,11 @@ def test_who_leaves_after_its_target_is_a_miss_and_classes_have_names(served: Se
         assert "slalom:slo_attainment_ratio" not in figures(served), "nothing ended"
     until(lambda: served.engine.n_open == 0)
     shares = figures(served)["slalom:slo_attainment_ratio"]
-    assert {metric: shares[("hurry", metric)] for metric in ("both", "ttft", "tpot")} == {"both": 0, "ttft": 0, "tpot": 0}
+    assert {metric: shares[("hurry", metric)] for metric in ("both", "ttft", "tpot")} == {
+        "both": 0,
+        "ttft": 0,
+        "tpot": 0,
+    }
     assert {c for c, _ in shares} == {"hurry"}
     state = served.client.get("/dashboard/state").json()
     assert [c["class"] for c in state["classes"]] == ["chat", "hurry", "idle"]

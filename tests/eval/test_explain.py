@@ -121,6 +121,16 @@ def test_two_servers_on_one_log_are_never_merged(log: Path, tmp_path: Path) -> N
             explain_decision(both, request=bad)
 
 
+def test_a_line_that_a_crash_has_spoilt_is_left_out_and_counted(log: Path, tmp_path: Path) -> None:
+    whole, spoilt = log.read_bytes().splitlines(keepends=True), tmp_path / "spoilt.jsonl"
+    spoilt.write_bytes(b"".join([*whole[:30], whole[30][:40] + whole[31], *whole[32:], b"\0" * 90]))
+    found = summary(spoilt)
+    assert found["unreadable"] == [f"{spoilt}:31", f"{spoilt}:{len(whole)}"]
+    assert found["requests"] == 60
+    run = CliRunner().invoke(app, ["--log", str(spoilt)])
+    assert "2 lines cannot be read" in run.stdout
+
+
 def test_a_log_as_a_whole(log: Path) -> None:
     found = summary(log)
     assert found["reasons"]["invalid"] == found["decisions"] // 10

@@ -1,6 +1,7 @@
 """Turns the ring's records into lines of JSON, in a process of its own: the scheduler shares no interpreter with it.
 
-Its arguments: RING LOG MAX_BYTES KEEP FEATURES SERVER PARENT. It ends when the ring is closed or its parent is gone, after it has written everything that was left.
+Its arguments: RING LOG MAX_BYTES KEEP FEATURES SERVER PARENT. It ends when the ring is closed or its parent is gone,
+after it has written everything that was left.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from engine.common.lines import whole_bytes
 from engine.core.columns import CONTEXT_DIMENSIONLESS, N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
 from policies.guard.log.ring import HEAD, Control, Meta, Ring, Type
 
@@ -157,7 +158,7 @@ class Rotated:
 
     def _open(self) -> BinaryIO:
         file = open(self._path, "a+b", buffering=0)  # noqa: SIM115  (kept open)
-        self._size = _whole(file)
+        self._size = whole_bytes(file)
         if self._size < file.seek(0, os.SEEK_END):
             file.truncate(self._size)  # what was being written when the power went
         return file
@@ -208,19 +209,6 @@ class Rotated:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _whole(file: BinaryIO) -> int:
-    """Bytes up to the end of the last whole line."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        begin = max(end - 65536, 0)
-        file.seek(begin)
-        at = file.read(end - begin).rfind(b"\n")
-        if at >= 0:
-            return begin + at + 1
-        end = begin
-    return 0
 
 
 def pump(ring: Ring, lines: Lines, file: Rotated) -> int:
