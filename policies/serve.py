@@ -236,8 +236,15 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     state = state_of(specs)
     policy = find_policy(options.policy, state)
     if not options.roles and policy.arrangement is not None:
-        specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
+        before, specs = specs, [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
         state = state_of(specs)
+        for i, (old, new) in enumerate(zip(before, specs, strict=True)):
+            if old != new:
+                change = f"{old.role.name} to {new.role.name}" if old.role != new.role else f"{new.role.name} still"
+                _log.info(
+                    "policy %s arranges instance %d: %s (with --roles it does not)", policy.name, i, change.lower()
+                )
+    _tell_of_lanes(specs, int(profile[0]["n_shares"]))
     _log.info("warming up: code is compiled where it is new")
     remote: dict[str, Any] = {"transfer_timeout_s": options.transfer_timeout_s}
     if workers is not None:
@@ -262,6 +269,16 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         drain_s=options.drain_s,
     )
     return engine, application
+
+
+def _tell_of_lanes(specs: Sequence[InstanceSpec], rows: int) -> None:
+    """A word where lanes are not apart: partitions are rows of the profile's table of shares."""
+    shared = [str(i) for i, spec in enumerate(specs) if spec.role == Role.MULTIPLEXED]
+    if shared and rows < 2:
+        _log.warning(
+            "instances %s are multiplexed, but the profile knows no part of the device: prefill and decode run beside "
+            "each other on all of it, not on parts of their own (calibrate --shares measures parts)", ", ".join(shared)
+        )  # fmt: skip
 
 
 def _weights(options: Options, dtype: Any) -> tuple[Any, Workers | None]:

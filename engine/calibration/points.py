@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.common.lines import append_line, heal
+from engine.common.appends import append_line, heal
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 

@@ -150,6 +150,9 @@ class EngineVecEnv(VecEnv):
 
     def reset(self) -> np.ndarray:
         self._leave()
+        if self._seeds[0] is not None:
+            self.episodes.seed, self.episodes.number[0] = self._seeds[0], -1
+            self._reset_seeds()
         self._begin()
         return self._observation()
 

@@ -178,6 +178,10 @@ class SlalomVecEnv(VecEnv):
         self._lengths[chosen] = 0
 
     def reset(self) -> np.ndarray:
+        """The first decision of every cluster, (n_envs, ...); after :meth:`seed` the first episodes of that seed."""
+        if self._seeds[0] is not None:
+            self.episodes.reseed(self._seeds[0])
+            self._reset_seeds()
         for b in range(self.num_envs):
             self.episodes.reset(b)
         self._begin(self._everyone)
@@ -233,6 +237,7 @@ class SlalomVecEnv(VecEnv):
     def set_env_state(self, state: bytes) -> None:
         """Continue with the episodes after those of ``env_state``; the next ``reset`` starts them."""
         self.episodes.number[:] = np.asarray(json.loads(state)["episode"], np.int64) + 1
+        self._reset_seeds()  # it is the sequence of the seed in force that goes on
 
     # -- the rest of the VecEnv interface ---------------------------------------------------------------
 

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from engine.common.appends import append_line, heal
 from engine.common.files import read_json, write_json
-from engine.common.lines import append_line, heal
 from engine.errors import SlalomError
 
 

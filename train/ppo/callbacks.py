@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from engine.common.appends import append_line, heal
 from engine.common.files import write_bytes
-from engine.common.lines import append_line, heal
 from engine.common.progress import Display
 from env.measure.contender import Contender
 from train.ppo.judge import Judge, Verdict

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from engine.common.lines import heal
+from engine.common.appends import heal
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 

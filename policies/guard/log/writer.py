@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
-from engine.common.lines import whole_bytes
+from engine.common.appends import whole_bytes
 from engine.core.columns import CONTEXT_DIMENSIONLESS, N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
 from policies.guard.log.ring import HEAD, Control, Meta, Ring, Type
 
