@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from engine.live.fate import ABORT, ERROR, SERVER, SHED, UNPLACEABLE
-from engine.model.sampling import SamplingParams
+from engine.model.sampling import Logprobs, SamplingParams
 from engine.model.stopping import Generation
 from engine.model.tokenizer import Tokenizer
 
@@ -25,6 +25,7 @@ class Delta:
     :param token: its new token; None when it ended without one
     :param text: text that is now certain (may lag behind the tokens, and may be empty)
     :param finish: why it ended, None while it goes on
+    :param logprobs: what the model thought of it, where the request asked
 
     Not a named tuple, of which making and reading take longer: there is one for every token.
     """
@@ -32,6 +33,7 @@ class Delta:
     token: int | None
     text: str
     finish: str | None
+    logprobs: Logprobs | None = None
 
 
 class Request:
@@ -56,6 +58,8 @@ class Request:
         priority: int = 0,
     ) -> None:
         self.number = next(_numbers)
+        if params.penalises:
+            params = replace(params, counts={})  # its own: callers use their parameters again
         self.params, self.sink, self.cls = params, sink, cls
         self.ttft_slo, self.tpot_slo, self.priority = ttft_slo, tpot_slo, priority
         self.n_prompt = self.n_tokens = len(prompt)
@@ -82,13 +86,15 @@ class Request:
         finish = self._generation.finish
         return None if finish is None else str(finish)
 
-    def push(self, token: int) -> Delta:
+    def push(self, token: int, logprobs: Logprobs | None = None) -> Delta:
         """Take the next sampled token. Only the lane that runs the request calls this."""
         text = self._generation.push(token)
+        if self.params.penalises:
+            self.params.counts[token] = self.params.counts.get(token, 0) + 1
         self.tokens[self.n_tokens] = self.newest = token
         self.n_tokens += 1
         finish = self._generation.finish
         if finish is None:
-            return Delta(token, text, None)
+            return Delta(token, text, None, logprobs)
         self.due = -1
-        return Delta(token, text, str(finish))
+        return Delta(token, text, str(finish), logprobs)

@@ -26,7 +26,8 @@ from engine.server.ending import say_goodbye
 from engine.server.limits import BodyLimit, most_bytes
 from engine.server.metrics import Metrics
 from engine.server.prompts import Prompts
-from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, class_of, error_body, targets_of
+from engine.server.protocol import ChatRequest, CompletionRequest, Usage, class_of, error_body, targets_of
+from engine.server.shape import Shape
 from engine.server.streams import Mailroom, Stream, unanswered
 
 __all__ = ["create_app"]
@@ -164,18 +165,19 @@ async def _answer(
     cls = class_of(http.headers, body.slo_class, http.app.state.classes)
     stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority)
     assert stream.request is not None
-    shape = Shape(stream.request.id, model, chat=chat)
+    echo = _echoed(body, engine)
+    shape = Shape(stream.request.id, model, engine.tokenizer, chat=chat, echo=echo)
     gone = asyncio.ensure_future(_hung_up(http))
     try:
         first = await _or_hang_up(stream, gone)
         if first is not None and body.stream and not unanswered(first):
             return StreamingResponse(_events(stream, first, shape, body), media_type="text/event-stream")
-        text, delta = "", first
+        deltas, delta = [], first
         while delta is not None:
-            text += delta.text
+            deltas.append(delta)
             if delta.finish is not None:
                 usage = _usage(stream)
-                return _refusal(delta) if unanswered(delta) else JSONResponse(shape.whole(text, delta.finish, usage))
+                return _refusal(delta) if unanswered(delta) else JSONResponse(shape.whole(deltas, usage))
             delta = await _or_hang_up(stream, gone)
         return Response(status_code=_CLIENT_GONE)
     except BaseException:
@@ -183,6 +185,14 @@ async def _answer(
         raise
     finally:
         gone.cancel()
+
+
+def _echoed(body: CompletionRequest | ChatRequest, engine: Engine) -> str:
+    """The prompt as text where the answer is to begin with it."""
+    if not isinstance(body, CompletionRequest) or not body.echo:
+        return ""
+    prompt = body.only_prompt()
+    return prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
 
 
 async def _hung_up(http: Request) -> None:
@@ -246,7 +256,7 @@ async def _events(
                 yield "data: [DONE]\n\n"
                 return
             # One for each token, also where its text waits for the next: clients count events.
-            chunk = shape.chunk(delta.text, delta.finish, first=not begun)
+            chunk = shape.chunk(delta, first=not begun)
             if options and options.continuous_usage_stats:
                 chunk["usage"] = _usage(stream).body()
             yield _event(chunk)

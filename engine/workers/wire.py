@@ -130,6 +130,7 @@ def step_from(message: dict[str, Any]) -> tuple[Spans | None, tuple[int, int], l
         SamplingParams(
             **(p | {name: tuple(p[name]) for name in ("stop", "stop_token_ids")})
             | {"logit_bias": tuple((token, bias) for token, bias in p["logit_bias"])}
+            | {"counts": {int(token): n for token, n in p["counts"].items()}}
         )
         for p in message["params"]
     ]
