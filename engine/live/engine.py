@@ -31,6 +31,7 @@ from engine.live.integrity import faults
 from engine.live.request import ABORT, ERROR, Delta, Request
 from engine.live.runtime import Runtime
 from engine.live.transfer import CopyTransport, Transport
+from engine.model.forms import Progress
 from engine.model.llama import Llama
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
@@ -210,11 +211,13 @@ class Engine:
         ttft_s: float | None = None,
         tpot_s: float | None = None,
         priority: int = 0,
+        form: Progress | None = None,
     ) -> Request:
         """Hand in a request. ``sink`` hears of every token and of the end, in the scheduler's thread.
 
         :param ttft_s: own target, that of the class if not given; ``tpot_s`` likewise
         :param priority: on each instance prompts of a lower value start first (as vLLM); no running one is stopped
+        :param form: the beginning of an answer of a prescribed form (:class:`engine.model.forms.Forms`)
         :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; no such stop token; a bad
             class, target or priority
         :raises Overloaded: all slots are taken
@@ -243,6 +246,7 @@ class Engine:
             ttft_slo=_target("ttft", ttft_s),
             tpot_slo=_target("tpot", tpot_s),
             priority=priority,
+            form=form,
         )
         with self._open.lock:
             self._admit(request)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from engine.live.fate import ABORT, ERROR, SERVER, SHED, UNPLACEABLE
+from engine.model.forms import Progress
 from engine.model.sampling import Logprobs, SamplingParams
 from engine.model.stopping import Generation
 from engine.model.tokenizer import Tokenizer
@@ -43,6 +44,7 @@ class Request:
     :param cls: SLO class
     :param ttft_slo: own TTFT target in ticks, 0 for that of the class; ``tpot_slo`` likewise
     :param priority: prompts of a lower value start first
+    :param form: that the answer is to have, at its beginning
     """
 
     def __init__(
@@ -56,10 +58,14 @@ class Request:
         ttft_slo: int = 0,
         tpot_slo: int = 0,
         priority: int = 0,
+        form: Progress | None = None,
     ) -> None:
         self.number = next(_numbers)
         if params.penalises:
             params = replace(params, counts={})  # its own: callers use their parameters again
+        if form is not None:
+            params = replace(params, allowed=form.allowed)
+        self._form = form
         self.params, self.sink, self.cls = params, sink, cls
         self.ttft_slo, self.tpot_slo, self.priority = ttft_slo, tpot_slo, priority
         self.n_prompt = self.n_tokens = len(prompt)
@@ -89,6 +95,9 @@ class Request:
     def push(self, token: int, logprobs: Logprobs | None = None) -> Delta:
         """Take the next sampled token. Only the lane that runs the request calls this."""
         text = self._generation.push(token)
+        if self._form is not None and self._generation.finish is None:
+            self._form.push(token)
+            text += self._generation.complete() if self._form.over else ""
         if self.params.penalises:
             self.params.counts[token] = self.params.counts.get(token, 0) + 1
         self.tokens[self.n_tokens] = self.newest = token

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class SamplingParams:
     :param presence_penalty: taken from the logits of tokens that are in the answer already; from -2 to 2
     :param frequency_penalty: the same, for each time that they are in it; from -2 to 2
     :param counts: how often each token is in the answer, kept by whoever generates it
+    :param allowed: bit k of it says whether token k may come next, kept by whoever generates it; None: all may
     :param logprobs: also say the log-probability of each token and of this many likeliest ones; None: do not
     :param seed: fixes the draws: the same seed draws the same numbers whatever else is in the batch; 64 bits
     :param stop: up to 64 strings that end the output (not part of it), of 4096 characters together
@@ -55,6 +57,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     counts: dict[int, int] = field(default_factory=dict, compare=False)
+    allowed: bytearray | None = field(default=None, compare=False)
     logprobs: int | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     stop: tuple[str, ...] = ()
@@ -118,7 +121,7 @@ def choose_tokens(
     :param steps: tokens each request has generated so far; selects its random number
     :param eos_ids: the model's end tokens, barred while a request is below its ``min_tokens``
     """
-    logits = _bar_ends(_biased(logits, params), params, steps, eos_ids)
+    logits = _of_form(_bar_ends(_biased(logits, params), params, steps, eos_ids), params)
     tokens = logits.argmax(-1)
     drawn = [row for row, p in enumerate(params) if p.temperature >= _COLD]
     if drawn:
@@ -141,6 +144,18 @@ def _biased(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         if p.counts and p.penalises:
             often = torch.tensor(list(p.counts.values()), dtype=logits.dtype, device=logits.device)
             logits[row, list(p.counts)] -= p.presence_penalty + p.frequency_penalty * often
+    return logits
+
+
+def _of_form(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Only tokens that the form of an answer allows."""
+    allowed = [(row, p.allowed) for row, p in enumerate(params) if p.allowed is not None]
+    if not allowed:
+        return logits
+    logits = logits.clone()
+    for row, mask in allowed:
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: logits.shape[1]]
+        logits[row, torch.from_numpy(bits == 0).to(logits.device)] = float("-inf")
     return logits
 
 

@@ -20,6 +20,7 @@ from engine.core.policy import Policy
 from engine.errors import PromptTooLong, SlalomError
 from engine.live.engine import Engine, Overloaded, Unavailable
 from engine.live.request import ABORT, SHED, UNPLACEABLE, Delta
+from engine.model.forms import Progress
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
 from engine.server.ending import say_goodbye
@@ -55,7 +56,7 @@ def create_app(
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
     """
-    metrics, prompts = Metrics(engine, model, classes), Prompts(engine.tokenizer, engine.max_tokens)
+    metrics, prompts = Metrics(engine, model, classes), Prompts(engine.tokenizer, engine.max_tokens, engine.vocab_size)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -101,14 +102,16 @@ def create_app(
         check_model(body.model)
         prompt = body.only_prompt()
         tokens = await prompts.text(prompt) if isinstance(prompt, str) else prompt
-        return await _answer(engine, model, body, tokens, http, chat=False)
+        form = await prompts.form(body.form())
+        return await _answer(engine, model, body, tokens, http, form, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
         check_model(body.model)
         messages = [message.plain() for message in body.messages]
         tokens = await prompts.chat(messages, body.template_names())
-        return await _answer(engine, model, body, tokens, http, chat=True)
+        form = await prompts.form(body.form())
+        return await _answer(engine, model, body, tokens, http, form, chat=True)
 
     return app
 
@@ -157,13 +160,20 @@ def _add_errors(app: FastAPI, engine: Engine) -> None:
 
 
 async def _answer(
-    engine: Engine, model: str, body: CompletionRequest | ChatRequest, tokens: list[int], http: Request, *, chat: bool
+    engine: Engine,
+    model: str,
+    body: CompletionRequest | ChatRequest,
+    tokens: list[int],
+    http: Request,
+    form: Progress | None,
+    *,
+    chat: bool,
 ) -> Response:
     """Serve one request, streamed or whole. The status is known once its first token, or its end, is."""
     params = body.sampling(_DEFAULT_CHAT_TOKENS if chat else _DEFAULT_TOKENS)
     stream = Stream(engine, http.app.state.mailroom)
     cls = class_of(http.headers, body.slo_class, http.app.state.classes)
-    stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority)
+    stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority, form=form)
     assert stream.request is not None
     echo = _echoed(body, engine)
     shape = Shape(stream.request.id, model, engine.tokenizer, chat=chat, echo=echo)

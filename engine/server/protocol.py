@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.errors import SlalomError
+from engine.model.forms import Form
 from engine.model.sampling import MOST_LOGPROBS, SamplingParams
+from engine.server.forms import form_of
 from engine.server.unserved import refuse_unserved
 
 __all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "class_of", "error_body", "targets_of"]
@@ -59,6 +61,8 @@ class _Generate(_Lenient):
     n: Literal[1] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] = 0
     slo_class: str | None = None
 
@@ -72,6 +76,16 @@ class _Generate(_Lenient):
     def limit(self) -> int | None:
         """Tokens to generate at most, None when the client leaves it open."""
         return self.max_tokens
+
+    def form(self) -> Form | None:
+        """The form that the answer is to have; None for any.
+
+        :raises SlalomError: asked for in a way that is not known
+        """
+        found = form_of(self.response_format, self.structured_outputs)
+        if found is not None and self.min_tokens:
+            raise SlalomError("min_tokens", self.min_tokens, "a form says itself when the answer ends: leave one out")
+        return found
 
     def wanted_logprobs(self) -> int | None:
         """How many of the likeliest tokens to name at each place, None for no logprobs at all.

@@ -46,7 +46,7 @@ _BODIES: tuple[dict[str, Any], ...] = (
         {"max_tokens": 0}, {"max_tokens": -5}, {"max_tokens": 1.5}, {"n": 3}, {"best_of": 4}, {"stop": [""]},
         {"stop": ["a"] * 1000}, {"stop": ["a" * 5000]}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"1": 1e9}},
         {"logit_bias": "x"}, {"logprobs": 99}, {"logprobs": True}, {"presence_penalty": 9}, {"frequency_penalty": "x"},
-        {"response_format": {"type": "json_object"}}, {"guided_json": {}, "suffix": "x"}, {"model": "gpt-5"},
+        {"response_format": {"type": "xml"}}, {"guided_json": {}, "suffix": "x"}, {"model": "gpt-5"},
         {"priority": 2**70}, {"slo_class": "gold"}, {"stream_options": 3}, {"suffix": "x"}, {"top_logprobs": 2},
     )),
 )  # fmt: skip

@@ -38,12 +38,12 @@ BODIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}), ("tool_choice", "required"),
+        ("response_format", {"type": "xml"}), ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}), ("logprobs", 21), ("logprobs", "x"),
         ("top_logprobs", 21), ("top_logprobs", 3), ("echo", "x"), ("suffix", "end"), ("best_of", 3),
         ("presence_penalty", 2.5), ("frequency_penalty", -3), ("repetition_penalty", 1.1), ("logit_bias", {"512": 1}),
         ("logit_bias", {"-1": 1}), ("logit_bias", {"5": 101}),
-        ("guided_json", {"type": "object"}), ("structured_outputs", {"regex": "a"}), ("use_beam_search", True),
+        ("guided_json", {"type": "object"}), ("structured_outputs", {"grammar": "a"}), ("use_beam_search", True),
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_refused_by_name(served: Served, path: str, field: str, value: Any) -> None:
