@@ -115,7 +115,7 @@ def _guard(engine: Engine) -> dict[str, Any] | None:
         return None
     report = guard.report()
     names = ("mode", "generation", "fallback", "isolated", "deadline_us", "breaker", "breaker_trips", "reasons")
-    drift = {d.metric: {"ratio": d.ratio, "alarm": d.alarm} for d in report.drift}
+    drift = {d.metric: {"ratio": d.ratio if d.requests else None, "alarm": d.alarm} for d in report.drift}
     return {name: getattr(report, name) for name in names} | {"drift": drift}
 
 

@@ -236,7 +236,7 @@ class EngineVecEnv(VecEnv):
                 "terminal_observation": observation[0].copy(),
                 "TimeLimit.truncated": now is not None,
                 "episode": {"r": self._return, "l": self._length, "t": last.at_s},
-                "attainment": last.good / sealed if sealed > 0 else 1.0,
+                "attainment": last.good / sealed if sealed > 0 else float("nan"),
             }
             self._leave()
             self._now = None

@@ -214,6 +214,7 @@ class SlalomVecEnv(VecEnv):
         return info
 
     def _last_info(self, i: int) -> dict[str, Any]:
+        """``attainment``: good ÷ sealed requests, NaN where none was sealed."""
         b = self.buffers
         sealed = b.good[i] + b.missed[i]
         now = int(self.episodes.sims[i].sim[0]["now"]) * 1e-12
@@ -222,7 +223,7 @@ class SlalomVecEnv(VecEnv):
             # Where every request has already ended there is nothing left to bootstrap from.
             "TimeLimit.truncated": bool(b.status[i] != ENDED),
             "episode": {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": now},
-            "attainment": float(b.good[i] / sealed) if sealed > 0 else 1.0,
+            "attainment": float(b.good[i] / sealed) if sealed > 0 else float("nan"),
         }
 
     def close(self) -> None:
