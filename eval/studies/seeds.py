@@ -165,7 +165,9 @@ class _Yardstick:
         path = self._folder / f"{digest}.json"
         if not path.exists():
             policy, n = bind(self._fitness.setting), self.scenario.n_requests
-            write_json(path, {"goodput": self._fitness.goodput(policy, self._start, self._windows, n, 0.01)}, sealed=True)
+            write_json(
+                path, {"goodput": self._fitness.goodput(policy, self._start, self._windows, n, 0.01)}, sealed=True
+            )
         found = float(read_json(path)["goodput"])
         self._start = found or self._start  # the next policy is searched near the last
         return found

@@ -265,7 +265,6 @@ class Study:
                     on_trial(done, max(score for _, score in objective.finished))
         return done
 
-
     def once(self, what: str, requests: int) -> int:
         """What ``what`` cost when it was done first: an earlier part of this search may have it on record."""
         return self._record.once(what, requests)
