@@ -29,6 +29,7 @@ NAMES = {
     "ray": "rollout rate of two Ray nodes on this machine against one",
     "startup": "seconds of a small eval-policy command, cold and warm",
     "scheduling": "microseconds of the live scheduler per iteration at batch 64, and of a placement on 16 instances",
+    "attack": "200 streams for --minutes, half of them beside a client that sends all that is wrong; 1 if any fails",
     "soak": "random faults on live and modelled instances for --minutes; exit code 1 if anything is lost or leaks",
 }
 
@@ -45,14 +46,15 @@ def run(name: str, **options: Any) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; the exit code is 2 on an unknown name, 1 when a soak found something."""
+    """Command line; the exit code is 2 on an unknown name, 1 when a soak or an attack found something."""
     parser = argparse.ArgumentParser(prog="python -m eval.bench", description=__doc__)
     parser.add_argument("name", help="; ".join(f"{name}: {what}" for name, what in NAMES.items()))
     parser.add_argument("--json", action="store_true", help="one line instead of an indented object")
-    parser.add_argument("--minutes", type=float, default=30.0, help="of the soak")
+    parser.add_argument("--minutes", type=float, help="of the soak (30) and of the attack (3)")
     options = parser.parse_args(arguments)
     try:
-        result = run(options.name, **({"minutes": options.minutes} if options.name == "soak" else {}))
+        timed = options.minutes is not None and options.name in ("soak", "attack")
+        result = run(options.name, **({"minutes": options.minutes} if timed else {}))
     except SlalomError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

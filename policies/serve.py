@@ -61,7 +61,7 @@ class Options:
     max_tokens: int = option(0, "longest request, prompt and answer; 0: what fits", min=0)
     max_batch: int = option(64, "running sequences of an instance", min=1, max=65536)
     chunk_tokens: int = option(256, "tokens of a fused step or prefill chunk", min=16, max=2**30)
-    max_requests: int = option(256, "open requests; more get status 429", min=1, max=65536)
+    max_requests: int = option(1024, "open requests; more get status 429", min=1, max=65536)
     ttft_ms: float = option(2000.0, "target of the time to first token", min=0.001, max=_DAY_MS)
     tpot_ms: float = option(100.0, "target of the time per output token", min=0.001, max=_DAY_MS)
     shed: bool = option(False, "the policy may refuse requests", "--shed")
@@ -125,10 +125,12 @@ def find_policy(spec: str, state: ClusterState) -> Policy:
     return load_policy(spec, Setting.of_state(state))
 
 
-def find_guard(options: Options, state: ClusterState, policy: Policy, *, log: bool = True) -> Guard:
+def find_guard(
+    options: Options, state: ClusterState, policy: Policy, *, log: bool = True, classes: Sequence[str] = ()
+) -> Guard:
     """The guard that the options ask for, around ``policy``.
 
-    :param log: False leaves the decision log out
+    :param log: False leaves the decision log out; ``classes`` are the names of SLO classes in it
     :raises SlalomError: a bad configuration, an unknown fallback, a log that cannot be written
     """
     given = {
@@ -136,7 +138,8 @@ def find_guard(options: Options, state: ClusterState, policy: Policy, *, log: bo
         "deadline_us": options.deadline_us or None,
         "advisory": options.advisory or None,
     }
-    return build_guard(state, policy, options.guard_config or None, given, options.decision_log or None, log=log)
+    path = options.decision_log or None
+    return build_guard(state, policy, options.guard_config or None, given, path, log=log, classes=classes)
 
 
 def parse_roles(roles: str, instances: int) -> list[Role]:
@@ -233,8 +236,15 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     state = state_of(specs)
     policy = find_policy(options.policy, state)
     if not options.roles and policy.arrangement is not None:
-        specs = [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
+        before, specs = specs, [arranged(spec, plan) for spec, plan in zip(specs, policy.arrangement, strict=True)]
         state = state_of(specs)
+        for i, (old, new) in enumerate(zip(before, specs, strict=True)):
+            if old != new:
+                change = f"{old.role.name} to {new.role.name}" if old.role != new.role else f"{new.role.name} still"
+                _log.info(
+                    "policy %s arranges instance %d: %s (with --roles it does not)", policy.name, i, change.lower()
+                )
+    _tell_of_lanes(specs, int(profile[0]["n_shares"]))
     _log.info("warming up: code is compiled where it is new")
     remote: dict[str, Any] = {"transfer_timeout_s": options.transfer_timeout_s}
     if workers is not None:
@@ -246,7 +256,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         with_little = Engine(model, tokenizer, small, scratch, guard=guard).start()
         _warm_up(with_little)
         with_little.close()
-    guard = find_guard(options, state, policy)
+    guard = find_guard(options, state, policy, classes=list(classes))
     longest = options.max_tokens or None
     engine = Engine(model, tokenizer, state, policy, max_tokens=longest, guard=guard, **remote).start()
     if workers is not None:
@@ -259,6 +269,16 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         drain_s=options.drain_s,
     )
     return engine, application
+
+
+def _tell_of_lanes(specs: Sequence[InstanceSpec], rows: int) -> None:
+    """A word where lanes are not apart: partitions are rows of the profile's table of shares."""
+    shared = [str(i) for i, spec in enumerate(specs) if spec.role == Role.MULTIPLEXED]
+    if shared and rows < 2:
+        _log.warning(
+            "instances %s are multiplexed, but the profile knows no part of the device: prefill and decode run beside "
+            "each other on all of it, not on parts of their own (calibrate --shares measures parts)", ", ".join(shared)
+        )  # fmt: skip
 
 
 def _weights(options: Options, dtype: Any) -> tuple[Any, Workers | None]:

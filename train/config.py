@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from engine.common.regular import check_regular
 from engine.errors import SlalomError
+from env.scenario import list_scenarios
 
 __all__ = ["TrainConfig", "load_config"]
 
@@ -115,6 +118,7 @@ def load_config(path: Path | None, scenario: str, **overrides: Any) -> TrainConf
     values: dict[str, Any] = {}
     if path is not None:
         sections = _read(path)
+        _check_sections(path, sections, scenario)
         for section in ("default", scenario):
             part = sections.get(section) or {}
             if not isinstance(part, dict):
@@ -129,6 +133,28 @@ def load_config(path: Path | None, scenario: str, **overrides: Any) -> TrainConf
         fix = f"known fields: {known}" if first["type"] == "extra_forbidden" else first["msg"]
         where = f"{path}: {name}" if path is not None else name
         raise SlalomError(where, first["input"] if first["loc"] else values, fix) from error
+
+
+def _check_sections(path: Path, sections: Mapping[Any, Any], scenario: str) -> None:
+    """Sections of other scenarios may be there; what is none, or misspelt, must not be passed over.
+
+    :raises SlalomError: a setting outside the sections, or a section that no scenario has
+    """
+    for name in sections:
+        if name in TrainConfig.model_fields:
+            fix = f"settings stand in a section: 'default:' or '{scenario}:', and below it '{name}: ...'"
+            raise SlalomError(f"{path}: {name}", sections[name], fix)
+    known = ["default", scenario, *list_scenarios()]
+    for name in sections:
+        # A section of a scenario in a file of its own cannot be known here; one close to a known name is a slip.
+        near = difflib.get_close_matches(str(name), known, 1, 0.75)
+        if name not in known and near:
+            raise SlalomError(
+                f"{path}: {name}", "unknown section", f"did you mean {near[0]}? If not, give it a file of its own"
+            )
+    if not {"default", scenario} & set(sections):
+        fix = f"nothing in it is for this run: name a section 'default' or '{scenario}'"
+        raise SlalomError(f"{path}", f"sections {', '.join(map(str, sections)) or 'none'}", fix)
 
 
 def _read(path: Path) -> dict[Any, Any]:

@@ -190,7 +190,7 @@ def _generalist(
     base = SearchResult(
         design.rule, {}, 0.0, 0.0, 0.0, 0, requests, seconds, "generalist", plans, theta, universal=True
     )  # fmt: skip
-    write_json(folder.base, asdict(base))
+    write_json(folder.base, asdict(base), sealed=True)
     Publisher(scenario, base, config, request.seed).start(folder.best)
     display.say(f"{folder.best}: one policy for {len(several)} scenarios")
     return {"checkpoint": str(folder.best), "base": asdict(base)}
@@ -245,7 +245,7 @@ def _base(
             scenario, config, display, request.budget, request.algorithm == "direct", request.seed,
             lambda seconds, design: log.write("incumbent", seconds=round(seconds, 2), **_plain(design)),
         )  # fmt: skip
-        write_json(folder.base, asdict(found))
+        write_json(folder.base, asdict(found), sealed=True)
         return found
     search_only = request.algorithm == "search"
     budget, share = request.budget, 1.0 if search_only else config.tune_share
@@ -262,7 +262,7 @@ def _base(
         pool=RayExecutor() if request.ray is not None else None,
         width=2 * cores() if request.ray is not None else 1,
     )
-    write_json(folder.base, asdict(found))
+    write_json(folder.base, asdict(found), sealed=True)
     return found
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.common.appends import append_line, heal
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
 __all__ = ["Kind", "Measured", "Point", "Store"]
 
+_log = logging.getLogger("slalom.calibrate")
 Kind = Literal["prefill", "decode", "fused"]
 
 
@@ -65,7 +67,7 @@ class Measured:
 
 
 class Store:
-    """A file of JSON lines that is only ever appended to; a line cut off by a crash is ignored.
+    """A file of JSON lines that is only ever appended to; what a crash cut off at its end is left out.
 
     :param identity: what all points have in common (model, device, versions); the file's first line
     :raises SlalomError: the file holds points of something else
@@ -83,23 +85,36 @@ class Store:
 
     def _read(self) -> None:
         check_regular(self.path, LARGE)
-        text = self.path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):  # what was being written when the power went
-            text = text[: text.rfind("\n") + 1]
-            os.truncate(self.path, len(text.encode()))
-        rows = [json.loads(line) for line in text.splitlines()]
+        heal(self.path)
+        rows = list(self._rows())
         found = rows[0].get("identity") if rows else self._identity
         if not rows:
             self._append({"identity": self._identity})
         if found != self._identity:
+            found = found if isinstance(found, dict) else {}
             differ = sorted(k for k in {*found, *self._identity} if found.get(k) != self._identity.get(k))
             fix = f"these points were measured with another {', '.join(differ)}; delete the file or use another --out"
             raise SlalomError("measured points", str(self.path), fix)
+        left_out = 0
         for row in rows[1:]:
-            if "note" in row:
-                self.notes[row["note"]] = row["value"]
-            else:
-                self.points.append(Measured(**(row | {"point": Point(**row["point"])})))
+            try:
+                if "note" in row:
+                    self.notes[row["note"]] = row["value"]
+                else:
+                    self.points.append(Measured(**(row | {"point": Point(**row["point"])})))
+            except (KeyError, TypeError):
+                left_out += 1
+        if left_out:
+            _log.warning("%s: %d damaged lines are left out and measured anew", self.path, left_out)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Every line; a damaged one is empty."""
+        for line in self.path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            yield row if isinstance(row, dict) else {}
 
     def add(self, measured: Measured) -> None:
         """Keep one more point, on disk before this returns."""
@@ -123,13 +138,7 @@ class Store:
         return [m for m in self.points if m.failed]
 
     def _append(self, row: Mapping[str, Any]) -> None:
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, line)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_line(self.path, json.dumps(row, allow_nan=False).encode(), sync=True)
 
 
 def arrays(points: Iterable[Measured], *names: str) -> list[list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -15,6 +16,7 @@ from engine.errors import SlalomError
 __all__ = ["claim", "read_json", "write_bytes", "write_json", "write_text"]
 
 
+_SUM = "content_sha256"
 #: Folders that this process has claimed, and the files whose locks it holds.
 _CLAIMED: dict[Path, IO[str]] = {}
 
@@ -76,17 +78,31 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write one JSON document, see :func:`write_bytes`."""
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+    """Write one JSON document, see :func:`write_bytes`.
+
+    :param sealed: an object gets the sum of its content, which :func:`read_json` checks: for what is resumed from
+    """
+    if sealed:
+        value = {**value, _SUM: _sum(value)}
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
     """Read one JSON document.
 
-    :raises SlalomError: missing, unreadable or not JSON
+    :raises SlalomError: missing, unreadable, not JSON, or other than it was when it was sealed
     """
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise SlalomError("result file", str(path), f"delete it or choose another folder ({error})") from error
+    if isinstance(value, dict) and _SUM in value:
+        seal = value.pop(_SUM)
+        if seal != _sum(value):
+            raise SlalomError("result file", str(path), "its content has changed since it was written: delete it")
+    return value
+
+
+def _sum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

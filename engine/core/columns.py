@@ -87,7 +87,7 @@ class Ctx(IntEnum):
     WIN_PROMPT = 36  # mean prompt tokens
     WIN_OUTPUT = 37  # mean output tokens of finished requests
     WIN_TTFT_S = 38
-    WIN_TPOT_S = 39
+    WIN_TPOT_S = 39  # mean over finished requests of two tokens and more
     N_INSTANCES = 40
     TTFT_FACTOR = 41  # TTFT target ÷ isolated prefill time where the class sets it so, else 0 (control: first class)
 

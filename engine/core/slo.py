@@ -125,4 +125,5 @@ def end_request(s, r, now, state):
     cluster.win_finished += 1
     cluster.win_output += req.generated
     if gaps > 0:
+        cluster.win_timed += 1
         cluster.win_tpot += span * 1e-12 / gaps

@@ -76,7 +76,8 @@ CLUSTER = np.dtype(
         ("n_migrated", np.int64),
         ("migrated_tokens", np.int64),
         ("n_switches", np.int64),
-        ("cached_tokens", np.int64),  # prompt tokens served from the prefix cache
+        ("looked_up_tokens", np.int64),  # prompt tokens looked up in the prefix cache, at a request's first admission
+        ("cached_tokens", np.int64),  # of these, found there
         ("tokens_out", np.int64),
         ("steps", np.int64),
         ("good_weight", np.float64),  # Σ weight of requests sealed as good
@@ -98,7 +99,8 @@ CLUSTER = np.dtype(
         ("win_output", np.float64),
         ("win_first", np.int64),  # first tokens in the interval
         ("win_ttft", np.float64),  # Σ TTFT, seconds
-        ("win_tpot", np.float64),  # Σ TPOT of finished requests, seconds
+        ("win_timed", np.int64),  # of those finished, with two tokens or more: one token has no TPOT
+        ("win_tpot", np.float64),  # Σ TPOT of these, seconds
         # -- the last complete control interval
         ("last_span_s", np.float64),
         ("last_rate", np.float64),

@@ -22,6 +22,8 @@ from engine.core.state import ClusterState
 from engine.errors import PromptTooLong, SlalomError
 from engine.latency.evaluate import to_ticks
 from engine.live.clock import WallClock
+from engine.live.door import Door, Overloaded, TurnedAway, Unavailable
+from engine.live.fate import DRAINING, OVERLOADED, UNAVAILABLE
 from engine.live.guard import Guard
 from engine.live.hosts import Host, local_hosts
 from engine.live.instances import LiveInstances
@@ -29,6 +31,7 @@ from engine.live.integrity import faults
 from engine.live.request import ABORT, ERROR, Delta, Request
 from engine.live.runtime import Runtime
 from engine.live.transfer import CopyTransport, Transport
+from engine.model.forms import Progress
 from engine.model.llama import Llama
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
@@ -38,41 +41,6 @@ __all__ = ["Engine", "Overloaded", "Unavailable", "build_state"]
 
 _log = logging.getLogger("slalom.engine")
 T = TypeVar("T")
-
-
-class Overloaded(RuntimeError):
-    """Every request slot is taken: try again later."""
-
-
-class Unavailable(RuntimeError):
-    """The engine is shutting down, or has stopped."""
-
-
-class _Open:
-    """Counts the requests that were handed in and have not ended.
-
-    :ivar lock: held while one is handed in, so that :meth:`Engine.drain` knows that nothing follows
-    """
-
-    def __init__(self) -> None:
-        self.n, self.lock = 0, threading.Lock()
-        self._none = threading.Condition(self.lock)
-
-    def one_less(self) -> None:
-        with self.lock:
-            self.n -= 1
-            if self.n == 0:
-                self._none.notify_all()
-
-    def forget(self) -> None:
-        """Nobody will end those that are left."""
-        with self.lock:
-            self.n = 0
-            self._none.notify_all()
-
-    def wait_for_none(self, timeout_s: float) -> None:
-        with self.lock:
-            self._none.wait_for(lambda: self.n == 0, min(timeout_s, threading.TIMEOUT_MAX))
 
 
 def build_state(
@@ -153,7 +121,7 @@ class Engine:
         )
         self.runtime = Runtime(state, policy, self.instances, self.clock, guard)
         self.instances.attach(self.runtime)
-        self._open = _Open()
+        self._open = Door()
         self.instances.on_gone = self._open.one_less
         self._accepting = True
         self.failure: BaseException | None = None
@@ -243,11 +211,13 @@ class Engine:
         ttft_s: float | None = None,
         tpot_s: float | None = None,
         priority: int = 0,
+        form: Progress | None = None,
     ) -> Request:
         """Hand in a request. ``sink`` hears of every token and of the end, in the scheduler's thread.
 
         :param ttft_s: own target, that of the class if not given; ``tpot_s`` likewise
         :param priority: on each instance prompts of a lower value start first (as vLLM); no running one is stopped
+        :param form: the beginning of an answer of a prescribed form (:class:`engine.model.forms.Forms`)
         :raises SlalomError: a prompt that is empty, too long or not of this vocabulary; no such stop token; a bad
             class, target or priority
         :raises Overloaded: all slots are taken
@@ -276,17 +246,35 @@ class Engine:
             ttft_slo=_target("ttft", ttft_s),
             tpot_slo=_target("tpot", tpot_s),
             priority=priority,
+            form=form,
         )
         with self._open.lock:
-            if not self.accepting:
-                raise Unavailable(self._why_not())
-            if self._open.n >= len(self.state.req):
-                raise Overloaded(f"{self._open.n} requests are open")
+            self._admit(request)
             self._open.n += 1
             request.handed_in = self.clock.stamp()
             # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
             self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))
         return request
+
+    def _admit(self, request: Request) -> None:
+        """Raise where ``request`` is not taken, and have it booked. Under the door's lock."""
+        if self.accepting and self._open.n < len(self.state.req):
+            return
+        reason = OVERLOADED if self.accepting else UNAVAILABLE if self.is_dead else DRAINING
+        away = TurnedAway(request.number, request.cls, reason)
+        if not self._thread.is_alive():  # nobody else books anything any more
+            self.instances.on_refused(away)
+        else:
+            self._open.refused.append(away)
+            if len(self._open.refused) == 1:  # one event for all that are turned away until it is handled
+                self.clock.post(self.runtime.slots.arrival, self._book_refused)
+        if reason == OVERLOADED:
+            raise Overloaded(f"{self._open.n} requests are open")
+        raise Unavailable(self._why_not())
+
+    def _book_refused(self) -> None:
+        for request in self._open.take_refused():
+            self.instances.on_refused(request)
 
     def _check_ends(self, params: SamplingParams) -> None:
         """:raises SlalomError: no such token to stop at or to favour, or stop tokens that leave nothing to choose"""

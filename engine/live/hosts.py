@@ -16,7 +16,7 @@ from engine.live.graphs import DecodeGraphs, graphs_of
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
-from engine.model.sampling import SamplingParams
+from engine.model.sampling import Logprobs, SamplingParams, logprobs_of
 
 __all__ = ["Executor", "Host", "InstanceLost", "LocalExecutor", "LocalHost", "local_hosts"]
 
@@ -26,9 +26,13 @@ class InstanceLost(RuntimeError):
 
 
 class Executor(Protocol):
-    """Runs the steps of one lane, one after the other, wherever the weights are."""
+    """Runs the steps of one lane, one after the other, wherever the weights are.
+
+    :ivar logprobs: of the last step's tokens, one for each; empty where nobody asked
+    """
 
     n_layers: int
+    logprobs: Sequence[Logprobs | None]
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """Which partition of the device the step in lane (i, l) runs on; asked when the step starts."""
@@ -96,6 +100,7 @@ class LocalExecutor:
     ) -> None:
         self._runner, self.n_layers = runner, runner.n_layers
         self._lanes, self._l, self._graphs = lanes, l, graphs or {}
+        self.logprobs: Sequence[Logprobs | None] = ()
         self._on: Lane | None = None  # where the step before ran
         self._passes: list[_Pass | None] = []  # under way; None: a slice of it failed
         self.without_graph: Counter[str] = Counter()
@@ -114,7 +119,7 @@ class LocalExecutor:
     ) -> list[int]:
         """See :class:`Executor`."""
         lane = self._lanes.lane(self._l, partition)
-        aside = len(self._passes) - (0 if spans else 1)
+        aside, self.logprobs = len(self._passes) - (0 if spans else 1), ()
         try:
             with lane.open():
                 if self._on is not None and self._on is not lane:
@@ -142,7 +147,7 @@ class LocalExecutor:
         if spans is not None:
             logits = self._replay(spans, len(params), partition)
             if logits is not None:
-                return self._runner.choose(logits, params, steps)
+                return self._choose(logits, params, steps)
             batch, carry = self._runner.batch(spans, sm_count=lane.size), None
         else:
             begun = self._passes.pop() if self._passes else None
@@ -155,7 +160,13 @@ class LocalExecutor:
         if layers[1] < self.n_layers:
             self._passes.append(_Pass(batch, carry, lane))
             return None
-        return self._runner.sample(batch, carry, params, steps) if params else None
+        return self._choose(self._runner.logits(batch, carry), params, steps) if params else None
+
+    def _choose(self, logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
+        tokens = self._runner.choose(logits, params, steps)
+        if any(p.logprobs is not None for p in params):
+            self.logprobs = logprobs_of(logits, tokens, params)
+        return tokens
 
     def _replay(self, spans: Spans, n_sampling: int, partition: int) -> Tensor | None:
         """Logits of a decode step by a graph; None when it must run without."""

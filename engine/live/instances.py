@@ -19,6 +19,7 @@ from engine.core.setup import blank_requests
 from engine.core.state import NEVER, ClusterState
 from engine.latency.evaluate import to_ticks
 from engine.live.clock import WallClock
+from engine.live.door import TurnedAway
 from engine.live.hosts import Host, InstanceLost
 from engine.live.request import ERROR, SHED, UNPLACEABLE, Delta, Request
 from engine.live.runtime import Runtime
@@ -109,6 +110,8 @@ class LiveInstances:
         self.closing = False
         self.after_step: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None  # a request has heard its last
+        self.on_refused: Callable[[TurnedAway], None] = lambda request: None  # somebody was not even taken in
+        self.on_first: Callable[[Request, np.void], None] = lambda request, record: None  # its first token is out
         self.on_end: Callable[[Request, np.void, str], None] = lambda request, record, finish: None
 
     def _lane(self, i: int, l: int, host: Host) -> _Lane:
@@ -150,11 +153,12 @@ class LiveInstances:
         try:
             self._fill_in(r, request)
         except Exception:  # something in it that no check knows: it ends alone
-            _log.exception("request %d cannot be taken in", request.number)
+            _log.exception("request %s cannot be taken in", request.id)
             self.requests[r] = None
             self._state.req[r : r + 1] = self._blank
             self._free.append(r)
             self._tell_end(request, ERROR)
+            self.on_refused(TurnedAway(request.number, request.cls, ERROR))
             return
         loop.begin(self._words, r, max(self._clock.ticks(request.handed_in), 0))
 
@@ -167,6 +171,7 @@ class LiveInstances:
         record["cls"], record["ttft_slo"], record["tpot_slo"] = request.cls, request.ttft_slo, request.tpot_slo
         record["hash_off"], record["priority"] = r * self._hash_room, request.priority
         self._hash(request, request.n_prompt)
+        request.due = request.n_prompt  # its first token is something to book
 
     def doom(self, request: Request, reason: str) -> None:
         """End ``request`` from outside: at once, or when what is in flight with it has ended."""
@@ -218,12 +223,17 @@ class LiveInstances:
             return
         for request, error in outcome.failed:
             self._fail(request, error)
+        begun = []
         for request, delta in outcome.due:
+            if request.n_tokens == request.n_prompt + 1 and request.doomed is None:
+                begun.append(request)
             self._hash(request, request.n_tokens - 1)
             if delta.finish is not None:
                 loop.last_token(self._words, request.slot)
         self._deltas.extend(outcome.deltas)
         self._runtime.book_lane(i, l)
+        for request in begun:
+            self._booked(self.on_first, request, self._state.req[request.slot])
         self._evacuate()
         self._sweep()
 
@@ -244,7 +254,7 @@ class LiveInstances:
 
     def _fail(self, request: Request, error: Exception) -> None:
         """A request failed in a step: it ends, and what the step wrote of it is never found in the prefix cache."""
-        _log.error("request %d failed: %s", request.number, repr(error)[:200])
+        _log.error("request %s failed: %s", request.id, repr(error)[:200])
         self._hashed[request.slot] = 0
         if request.doomed is None:
             request.doomed = ERROR
@@ -339,10 +349,7 @@ class LiveInstances:
             elif record["state"] == RequestState.FAILED:
                 finish = UNPLACEABLE
             request.cached_tokens = int(record["cached"])
-            try:
-                self.on_end(request, record, finish)
-            except Exception:  # metrics and logs are no reason to stop serving
-                _log.exception("the end of request %d could not be booked", request.number)
+            self._booked(self.on_end, request, record, finish)
             self.requests[r] = None
             self._doomed.discard(request)
             self._free.append(r)
@@ -357,12 +364,20 @@ class LiveInstances:
         self.on_gone()
 
     @staticmethod
+    def _booked(book: Callable[..., None], request: Request, *what: Any) -> None:
+        """Metrics and logs are no reason to stop serving."""
+        try:
+            book(request, *what)
+        except Exception:
+            _log.exception("what became of request %s could not be booked", request.id)
+
+    @staticmethod
     def heard(request: Request, delta: Delta) -> bool:
         """Tell the caller of ``request``; False when that fails, and then it is told nothing more."""
         try:
             request.sink(delta)
         except Exception:
-            _log.exception("whoever listens to request %d failed", request.number)
+            _log.exception("whoever listens to request %s failed", request.id)
             request.sink = _nobody
             return False
         return True

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.model.sampling import SamplingParams
+from engine.live.fate import ABORT, ERROR, SERVER, SHED, UNPLACEABLE
+from engine.model.forms import Progress
+from engine.model.sampling import Logprobs, SamplingParams
 from engine.model.stopping import Generation
 from engine.model.tokenizer import Tokenizer
 
 __all__ = ["ABORT", "ERROR", "SHED", "UNPLACEABLE", "Delta", "Request"]
-
-#: Ends of a request beside the model's own (:class:`engine.model.Finish`).
-ABORT = "abort"  # the client is gone, or the engine shut down
-ERROR = "error"  # a step or its transfers failed
-SHED = "shed"  # the policy refused it
-UNPLACEABLE = "unplaceable"  # no instance could ever hold it
 
 _numbers = itertools.count(1)
 
@@ -30,6 +26,7 @@ class Delta:
     :param token: its new token; None when it ended without one
     :param text: text that is now certain (may lag behind the tokens, and may be empty)
     :param finish: why it ended, None while it goes on
+    :param logprobs: what the model thought of it, where the request asked
 
     Not a named tuple, of which making and reading take longer: there is one for every token.
     """
@@ -37,6 +34,7 @@ class Delta:
     token: int | None
     text: str
     finish: str | None
+    logprobs: Logprobs | None = None
 
 
 class Request:
@@ -46,6 +44,7 @@ class Request:
     :param cls: SLO class
     :param ttft_slo: own TTFT target in ticks, 0 for that of the class; ``tpot_slo`` likewise
     :param priority: prompts of a lower value start first
+    :param form: that the answer is to have, at its beginning
     """
 
     def __init__(
@@ -59,8 +58,14 @@ class Request:
         ttft_slo: int = 0,
         tpot_slo: int = 0,
         priority: int = 0,
+        form: Progress | None = None,
     ) -> None:
         self.number = next(_numbers)
+        if params.penalises:
+            params = replace(params, counts={})  # its own: callers use their parameters again
+        if form is not None:
+            params = replace(params, allowed=form.allowed)
+        self._form = form
         self.params, self.sink, self.cls = params, sink, cls
         self.ttft_slo, self.tpot_slo, self.priority = ttft_slo, tpot_slo, priority
         self.n_prompt = self.n_tokens = len(prompt)
@@ -77,18 +82,28 @@ class Request:
         self._generation = Generation(params, tokenizer)
 
     @property
+    def id(self) -> str:
+        """What clients see, unique across processes: 17 of them later, ``1f3a9c02-17``."""
+        return f"{SERVER}-{self.number}"
+
+    @property
     def finish(self) -> str | None:
         """Why its own output ended (stop or length), None while it goes on."""
         finish = self._generation.finish
         return None if finish is None else str(finish)
 
-    def push(self, token: int) -> Delta:
+    def push(self, token: int, logprobs: Logprobs | None = None) -> Delta:
         """Take the next sampled token. Only the lane that runs the request calls this."""
         text = self._generation.push(token)
+        if self._form is not None and self._generation.finish is None:
+            self._form.push(token)
+            text += self._generation.complete() if self._form.over else ""
+        if self.params.penalises:
+            self.params.counts[token] = self.params.counts.get(token, 0) + 1
         self.tokens[self.n_tokens] = self.newest = token
         self.n_tokens += 1
         finish = self._generation.finish
         if finish is None:
-            return Delta(token, text, None)
+            return Delta(token, text, None, logprobs)
         self.due = -1
-        return Delta(token, text, str(finish))
+        return Delta(token, text, str(finish), logprobs)

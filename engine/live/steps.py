@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import compress
+from itertools import compress, repeat
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from engine.kernels import Spans
 from engine.lanes.base import WHOLE
 from engine.live.hosts import Executor, InstanceLost
 from engine.live.request import Delta, Request
+from engine.model.sampling import Logprobs
 
 __all__ = ["LaneRunner", "Step", "StepResult"]
 
@@ -141,11 +142,11 @@ class LaneRunner:
             if len(begun.requests) == 1:
                 return StepResult([], failed=[(begun.requests[0], error)])
             return self._one_by_one(begun, step.partition)
-        return self._hand_out(zip(sampling, tokens, strict=True), [])
+        return self._hand_out(zip(sampling, tokens, self._logprobs(tokens), strict=True), [])
 
     def _one_by_one(self, begun: _Pass, partition: int) -> StepResult:
         """Run each sequence of a pass alone, all layers of it: the innocent get their tokens."""
-        pairs: list[tuple[Request, int]] = []
+        found: list[tuple[Request, int, Logprobs | None]] = []
         failed: list[tuple[Request, Exception]] = []
         whole = (0, self.executor.n_layers)
         for k, request in enumerate(begun.requests):
@@ -159,15 +160,21 @@ class LaneRunner:
             except Exception as error:
                 failed.append((request, error))
             else:
-                pairs.extend((request, token) for token in tokens)
-        return self._hand_out(pairs, failed)
+                found.extend((request, *token) for token in zip(tokens, self._logprobs(tokens), strict=True))
+        return self._hand_out(found, failed)
+
+    def _logprobs(self, tokens: Sequence[int]) -> Iterable[Logprobs | None]:
+        """Of the tokens of the step that has just ended, one for each."""
+        return self.executor.logprobs or repeat(None, len(tokens))
 
     @staticmethod
-    def _hand_out(pairs: Iterable[tuple[Request, int]], failed: list[tuple[Request, Exception]]) -> StepResult:
+    def _hand_out(
+        sampled: Iterable[tuple[Request, int, Logprobs | None]], failed: list[tuple[Request, Exception]]
+    ) -> StepResult:
         deltas = []
-        for request, token in pairs:
+        for request, token, logprobs in sampled:
             try:
-                deltas.append((request, request.push(token)))
+                deltas.append((request, request.push(token, logprobs)))
             except Exception as error:  # its text, its stop strings
                 failed.append((request, error))
         return StepResult(deltas, None, [pair for pair in deltas if pair[0].n_tokens > pair[0].due], failed)

@@ -47,12 +47,17 @@ class ModelRunner:
         :param params: one for each sampling row, in order
         :param steps: tokens each of them has generated so far
         """
-        assert len(params) == len(steps) == batch.sample_rows.shape[0]
-        return self.choose(self.model.logits(carry, batch), params, steps)
+        return self.choose(self.logits(batch, carry), params, steps)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch, carry: Carry) -> Tensor:
+        """Logits [R, vocab] of the sampling rows."""
+        return self.model.logits(carry, batch)
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
         """:meth:`sample` from logits [R, vocab] that are known already."""
+        assert len(params) == len(steps) == logits.shape[0]
         return choose_tokens(logits, params, steps, self.eos_ids)
 
     def run(self, batch: Batch, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import SlalomError
 
-__all__ = ["SamplingParams", "choose_tokens", "uniform"]
+__all__ = ["MOST_LOGPROBS", "Logprobs", "SamplingParams", "choose_tokens", "logprobs_of", "uniform"]
 
 _MASK = (1 << 64) - 1
 _HEAD = 1024  # tokens looked at first: nearly always enough for top-k and top-p, and cheaper than all
 _COLD = 1e-5  # below this temperature float32 cannot tell the logits' quotients apart: greedy (as vLLM)
 _MOST_TOP_K = 2**31 - 1
 _MOST_BIASES = 300
+MOST_LOGPROBS = 20
+_LEAST_LOGPROB = -9999.0  # minus infinity, which is no JSON, as OpenAI writes it
 _MOST_STOPS, _MOST_STOP_TEXT, _MOST_STOP_IDS = 64, 4096, 256  # each is looked at for every token, in everybody's step
 
 
@@ -31,6 +35,11 @@ class SamplingParams:
     :param top_k: sample from this many most likely tokens; 0 for all
     :param min_p: sample only from tokens at least this many times as likely as the likeliest
     :param logit_bias: up to 300 (token, what is added to its logit: from -100 to 100)
+    :param presence_penalty: taken from the logits of tokens that are in the answer already; from -2 to 2
+    :param frequency_penalty: the same, for each time that they are in it; from -2 to 2
+    :param counts: how often each token is in the answer, kept by whoever generates it
+    :param allowed: bit k of it says whether token k may come next, kept by whoever generates it; None: all may
+    :param logprobs: also say the log-probability of each token and of this many likeliest ones; None: do not
     :param seed: fixes the draws: the same seed draws the same numbers whatever else is in the batch; 64 bits
     :param stop: up to 64 strings that end the output (not part of it), of 4096 characters together
     :param stop_token_ids: up to 256 tokens that end the output (their text is not part of it)
@@ -45,6 +54,11 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    counts: dict[int, int] = field(default_factory=dict, compare=False)
+    allowed: bytearray | None = field(default=None, compare=False)
+    logprobs: int | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -60,6 +74,9 @@ class SamplingParams:
             ("min_p", 0.0 <= self.min_p <= 1.0, "from 0 to 1"),
             ("logit_bias", len(self.logit_bias) <= _MOST_BIASES, f"at most {_MOST_BIASES} tokens"),
             ("logit_bias", all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias), "from -100 to 100 each"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "from -2 to 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "from -2 to 2"),
+            ("logprobs", 0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
             ("seed", -(2**63) <= self.seed < 2**64, "a number of at most 64 bits"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
             ("stop", all(self.stop), "stop strings must not be empty"),
@@ -70,6 +87,22 @@ class SamplingParams:
         for name, holds, fix in rules:
             if not holds:
                 raise SlalomError(name, getattr(self, name), fix)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens of its own answer matter to what comes next."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class Logprobs(NamedTuple):
+    """What the model thought of one token of an answer, before any bias, penalty or temperature.
+
+    :param token: natural logarithm of its probability
+    :param top: (token, the same) of the likeliest ones, best first; as many as were asked for
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...]
 
 
 def uniform(seed: int, step: int) -> float:
@@ -88,7 +121,7 @@ def choose_tokens(
     :param steps: tokens each request has generated so far; selects its random number
     :param eos_ids: the model's end tokens, barred while a request is below its ``min_tokens``
     """
-    logits = _bar_ends(_biased(logits, params), params, steps, eos_ids)
+    logits = _of_form(_bar_ends(_biased(logits, params), params, steps, eos_ids), params)
     tokens = logits.argmax(-1)
     drawn = [row for row, p in enumerate(params) if p.temperature >= _COLD]
     if drawn:
@@ -98,14 +131,48 @@ def choose_tokens(
 
 
 def _biased(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    rows = [row for row, p in enumerate(params) if p.logit_bias]
+    """Biases added and penalties taken off, as OpenAI defines them."""
+    rows = [row for row, p in enumerate(params) if p.logit_bias or (p.counts and p.penalises)]
     if not rows:
         return logits
     logits = logits.clone()
     for row in rows:
-        tokens, biases = zip(*params[row].logit_bias, strict=True)
-        logits[row, list(tokens)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+        p = params[row]
+        if p.logit_bias:
+            tokens, biases = zip(*p.logit_bias, strict=True)
+            logits[row, list(tokens)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+        if p.counts and p.penalises:
+            often = torch.tensor(list(p.counts.values()), dtype=logits.dtype, device=logits.device)
+            logits[row, list(p.counts)] -= p.presence_penalty + p.frequency_penalty * often
     return logits
+
+
+def _of_form(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Only tokens that the form of an answer allows."""
+    allowed = [(row, p.allowed) for row, p in enumerate(params) if p.allowed is not None]
+    if not allowed:
+        return logits
+    logits = logits.clone()
+    for row, mask in allowed:
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[: logits.shape[1]]
+        logits[row, torch.from_numpy(bits == 0).to(logits.device)] = float("-inf")
+    return logits
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) -> list[Logprobs | None]:
+    """What the model thought of ``tokens`` [R], for the rows that ask; ``logits`` [R, vocab] as the model gave them."""
+    found: list[Logprobs | None] = [None] * len(params)
+    rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+    if not rows:
+        return found
+    at = torch.tensor(rows, device=logits.device)
+    logs = logits[at].float().log_softmax(-1).clamp_min(_LEAST_LOGPROB)
+    own = logs.gather(1, tokens[at].unsqueeze(1)).squeeze(1).tolist()
+    best, order = logs.topk(min(max(params[row].logprobs or 0 for row in rows), logs.shape[1]), sorted=True)
+    for row, log, values, ids in zip(rows, own, best.tolist(), order.tolist(), strict=True):
+        n = params[row].logprobs or 0
+        found[row] = Logprobs(log, tuple(zip(ids[:n], values[:n], strict=True)))
+    return found
 
 
 def _bar_ends(

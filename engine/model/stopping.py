@@ -48,6 +48,10 @@ class Generation:
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
+    def complete(self) -> str:
+        """The output has the form it was to have; returns the text that was held back."""
+        return self._end(Finish.STOP)
+
     def _end(self, finish: Finish) -> str:
         self.finish = finish
         text, self._held = self._held + self._detokenizer.flush(), ""

@@ -68,6 +68,10 @@ class Tokenizer:
         """Text of ``ids``, special tokens left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """The whole of it as the text of a ``tokenizer.json``."""
+        return str(self._backend.to_str())
+
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self)
 

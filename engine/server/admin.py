@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -12,9 +14,11 @@ from engine.core.kinds import Role
 from engine.core.policy import Policy
 from engine.errors import SlalomError
 from engine.live.engine import Engine
+from engine.server.view import state_of
 
 __all__ = ["add_admin"]
 
+_log = logging.getLogger("slalom.admin")
 _LOOPBACK = ("127.0.0.1", "::1")
 
 
@@ -42,6 +46,17 @@ def _local(http: Request) -> None:
         raise HTTPException(403, "administration is for clients on this machine")
 
 
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Log what an operator changes, and what is refused."""
+    try:
+        yield
+    except Exception as error:
+        _log.warning("%s: refused: %s", what, error)
+        raise
+    _log.info("%s", what)
+
+
 def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy] | None) -> None:
     """Add the routes under ``/admin``."""
     local = [Depends(_local)]
@@ -53,39 +68,44 @@ def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy]
     @app.post("/admin/role", dependencies=local)
     def role(change: _RoleChange) -> dict[str, Any]:
         names = [r.name.lower() for r in Role]
-        if change.role not in names:
-            raise SlalomError("role", change.role, f"use one of {', '.join(names)}")
-        engine.set_role(change.instance, Role[change.role.upper()])
+        with _told(f"role of instance {change.instance} to {change.role}"):
+            if change.role not in names:
+                raise SlalomError("role", change.role, f"use one of {', '.join(names)}")
+            engine.set_role(change.instance, Role[change.role.upper()])
         return engine.call(lambda: _describe(engine))
 
     @app.post("/admin/policy", dependencies=local)
     def policy(change: _PolicyChange) -> dict[str, Any]:
-        if load_policy is None:
-            raise SlalomError("policy", change.policy, "this server was started without a way to find policies")
-        found, guard = load_policy(change.policy), engine.runtime.guard
-        engine.set_policy(found if guard is None else guard.prepare(found, rehearse=True))
+        with _told(f"policy {change.policy}"):
+            if load_policy is None:
+                raise SlalomError("policy", change.policy, "this server was started without a way to find policies")
+            found, guard = load_policy(change.policy), engine.runtime.guard
+            engine.set_policy(found if guard is None else guard.prepare(found, rehearse=True))
         return engine.call(lambda: _describe(engine))
 
     @app.post("/admin/mode", dependencies=local)
     def mode(change: _ModeChange) -> dict[str, Any]:
         """Frozen: at once the fallback places and nothing else changes; ``restore`` leads back to the start."""
         guard = engine.runtime.guard
-        if guard is None:
-            raise SlalomError("mode", change.mode, "this server runs without a guard")
-        if change.mode == "frozen":
-            engine.call(lambda: guard.freeze(restore=change.restore))
-        else:
-            engine.call(lambda: guard.thaw(advisory=change.mode == "advisory"))
+        with _told(f"mode {change.mode}" + (", with restore" if change.restore else "")):
+            if guard is None:
+                raise SlalomError("mode", change.mode, "this server runs without a guard")
+            if change.mode == "frozen":
+                engine.call(lambda: guard.freeze(restore=change.restore))
+            else:
+                engine.call(lambda: guard.thaw(advisory=change.mode == "advisory"))
         return engine.call(lambda: _describe(engine))
 
     @app.post("/admin/drain", dependencies=local)
     def drain() -> dict[str, Any]:
-        engine.drain()
+        with _told("drain: no new request is taken"):
+            engine.drain()
         return engine.call(lambda: _describe(engine))
 
     @app.post("/admin/undrain", dependencies=local)
     def undrain() -> dict[str, Any]:
-        engine.undrain()
+        with _told("undrain: requests are taken again"):
+            engine.undrain()
         return engine.call(lambda: _describe(engine))
 
 
@@ -95,7 +115,7 @@ def _guard(engine: Engine) -> dict[str, Any] | None:
         return None
     report = guard.report()
     names = ("mode", "generation", "fallback", "isolated", "deadline_us", "breaker", "breaker_trips", "reasons")
-    drift = {d.metric: {"ratio": d.ratio, "alarm": d.alarm} for d in report.drift}
+    drift = {d.metric: {"ratio": d.ratio if d.requests else None, "alarm": d.alarm} for d in report.drift}
     return {name: getattr(report, name) for name in names} | {"drift": drift}
 
 
@@ -114,6 +134,7 @@ def _describe(engine: Engine) -> dict[str, Any]:
         "instances": [
             {
                 "instance": i,
+                "state": state_of(state, i),
                 "role": roles[x["role"]],
                 "target_role": None if x["target_role"] < 0 else roles[x["target_role"]],
                 "running": int(x["run_n"]),

@@ -20,13 +20,15 @@ from engine.core.policy import Policy
 from engine.errors import PromptTooLong, SlalomError
 from engine.live.engine import Engine, Overloaded, Unavailable
 from engine.live.request import ABORT, SHED, UNPLACEABLE, Delta
+from engine.model.forms import Progress
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
 from engine.server.ending import say_goodbye
 from engine.server.limits import BodyLimit, most_bytes
 from engine.server.metrics import Metrics
 from engine.server.prompts import Prompts
-from engine.server.protocol import ChatRequest, CompletionRequest, Shape, Usage, class_of, error_body, targets_of
+from engine.server.protocol import ChatRequest, CompletionRequest, Usage, class_of, error_body, targets_of
+from engine.server.shape import Shape
 from engine.server.streams import Mailroom, Stream, unanswered
 
 __all__ = ["create_app"]
@@ -54,7 +56,7 @@ def create_app(
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
     """
-    metrics, prompts = Metrics(engine, model), Prompts(engine.tokenizer, engine.max_tokens)
+    metrics, prompts = Metrics(engine, model, classes), Prompts(engine.tokenizer, engine.max_tokens, engine.vocab_size)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -100,14 +102,16 @@ def create_app(
         check_model(body.model)
         prompt = body.only_prompt()
         tokens = await prompts.text(prompt) if isinstance(prompt, str) else prompt
-        return await _answer(engine, model, body, tokens, http, chat=False)
+        form = await prompts.form(body.form())
+        return await _answer(engine, model, body, tokens, http, form, chat=False)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: Request) -> Response:
         check_model(body.model)
         messages = [message.plain() for message in body.messages]
         tokens = await prompts.chat(messages, body.template_names())
-        return await _answer(engine, model, body, tokens, http, chat=True)
+        form = await prompts.form(body.form())
+        return await _answer(engine, model, body, tokens, http, form, chat=True)
 
     return app
 
@@ -156,26 +160,34 @@ def _add_errors(app: FastAPI, engine: Engine) -> None:
 
 
 async def _answer(
-    engine: Engine, model: str, body: CompletionRequest | ChatRequest, tokens: list[int], http: Request, *, chat: bool
+    engine: Engine,
+    model: str,
+    body: CompletionRequest | ChatRequest,
+    tokens: list[int],
+    http: Request,
+    form: Progress | None,
+    *,
+    chat: bool,
 ) -> Response:
     """Serve one request, streamed or whole. The status is known once its first token, or its end, is."""
     params = body.sampling(_DEFAULT_CHAT_TOKENS if chat else _DEFAULT_TOKENS)
     stream = Stream(engine, http.app.state.mailroom)
     cls = class_of(http.headers, body.slo_class, http.app.state.classes)
-    stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority)
+    stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority, form=form)
     assert stream.request is not None
-    shape = Shape(stream.request.number, model, chat=chat)
+    echo = _echoed(body, engine)
+    shape = Shape(stream.request.id, model, engine.tokenizer, chat=chat, echo=echo)
     gone = asyncio.ensure_future(_hung_up(http))
     try:
         first = await _or_hang_up(stream, gone)
         if first is not None and body.stream and not unanswered(first):
             return StreamingResponse(_events(stream, first, shape, body), media_type="text/event-stream")
-        text, delta = "", first
+        deltas, delta = [], first
         while delta is not None:
-            text += delta.text
+            deltas.append(delta)
             if delta.finish is not None:
                 usage = _usage(stream)
-                return _refusal(delta) if unanswered(delta) else JSONResponse(shape.whole(text, delta.finish, usage))
+                return _refusal(delta) if unanswered(delta) else JSONResponse(shape.whole(deltas, usage))
             delta = await _or_hang_up(stream, gone)
         return Response(status_code=_CLIENT_GONE)
     except BaseException:
@@ -183,6 +195,14 @@ async def _answer(
         raise
     finally:
         gone.cancel()
+
+
+def _echoed(body: CompletionRequest | ChatRequest, engine: Engine) -> str:
+    """The prompt as text where the answer is to begin with it."""
+    if not isinstance(body, CompletionRequest) or not body.echo:
+        return ""
+    prompt = body.only_prompt()
+    return prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
 
 
 async def _hung_up(http: Request) -> None:
@@ -246,7 +266,7 @@ async def _events(
                 yield "data: [DONE]\n\n"
                 return
             # One for each token, also where its text waits for the next: clients count events.
-            chunk = shape.chunk(delta.text, delta.finish, first=not begun)
+            chunk = shape.chunk(delta, first=not begun)
             if options and options.continuous_usage_stats:
                 chunk["usage"] = _usage(stream).body()
             yield _event(chunk)

@@ -59,7 +59,8 @@ def _drift(report: GuardReport) -> Iterator[Metric]:
     ratio = GaugeMetricFamily("slalom:drift_ratio", "Typical actual over predicted.", labels=["metric"])
     alarm = GaugeMetricFamily("slalom:drift_alarm", "1 while they have parted.", labels=["metric"])
     for drift in report.drift:
-        ratio.add_metric([drift.metric], drift.ratio)
+        if drift.requests:  # before that nothing is known
+            ratio.add_metric([drift.metric], drift.ratio)
         alarm.add_metric([drift.metric], float(drift.alarm))
     yield from (ratio, alarm)
 

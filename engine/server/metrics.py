@@ -1,12 +1,12 @@
 """Prometheus metrics: the engine's in vLLM's names, so that dashboards and autoscalers work; ours as ``slalom:``.
 
-Gauges and counters are read from the cluster's records when somebody scrapes, so serving pays nothing for them;
-per-request histograms are filled in when a request ends.
+Gauges and counters are read from the cluster's records when somebody scrapes, so serving pays nothing for them. What is
+of one request is booked when it happens: its prompt and waits at its first token, the rest at its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,14 @@ from engine.core.kinds import RequestState, Role
 from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
 from engine.latency.evaluate import TICKS_PER_S
+from engine.live.door import TurnedAway
 from engine.live.engine import Engine
-from engine.live.request import Request
+from engine.live.fate import DRAINING, OVERLOADED, UNAVAILABLE
+from engine.live.instances import LiveInstances
+from engine.live.request import ABORT, ERROR, SHED, UNPLACEABLE, Request
+from engine.model.stopping import Finish
 from engine.server.guard_metrics import guard_metrics
-from engine.server.view import Attainment, sm_shares
+from engine.server.view import STATES, Attainment, sm_shares, state_of
 
 __all__ = ["Metrics"]
 
@@ -40,14 +44,16 @@ class Metrics:
     """The registry of one server.
 
     :param model: value of the label ``model_name``
+    :param classes: names of the SLO classes
     """
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: Engine, model: str, classes: Sequence[str]) -> None:
         self._engine, self._model = engine, model
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self.met = Attainment(len(engine.state.cls))
-        self._ends: dict[str, int] = {}
+        self.met = Attainment(classes)
+        self._ends = dict.fromkeys((*map(str, Finish), ABORT, ERROR, SHED, UNPLACEABLE), 0)
+        self._refused = {(name, reason): 0 for name in classes for reason in (OVERLOADED, DRAINING, UNAVAILABLE)}
         self._prompt_tokens = 0
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", _TTFT)
         self._tpot = self._histogram(
@@ -59,37 +65,60 @@ class Metrics:
         self._decode = self._histogram("vllm:request_decode_time_seconds", "First to last token.", _E2E)
         self._prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens.", _TOKENS)
         self._generated = self._histogram("vllm:request_generation_tokens", "Generated tokens.", _TOKENS)
-        before = engine.instances.on_end
+        self._subscribe(engine.instances)
+
+    def _subscribe(self, instances: LiveInstances) -> None:
+        """Hear of requests, after whoever listens already."""
+        before_first, before_end, before_refused = instances.on_first, instances.on_end, instances.on_refused
+
+        def on_first(request: Request, record: np.void) -> None:
+            before_first(request, record)
+            self.observe_first(request, record)
 
         def on_end(request: Request, record: np.void, finish: str) -> None:
-            before(request, record, finish)
+            before_end(request, record, finish)
             self.observe(request, record, finish)
 
-        engine.instances.on_end = on_end
+        def on_refused(request: TurnedAway) -> None:
+            before_refused(request)
+            self.observe_refused(request)
+
+        instances.on_first, instances.on_end, instances.on_refused = on_first, on_end, on_refused
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
         family = Histogram(name, text, ["model_name", "engine"], buckets=buckets, registry=self.registry)
         return family.labels(self._model, "0")
 
-    def observe(self, request: Request, record: np.void, finish: str) -> None:
-        """A request ended. Called in the scheduler's thread."""
-        reason = finish or request.finish or "length"
-        self._ends[reason] = self._ends.get(reason, 0) + 1
+    def observe_first(self, request: Request, record: np.void) -> None:
+        """The first token of a request is out. Called in the scheduler's thread, as are the other two."""
+        arrival, first, started = (int(record[name]) for name in ("arrival", "first_token", "prefill_start"))
         self._prompt_tokens += request.n_prompt
+        self._prompt.observe(request.n_prompt)
+        self._ttft.observe((first - arrival) / TICKS_PER_S)
+        self._queue.observe((started - arrival) / TICKS_PER_S)
+        self._prefill.observe((first - started) / TICKS_PER_S)
+
+    def observe(self, request: Request, record: np.void, finish: str) -> None:
+        """A request ended. One that was cut off has a length, but no latency of a whole answer."""
+        reason = finish or request.finish or str(Finish.LENGTH)
+        self._ends[reason] = self._ends.get(reason, 0) + 1
         self.met.observe(record, finish)
+        generated = int(record["generated"])
+        if generated > 0:
+            self._generated.observe(generated)
         if record["state"] != RequestState.FINISHED:
             return
         arrival, first, last = int(record["arrival"]), int(record["first_token"]), int(record["last_token"])
-        started, generated = int(record["prefill_start"]), int(record["generated"])
-        self._ttft.observe((first - arrival) / TICKS_PER_S)
         if generated > 1:
             self._tpot.observe((last - first) / TICKS_PER_S / (generated - 1))
         self._e2e.observe((int(record["finished"]) - arrival) / TICKS_PER_S)
-        self._queue.observe((started - arrival) / TICKS_PER_S)
-        self._prefill.observe((first - started) / TICKS_PER_S)
         self._decode.observe((last - first) / TICKS_PER_S)
-        self._prompt.observe(request.n_prompt)
-        self._generated.observe(generated)
+
+    def observe_refused(self, request: TurnedAway) -> None:
+        """A request was not taken in."""
+        key = (self.met.classes[request.cls], request.reason)
+        self._refused[key] = self._refused.get(key, 0) + 1
+        self.met.observe_refused(request.cls, request.reason)
 
     def describe(self) -> list[Metric]:
         """Nothing to check at registration (part of the collector's contract)."""
@@ -109,10 +138,10 @@ class Metrics:
 
     def _totals(self) -> Iterator[Metric]:
         cluster = self._engine.state.cluster[0]
-        yield self._total("vllm:prompt_tokens", "Prompt tokens of ended requests.", self._prompt_tokens)
+        yield self._total("vllm:prompt_tokens", "Prompt tokens of requests with a first token.", self._prompt_tokens)
         yield self._total("vllm:generation_tokens", "Generated tokens.", float(cluster["tokens_out"]))
         yield self._total("vllm:num_preemptions", "Preempted requests.", float(cluster["n_preempted"]))
-        yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up.", self._prompt_tokens)
+        yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up.", float(cluster["looked_up_tokens"]))
         yield self._total("vllm:prefix_cache_hits", "Prompt tokens found.", float(cluster["cached_tokens"]))
         ends = CounterMetricFamily(
             "vllm:request_success", "Ended requests.", labels=["model_name", "engine", "finished_reason"]
@@ -120,6 +149,13 @@ class Metrics:
         for reason, count in list(self._ends.items()):
             ends.add_metric([self._model, "0", reason], count)
         yield ends
+        refused = CounterMetricFamily("slalom:requests_refused", "Requests not taken in.", labels=["class", "reason"])
+        for labels, count in list(self._refused.items()):
+            refused.add_metric(list(labels), count)
+        yield refused
+        accepting = GaugeMetricFamily("slalom:accepting_requests", "1 while new requests are taken.")
+        accepting.add_metric([], float(self._engine.accepting))
+        yield accepting
         yield self._total("slalom:migrations", "KV transfers.", float(cluster["n_migrated"]))
         yield self._total("slalom:migrated_tokens", "Tokens whose KV moved.", float(cluster["migrated_tokens"]))
         failures = self._engine.instances.transfer_failures
@@ -128,13 +164,13 @@ class Metrics:
         yield self._attainment()
 
     def _attainment(self) -> Metric:
-        """Per class, over ended requests: both targets, and each by itself."""
+        """Per class: both targets, and each by itself. A class of which nothing ended has none."""
         family = GaugeMetricFamily(
             "slalom:slo_attainment_ratio", "Share of requests that met their target.", labels=["class", "metric"]
         )
         for c in range(len(self._engine.state.cls)):
             for metric, share in self.met.total(c).items():
-                family.add_metric([str(c), metric], share)
+                family.add_metric([self.met.classes[c], metric], share)
         return family
 
     def _instances(self) -> Iterator[Metric]:
@@ -144,6 +180,7 @@ class Metrics:
         running = GaugeMetricFamily("vllm:num_requests_running", "Requests in decode.", labels=labels)
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Requests before their first token.", labels=labels)
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Referenced KV blocks, 0 to 1.", labels=labels)
+        states = GaugeMetricFamily("slalom:instance_state", "1 for the state it is in.", labels=["instance", "state"])
         role = GaugeMetricFamily("slalom:instance_role", "1 for the role in force.", labels=["instance", "role"])
         share = GaugeMetricFamily("slalom:sm_share", "Share of SMs for decode beside prefill.", labels=["instance"])
         blocks = InfoMetricFamily("vllm:cache_config", "KV blocks.", labels=labels)
@@ -153,12 +190,15 @@ class Metrics:
             running.add_metric(who, float(instance["run_n"]))
             waiting.add_metric(who, float(state.lists[queue_of(i), 2]) + (undecided if i == 0 else 0))
             usage.add_metric(who, 1.0 - float(pool["free"]) / float(pool["n_blocks"]))
-            for r in Role:
-                role.add_metric([str(i), r.name.lower()], float(instance["role"] == r))
+            now = state_of(state, i)
+            for name in STATES:
+                states.add_metric([str(i), name], float(name == now))
+            for r in Role:  # a lost one has none
+                role.add_metric([str(i), r.name.lower()], float(instance["role"] == r and now != "lost"))
             share.add_metric([str(i)], sm_shares(state, i)[1])
             size = str(int(state.cluster[0]["block_tokens"]))
             blocks.add_metric(who, {"block_size": size, "num_gpu_blocks": str(int(pool["n_blocks"]))})
-        yield from (running, waiting, usage, role, share, blocks)
+        yield from (running, waiting, usage, states, role, share, blocks)
 
     def _token_gaps(self) -> Metric:
         """The core counts every gap between two tokens in 2 % bins; here in vLLM's coarser ones."""

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from engine.errors import PromptTooLong
+from engine.model.forms import Form, Forms, Progress
 from engine.model.tokenizer import Tokenizer
 
 __all__ = ["Prompts"]
@@ -18,10 +19,13 @@ _THREADS = 2
 
 
 class Prompts:
-    """:param max_tokens: a prompt with as many tokens or more is refused"""
+    """:param max_tokens: a prompt with as many tokens or more is refused
+    :param vocab: tokens that the model knows
+    """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, vocab: int) -> None:
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
+        self._forms = Forms(tokenizer, vocab)
         self._threads = ThreadPoolExecutor(_THREADS, "tokenizer")
 
     async def text(self, text: str) -> list[int]:
@@ -43,6 +47,15 @@ class Prompts:
         plain = not names and all(len(message) == 2 for message in messages)
         size = sum(len(message["content"]) for message in messages) + 64 * len(messages)
         return await self._beside(size if plain else _SHORT, work)
+
+    async def form(self, form: Form | None) -> Progress | None:
+        """The beginning of an answer of ``form``.
+
+        :raises SlalomError: no such form
+        """
+        if form is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._forms.begin, form)
 
     def close(self) -> None:
         """No more prompts come."""

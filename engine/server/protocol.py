@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.errors import SlalomError
-from engine.model.sampling import SamplingParams
+from engine.model.forms import Form
+from engine.model.sampling import MOST_LOGPROBS, SamplingParams
+from engine.server.forms import form_of
 from engine.server.unserved import refuse_unserved
 
 __all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "class_of", "error_body", "targets_of"]
@@ -51,6 +52,8 @@ class _Generate(_Lenient):
     top_k: int | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     logit_bias: dict[int, float] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -58,6 +61,8 @@ class _Generate(_Lenient):
     n: Literal[1] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] = 0
     slo_class: str | None = None
 
@@ -72,6 +77,23 @@ class _Generate(_Lenient):
         """Tokens to generate at most, None when the client leaves it open."""
         return self.max_tokens
 
+    def form(self) -> Form | None:
+        """The form that the answer is to have; None for any.
+
+        :raises SlalomError: asked for in a way that is not known
+        """
+        found = form_of(self.response_format, self.structured_outputs)
+        if found is not None and self.min_tokens:
+            raise SlalomError("min_tokens", self.min_tokens, "a form says itself when the answer ends: leave one out")
+        return found
+
+    def wanted_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to name at each place, None for no logprobs at all.
+
+        :raises SlalomError: asked for in a way that means nothing
+        """
+        return None
+
     def sampling(self, default_tokens: int) -> SamplingParams:
         """The request's sampling parameters; OpenAI's defaults where it says nothing.
 
@@ -80,7 +102,7 @@ class _Generate(_Lenient):
         given: dict[str, Any] = {}
         if self.logit_bias:
             given["logit_bias"] = tuple(self.logit_bias.items())
-        for name in ("temperature", "top_p", "min_p", "seed"):
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed"):
             if getattr(self, name) is not None:
                 given[name] = getattr(self, name)
         if self.top_k is not None and self.top_k > 0:  # some clients send -1 for "all"
@@ -93,6 +115,7 @@ class _Generate(_Lenient):
             stop=tuple(stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
+            logprobs=self.wanted_logprobs(),
             **given,
         )
 
@@ -101,6 +124,15 @@ class CompletionRequest(_Generate):
     """``POST /v1/completions``: a text, its token ids, or a list with one of them."""
 
     prompt: str | list[int] | _Few[str] | _Few[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS, strict=True)] | Literal[False] | None = None
+    echo: bool = False
+
+    def wanted_logprobs(self) -> int | None:
+        """As in the base class; those of an echoed prompt are not kept."""
+        wanted = None if self.logprobs is False else self.logprobs
+        if self.echo and wanted is not None:
+            raise SlalomError("echo", True, "logprobs are those of the answer: leave one of the two out")
+        return wanted
 
     def only_prompt(self) -> str | list[int]:
         """The one prompt.
@@ -146,6 +178,14 @@ class ChatRequest(_Generate):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+
+    def wanted_logprobs(self) -> int | None:
+        """As in the base class."""
+        if self.top_logprobs and not self.logprobs:
+            raise SlalomError("top_logprobs", self.top_logprobs, "set logprobs to true as well")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -218,43 +258,6 @@ class Usage(BaseModel):
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
-
-
-class Shape:
-    """The JSON of one kind of answer.
-
-    :param chat: chat completion, else plain completion
-    """
-
-    def __init__(self, number: int, model: str, *, chat: bool) -> None:
-        self._chat = chat
-        self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def chunk(self, text: str, finish: str | None, *, first: bool = False) -> dict[str, Any]:
-        """One event of a stream."""
-        if self._chat:
-            delta = ({"role": "assistant"} if first else {}) | {"content": text}
-            choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        else:
-            choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-        return self._head | {"object": self._kind(".chunk"), "choices": [choice]}
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last event of a stream whose client asked for usage."""
-        return self._head | {"object": self._kind(".chunk"), "choices": [], "usage": usage.body()}
-
-    def whole(self, text: str, finish: str | None, usage: Usage) -> dict[str, Any]:
-        """The answer of a request that does not stream."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": finish}
-        choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return self._head | {"object": self._kind(""), "choices": [choice], "usage": usage.body()}
-
-    def _kind(self, suffix: str) -> str:
-        return f"chat.completion{suffix}" if self._chat else "text_completion"
 
 
 def error_body(message: str, kind: str, code: int | str, param: str | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from engine.live.engine import Engine
 from engine.live.request import Delta, Request
+from engine.model.forms import Progress
 from engine.model.sampling import SamplingParams
 from engine.server.protocol import Targets
 
@@ -26,7 +27,14 @@ class Stream:
         self.n_tokens = 0
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, targets: Targets, *, cls: int = 0, priority: int = 0
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        targets: Targets,
+        *,
+        cls: int = 0,
+        priority: int = 0,
+        form: Progress | None = None,
     ) -> None:
         """Hand the request in; raises as :meth:`Engine.submit`."""
 
@@ -34,7 +42,7 @@ class Stream:
             self._mailroom.put(self, delta)
 
         self.request = self._engine.submit(
-            prompt, params, sink, cls=cls, ttft_s=targets.ttft_s, tpot_s=targets.tpot_s, priority=priority
+            prompt, params, sink, cls=cls, ttft_s=targets.ttft_s, tpot_s=targets.tpot_s, priority=priority, form=form
         )
 
     async def next(self) -> Delta:

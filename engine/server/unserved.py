@@ -19,8 +19,6 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "bad_words": (),
     "best_of": (1,),
-    "echo": (),
-    "frequency_penalty": (),
     "function_call": ("none", "auto"),
     "guided_choice": (),
     "guided_grammar": (),
@@ -28,17 +26,12 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "include_stop_str_in_output": (),
     "length_penalty": (1,),
-    "logprobs": (),
     "modalities": (["text"],),
-    "presence_penalty": (),
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (),
-    "structured_outputs": (),
     "suffix": (),
     "tool_choice": ("none", "auto"),
-    "top_logprobs": (),
     "truncate_prompt_tokens": (-1,),
     "use_beam_search": (),
 }
@@ -46,12 +39,11 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
 
 def refuse_unserved(body: Mapping[str, Any], *, chat: bool) -> None:
     """:param body: a request as it came
+    :param chat: else a plain completion
 
     :raises SlalomError: it asks for what is not done here
     """
-    for field, harmless in _UNSERVED.items():
+    for field, harmless in (_UNSERVED | ({"echo": ()} if chat else {"top_logprobs": ()})).items():
         value = body.get(field)
-        # 0 asks for something in one place: the logprob of each token, and of no others beside it.
-        zero = field == "logprobs" and not chat and type(value) is int
-        if zero or not any(value == nothing for nothing in (*_NOTHING, *harmless)):
+        if not any(value == nothing for nothing in (*_NOTHING, *harmless)):
             raise SlalomError(field, value, "this is not served here: leave the field out")

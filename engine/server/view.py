@@ -6,57 +6,77 @@ The records are read while the engine runs: each number is right by itself.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from engine.core.kinds import RequestState, Role
+from engine.core.kinds import Role
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, queue_of, ready_of
 from engine.core.state import ClusterState
 from engine.live.engine import Engine
-from engine.live.request import ABORT
+from engine.live.fate import Fate, fate_of, fate_of_refused
 
-__all__ = ["Attainment", "sm_shares", "view"]
+__all__ = ["STATES", "Attainment", "sm_shares", "state_of", "view"]
 
+STATES = ("serving", "draining", "switching", "lost")
 _ROLES = [r.name.lower() for r in Role]
 
 
 class Attainment:
-    """Of requests that have ended (those whose client left are left out): how many met their targets, per class.
+    """Of the requests sent: how many met their targets, per class. See :mod:`engine.live.fate` for what counts.
 
+    :param classes: their names
     :param recent: requests in the sliding window
     """
 
     METRICS = ("both", "ttft", "tpot")
 
-    def __init__(self, n_classes: int, recent: int = 200) -> None:
-        self.ended = [0] * n_classes
-        self._met = [[0, 0, 0] for _ in range(n_classes)]
-        self._recent: list[deque[tuple[bool, bool, bool]]] = [deque(maxlen=recent) for _ in range(n_classes)]
+    def __init__(self, classes: Sequence[str], recent: int = 200) -> None:
+        n = len(classes)
+        self.classes = tuple(classes)
+        self.ended, self.refused = [0] * n, [0] * n
+        self._met = [[0, 0, 0] for _ in range(n)]
+        self._recent: list[deque[tuple[bool, bool, bool]]] = [deque(maxlen=recent) for _ in range(n)]
 
     def observe(self, record: np.void, finish: str) -> None:
         """A request ended; ``record`` is its REQUEST record."""
-        if finish == ABORT:
+        self._count(int(record["cls"]), fate_of(record, finish))
+
+    def observe_refused(self, c: int, reason: str) -> None:
+        """A request of class ``c`` was not taken in."""
+        self.refused[c] += 1
+        self._count(c, fate_of_refused(reason))
+
+    def _count(self, c: int, fate: Fate) -> None:
+        if fate.good is None:
             return
-        c = int(record["cls"])
-        done = bool(record["state"] == RequestState.FINISHED)
-        ttft, tpot = bool(record["ttft_ok"] == 1), done and bool(record["tpot_ok"] == 1)
-        met = (done and ttft and tpot, ttft, tpot)
+        met = (fate.good, fate.ttft, fate.tpot)
         self.ended[c] += 1
         self._recent[c].append(met)
         for k in range(3):
             self._met[c][k] += met[k]
 
     def total(self, c: int) -> dict[str, float]:
-        """Shares since the start, 1.0 before any ended; every ended request counts in each metric."""
+        """Shares since the start, in each metric of all that count; empty while none does."""
         n = self.ended[c]
-        return {m: self._met[c][k] / n if n else 1.0 for k, m in enumerate(self.METRICS)}
+        return {m: self._met[c][k] / n for k, m in enumerate(self.METRICS)} if n else {}
 
-    def recent(self, c: int) -> dict[str, float]:
-        """The same over the last requests."""
+    def recent(self, c: int) -> dict[str, float | None]:
+        """The same over the last requests; None while there are none."""
         window = list(self._recent[c])
-        return {m: sum(w[k] for w in window) / len(window) if window else 1.0 for k, m in enumerate(self.METRICS)}
+        return {m: sum(w[k] for w in window) / len(window) if window else None for k, m in enumerate(self.METRICS)}
+
+
+def state_of(state: ClusterState, i: int) -> str:
+    """``lost``, ``switching`` (its role), ``draining`` (before that) or ``serving``: one of :data:`STATES`."""
+    row = state.inst[i]
+    if row["lost"]:
+        return "lost"
+    if row["switching"]:
+        return "switching"
+    return "serving" if row["target_role"] < 0 else "draining"
 
 
 def sm_shares(state: ClusterState, i: int) -> tuple[float, float]:
@@ -100,11 +120,12 @@ def view(engine: Engine, met: Attainment, recent: int = 40) -> dict[str, Any]:
         "decisions": dict(runtime.decisions),
         "classes": [
             {
-                "class": i,
+                "class": met.classes[i],
                 "ttft_s": float(c["ttft_s"]),
                 "tpot_s": float(c["tpot_s"]),
                 "sent": int(c["sent"]),
                 "ended": met.ended[i],
+                "refused": met.refused[i],
                 **met.recent(i),
             }
             for i, c in enumerate(state.cls)
@@ -120,6 +141,7 @@ def _instance(state: ClusterState, i: int) -> dict[str, Any]:
     prefill, decode = sm_shares(state, i)
     return {
         "instance": i,
+        "state": state_of(state, i),
         "gpu": int(row["gpu"]),
         "role": _ROLES[row["role"]],
         "target_role": None if row["target_role"] < 0 else _ROLES[row["target_role"]],

@@ -39,7 +39,7 @@ from engine.latency.evaluate import PROFILE, SHARE
 from engine.live.hosts import InstanceLost
 from engine.live.transfer import Transfer
 from engine.model.config import ModelConfig
-from engine.model.sampling import SamplingParams
+from engine.model.sampling import Logprobs, SamplingParams
 from engine.workers.kv import check_pipe
 from engine.workers.lease import LEASE_S
 from engine.workers.wire import KEY, ask, connect, parse_address, step_message
@@ -125,6 +125,7 @@ class RemoteExecutor:
     def __init__(self, worker: RemoteWorker, pool: int, l: int, timeout_s: float) -> None:
         self._worker, self._timeout_s = worker, timeout_s
         self._connection = connect(worker.address)
+        self.logprobs: Sequence[Logprobs | None] = ()
         opening = {"do": "lane", "lane": l, "pool": pool, "epoch": worker.epoch}
         self.n_layers: int = ask(self._connection, opening, _START_S)["n_layers"]
 
@@ -148,6 +149,7 @@ class RemoteExecutor:
             lost = InstanceLost(f"worker {self._worker.address[0]}:{self._worker.address[1]}: {error or 'gone'}")
             self._worker.lose(lost)
             raise lost from error
+        self.logprobs = [p and Logprobs(p[0], tuple((token, log) for token, log in p[1])) for p in answer["logprobs"]]
         tokens: list[int] = answer["tokens"]
         return tokens
 

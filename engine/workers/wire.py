@@ -119,7 +119,7 @@ def step_message(
         "spans": columns,
         "prompts": prompts,
         "layers": layers,
-        "params": [asdict(p) for p in params],
+        "params": [asdict(p) | {"allowed": p.allowed and p.allowed.hex()} for p in params],
         "steps": list(steps),
     }
 
@@ -130,6 +130,8 @@ def step_from(message: dict[str, Any]) -> tuple[Spans | None, tuple[int, int], l
         SamplingParams(
             **(p | {name: tuple(p[name]) for name in ("stop", "stop_token_ids")})
             | {"logit_bias": tuple((token, bias) for token, bias in p["logit_bias"])}
+            | {"allowed": None if p["allowed"] is None else bytearray.fromhex(p["allowed"])}
+            | {"counts": {int(token): n for token, n in p["counts"].items()}}
         )
         for p in message["params"]
     ]

@@ -99,7 +99,7 @@ class Worker:
                         lane = self._lane(message)
                         answer = {"n_layers": lane.n_layers}
                     elif do == "step" and lane is not None:
-                        answer = {"tokens": lane.run(*step_from(message))}
+                        answer = {"tokens": lane.run(*step_from(message)), "logprobs": lane.logprobs}
                     else:
                         answer = self._administer(message)
                 except Exception as error:  # told to whoever asked; the next question may be answered again

@@ -150,6 +150,9 @@ class EngineVecEnv(VecEnv):
 
     def reset(self) -> np.ndarray:
         self._leave()
+        if self._seeds[0] is not None:
+            self.episodes.seed, self.episodes.number[0] = self._seeds[0], -1
+            self._reset_seeds()
         self._begin()
         return self._observation()
 
@@ -233,7 +236,7 @@ class EngineVecEnv(VecEnv):
                 "terminal_observation": observation[0].copy(),
                 "TimeLimit.truncated": now is not None,
                 "episode": {"r": self._return, "l": self._length, "t": last.at_s},
-                "attainment": last.good / sealed if sealed > 0 else 1.0,
+                "attainment": last.good / sealed if sealed > 0 else float("nan"),
             }
             self._leave()
             self._now = None

@@ -178,6 +178,10 @@ class SlalomVecEnv(VecEnv):
         self._lengths[chosen] = 0
 
     def reset(self) -> np.ndarray:
+        """The first decision of every cluster, (n_envs, ...); after :meth:`seed` the first episodes of that seed."""
+        if self._seeds[0] is not None:
+            self.episodes.reseed(self._seeds[0])
+            self._reset_seeds()
         for b in range(self.num_envs):
             self.episodes.reset(b)
         self._begin(self._everyone)
@@ -210,6 +214,7 @@ class SlalomVecEnv(VecEnv):
         return info
 
     def _last_info(self, i: int) -> dict[str, Any]:
+        """``attainment``: good ÷ sealed requests, NaN where none was sealed."""
         b = self.buffers
         sealed = b.good[i] + b.missed[i]
         now = int(self.episodes.sims[i].sim[0]["now"]) * 1e-12
@@ -218,7 +223,7 @@ class SlalomVecEnv(VecEnv):
             # Where every request has already ended there is nothing left to bootstrap from.
             "TimeLimit.truncated": bool(b.status[i] != ENDED),
             "episode": {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": now},
-            "attainment": float(b.good[i] / sealed) if sealed > 0 else 1.0,
+            "attainment": float(b.good[i] / sealed) if sealed > 0 else float("nan"),
         }
 
     def close(self) -> None:
@@ -233,6 +238,7 @@ class SlalomVecEnv(VecEnv):
     def set_env_state(self, state: bytes) -> None:
         """Continue with the episodes after those of ``env_state``; the next ``reset`` starts them."""
         self.episodes.number[:] = np.asarray(json.loads(state)["episode"], np.int64) + 1
+        self._reset_seeds()  # it is the sequence of the seed in force that goes on
 
     # -- the rest of the VecEnv interface ---------------------------------------------------------------
 

@@ -162,7 +162,7 @@ class Evaluator:
             self._known[key] = point
             self.simulated_requests += settings.n_requests
             if self._folder is not None:
-                write_json(self._folder / f"{key}.json", point.__dict__)
+                write_json(self._folder / f"{key}.json", point.__dict__, sealed=True)
             if self._on_point is not None:
                 self._on_point(point)
         return [self._known[keys[seed]] for seed in seeds]

@@ -3,7 +3,8 @@
 Definitions (DESIGN.md section 4, Metrics):
 
 * TTFT = first token − arrival; a KV hand-over shows in the gap before token 2, not in TTFT.
-* TPOT = (last token − first token) / (output tokens − 1); met by definition when one token is produced.
+* TPOT = (last token − first token) / (output tokens − 1). An answer of one token has none: it meets its target by
+  definition and enters no mean, median or percentile.
 * A request is *good* when it finished and met both of its own targets. Whoever was sent and is shed, failed
   or unfinished when the run ends, counts as missed: attainment is good ÷ **sent**.
 * The first ``warmup`` and last ``drain`` share of arrivals are left out of every figure except the
@@ -76,7 +77,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
         rows=rows,
         sent_total=len(order),
         ttft_s=np.where(started, wait / TICKS_PER_S, np.nan),
-        tpot_s=np.where(finished, span / np.maximum(gaps, 1) / TICKS_PER_S, np.nan),
+        tpot_s=np.where(finished & (gaps > 0), span / np.maximum(gaps, 1) / TICKS_PER_S, np.nan),
         e2el_s=np.where(finished, (r["last_token"] - r["arrival"]) / TICKS_PER_S, np.nan),
         finished=finished,
         ttft_ok=started & (wait <= r["ttft_slo"]),
@@ -264,7 +265,7 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str
         "migrations": int(cluster["n_migrated"]),
         "migrated_tokens": int(cluster["migrated_tokens"]),
         "role_switches": int(cluster["n_switches"]),
-        "prefix_hit_rate": float(r["cached"].sum()) / max(tokens_in, 1),
+        "prefix_hit_rate": float(r["cached"].sum()) / max(int(r["prompt"][r["prefill_start"] >= 0].sum()), 1),
         "decisions": int(run.decisions),
         "n_gpus": int(run.n_gpus),
         "simulated_s": float(run.duration_s),

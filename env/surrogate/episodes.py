@@ -118,6 +118,12 @@ class Episodes:
         self._template.cluster["horizon_ticks"] = int(horizon_s(trace) * 1e12)
         return self._template
 
+    def reseed(self, seed: int) -> None:
+        """The episodes of another seed, from the first one on; those in place go on until they are reset."""
+        self.seed = seed
+        self.number[:] = 0
+        self.forget()
+
     def forget(self) -> None:
         """Drop the requests prepared for a former seed."""
         self._cache.clear()

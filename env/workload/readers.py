@@ -25,7 +25,7 @@ class TraceFormat:
     :param read: file and names -> columns of raw values
     :param names: our names -> names in the file; a leading ``?`` marks a column that may be absent
     :param time_unit: the unit the format's definition fixes, None where it does not
-    :param hash_tokens: tokens per block id
+    :param hash_tokens: tokens per block id where the format's definition fixes them, else 0
     :param drop_zero: rows with zero tokens are failures and are dropped, not refused
     :param about: one line for ``--help``
     """
@@ -62,13 +62,12 @@ FORMATS: dict[str, TraceFormat] = {
         about="Mooncake JSON Lines, 512-token block ids; stamps in ms",
     ),
     "timed": TraceFormat(
-        read_jsonl, _MOONCAKE | _SESSIONS, None, 512, about="vLLM timed_trace: Mooncake keys under any names"
+        read_jsonl, _MOONCAKE | _SESSIONS, None, about="vLLM timed_trace: Mooncake keys under any names"
     ),
     "slalom": TraceFormat(
         read_jsonl,
         _MOONCAKE | _SESSIONS | _OURS,
         "ms",
-        512,
         about="Mooncake plus classes, targets and sessions",
     ),
     "azure": TraceFormat(
@@ -187,7 +186,7 @@ def _build(
     next_turn[place[parent[later]]] = place[later]
     think_s[place[parent[later]]] = _delays(table, later, unit)
     meta: dict[str, Any] = {}
-    extra = _hashes(table, order, hash_tokens) | _labels(table, order, classes, meta)
+    extra = _labels(table, order, classes, meta) | _hashes(table, order, hash_tokens)
     hash_tokens = extra.pop("hash_tokens", 0)
     return Trace.make(
         arrival_s[order],
@@ -219,12 +218,13 @@ def _delays(table: Table, rows: np.ndarray, unit: str) -> np.ndarray:
 def _hashes(table: Table, order: np.ndarray, hash_tokens: int) -> dict[str, Any]:
     if "hash_ids" not in table.columns:
         return {}
+    told = False  # whether the rows themselves say how many tokens an id stands for
     if "hash_tokens" in table.columns:
         table.require("hash_tokens", lambda size: type(size) is int and size > 0, "give whole tokens per block")
         sizes = {value for value in table.columns["hash_tokens"] if value is not None}
         if len(sizes) > 1:
             raise SlalomError(f"{table.path.name}: hash_tokens", sorted(sizes), "use one block size per file")
-        hash_tokens = sizes.pop() if sizes else hash_tokens
+        told, hash_tokens = bool(sizes), sizes.pop() if sizes else hash_tokens
     count = np.zeros(table.n, np.int32)
     flat: list[int] = []
     raw = table.columns["hash_ids"]
@@ -236,9 +236,28 @@ def _hashes(table: Table, order: np.ndarray, hash_tokens: int) -> dict[str, Any]
         flat.extend(i & 0xFFFFFFFFFFFFFFFF for i in ids)
     if not flat:
         return {}
+    if not told:
+        _check_block_size(table, order, count, hash_tokens)
     start = np.cumsum(count, dtype=np.int64) - count
     hashes = chain(np.array(flat, np.uint64), count)
     return {"hash_tokens": hash_tokens, "hash_n": count, "hash_start": start, "hashes": hashes}
+
+
+def _check_block_size(table: Table, order: np.ndarray, count: np.ndarray, hash_tokens: int) -> None:
+    """Ids of a row stand for its prompt, and its answer at most: a size under which they say more is not the file's.
+
+    :raises SlalomError: nobody says the size, or it is another
+    """
+    length = (table.tokens("prompt").astype(np.int64) + table.tokens("output"))[order]
+    most = int(np.min(np.where(count > 1, (length - 1) // np.maximum(count - 1, 1), length.max())))
+    hint = f"pass hash_tokens; by these rows it is at most {most}"
+    if hash_tokens <= 0:
+        raise SlalomError(f"{table.path.name}: hash_tokens", None, f"the format does not say it: {hint}")
+    wrong = np.flatnonzero((count - 1) * np.int64(hash_tokens) >= length)
+    if len(wrong):
+        row = int(wrong[0])
+        what = f"{count[row]} ids of {hash_tokens} tokens for a request of {length[row]}"
+        raise SlalomError(f"{table.place(int(order[row]))}, hash_ids", what, hint)
 
 
 def _labels(table: Table, order: np.ndarray, classes: tuple[str, ...], meta: dict[str, Any]) -> dict[str, Any]:

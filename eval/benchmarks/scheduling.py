@@ -42,6 +42,7 @@ class _Still:
     """An executor that lays out the batch as every other, and answers every sequence with the same token."""
 
     n_layers = 1
+    logprobs: Sequence[Any] = ()
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         return -1

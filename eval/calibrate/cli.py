@@ -65,6 +65,7 @@ class Options:
     kv_tokens: int = option(0, "KV capacity of an instance; 0: what fits.", min=0)
     from_requests: Path | None = option(None, "Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
     engine_config: Path | None = option(None, "With --from-requests: that engine's settings, JSON or YAML.")
+    time_unit: str = option("", "With --from-requests: unit of its times: s, ms, us, ns; default: seconds.")
     holdout: float = option(0.5, "With --from-requests: last share of requests to check on.", min=0.0, max=0.9)
     as_json: bool = option(False, "Print one JSON object instead of text.", "--json")
 
@@ -84,7 +85,8 @@ def calibrate(options: Options) -> None:
     if options.from_requests is not None:
         from eval.calibrate.from_requests import command
 
-        command(options.from_requests, options.engine_config, options.out, options.holdout, options.as_json)
+        o = options
+        command(options.from_requests, o.engine_config, o.out, o.holdout, o.as_json, o.time_unit)
         return
     if options.engine_config is not None:
         raise SlalomError("--engine-config", str(options.engine_config), "give it together with --from-requests")

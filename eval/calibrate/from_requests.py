@@ -218,11 +218,13 @@ def profile_of(
     )  # fmt: skip
 
 
-def command(path: Path, config: Path | None, out: Path, holdout: float, as_json: bool) -> None:
+def command(path: Path, config: Path | None, out: Path, holdout: float, as_json: bool, unit: str = "") -> None:
     """``calibrate --from-requests``."""
     if config is None:
         raise SlalomError("--engine-config", None, "name the file with that engine's settings")
-    log, settings = read_log(path), read_settings(config)
+    log, settings = read_log(path, unit), read_settings(config)
+    if log.left_out:
+        print(f"{path.name}: {log.left_out} rows cannot be read and are left out", file=sys.stderr)
     seen = log.n - round(holdout * log.n)
     if seen < 10:
         raise SlalomError("--holdout", holdout, f"that leaves {seen} requests to fit on; at least 10 are needed")
@@ -240,6 +242,7 @@ def command(path: Path, config: Path | None, out: Path, holdout: float, as_json:
         "profile": profile.name,
         "out": str(out),
         "requests": log.n,
+        "left_out": log.left_out,
         "fitted_on": seen,
         "checked_on": log.n - seen or log.n,
         "shared_kv": fitted.shared_kv,

@@ -2,14 +2,16 @@
 
 **Request log**, one of
 
-* JSON Lines or CSV, one request a line, with these columns (seconds, any zero; other columns are ignored):
+* JSON Lines or CSV, one request a line, with these columns (seconds or ``--time-unit``, any zero; other columns are
+  ignored):
   ``arrival`` (when the engine had it), ``input_tokens``, ``output_tokens``, ``first_token`` and ``last_token`` (when
   they came). LLMServingSim's names are understood as well: ``queued_ts``, ``input_toks``, ``output_toks``,
   ``first_token_ts``, ``last_token_ts``.
 * the JSON that ``vllm bench serve --save-result --save-detailed`` writes, of a version that saves ``start_times``.
 
-Failed requests (no output) are left out. Two requests of the same engine never wait for each other's client, so a log
-through a gateway is fine as long as the stamps are the engine's or the gateway is fast.
+Failed requests (no output) and rows that cannot be read (null, cut off, stamps out of order) are left out. The latter
+are counted; where they are the most, the log is refused. Two requests of the same engine never wait for each other's
+client, so a log through a gateway is fine as long as the stamps are the engine's or the gateway is fast.
 
 **Engine settings**, a JSON or YAML file; what it holds beside these keys, at any depth, is ignored, so vLLM's own
 resolved configuration (or the ``meta.json`` of LLMServingSim) can be given as it is:
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +35,7 @@ import yaml
 
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
+from env.workload.timeunit import UNITS
 
 __all__ = ["EngineSettings", "RequestLog", "read_log", "read_settings"]
 
@@ -45,6 +49,9 @@ _NAMES = {
     "last": ("last_token", "last_token_ts", "last_token_s"),
 }
 _LEAST = 20
+#: Times of this length and more are read as seconds only where the user says so.
+_SLOWEST_TPOT_S, _SLOWEST_TTFT_S = 1.0, 1000.0
+_FORMATS = "write JSON Lines, CSV or a vLLM benchmark's JSON with arrival and token times ({})"
 
 
 class RequestLog(NamedTuple):
@@ -52,6 +59,7 @@ class RequestLog(NamedTuple):
 
     :param arrival_s: from the first one on
     :param tpot_s: ``nan`` where only one token was asked for
+    :param left_out: rows that could not be read
     """
 
     arrival_s: np.ndarray
@@ -59,6 +67,7 @@ class RequestLog(NamedTuple):
     output: np.ndarray
     ttft_s: np.ndarray
     tpot_s: np.ndarray
+    left_out: int = 0
 
     @property
     def n(self) -> int:
@@ -85,30 +94,41 @@ class EngineSettings(NamedTuple):
     about: Mapping[str, Any]
 
 
-def read_log(path: Path) -> RequestLog:
+def read_log(path: Path, unit: str = "") -> RequestLog:
     """Read a request log in any of the formats above.
 
-    :raises SlalomError: unreadable, a column is missing or not numeric, times out of order, too few requests
+    :param unit: of its times, one of ``env.workload.timeunit.UNITS``; empty: seconds, if they can be
+    :raises SlalomError: unreadable, most rows cannot be read, times are no seconds, too few requests
     """
+    if unit and unit not in UNITS:
+        raise SlalomError("--time-unit", unit, f"give one of {', '.join(UNITS)}")
     check_regular(path, LARGE)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SlalomError("--from-requests", str(path), f"give a readable request log ({error})") from error
     try:
-        rows = list(_csv_rows(text)) if path.suffix == ".csv" else list(_json_rows(text))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        fix = f"write JSON Lines, CSV or a vLLM benchmark's JSON with arrival and token times ({error!r})"
-        raise SlalomError(f"--from-requests: {path.name}", str(path), fix) from error
-    return _checked(path, rows)
+        found = list(_csv_rows(text) if path.suffix == ".csv" else _json_rows(text))
+    except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
+        raise SlalomError(f"--from-requests: {path.name}", str(path), _FORMATS.format(repr(error))) from error
+    return _checked(path, found, UNITS[unit or "s"], bool(unit))
 
 
-def _csv_rows(text: str) -> Iterator[tuple[float, ...]]:
+class _Bad(NamedTuple):
+    """A row that cannot be read, and why."""
+
+    why: str
+
+
+_Row = tuple[float, ...] | _Bad
+
+
+def _csv_rows(text: str) -> Iterator[_Row]:
     for row in csv.DictReader(text.splitlines()):
         yield _row(row)
 
 
-def _json_rows(text: str) -> Iterator[tuple[float, ...]]:
+def _json_rows(text: str) -> Iterator[_Row]:
     head = text.lstrip()[:1]
     if head == "{" and "\n{" not in text.strip():
         whole = json.loads(text)
@@ -117,44 +137,85 @@ def _json_rows(text: str) -> Iterator[tuple[float, ...]]:
             return
     for line in text.splitlines():
         if line.strip():
-            yield _row(json.loads(line))
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield _Bad(f"not JSON: {error}")
+            else:
+                yield _row(row) if isinstance(row, dict) else _Bad("no JSON object")
 
 
-def _row(row: Mapping[str, Any]) -> tuple[float, ...]:
+def _row(row: Mapping[str, Any]) -> _Row:
     found = []
     for known in _NAMES.values():
         key = next((k for k in known if k in row and row[k] not in (None, "")), None)
         if key is None:
-            raise KeyError(f"no {known[0]}")
-        found.append(float(row[key]))
+            return _Bad(f"no {known[0]}")
+        try:
+            found.append(float(row[key]))
+        except (TypeError, ValueError):
+            return _Bad(f"{key}: {row[key]!r} is no number")
     return tuple(found)
 
 
-def _bench_rows(whole: Mapping[str, Any]) -> Iterator[tuple[float, ...]]:
-    """``vllm bench serve``: per request start, TTFT and the gaps between tokens."""
+def _bench_rows(whole: Mapping[str, Any]) -> Iterator[_Row]:
+    """``vllm bench serve``: per request start, TTFT and the gaps between tokens. Failed ones have no output."""
     columns = (whole["start_times"], whole["input_lens"], whole["output_lens"], whole["ttfts"], whole["itls"])
     for start, prompt, output, ttft, gaps in zip(*columns, strict=True):
-        if output and ttft:
-            first = start + ttft
-            yield float(start), float(prompt), float(output), float(first), float(first + sum(gaps))
+        try:
+            if not output:
+                yield float(start), float(prompt), 0.0, 0.0, 0.0
+            elif not ttft:
+                yield _Bad("no ttft")
+            else:
+                first = float(start) + float(ttft)
+                yield float(start), float(prompt), float(output), first, first + float(sum(gaps))
+        except (TypeError, ValueError) as error:
+            yield _Bad(str(error))
 
 
-def _checked(path: Path, rows: list[tuple[float, ...]]) -> RequestLog:
+def _fault(row: _Row) -> str:
+    """Why a row is no answered request whose times can be believed; empty when it is one."""
+    if isinstance(row, _Bad):
+        return row.why
+    arrival, prompt, output, first, last = row
+    if not all(map(math.isfinite, row)):
+        return "a figure that is not finite"
+    if not (1 <= prompt < 2**31 and output < 2**31):
+        return "a prompt has a token at least"
+    return "" if arrival <= first <= last else "stamps must be of one clock, arrival ≤ first_token ≤ last_token"
+
+
+def _checked(path: Path, found: list[_Row], scale: float, told: bool) -> RequestLog:
     where = f"--from-requests: {path.name}"
-    rows = sorted(row for row in rows if row[2] >= 1)
+    answered = [row for row in found if isinstance(row, _Bad) or not row[2] < 1]
+    faults = [why for row in answered if (why := _fault(row))]
+    rows = sorted(row for row in answered if not isinstance(row, _Bad) and not _fault(row))
+    if faults and len(faults) >= len(rows):
+        first = next(k for k, row in enumerate(answered) if _fault(row))
+        fix = _FORMATS.format(f"of {len(answered)} rows {len(faults)} cannot be read, row {first + 1}: {faults[0]}")
+        raise SlalomError(where, str(path), fix)
     if len(rows) < _LEAST:
         raise SlalomError(where, f"{len(rows)} answered requests", f"give at least {_LEAST}")
-    arrival, prompt, output, first, last = (np.array(column) for column in zip(*rows, strict=True))
-    if not np.isfinite([arrival, first, last]).all():
-        raise SlalomError(where, "a time that is not finite", "leave such requests out")
-    wrong = np.flatnonzero((first < arrival) | (last < first) | (prompt < 1))
-    if len(wrong):
-        fix = "stamps must be of one clock, arrival ≤ first_token ≤ last_token, and prompts have a token"
-        raise SlalomError(where, f"request {int(wrong[0])} by arrival", fix)
+    arrival, prompt, output, first_token, last = (np.array(column) for column in zip(*rows, strict=True))
+    arrival, first_token, last = arrival * scale, first_token * scale, last * scale
     gaps = np.where(output > 1, output - 1, np.nan)
+    tpot = (last - first_token) / gaps
+    if not told:
+        _check_unit(where, tpot[output > 1], first_token - arrival)
     return RequestLog(
-        arrival - arrival[0], prompt.astype(np.int32), output.astype(np.int32), first - arrival, (last - first) / gaps
+        arrival - arrival[0], prompt.astype(np.int32), output.astype(np.int32), first_token - arrival, tpot, len(faults)
     )
+
+
+def _check_unit(where: str, tpot_s: np.ndarray, ttft_s: np.ndarray) -> None:
+    """:raises SlalomError: no engine that serves anybody is that slow: these are no seconds"""
+    slow, what = (
+        (float(np.median(tpot_s)), "between two tokens") if len(tpot_s) else (float(np.median(ttft_s)), "to wait")
+    )
+    if slow >= (_SLOWEST_TPOT_S if len(tpot_s) else _SLOWEST_TTFT_S):
+        shown = ", ".join(f"{name}: {slow * factor:.3g} s" for name, factor in UNITS.items())
+        raise SlalomError(where, f"{slow:.3g} s {what}", f"say the unit with --time-unit ({shown} {what})")
 
 
 def read_settings(path: Path) -> EngineSettings:

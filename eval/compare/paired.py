@@ -247,7 +247,7 @@ class _Resampled:
             **{name: _mean([m[name] for m in runs]) for name in (*_POOLED, *_MEANS)},
             **{f"{name}_range": _range([m[name] for m in runs]) for name in _POOLED},
             **{name: sum(m[name] for m in runs) for name in _COUNTS},
-            "worst_wait_s": max((m["worst_wait_s"] or 0.0 for m in runs), default=0.0),
+            "worst_wait_s": max((m["worst_wait_s"] for m in runs if m["worst_wait_s"] is not None), default=None),
             "runs": runs,
         }
 

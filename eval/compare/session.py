@@ -349,7 +349,7 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
             )  # fmt: skip
             entry = {"policy": contender.policy, **best.as_dict()}
         if stored is not None:
-            write_json(stored, entry)
+            write_json(stored, entry, sealed=True)
         found.append(entry)
     return found
 

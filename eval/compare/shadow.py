@@ -161,7 +161,7 @@ class _Watched:
         return (counts / (edges[1] - edges[0])).tolist()
 
     def timeline(self) -> dict[str, Any]:
-        roles = np.array(self._roles)
+        roles = np.array(self._roles, np.int64).reshape(-1, len(Role))  # no row where nothing was decided
         shown = {role.name.lower(): roles[:, role].tolist() for role in Role if roles[:, role].any()}
         return {"at_s": self._times, "roles": shown, "decode_sm_share": self._shares}
 

@@ -315,5 +315,5 @@ def _each(
     with processes(jobs) if jobs > 1 else nullcontext() as pool:
         for (task,), found in finished(pool, work, [(task,) for task in missing]):
             if out is not None:
-                write_json(task.file(out), found)
+                write_json(task.file(out), found, sealed=True)
             yield task, found

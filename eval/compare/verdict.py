@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LOST", "is_learned", "is_sustained", "lost_share", "meeting_point", "ranking", "reasons", "verdict"]
+__all__ = [
+    "LOST",
+    "is_learned",
+    "is_sustained",
+    "lost_share",
+    "meeting_point",
+    "percent",
+    "ranking",
+    "reasons",
+    "verdict",
+]
 
 LOST = ("shed", "failed", "unfinished")
 
@@ -52,7 +62,7 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     order = ranking(result)
     goodput = result["mode"] == "goodput"
     best = order[0]
-    sentences = [_opening(result, best), *_price(result, best), *reasons(result)]
+    sentences = [*_empty(result), _opening(result, best), *_price(result, best), *reasons(result)]
     line = _goodput_line if goodput else _attainment_line
     learned = [p for p in order if is_learned(p)]
     for place, subject in enumerate(learned or [best]):
@@ -65,6 +75,18 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     if len(result["settings"]["seeds"]) == 1:
         sentences.append("One seed only: the intervals cover noise within that run, not between runs.")
     return sentences
+
+
+def _empty(result: Mapping[str, Any]) -> list[str]:
+    """A word where there is nothing to compare: no request finished in any run, so no latency is known."""
+    points = [point for policy in result["policies"] for point in policy["points"]]
+    if any(lost_share(point) < 1.0 for point in points):
+        return []
+    ends = ", ".join(f"{sum(p[name] for p in points)} {name}" for name in LOST if any(p[name] for p in points))
+    return [
+        f"No request finished under any policy ({ends}): look whether prompt and answer fit the KV capacity of an "
+        "instance, and at the rates asked."
+    ]
 
 
 def _opening(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
@@ -95,17 +117,21 @@ def _price(result: Mapping[str, Any], best: Mapping[str, Any]) -> list[str]:
     """
     point = meeting_point(result, best)
     lost = {name: point[name] for name in LOST if point[name]}
-    told = ", ".join(f"{100 * n / _sent(point):.2g} % {name}" for name, n in lost.items()) or "none lost"
-    return [
-        f"At {point['rate']:.4g} requests/s under {best['label']}: {told} of the requests sent; "
-        f"the longest wait for a first token was {point['worst_wait_s']:.3g} s."
-    ]
+    told = ", ".join(f"{percent(n / _sent(point))} {name}" for name, n in lost.items()) or "none lost"
+    longest = point["worst_wait_s"]
+    wait = "nobody was served" if longest is None else f"the longest wait for a first token was {longest:.3g} s"
+    return [f"At {point['rate']:.4g} requests/s under {best['label']}: {told} of the requests sent; {wait}."]
 
 
 def meeting_point(result: Mapping[str, Any], policy: Mapping[str, Any]) -> dict[str, Any]:
     """Where policies are put side by side: at the best one's goodput, or at the highest rate asked."""
     rate = result["at_rate"] or policy["points"][-1]["rate"]
     return next(p for p in policy["points"] if p["rate"] == rate)
+
+
+def percent(share: float) -> str:
+    """A small share to two digits, all of them as 100 %."""
+    return f"{100 * share:.0f} %" if share >= 0.995 else f"{100 * share:.2g} %"
 
 
 def lost_share(point: Mapping[str, Any]) -> float:

@@ -70,8 +70,8 @@ def explain(
     seeds: Annotated[int, typer.Option(min=1, max=50, help="Paired runs.")] = 3,
     depth: Annotated[int, typer.Option(min=1, max=8, help="Depth of the tree.")] = 3,
     log: Annotated[Path | None, typer.Option(help="Decision log of serve --decision-log.")] = None,
-    request: Annotated[int | None, typer.Option(help="Request number: 17 of cmpl-17.")] = None,
-    seq: Annotated[int | None, typer.Option(help="Number of the decision.")] = None,
+    request: Annotated[str | None, typer.Option(help="Request: 17, or 1f3a9c02-17 of cmpl-1f3a9c02-17.")] = None,
+    seq: Annotated[str | None, typer.Option(help="Decision: its number, or SERVER-NUMBER.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
 ) -> None:

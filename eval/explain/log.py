@@ -15,49 +15,82 @@ from engine.errors import SlalomError
 __all__ = ["explain_decision", "read_log", "summary"]
 
 
-def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Every line, older files (``path.2``, ``path.1``) first. A last line cut short is left out.
+def read_log(path: Path, left_out: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every line, older files (``path.2``, ``path.1``) first. Lines that a crash has spoilt are left out.
 
-    :raises SlalomError: no such file, or a line that is no JSON
+    :param left_out: gets the places of these
+    :raises SlalomError: no such file, or one that does not begin as a decision log
     """
     older = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit()]
     files = [*sorted(older, key=lambda p: -int(p.suffix[1:])), path]
     if not path.is_file():
         raise SlalomError("--log", str(path), "no such file; serve --decision-log FILE writes one")
     for file in files:
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.endswith("\n"):
-                    break
                 try:
-                    yield json.loads(line)
+                    found = json.loads(line)
+                    if not (line.endswith(b"\n") and isinstance(found, dict) and "type" in found):
+                        raise ValueError("no object with a type")
                 except ValueError as error:
-                    fix = f"not a line of a decision log: {error}"
-                    raise SlalomError(f"{file}:{number}", line[:60], fix) from error
+                    if number == 1 and line.endswith(b"\n"):
+                        fix = f"not a line of a decision log: {error}"
+                        raise SlalomError(f"{file}:{number}", line[:60].decode(errors="replace"), fix) from error
+                    if left_out is not None:
+                        left_out.append(f"{file}:{number}")
+                else:
+                    yield found
 
 
-def explain_decision(path: Path, *, request: int | None = None, seq: int | None = None) -> dict[str, Any]:
+def _key(line: dict[str, Any], number: str = "generation") -> tuple[str, int]:
+    """A number that begins anew with each server, told apart by the server; logs of old say nothing about theirs."""
+    return line.get("server", ""), line[number]
+
+
+def _named(what: str, value: str) -> tuple[str | None, int]:
+    """``17``, ``1f3a9c02-17`` or ``cmpl-1f3a9c02-17`` as (server or None, number).
+
+    :raises SlalomError: nothing of the kind
+    """
+    server, _, number = value.removeprefix("chat").removeprefix("cmpl-").rpartition("-")
+    if not (number.isascii() and number.isdigit()):
+        raise SlalomError(what, value, "give a number, or SERVER-NUMBER as in cmpl-SERVER-NUMBER")
+    return server or None, int(number)
+
+
+def explain_decision(path: Path, *, request: str | None = None, seq: str | None = None) -> dict[str, Any]:
     """The decisions about a request (or the one numbered ``seq``), their policy, and the outcome.
 
-    :raises SlalomError: the log holds no such decision
+    :param request: its number, or with its server's name before it (see :func:`_named`); ``seq`` likewise
+    :raises SlalomError: the log holds no such decision, or several servers wrote one
     """
-    policies: dict[int, dict[str, Any]] = {}
-    decisions, outcome = [], None
+    what, value, name = ("--seq", seq, "seq") if seq is not None else ("--request", request, "request")
+    server, number = _named(what, str(value))
+    policies: dict[tuple[str, int], dict[str, Any]] = {}
+    decisions, outcomes = [], {}
     for line in read_log(path):
         kind = line.get("type")
         if kind == "policy":
-            policies[line["generation"]] = line["policy"]
-        elif kind == "decision" and (line["seq"] == seq if seq is not None else line["request"] == request):
+            policies[_key(line)] = line["policy"]
+        elif server is not None and line.get("server", "") != server:
+            continue
+        elif kind == "decision" and line[name] == number:
             decisions.append(line)
-        elif kind == "outcome" and decisions and line["request"] == decisions[-1]["request"]:
-            outcome = line
-    if not decisions:
-        what, value = ("--seq", seq) if seq is not None else ("--request", request)
+        elif kind == "outcome":
+            if decisions and _key(line, "request") == _key(decisions[-1], "request"):
+                outcomes[_key(line, "request")] = line
+            elif name == "request" and line["request"] == number and line.get("instance") is None:
+                outcomes[_key(line, "request")] = line  # refused at the door: nothing was decided about it
+    servers = sorted({line.get("server", "") for line in (*decisions, *outcomes.values())})
+    if not servers:
         raise SlalomError(what, value, "the log holds no such decision; it may have been rotated away")
+    if len(servers) > 1:
+        fix = f"several servers wrote to this log; give one of {', '.join(f'{s}-{number}' for s in servers)}"
+        raise SlalomError(what, value, fix)
     for decision in decisions:
-        decision["policy"] = policies.get(decision["generation"])
+        decision["policy"] = policies.get(_key(decision))
         decision["why"] = _why(decision)
-    return {"decisions": decisions, "outcome": outcome}
+    return {"decisions": decisions, "outcome": next(iter(outcomes.values()), None)}
 
 
 def _why(decision: dict[str, Any]) -> list[str]:
@@ -67,7 +100,7 @@ def _why(decision: dict[str, Any]) -> list[str]:
     if decision["reason"] == "policy":
         said.append(f"{name} chose {decision['action']} out of {len(decision['candidates'])}.")
     elif decision["reason"] == "advisory":
-        advised = _named(decision, decision["advised"])
+        advised = _action_of(decision, decision["advised"])
         said.append(f"The fallback acted ({decision['action']}); {name} only advised {advised}.")
     else:
         said.append(f"The fallback answered {decision['action']}, because: {_REASONS[decision['reason']]}.")
@@ -111,7 +144,7 @@ _CLAIMS = (
 )
 
 
-def _named(decision: dict[str, Any], row: int | None) -> str:
+def _action_of(decision: dict[str, Any], row: int | None) -> str:
     found = next((c["action"] for c in decision["candidates"] if c["row"] == row), None)
     return str(found or "nothing usable")
 
@@ -123,7 +156,8 @@ def summary(path: Path) -> dict[str, Any]:
     latency, ratios, met = [], {"ttft": [], "tpot": []}, Counter()  # type: ignore[var-annotated]
     advised = agreed = 0
     policies, events = [], []
-    for line in read_log(path):
+    left_out: list[str] = []
+    for line in read_log(path, left_out):
         kind = line.get("type")
         if kind == "decision":
             kinds[line["kind"]] += 1
@@ -133,8 +167,9 @@ def summary(path: Path) -> dict[str, Any]:
                 advised += 1
                 agreed += line["advised"] == line["choice"]
         elif kind == "outcome":
-            met["requests"] += 1
-            met["good"] += line["ttft_ok"] and line["tpot_ok"]
+            good = line.get("good", line["ttft_ok"] and line["tpot_ok"])
+            met["requests"] += good is not None  # nobody knows of those whose clients left in time
+            met["good"] += bool(good)
             for metric, found in ratios.items():
                 actual, predicted = line[f"{metric}_s"], line[f"predicted_{metric}_s"]
                 if actual and predicted:
@@ -145,6 +180,7 @@ def summary(path: Path) -> dict[str, Any]:
             events.append(line)
     return {
         "decisions": sum(kinds.values()),
+        "unreadable": left_out,
         "kinds": dict(kinds),
         "reasons": dict(reasons),
         "latency_us": {f"p{q}": float(np.percentile(latency, q)) for q in (50, 99)} if latency else {},

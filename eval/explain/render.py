@@ -54,6 +54,9 @@ def summary_text(result: dict[str, Any]) -> str:
         lines.append(f"{result['requests']} requests ended, {100 * result['attainment']:.1f} % met both targets")
     for metric, ratio in result["actual_over_predicted"].items():
         lines.append(f"actual {metric.upper()} is {ratio:.2f} times the predicted one (median)")
+    if result["unreadable"]:
+        places = ", ".join(result["unreadable"][:3])
+        lines.append(f"{len(result['unreadable'])} lines cannot be read and are left out: {places}")
     last = " (last five)" if len(result["policies"]) > 5 else ""
     lines.append(f"policies: {', '.join(result['policies'][-5:])}{last}")
     return "\n".join(lines)

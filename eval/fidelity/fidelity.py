@@ -25,6 +25,7 @@ from engine.common.progress import Display
 from engine.common.provenance import commit, machine, versions
 from engine.core.kinds import LaneKind
 from engine.errors import SlalomError
+from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
@@ -37,20 +38,29 @@ _WARMUP = 0.05
 
 
 def observed(run: Any) -> dict[str, Any]:
-    """What is kept of a run: latencies of the measured requests in ms, who was good, rates."""
+    """What is kept of a run: latencies of the measured requests in ms, who was good, rates.
+
+    Who has not finished counts with what the run's end leaves certain: no first token before it, and no token after
+    the last one. Who never began has no TPOT; in ``slowness`` (the mean of TTFT and TPOT in units of their targets) it
+    is as late with it as with its first token. One token has no TPOT and counts in neither.
+    """
     found = outcomes(run, warmup=_WARMUP)
-    first = run.req["arrival"][found.rows].min()
-    last = run.req["last_token"][found.rows].max()
-    targets = run.req[["ttft_slo", "tpot_slo"]][found.rows]
-    ttft = np.where(np.isfinite(found.ttft_s), found.ttft_s, run.duration_s)
-    tpot = np.where(np.isfinite(found.tpot_s), found.tpot_s, 0.0)
-    slow = ttft * 1e12 / np.maximum(targets["ttft_slo"], 1) + tpot * 1e12 / np.maximum(targets["tpot_slo"], 1)
+    r = run.req[found.rows]
+    first, last = r["arrival"].min(), r["last_token"].max()
+    began = np.isfinite(found.ttft_s)
+    ttft = np.where(began, found.ttft_s, run.duration_s)
+    since_first = np.maximum(run.duration_s - r["first_token"] / TICKS_PER_S, 0.0)
+    so_far = np.where(began & ~found.finished, since_first / np.maximum(r["generated"], 1), np.nan)
+    tpot = np.where(found.finished, found.tpot_s, so_far)
+    late = ttft * TICKS_PER_S / np.maximum(r["ttft_slo"], 1)
+    slow = np.where(began, tpot * TICKS_PER_S / np.maximum(r["tpot_slo"], 1), late)
+    known = np.isfinite(slow)
     return {
         "ttft_ms": (1e3 * ttft).round(3).tolist(),
-        "tpot_ms": (1e3 * found.tpot_s[np.isfinite(found.tpot_s)]).round(3).tolist(),
+        "tpot_ms": (1e3 * tpot[np.isfinite(tpot)]).round(3).tolist(),
         "attainment": float(found.good.mean()),
         "goodput": float(found.good.sum()) / max((int(last) - int(first)) * 1e-12, 1e-9),
-        "slowness": float(slow.mean()),
+        "slowness": float(late.mean()) + (float(slow[known].mean()) if known.any() else 0.0),
         "finished": int(found.finished.sum()),
         "measured": len(found.rows),
     }
@@ -180,7 +190,7 @@ def fidelity(
                 if gauges:
                     entry["slowdown"] = [*speed, gauges[case.scenario]()]
                 if path is not None:
-                    write_json(path, entry)
+                    write_json(path, entry, sealed=True)
                 theirs[case].append(entry)
             done += 1
     say("done", done, total)

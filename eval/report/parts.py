@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from eval.compare.verdict import is_learned, is_sustained, lost_share, meeting_point, ranking
+from eval.compare.verdict import is_learned, is_sustained, lost_share, meeting_point, percent, ranking
 
 __all__ = ["cards", "starved", "watched_sentences", "way_rows"]
 
@@ -36,8 +36,8 @@ def cards(result: Result) -> Iterator[tuple[str, str, str]]:
     worst = _worst_class(point)
     if worst is not None:
         yield f"{100 * worst[1]:.1f} %", f"worst class, {worst[0]}, at {point['rate']:.4g} requests/s", ""
-    yield f"{point['worst_wait_s']:.3g} s", f"longest wait for a first token at {point['rate']:.4g} requests/s", ""
-    yield f"{100 * lost_share(point):.2g} %", "of requests shed, failed or unfinished there", ""
+    yield longest_wait(point), f"longest wait for a first token at {point['rate']:.4g} requests/s", ""
+    yield percent(lost_share(point)), "of requests shed, failed or unfinished there", ""
 
 
 def _against(result: Result, subject: Result, rival: Result, key: str) -> tuple[str, str, str]:
@@ -51,6 +51,12 @@ def _against(result: Result, subject: Result, rival: Result, key: str) -> tuple[
             shown = f"{100 * (ratio - 1):+.1f} %"
             return shown, f"against the best rule here, {rival['label']}{'' if kind else ' (not certain)'}", kind
     raise KeyError((subject["label"], rival["label"]))
+
+
+def longest_wait(point: Result) -> str:
+    """``1.23 s``; in words where nobody is waiting any more and nobody was served."""
+    seconds = point["worst_wait_s"]
+    return "not known: nobody was served" if seconds is None else f"{seconds:.3g} s"
 
 
 def _worst_class(point: Result) -> tuple[str, float] | None:
@@ -73,9 +79,7 @@ def starved(result: Result) -> list[str]:
             gap = 100 * (point["slo_attainment"] - worst[1])
             told += f"its worst class, {worst[0]}, meets its targets for {100 * worst[1]:.1f} % "
             told += f"({gap:.1f} points below all requests together), and "
-        sentences.append(
-            f"{policy['label']}: {told}the longest wait for a first token is {point['worst_wait_s']:.3g} s."
-        )
+        sentences.append(f"{policy['label']}: {told}the longest wait for a first token is {longest_wait(point)}.")
     return sentences
 
 

@@ -109,15 +109,20 @@ def _attainment(result: Result) -> Figure:
 def _latency(result: Result) -> Figure:
     figure, axes = _figure(width=10.0, columns=2)
     for axis, metric in zip(axes, ("ttft", "tpot"), strict=True):
-        key = f"p90_{metric}_ms"
+        key, drawn = f"p90_{metric}_ms", 0
         for index, policy in enumerate(ranking(result)):
             points = [p for p in _drawn_points(result, policy) if p[key] is not None]
             style = _style(index)
             rates = [p["rate"] for p in points]
+            drawn += len(points)
             axis.plot(rates, [p[key] for p in points], label=policy["label"], **style)
             low, high = [p[f"{key}_range"][0] for p in points], [p[f"{key}_range"][1] for p in points]
             axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axis.set(xlabel="request rate [1/s]", ylabel=f"P90 {metric.upper()} [ms]", yscale="log")
+        axis.set(xlabel="request rate [1/s]", ylabel=f"P90 {metric.upper()} [ms]")
+        if not drawn:
+            axis.text(0.5, 0.5, "no request finished", transform=axis.transAxes, ha="center")
+            continue
+        axis.set_yscale("log")
         axis.yaxis.set_major_formatter(LogFormatter())
         axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
     _legend(figure, axes[0], len(result["policies"]))

@@ -29,9 +29,8 @@ def timeline(watched: Mapping[str, Any]) -> Figure:
     styles = (("subject", _SUBJECT, "-", "o"), ("rival", _RIVAL, "--", "s"))
     for who, colour, line, marker in styles:
         shown = [(x, 100 * y) for x, y in zip(at, t[who], strict=True) if y is not None]
-        by_name["attainment"].plot(
-            *zip(*shown, strict=True), line, color=colour, marker=marker, markersize=3, label=watched[who]
-        )
+        xs, ys = [x for x, _ in shown], [y for _, y in shown]
+        by_name["attainment"].plot(xs, ys, line, color=colour, marker=marker, markersize=3, label=watched[who])
     by_name["attainment"].set(ylabel="attainment\n[% of arrivals]", ylim=(-2, 103))
     by_name["attainment"].legend(fontsize=8, frameon=False, ncols=2, loc="lower left")
     by_name["rate"].step(at, t["arrivals_per_s"], where="mid", color="#333333")

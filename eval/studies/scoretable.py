@@ -92,7 +92,8 @@ def _waits_and_classes(rows: list[dict[str, Any]], key: str) -> list[str]:
         mine, rival, rule = (found[key][who] for who in ("learned", "opponent", "rule"))
         lost = rival["finished_per_s"] - mine["finished_per_s"]
         given_up = f"{lost:.2f} ({100 * lost / rival['finished_per_s']:.1f} %)" if lost > 0.0 else "nothing"
-        waits = " | ".join("-" if p is None else f"{p['worst_wait_s']:.1f}" for p in (mine, rival, rule))
+        longest = [None if p is None else p["worst_wait_s"] for p in (mine, rival, rule)]
+        waits = " | ".join("-" if wait is None else f"{wait:.1f}" for wait in longest)
         lines.append(
             f"| {found['scenario']} | {found[key]['rate']:.2f} | {_class(mine)} | {_class(rival)} | {waits} "
             f"| {mine['finished_per_s']:.2f} | {rival['finished_per_s']:.2f} | {given_up} |"

@@ -165,7 +165,9 @@ class _Yardstick:
         path = self._folder / f"{digest}.json"
         if not path.exists():
             policy, n = bind(self._fitness.setting), self.scenario.n_requests
-            write_json(path, {"goodput": self._fitness.goodput(policy, self._start, self._windows, n, 0.01)})
+            write_json(
+                path, {"goodput": self._fitness.goodput(policy, self._start, self._windows, n, 0.01)}, sealed=True
+            )
         found = float(read_json(path)["goodput"])
         self._start = found or self._start  # the next policy is searched near the last
         return found
@@ -202,7 +204,7 @@ def _best_rule(
                 rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=EVERY, requests=requests, settings=settings,
                 prune=True,
             )  # fmt: skip
-            write_json(path, found.as_dict())
+            write_json(path, found.as_dict(), sealed=True)
         kept = read_json(path)
         facts = {"rule": rule, "values": kept["values"], "plans": kept["plans"] or None}
         table.append({"rule": rule, "tuned": True, "goodput": yardstick.design(facts)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ def build_guard(
     log_path: str | Path | None = None,
     *,
     log: bool = True,
+    classes: Sequence[str] = (),
 ) -> Guard:
     """The guard of ``policy`` on ``state``.
 
     :param file: a :class:`GuardConfig` as YAML or JSON; ``given`` wins over it where not None
     :param log_path: where the decision log goes, instead of what the file says; ``log`` False: nowhere
+    :param classes: names of the SLO classes, for the log
     :raises SlalomError: see :meth:`GuardConfig.load` and :class:`Guard`; a fallback that is no rule of this package
     """
     config = GuardConfig.load(file, **(given or {}))
@@ -50,4 +52,4 @@ def build_guard(
         ring_mb=options.ring_mb,
         writer=options.writer,
     )
-    return Guard(state, policy, fallback, config, decisions)
+    return Guard(state, policy, fallback, config, decisions, classes)

@@ -23,6 +23,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
 from engine.latency.evaluate import TICKS_PER_S
-from engine.live.guard import DriftReport, GuardReport, RecentDecision
+from engine.live.guard import DriftReport, GuardReport
 from engine.live.runtime import Runtime, safe_choice
 from policies.guard.breaker import Breaker, BreakerState
 from policies.guard.checks import NOT_FINITE, fits, inspect
@@ -40,6 +41,7 @@ from policies.guard.log.log import DecisionLog
 from policies.guard.log.ring import Meta
 from policies.guard.log.writer import REASONS
 from policies.guard.outcomes import Outcomes
+from policies.guard.report import LATENCY_EDGES_S, Taken, plain
 from policies.guard.roles import RoleGuard
 from policies.guard.snapshot import Snapshot
 from policies.guard.worker import Busy, Late
@@ -48,7 +50,6 @@ __all__ = ["LATENCY_EDGES_S", "Guard"]
 
 _log = logging.getLogger("slalom.guard")
 
-LATENCY_EDGES_S = (5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 _EDGES_NS = [edge * 1e9 for edge in LATENCY_EDGES_S]
 (_POLICY, _ADVISORY, _FROZEN, _RESTORE, _BREAKER, _OOD, _FEATURES, _DEADLINE, _BUSY, _ERROR, _INVALID, _SCORES,
  _DRIFT) = range(len(REASONS))  # fmt: skip
@@ -57,21 +58,12 @@ _LOOK_AFTER = TICKS_PER_S  # between two looks at who writes the log
 _INSTANCE, _NEW_ROLE = int(Col.INSTANCE), int(Col.NEW_ROLE)
 
 
-def _recent(
-    seq: int, now: int, kind: int, request: int, choice: int, instance: float, advised: int, reason: int,
-    took: int, gen: int,
-) -> RecentDecision:  # fmt: skip
-    name = Kind(kind).name.lower()
-    return RecentDecision(
-        seq, now * 1e-12, name, request, choice, int(instance), advised, REASONS[reason], took / 1e3, gen
-    )
-
-
 class Guard:
     """Satisfies :class:`engine.live.guard.Guard`. Everything but :meth:`prepare` belongs to the loop's thread.
 
     :param fallback: a compiled rule of this package, bound to the same setting
     :param log: where decisions and outcomes go, None for nowhere
+    :param classes: names of the SLO classes, for the log
     :raises SlalomError: see :class:`RoleGuard` and :meth:`prepare`
     """
 
@@ -82,6 +74,7 @@ class Guard:
         fallback: Policy,
         config: GuardConfig | None = None,
         log: DecisionLog | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.config = config or GuardConfig()
         self.state, self.log = state, log
@@ -89,7 +82,7 @@ class Guard:
         self._fallback_memory = fallback.memory.copy()
         self.breaker = Breaker(self.config.breaker)
         self.roles = RoleGuard(self.config.roles, state)
-        self.outcomes = Outcomes(len(state.req), self.config.drift, log)
+        self.outcomes = Outcomes(len(state.req), self.config.drift, log, classes)
         self._start = (state.inst["role"].copy(), state.inst["split"].copy(), state.inst["chunk_tokens"].copy())
         self.frozen = self.restoring = False
         self.advisory = self.config.advisory
@@ -99,7 +92,7 @@ class Guard:
         self.latency_sum_ns = 0
         self.advised = self.agreed = 0
         self.swaps, self._trips = -1, 0
-        self._recent: deque[tuple[Any, ...]] = deque(maxlen=64)
+        self._recent: deque[Taken] = deque(maxlen=64)
         self._deadline_ns = self.config.deadline_us * 1e3
         self._meta = np.zeros(len(Meta), np.int64)
         self._seq = 0
@@ -155,15 +148,19 @@ class Guard:
         """Learn how requests are called outside, and hear of their end where the instances tell."""
         instances: Any = runtime.instances
         self._requests = getattr(instances, "requests", None)
-        before = getattr(instances, "on_end", None)
-        if before is None:
+        before, before_refused = getattr(instances, "on_end", None), getattr(instances, "on_refused", None)
+        if before is None or before_refused is None:
             return
 
         def on_end(request: Any, record: Any, finish: str) -> None:
             before(request, record, finish)
-            self.ended(request.number, request.slot, record, finish)
+            self.outcomes.observe(request.number, request.slot, record, finish)
 
-        instances.on_end = on_end
+        def on_refused(request: Any) -> None:
+            before_refused(request)
+            self.outcomes.refused(request.number, request.cls, request.reason)
+
+        instances.on_end, instances.on_refused = on_end, on_refused
 
     # -- what an operator may say ------------------------------------------------------------------------------
 
@@ -352,13 +349,6 @@ class Guard:
         _log.warning("circuit breaker of policy %s: %s", self.policy.name, state)
         self.note("breaker", state=state, trips=self.breaker.trips)
 
-    def ended(self, number: int, slot: int, record: Any, finish: str) -> None:
-        """A request ended: compare what became of it with what was predicted.
-
-        :param record: its REQUEST record; ``finish`` empty when it ended by itself
-        """
-        self.outcomes.observe(number, slot, record, finish)
-
     def report(self, recent: int = 0) -> GuardReport:
         """How things stand. Any thread may ask: each number is right by itself.
 
@@ -389,7 +379,7 @@ class Guard:
             records_written=log.written if log else None,
             records_dropped=log.dropped if log else None,
             log_writing=bool(log and log.writing),
-            recent=tuple(_recent(*entry) for entry in list(self._recent)[: -recent - 1 : -1]),
+            recent=plain(list(self._recent)[: -recent - 1 : -1]),
         )
 
     def close(self) -> None:

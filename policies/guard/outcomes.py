@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from engine.core.columns import Col, Kind
 from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
+from engine.live.fate import Fate, fate_of, fate_of_refused
 from policies.guard.config import DriftConfig
 from policies.guard.drift import Drift
 from policies.guard.log.log import DecisionLog
@@ -22,10 +24,12 @@ _INSTANCE, _TTFT_S, _STEP_WITH_S = int(Col.INSTANCE), int(Col.TTFT_S), int(Col.S
 
 
 class Outcomes:
-    """:param slots: request slots of the cluster"""
+    """:param slots: request slots of the cluster
+    :param classes: names of its SLO classes
+    """
 
-    def __init__(self, slots: int, config: DriftConfig, log: DecisionLog | None) -> None:
-        self._log = log
+    def __init__(self, slots: int, config: DriftConfig, log: DecisionLog | None, classes: Sequence[str] = ()) -> None:
+        self._log, self._classes = log, classes
         self._ttft_s, self._tpot_s = [0.0] * slots, [0.0] * slots
         self.ttft, self.tpot = Drift("ttft", config), Drift("tpot", config)
 
@@ -48,9 +52,10 @@ class Outcomes:
         self._ttft_s[slot] = self._tpot_s[slot] = 0.0
         ttft = tpot = None
         finished = record["state"] == RequestState.FINISHED and not finish
-        if finished:
-            first, gaps = int(record["first_token"]), int(record["generated"]) - 1
+        first, gaps = int(record["first_token"]), int(record["generated"]) - 1
+        if first >= 0:
             ttft = (first - int(record["arrival"])) / TICKS_PER_S
+        if ttft is not None and finished:
             self._drifts(self.ttft, ttft, predicted_ttft)
             if gaps > 0:
                 tpot = (int(record["last_token"]) - first) / TICKS_PER_S / gaps
@@ -59,15 +64,23 @@ class Outcomes:
             self._log.note(
                 "outcome",
                 request=number,
-                finish=finish or "done",
+                **self._fate(int(record["cls"]), finish or "done", fate_of(record, finish)),
                 instance=int(record["first_inst"]),
                 ttft_s=ttft,
                 predicted_ttft_s=predicted_ttft or None,
-                ttft_ok=bool(record["ttft_ok"] == 1),
                 tpot_s=tpot,
                 predicted_tpot_s=predicted_tpot or None,
-                tpot_ok=bool(record["tpot_ok"] == 1),
             )
+
+    def refused(self, number: int, cls: int, reason: str) -> None:
+        """A request was not taken in."""
+        if self._log is not None:
+            unknown = dict.fromkeys(("instance", "ttft_s", "predicted_ttft_s", "tpot_s", "predicted_tpot_s"))
+            self._log.note("outcome", request=number, **self._fate(cls, reason, fate_of_refused(reason)), **unknown)
+
+    def _fate(self, cls: int, finish: str, fate: Fate) -> dict[str, Any]:
+        name = self._classes[cls] if cls < len(self._classes) else str(cls)
+        return {"class": name, "finish": finish, "ttft_ok": fate.ttft, "tpot_ok": fate.tpot, "good": fate.good}
 
     def _drifts(self, drift: Drift, actual_s: float, predicted_s: float) -> None:
         if not drift.observe(actual_s, predicted_s):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -102,6 +103,23 @@ def test_points_outlive_a_crash_a_failed_point_and_a_second_start(tmp_path):
     assert not set(bench.asked) & set(again.asked)  # nothing is measured twice, what failed neither
     with pytest.raises(SlalomError, match="another model"):
         Store(path, {"model": "other"})
+
+
+@pytest.mark.parametrize("end", [b'{"point": {"ki', b"\0" * 600, b"\xff\xfe\n", b'{"point": 3}\n', b"[1]\n", b"{}\n"])
+def test_points_that_end_in_the_middle_go_on(tmp_path, end):
+    path = tmp_path / "p.jsonl"
+    store = Store(path, {"model": "m"})
+    store.add(Measured(Point("decode", bs=1, ctx=16), 1.0))
+    path.write_bytes(path.read_bytes() + end)
+    again = Store(path, {"model": "m"})
+    assert again.points == store.points
+    again.add(Measured(Point("decode", bs=2, ctx=16), 2.0))
+    again.note("switch_s", 1)
+    third = Store(path, {"model": "m"})
+    assert (third.points, third.notes) == (again.points, {"switch_s": 1})
+    path.write_bytes(end)
+    with pytest.raises(SlalomError, match="points") if end.endswith(b"\n") else nullcontext():
+        assert Store(path, {"model": "m"}).points == []
 
 
 @settings(max_examples=30, deadline=None)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
 from engine.errors import SlalomError
+from engine.live.fate import SERVER
 from policies.guard.log.log import DecisionLog
 from policies.guard.log.ring import Meta, Ring, Type
 from policies.guard.log.writer import REASONS, Lines, Rotated, pump
@@ -57,7 +58,8 @@ def test_a_line_says_what_was_decided_and_on_what(tmp_path: Path) -> None:
     note, one, two = lines(tmp_path / "log.jsonl")
     assert (note["type"], note["name"]) == ("policy", "mine")
     assert one | {"context": {}, "candidates": []} == {
-        "type": "decision", "seq": 1, "time": 1.7e9, "now_s": 2.0, "kind": "place_prefill", "request": 41,
+        "type": "decision", "server": SERVER,
+        "seq": 1, "time": 1.7e9, "now_s": 2.0, "kind": "place_prefill", "request": 41,
         "generation": 0, "choice": 0, "action": "instance 0", "advised": 0, "margin": 0.125, "reason": "policy",
         "fallback": False, "latency_us": 12.5, "context": {}, "candidates": [],
     }  # fmt: skip

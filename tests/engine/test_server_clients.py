@@ -73,7 +73,8 @@ def url(tokenizer: Path) -> Iterator[str]:
         until(up, timeout_s=300.0)
         yield base
         text = httpx.get(f"{base}/metrics", trust_env=False).text
-        assert 'finished_reason="abort"' not in text
+        aborted = [line for line in text.splitlines() if 'finished_reason="abort"' in line]
+        assert [line.rpartition(" ")[2] for line in aborted] == ["0.0"]
         process.terminate()
         assert process.wait(60) == 0
     finally:

@@ -104,7 +104,7 @@ def test_a_policy_that_cannot_be_had_leaves_the_present_one(served: Served) -> N
 
 def test_outcomes_stand_beside_predictions(served: Served, log_path: Path) -> None:
     answer = served.post("/v1/completions", {"prompt": PROMPT, **GREEDY})
-    number = int(answer.json()["id"].partition("-")[2])
+    number = int(answer.json()["id"].rpartition("-")[2])
 
     def about() -> list[dict[str, Any]]:
         return [line for line in lines(log_path) if line.get("request") == number]

@@ -167,6 +167,24 @@ def test_resuming_goes_on_with_the_next_episodes(scenario: Scenario) -> None:
     np.testing.assert_array_equal(observations, first.reset())
 
 
+def test_a_seed_takes_effect_at_the_next_reset(scenario: Scenario) -> None:
+    used, fresh = make(scenario, n_requests=15), make(scenario, n_requests=15, seed=77)
+    before = used.reset()
+    for _ in range(60):
+        used.step(first_allowed(used.action_masks()))
+    assert used.seed(77) == [77, 78, 79, 80]
+    np.testing.assert_array_equal(used.reset(), fresh.reset())
+    for left, right in zip(_record(used), _record(fresh), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert not np.array_equal(fresh.reset(), before)
+    state = used.env_state()
+    used.seed(5)
+    used.set_env_state(state)  # a resumed sequence wins
+    used.reset()
+    assert used.episodes.seed == 77
+    assert (used.episodes.number > 0).all()
+
+
 def test_counting_blocks_instead_of_naming_them_changes_nothing() -> None:
     """Small pools under load, so that requests wait for blocks and are preempted."""
     scenario = Scenario.load("tiny-4xa100").with_overrides({f"cluster.{k}.kv_tokens": 6000 for k in range(1)})

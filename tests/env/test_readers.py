@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,23 @@ def test_timed_trace_with_other_names_and_multiplier(tmp_path: Path) -> None:
     assert reused_tokens(trace).tolist() == [0, 16]
     with pytest.raises(SlalomError, match="not both"):
         read_trace(path, "timed", columns=names, multiplier=0.001, time_unit="ms")
+
+
+def test_a_block_size_is_never_guessed_and_must_fit(tmp_path: Path) -> None:
+    """Ids of 16 tokens read as 512 made of every prompt a long one that was there before."""
+    same = {"input_length": 100, "output_length": 3}
+    rows: list[dict[str, Any]] = [{"timestamp": 1000 * k, "hash_ids": [*range(6), k]} | same for k in range(4)]
+    path = jsonl(tmp_path / "t.jsonl", rows)
+    for format in ("timed", "slalom"):
+        with pytest.raises(SlalomError, match="hash_tokens; by these rows it is at most 17"):
+            read_trace(path, format, time_unit="ms")
+    for size in (None, 512, 18):
+        with pytest.raises(SlalomError, match=r"line 1, hash_ids: got '7 ids"):
+            read_trace(path, "mooncake", time_unit="ms", hash_tokens=size)
+    assert reused_tokens(read_trace(path, "timed", time_unit="ms", hash_tokens=16)).tolist() == [0, 96, 96, 96]
+    for row in rows:
+        row["hash_tokens"] = 16
+    assert read_trace(jsonl(path, rows), "slalom").hash_tokens == 16
 
 
 def test_sessions_wait_for_their_delay(tmp_path: Path) -> None:

@@ -86,20 +86,49 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         policy, state, log=DecisionLog(path, writer="thread"), deadline_us=1e6, breaker={"failures": 1000}
     )
     for r, row in enumerate(state.req):
-        guard.ended(r, r, row, "")
+        guard.outcomes.observe(r, r, row, "")
     guard.close()
     return path
 
 
 def test_one_decision(log: Path) -> None:
-    found = explain_decision(log, request=7)
+    found = explain_decision(log, request="7")
     assert [d["kind"] for d in found["decisions"]][:1] == ["place_prefill"]
     assert found["decisions"][0]["policy"]["name"] == "sometimes"
     assert found["outcome"]["ttft_s"] > 0
-    bad = next(s for s in range(1, 100) if explain_decision(log, seq=s)["decisions"][0]["fallback"])
-    assert "not allowed" in explain_decision(log, seq=bad)["decisions"][0]["why"][0]
+    bad = next(s for s in range(1, 100) if explain_decision(log, seq=str(s))["decisions"][0]["fallback"])
+    assert "not allowed" in explain_decision(log, seq=str(bad))["decisions"][0]["why"][0]
     with pytest.raises(SlalomError, match="--request"):
-        explain_decision(log, request=10**9)
+        explain_decision(log, request=str(10**9))
+
+
+def test_two_servers_on_one_log_are_never_merged(log: Path, tmp_path: Path) -> None:
+    """A restarted server begins to count anew: its request 7 is another one."""
+    first = log.read_text()
+    server = json.loads(first.splitlines()[0])["server"]
+    assert all(json.loads(line)["server"] == server for line in first.splitlines())
+    both = tmp_path / "both.jsonl"
+    both.write_text(first + first.replace(server, "0badcafe"))
+    with pytest.raises(SlalomError, match=f"{server}-7"):
+        explain_decision(both, request="7")
+    for asked in (f"{server}-7", f"cmpl-{server}-7", f"chatcmpl-{server}-7"):
+        assert explain_decision(both, request=asked) == explain_decision(log, request="7")
+    with pytest.raises(SlalomError, match="--seq"):
+        explain_decision(both, seq="3")
+    assert explain_decision(both, seq="0badcafe-3")["decisions"][0]["policy"]["name"] == "sometimes"
+    for bad in ("", "x", "1f-", "-1f", "٣"):
+        with pytest.raises(SlalomError, match="--request"):
+            explain_decision(both, request=bad)
+
+
+def test_a_line_that_a_crash_has_spoilt_is_left_out_and_counted(log: Path, tmp_path: Path) -> None:
+    whole, spoilt = log.read_bytes().splitlines(keepends=True), tmp_path / "spoilt.jsonl"
+    spoilt.write_bytes(b"".join([*whole[:30], whole[30][:40] + whole[31], *whole[32:], b"\0" * 90]))
+    found = summary(spoilt)
+    assert found["unreadable"] == [f"{spoilt}:31", f"{spoilt}:{len(whole)}"]
+    assert found["requests"] == 60
+    run = CliRunner().invoke(app, ["--log", str(spoilt)])
+    assert "2 lines cannot be read" in run.stdout
 
 
 def test_a_log_as_a_whole(log: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import gymnasium
 import numpy as np
 import pytest
+from eval_cases import request
 
 import env  # noqa: F401  (registers the environment)
 from engine.core.kinds import RequestState, Role
@@ -18,7 +19,7 @@ from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
 from eval import cli
-from eval.fidelity.fidelity import fidelity, keep_in_profile, stored_form
+from eval.fidelity.fidelity import fidelity, keep_in_profile, observed, stored_form
 
 POLICIES = ["round_robin", "least_tokens", "static_split"]
 
@@ -129,6 +130,18 @@ def test_a_static_plan_brings_its_own_arrangement_to_the_engine(scenario, tmp_pa
     (point,) = policy["points"]
     assert policy["label"] == "static_plan"
     assert point["runs"][0]["backend"] == "gpu"
+
+
+def test_slowness_grows_when_requests_do_not_finish(make_run):
+    """Targets are 100 ms and 10 ms; the run is 1 s long."""
+    done = [request(0, 50, 90, out=5)] * 22  # two of them are warm-up
+    one_token = [request(0, 50, 50, out=1)] * 20
+    begun = [request(0, 50, 90, out=5, state=RequestState.RUNNING)] * 20
+    waiting = [request(0, state=RequestState.WAITING, out=0)] * 20
+    seen = [observed(make_run(done + more)) for more in (done[2:], begun, waiting, one_token)]
+    assert [s["slowness"] for s in seen] == pytest.approx([1.5, 0.5 + (1 + 19) / 2, (0.5 + 10) / 2 + (1 + 10) / 2, 1.5])
+    assert set(seen[1]["tpot_ms"]) == {10.0, 190.0}
+    assert set(seen[2]["tpot_ms"]) == set(seen[3]["tpot_ms"]) == {10.0}
 
 
 class Named:

@@ -50,7 +50,7 @@ def test_the_command_writes_a_profile_and_prints_the_held_out_errors(tmp_path):
     rows = [
         {"arrival": a, "input_tokens": int(p), "output_tokens": int(o), "first_token": a + f,
          "last_token": a + f + (0.0 if o == 1 else t * (o - 1))}
-        for a, p, o, f, t in zip(*log, strict=True)
+        for a, p, o, f, t in zip(*log[:5], strict=True)
     ]  # fmt: skip
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "engine.yaml").write_text(

@@ -26,7 +26,7 @@ def test_four_requests_by_hand(make_run):
     assert m["goodput_per_gpu"] == pytest.approx(1 / 0.32 / 2)
     assert m["token_goodput"] == pytest.approx(5 / 0.32)
     assert m["mean_ttft_ms"] == pytest.approx((50 + 150 + 20) / 3)
-    assert m["median_tpot_ms"] == pytest.approx(10)
+    assert m["median_tpot_ms"] == pytest.approx(15)  # of 10 and 20
     assert m["mean_e2el_ms"] == pytest.approx((90 + 150 + 120) / 3)
     assert m["worst_wait_s"] == pytest.approx(0.15)
     assert m["max_concurrent_requests"] == 2
@@ -129,3 +129,16 @@ def test_detailed_keeps_every_request_in_order_of_arrival(make_run):
     assert found["ttfts"] == [None, pytest.approx(0.05)]
     assert found["errors"] == ["shed", ""]
     assert {len(values) for values in found.values()} == {2}
+
+
+def test_one_token_has_no_tpot_and_who_was_never_looked_up_is_no_miss(make_run):
+    rows = [
+        request(0, 50, 90, out=5, prefill_start=1, cached=5),
+        *(request(k, 50, 50, out=1, prefill_start=1) for k in range(1, 10)),
+        request(20, state=RequestState.WAITING, out=0, prefill_start=-1),
+    ]
+    m = summarize(make_run(rows), warmup=0.0)
+    assert m["mean_tpot_ms"] == m["median_tpot_ms"] == m["p90_tpot_ms"] == pytest.approx(10)
+    assert m["slo_attainment_by_metric"]["tpot"] == pytest.approx(10 / 11)
+    assert m["prefix_hit_rate"] == pytest.approx(5 / 100)
+    assert detailed(make_run(rows))["tpots"][1:] == [None] * 10

@@ -13,6 +13,7 @@ from env.measure.evaluator import Evaluator
 from env.measure.metrics import outcomes, summarize
 from env.scenario import Scenario
 from env.surrogate.simulate import simulate
+from eval import cli
 
 TINY = "tiny-4xa100"
 
@@ -72,3 +73,20 @@ def test_command_prints_one_json_object(tmp_path):
     result = json.loads(done.stdout)
     assert len(result["policies"]) == 2
     assert (tmp_path / "report.html").is_file()
+
+
+def test_a_comparison_in_which_nobody_finishes_says_so(scenario, tmp_path, monkeypatch, capsys):
+    """Prompts that no instance can hold."""
+    lengths = {"kind": "fixed", "prompt": 200, "output": 20}
+    small = scenario.with_overrides({"cluster.0.kv_tokens": 64, "workload": {"kind": "synthetic", "lengths": lengths}})
+    (tmp_path / "small.yaml").write_text(small.to_yaml())
+    asked = ["--policy", "least_tokens", "--policy", "round_robin", "--rates", "5,10", "--requests", "40"]
+    command = ["eval-policy", "--scenario", str(tmp_path / "small.yaml"), *asked, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    said = capsys.readouterr().out
+    assert "No request finished under any policy" in said
+    assert "100 % failed" in said
+    assert "nobody was served" in " ".join((tmp_path / "out" / "report.html").read_text().split())

@@ -64,6 +64,36 @@ def test_a_bad_log_is_one_line_with_a_remedy(tmp_path, rows, what):
         read_log(written(tmp_path, "csv", rows))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "bench"])
+def test_bad_rows_are_counted_and_left_out(tmp_path, kind):
+    """A null or empty first token, figures that are none, a line cut off: one row must not cost the log."""
+    path = written(tmp_path, kind)
+    if kind == "bench":
+        whole = json.loads(path.read_text())
+        bad = (("start_times", 9.0), ("input_lens", 5), ("output_lens", 3), ("ttfts", None), ("itls", [0.01, 0.01]))
+        path.write_text(json.dumps({name: [*whole[name], value] for name, value in bad}))
+        rows = 1
+    else:
+        end = ["9.0,5,3,,9.2", "9.0,5,3,x,9.2", "9.0,5,3,9.3,9.2", "9.0,5,3,nan,9.2", "9.0,5"]
+        if kind == "jsonl":
+            plain = dict(zip(NAMES, (9.0, 5, 3, 9.1, 9.2), strict=True))
+            end = [json.dumps(plain | {"first_token": x}) for x in (None, "", "x", 9.3)] + ['{"arrival": 9.0, "inp']
+        path.write_text(path.read_text() + "\n".join(end))
+        rows = 5
+    log = read_log(path)
+    assert (log.n, log.left_out) == (24, rows)
+
+
+def test_a_log_in_milliseconds_is_not_read_as_seconds(tmp_path):
+    path = written(tmp_path, "csv", [(1e3 * r[0], r[1], r[2], 1e3 * r[3], 1e3 * r[4]) for r in ROWS])
+    with pytest.raises(SlalomError, match=r"--time-unit \(s: 10 s, ms: 0.01 s"):
+        read_log(path)
+    np.testing.assert_allclose(read_log(path, "ms").ttft_s, 0.05, atol=1e-9)
+    assert read_log(path, "s").ttft_s[0] == pytest.approx(50.0)
+    with pytest.raises(SlalomError, match="--time-unit"):
+        read_log(path, "hours")
+
+
 def test_settings_are_found_at_any_depth_and_a_null_block_is_taken_off(tmp_path):
     path = tmp_path / "meta.json"
     inner = {"cache_config": {"num_gpu_blocks": 101, "block_size": 16}, "scheduler_config": {"max_num_seqs": 1}}

@@ -1,10 +1,12 @@
 """The search on an objective whose optimum is known, and its budget."""
 
+import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from eval_cases import Scenario, synthetic_measure, true_goodput
+from optuna.storages.journal import JournalFileBackend
 
 import train.search.tune as tuning
 from engine.errors import SlalomError
@@ -89,8 +91,53 @@ def test_a_killed_search_ends_as_if_it_had_never_been_killed(monkeypatch, tmp_pa
         run(sampler=sampler, storage=storage, on_trial=stop)
     found = run(spy, sampler=sampler, storage=storage)
     assert (found.ranking, found.trials) == (whole.ranking, 25)
+    assert found.simulated_requests == whole.simulated_requests, "those before the kill are part of the search"
     assert calls.count("train") == (25 - 10) * 2 * 2
     assert run(sampler=sampler, storage=storage, seed=1).ranking != found.ranking  # another study
+
+
+@pytest.mark.parametrize("end", [b'{"op_code":4,"wor', b"\0" * 700, b'{"op_code":4,"wor' + b"\0" * 100])
+def test_a_journal_that_ends_in_the_middle_is_mended(monkeypatch, tmp_path, end):
+    """Killed in the middle of a line, or a power loss that left zero bytes."""
+    fake_rule(monkeypatch, WEIGHT)
+    whole, storage = run(), tmp_path / "weighted.journal"
+
+    def stop(number, best):
+        if number == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(storage=storage, on_trial=stop)
+    kept = storage.read_bytes()
+    storage.write_bytes(kept + end)
+    found = run(storage=storage)
+    assert (found.ranking, found.simulated_requests) == (whole.ranking, whole.simulated_requests)
+    assert storage.read_bytes().startswith(kept)
+    assert all(json.loads(line) for line in storage.read_bytes().splitlines())
+    storage.write_bytes(kept[: len(kept) // 2])  # in the middle of a trial
+    assert run(storage=storage).ranking == whole.ranking
+    storage.write_bytes(end)  # not one whole line
+    assert run(storage=storage).ranking == whole.ranking
+
+
+def test_a_full_disk_is_one_clear_error(monkeypatch, tmp_path):
+    fake_rule(monkeypatch, WEIGHT)
+
+    whole, write = run(), JournalFileBackend.append_logs
+    for room in (0, 5):
+        left = iter(range(room))
+
+        def full(backend, logs, left=left):
+            if next(left, None) is None:
+                raise OSError(28, "No space left on device")
+            write(backend, logs)
+
+        monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+        with pytest.raises(SlalomError, match=r"--storage.*No space left"):
+            run(storage=tmp_path / "weighted.journal")
+    monkeypatch.undo()
+    fake_rule(monkeypatch, WEIGHT)
+    assert run(storage=tmp_path / "weighted.journal").ranking == whole.ranking
 
 
 def test_an_unusable_storage_is_one_clear_error_without_the_password(monkeypatch, tmp_path):
@@ -104,6 +151,7 @@ def test_an_unusable_storage_is_one_clear_error_without_the_password(monkeypatch
     (tmp_path / "text").write_text("not a journal")
     with pytest.raises(SlalomError, match="journal"):
         run(storage=tmp_path / "text")
+    assert (tmp_path / "text").read_text() == "not a journal"
 
 
 def test_pruning_saves_simulations_and_keeps_the_winner(monkeypatch):
@@ -192,7 +240,9 @@ def test_a_search_that_follows_is_resumed_where_it_was_and_counts_what_it_simula
     options = {"rates": (6.8, 8.0), "knee": 8.0, "measure": spy}
     whole = tune("weighted", Scenario(), 25, **options)
     assert whole.simulated_requests == len(calls) * SETTINGS.n_requests
+    calls.clear()
     with pytest.raises(KeyboardInterrupt):
         tune("weighted", Scenario(), 25, storage=tmp_path / "j", on_trial=stop, **options)
     found = tune("weighted", Scenario(), 25, storage=tmp_path / "j", **options)
     assert (found.ranking, found.rates, found.trials) == (whole.ranking, whole.rates, 25)
+    assert whole.simulated_requests <= found.simulated_requests <= len(calls) * SETTINGS.n_requests

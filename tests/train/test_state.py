@@ -113,6 +113,19 @@ def test_damaged_state_is_refused(make_model: Make, tmp_path: Path, damage: Call
         load_state(path, make_model())
 
 
+def test_a_flipped_byte_anywhere_is_noticed(make_model: Make, tmp_path: Path) -> None:
+    model = make_model()
+    model.learn(512)
+    path = tmp_path / "state.safetensors"
+    save_state(path, model, {"note": 123456789})
+    raw = path.read_bytes()
+    load_state(path, make_model())
+    for at in (raw.index(b"123456789"), len(raw) // 3, len(raw) // 2, len(raw) - 3):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        with pytest.raises(SlalomError, match="damaged"):
+            load_state(path, make_model())
+
+
 def test_state_of_another_shape_is_refused(make_model: Make, tmp_path: Path) -> None:
     model = make_model()
     model.learn(512)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from engine.common.appends import append_line, heal
 from engine.common.files import write_bytes
 from engine.common.progress import Display
 from env.measure.contender import Contender
@@ -44,13 +45,13 @@ class JsonLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        heal(path)
         self._path, self._start = path, time.time()
 
     def write(self, event: str, **facts: Any) -> None:
         """Append one event with the seconds since the log was opened."""
         line = json.dumps({"event": event, "t": round(time.time() - self._start, 3), **facts})
-        with self._path.open("a") as file:
-            file.write(line + "\n")
+        append_line(self._path, line.encode())
 
 
 def replace_folder(source: Path, target: Path) -> None:

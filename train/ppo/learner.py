@@ -162,9 +162,9 @@ class DispatchPPO(MaskablePPO):
         """SB3's tags, plus the time split and the attainment of finished episodes."""
         for name, share in self.split.shares().items():
             self.logger.record(f"time/{name}_share", share)
-        attained = [info["attainment"] for info in self.ep_info_buffer or () if "attainment" in info]
-        if attained:
-            self.logger.record("rollout/attainment_mean", float(np.mean(attained)))
+        found = np.array([info.get("attainment", np.nan) for info in self.ep_info_buffer or ()])
+        if np.isfinite(found).any():  # an episode in which nothing was sealed has none
+            self.logger.record("rollout/attainment_mean", float(np.nanmean(found)))
         super().dump_logs(iteration)
 
     # -- rollouts -----------------------------------------------------------------------------------------

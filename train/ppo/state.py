@@ -6,6 +6,7 @@ either the whole old one or the whole new one. Nothing in it can execute code wh
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from train.ppo.learner import DispatchPPO
 
 __all__ = ["load_state", "save_state"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_state(path: Path, model: DispatchPPO, extra: dict[str, Any]) -> None:
@@ -54,7 +55,18 @@ def save_state(path: Path, model: DispatchPPO, extra: dict[str, Any]) -> None:
         "extra": extra,
     }
     tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-    write_bytes(path, dump_tensors(tensors, {"state": json.dumps(facts)}))
+    state = json.dumps(facts)
+    write_bytes(path, dump_tensors(tensors, {"state": state, "sha256": _sum(tensors, state)}))
+
+
+def _sum(tensors: dict[str, th.Tensor], state: str) -> str:
+    """SHA-256 of everything in the file: what a resumed training would not notice is changed."""
+    digest = hashlib.sha256(state.encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().flatten().view(th.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_state(path: Path, model: DispatchPPO) -> dict[str, Any]:
@@ -67,13 +79,16 @@ def load_state(path: Path, model: DispatchPPO) -> dict[str, Any]:
         raw = path.read_bytes()
         tensors = load_tensors(raw)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        facts = json.loads(header["__metadata__"]["state"])
+        about = header["__metadata__"]
+        facts = json.loads(about["state"])
     except FileNotFoundError as error:
         raise SlalomError("--resume", str(path), "no training checkpoint there; start without it") from error
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise SlalomError(str(path), type(error).__name__, "the file is damaged; start a new run") from error
     if facts.get("format") != FORMAT:
         raise SlalomError(f"{path}: format", facts.get("format"), f"this version reads {FORMAT}")
+    if about.get("sha256") != _sum(tensors, about["state"]):
+        raise SlalomError(str(path), "another sum", "the file is damaged; start a new run")
     try:
         _restore(model, tensors, facts)
     except (KeyError, RuntimeError, ValueError) as error:

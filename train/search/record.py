@@ -9,19 +9,23 @@ sampler. Nothing recorded is executable: CMA-ES would otherwise keep a pickled o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+from engine.common.appends import heal
+from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
-__all__ = ["SAMPLERS", "Outcome", "Record", "choose_sampler", "new_sampler"]
+__all__ = ["SAMPLERS", "Outcome", "Record", "choose_sampler", "new_sampler", "open_journal"]
 
 #: ``auto`` picks one of the others; ``gp`` needs half a second for a suggestion.
 SAMPLERS = ("auto", "tpe", "cma", "gp", "random")
+_HEAD = b'{"op_code":'  # how every journal begins
 _CMA_FROM = 9  # continuous parameters; below, TPE is at least as good at equal budget
 
 
@@ -30,10 +34,12 @@ class Outcome(NamedTuple):
 
     :param value: its score, or the most it could have reached when it was given up early
     :param cells: attainment at each rate that was simulated, hardest first
+    :param requests: simulated for it
     """
 
     value: float
     cells: tuple[float, ...]
+    requests: int = 0
 
 
 def choose_sampler(name: str, free: Sequence[Any]) -> str:
@@ -71,13 +77,17 @@ class Record:
 
     def __init__(self, storage: str | Path | None, name: str) -> None:
         self._known: dict[str, Outcome] = {}
+        self._earlier: dict[str, int] = {}
+        self._storage = str(storage)
         self._study: optuna.Study | None = None
         if storage is None:
             return
         self._study = _open(storage, name)
         for trial in self._study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
             cells = tuple(trial.user_attrs.get("cells", ()))
-            self._known[_key(trial.params)] = Outcome(float(trial.value or 0.0), cells)
+            requests = int(trial.user_attrs.get("requests", 0))
+            self._known[_key(trial.params)] = Outcome(float(trial.value or 0.0), cells, requests)
+            self._earlier[_key(trial.params)] = requests
 
     def __len__(self) -> int:
         return len(self._known)
@@ -86,8 +96,27 @@ class Record:
         """What these parameters were worth, if they were tried before."""
         return self._known.get(_key(params))
 
+    def spent_before(self, params: Mapping[str, Any]) -> int:
+        """Requests that an earlier part of this search simulated for these parameters; 0 when asked again."""
+        return self._earlier.pop(_key(params), 0)
+
+    def once(self, name: str, value: int) -> int:
+        """``value``, or what was kept under this name before.
+
+        :raises SlalomError: the disk is full
+        """
+        if self._study is None:
+            return value
+        if name not in self._study.user_attrs:
+            with self._told():
+                self._study.set_user_attr(name, value)
+        return int(self._study.user_attrs[name])
+
     def add(self, trial: optuna.Trial, outcome: Outcome, seconds: float) -> None:
-        """Keep the outcome of a trial just asked for."""
+        """Keep the outcome of a trial just asked for.
+
+        :raises SlalomError: the disk is full
+        """
         if self._study is None:
             return
         self._known[_key(trial.params)] = outcome
@@ -95,9 +124,18 @@ class Record:
             params=trial.params,
             distributions=trial.distributions,
             value=outcome.value,
-            user_attrs={"cells": list(outcome.cells), "seconds": seconds},
+            user_attrs={"cells": list(outcome.cells), "seconds": seconds, "requests": outcome.requests},
         )
-        self._study.add_trial(kept)
+        with self._told():
+            self._study.add_trial(kept)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            fix = f"it cannot be written ({error.strerror}); repeat with --resume, finished trials are kept"
+            raise SlalomError("--storage", self._storage, fix) from error
 
 
 def _key(params: Mapping[str, Any]) -> str:
@@ -110,16 +148,38 @@ def _open(storage: str | Path, name: str) -> optuna.Study:
         return _open_database(str(storage), name)
     path = Path(storage)
     try:
-        if path.exists() and path.stat().st_size:
-            with path.open("rb") as file:
-                json.loads(file.readline())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        backend = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-        return optuna.create_study(study_name=name, storage=backend, direction="maximize", load_if_exists=True)
+        return optuna.create_study(
+            study_name=name, storage=open_journal(path), direction="maximize", load_if_exists=True
+        )
     except OSError as error:
         raise SlalomError("--storage", str(path), f"name a file that can be written ({error.strerror})") from error
     except (ValueError, KeyError) as error:
-        raise SlalomError("--storage", str(path), "this is no journal of Optuna; name another file") from error
+        raise SlalomError("--storage", str(path), "this journal is damaged; name another file") from error
+
+
+def open_journal(path: Path) -> optuna.storages.JournalStorage:
+    """Optuna's journal in a file. What a crash cut off at its end is left out: that trial is simulated again.
+
+    :raises SlalomError: it cannot be written, or is no journal
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            check_regular(path, LARGE)
+            with path.open("rb") as file:
+                head = file.read(len(_HEAD)).rstrip(b"\0")
+            if head != _HEAD[: len(head)]:  # somebody's file, which must stay as it is
+                raise SlalomError("--storage", str(path), "this is no journal of Optuna; name another file")
+        lock = JournalFileSymlinkLock(str(path))
+        backend = JournalFileBackend(str(path), lock)
+        lock.acquire()  # somebody else may be writing
+        try:
+            heal(path)
+        finally:
+            lock.release()
+        return optuna.storages.JournalStorage(backend)
+    except OSError as error:
+        raise SlalomError("--storage", str(path), f"name a file that can be written ({error.strerror})") from error
 
 
 def _open_database(url: str, name: str) -> optuna.Study:

@@ -22,7 +22,6 @@ from typing import Any
 import optuna
 import torch
 import yaml
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -36,6 +35,7 @@ from train.export import Publisher
 from train.ppo.judge import SimulatorJudge
 from train.ppo.learner import DispatchPPO
 from train.run import Request, make_env, run_or_read
+from train.search.record import open_journal
 from train.search.rule import SearchResult
 
 __all__ = ["main", "search", "suggest"]
@@ -187,9 +187,8 @@ def search(
 
 def _study(out: Path, seed: int, name: str) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    backend = optuna.storages.JournalStorage(JournalFileBackend(str(out / "study.journal")))
     return optuna.create_study(
-        study_name=name, storage=backend, direction="maximize", load_if_exists=True,
+        study_name=name, storage=open_journal(out / "study.journal"), direction="maximize", load_if_exists=True,
         sampler=optuna.samplers.TPESampler(
             seed=seed, multivariate=True, n_startup_trials=8, warn_independent_sampling=False
         ),

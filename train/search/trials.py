@@ -124,15 +124,16 @@ class Objective:
             for contender in contenders:
                 before = self._here.simulated_requests
                 found = _trial(self._here, contender, course, self.stop)
-                self.simulated_requests += self._here.simulated_requests - before
-                yield found
+                requests = self._here.simulated_requests - before
+                self.simulated_requests += requests
+                yield found and found._replace(requests=requests)
             return
         fixed = (self._here.scenario, self._here.settings, self._means[0])
         jobs = [pool.submit(_remote_trial, *fixed, contender, course) for contender in contenders]
         for job in jobs:
             outcome, requests = job.result()
             self.simulated_requests += requests
-            yield outcome
+            yield outcome and outcome._replace(requests=requests)
 
     def _contender(self, drawn: Drawn) -> Contender | None:
         """None where the setting does not fit the cluster.
@@ -252,7 +253,9 @@ class Study:
                 outcome = next(fresh) if old is None else old
                 if outcome is None:
                     return done
-                if old is None:
+                if old is not None:
+                    objective.simulated_requests += record.spent_before(trial.params)
+                else:
                     record.add(trial, outcome, time.perf_counter() - begin)
                     begin = time.perf_counter()
                 study.tell(trial, outcome.value)
@@ -261,6 +264,10 @@ class Study:
                 if on_trial is not None:
                     on_trial(done, max(score for _, score in objective.finished))
         return done
+
+    def once(self, what: str, requests: int) -> int:
+        """What ``what`` cost when it was done first: an earlier part of this search may have it on record."""
+        return self._record.once(what, requests)
 
 
 def distinct_best(objective: Objective, finalists: int) -> list[tuple[Drawn, float]]:

@@ -143,7 +143,7 @@ def tune(
             before = here.simulated_requests
             leaders = [drawn for drawn, _ in distinct_best(studies[-1].objective, finalists)]
             found, strict = _knees(here, subject.contender(leaders[0]), knee, seeds, length, step=1.3, widest=64.0)
-            following += here.simulated_requests - before
+            following += studies[-1].once("knees", here.simulated_requests - before)
             if found > 0.0 and max(found / knee, knee / found) > _MOVED:
                 low, high = _STRICT
                 strict = min(max(strict or KNEE[0] * found, low * found), high * found)

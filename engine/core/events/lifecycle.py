@@ -332,7 +332,7 @@ def close_window(s, now):
     c.last_prompt = c.win_prompt / max(c.win_arrivals, 1)
     c.last_output = c.win_output / max(c.win_finished, 1)
     c.last_ttft_s = c.win_ttft / max(c.win_first, 1)
-    c.last_tpot_s = c.win_tpot / max(c.win_finished, 1)
+    c.last_tpot_s = c.win_tpot / max(c.win_timed, 1)
     c.win_start = now
     c.win_arrivals = 0
     c.win_prompt = 0.0
@@ -340,4 +340,5 @@ def close_window(s, now):
     c.win_output = 0.0
     c.win_first = 0
     c.win_ttft = 0.0
+    c.win_timed = 0
     c.win_tpot = 0.0

@@ -57,7 +57,9 @@ def _admit(s, i, r, budget, reserve, now):
         if req.prefill_start < 0:
             req.prefill_start = now
             req.cached = start
-            s.cluster[0].cached_tokens += start
+            if s.cluster[0].hash_tokens > 0:
+                s.cluster[0].looked_up_tokens += req.prompt
+                s.cluster[0].cached_tokens += start
     req.tail = grow(s, p, req.tail, req.blocks, need)
     req.blocks = max(need, req.blocks)
     return n

@@ -2,11 +2,13 @@
 
 The scheduler copies numbers into a ring (``policies.guard.log.ring``); a process of its own makes the text
 (``policies.guard.log.writer``), ten times a second, and survives the server long enough to write the rest.
-Lines have a ``type``:
+Lines have a ``type`` and a ``server``, the process that wrote them: numbers of requests, decisions and generations
+begin anew with each:
 
 * ``decision``: seq, time, kind, request, generation (of the policy), choice, action, advised (the policy's own
   answer), margin, reason, fallback, latency_us, context, candidates (with scores where the policy gives any)
-* ``outcome``: request, ttft_s and tpot_s as measured and as predicted at the decision, ttft_ok, tpot_ok
+* ``outcome``: request, class, finish, ttft_s and tpot_s as measured and as predicted at the decision, ttft_ok,
+  tpot_ok, good; also of requests that were refused at the door
 * ``policy``, ``mode``, ``breaker``, ``drift``, ``role``: what happened to the guard itself
 """
 
@@ -27,6 +29,7 @@ import orjson
 
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
+from engine.live.fate import SERVER
 from policies.guard.log.ring import Ring
 from policies.guard.log.writer import Lines, Rotated, pump
 
@@ -34,6 +37,8 @@ __all__ = ["DecisionLog"]
 
 _log = logging.getLogger("slalom.decisions")
 _LONGEST_WAIT_S = 60.0
+#: Not ``-m``: the package imports the module on the way, which Python would warn of in every server.
+_WRITER = "import sys; from policies.guard.log.writer import main; main(sys.argv[1:])"
 
 
 class DecisionLog:
@@ -73,7 +78,7 @@ class DecisionLog:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         if writer == "process":
-            self._arguments = [str(name), str(self.path.resolve()), str(max_bytes), str(keep), features]
+            self._arguments = [str(name), str(self.path.resolve()), str(max_bytes), str(keep), features, SERVER]
             self._start_process()
         else:
             self._stop = threading.Event()
@@ -83,14 +88,14 @@ class DecisionLog:
     def _start_process(self) -> None:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "policies.guard.log.writer", *self._arguments, str(os.getpid())],
+            [sys.executable, "-c", _WRITER, *self._arguments, str(os.getpid())],
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the server
         )
 
     def _pump(self, max_bytes: int, keep: int, features: str) -> None:
-        lines, file = Lines(features), Rotated(self.path, max_bytes, keep)
+        lines, file = Lines(features, SERVER), Rotated(self.path, max_bytes, keep)
         while not self._stop.wait(0.1):
             pump(self._ring, lines, file)
         pump(self._ring, lines, file)
@@ -118,7 +123,7 @@ class DecisionLog:
 
     def note(self, kind: str, **content: Any) -> None:
         """Log a line of type ``kind``."""
-        line = {"type": kind, "time": time.time(), **content}
+        line = {"type": kind, "server": SERVER, "time": time.time(), **content}
         if not self._closed and self._ring.note(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY)):
             self.written += 1
 

@@ -1,8 +1,7 @@
 """Turns the ring's records into lines of JSON, in a process of its own: the scheduler shares no interpreter with it.
 
-    python -m policies.guard.log.writer RING LOG MAX_BYTES KEEP FEATURES PARENT
-
-It ends when the ring is closed or its parent is gone, after it has written everything that was left.
+Its arguments: RING LOG MAX_BYTES KEEP FEATURES SERVER PARENT. It ends when the ring is closed or its parent is gone,
+after it has written everything that was left.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import orjson
 
+from engine.common.appends import whole_bytes
 from engine.core.columns import CONTEXT_DIMENSIONLESS, N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
 from policies.guard.log.ring import HEAD, Control, Meta, Ring, Type
 
@@ -64,10 +63,11 @@ class Lines:
     """Records as JSON lines.
 
     :param features: ``compact``, or ``full`` for every column
+    :param server: the process whose decisions these are
     """
 
-    def __init__(self, features: str = "compact") -> None:
-        self._full = features == "full"
+    def __init__(self, features: str = "compact", server: str = "") -> None:
+        self._full, self._server = features == "full", server
 
     def line(self, record: np.ndarray) -> bytes:
         """One record (int64 cells, see ``policies.guard.log.ring``) as a line."""
@@ -88,6 +88,7 @@ class Lines:
         reason, advised = REASONS[meta[Meta.REASON]], int(meta[Meta.ADVISED])
         return {
             "type": "decision",
+            "server": self._server,
             "seq": int(meta[Meta.SEQ]),
             "time": int(meta[Meta.TIME_NS]) / 1e9,
             "now_s": int(meta[Meta.NOW]) / 1e9,
@@ -157,7 +158,7 @@ class Rotated:
 
     def _open(self) -> BinaryIO:
         file = open(self._path, "a+b", buffering=0)  # noqa: SIM115  (kept open)
-        self._size = _whole(file)
+        self._size = whole_bytes(file)
         if self._size < file.seek(0, os.SEEK_END):
             file.truncate(self._size)  # what was being written when the power went
         return file
@@ -210,19 +211,6 @@ class Rotated:
         self._file.close()
 
 
-def _whole(file: BinaryIO) -> int:
-    """Bytes up to the end of the last whole line."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        begin = max(end - 65536, 0)
-        file.seek(begin)
-        at = file.read(end - begin).rfind(b"\n")
-        if at >= 0:
-            return begin + at + 1
-        end = begin
-    return 0
-
-
 def pump(ring: Ring, lines: Lines, file: Rotated) -> int:
     """Write what is in the ring; returns how many records it held. Those that came to nothing are counted there."""
     records = ring.take()
@@ -237,13 +225,13 @@ def pump(ring: Ring, lines: Lines, file: Rotated) -> int:
 
 def main(arguments: list[str]) -> None:
     """Serve one ring until it is closed or orphaned."""
-    ring_path, log, max_bytes, keep, features, parent = arguments
+    ring_path, log, max_bytes, keep, features, server, parent = arguments
     for number in (signal.SIGINT, signal.SIGTERM):  # they are meant for the server, which then closes the ring
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(5)
     ring = Ring(Path(ring_path))
-    lines, file = Lines(features), Rotated(Path(log), int(max_bytes), int(keep))
+    lines, file = Lines(features, server), Rotated(Path(log), int(max_bytes), int(keep))
     try:
         over = False
         while True:
@@ -257,7 +245,3 @@ def main(arguments: list[str]) -> None:
     finally:
         file.close()
         Path(ring_path).unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -97,3 +97,23 @@ def test_ready_requests_are_told_apart_from_running_ones() -> None:
     context, rows = asked(Case(shared, requests, (slow,)), 5)
     assert context[_NOW] == pytest.approx(0.028)
     assert (rows[1, Col.RUN_N], rows[1, Col.READY_N]) == (2, 1)
+
+
+def test_answers_of_one_token_have_no_tpot_in_the_window_that_policies_read() -> None:
+    """Three prompts in one step; then the third decodes twice, 10 ms each."""
+    options = ClusterOptions(reallocate=True, control_s=0.5)
+    requests = (RequestSpec(10, 1), RequestSpec(10, 1), RequestSpec(10, 3), RequestSpec(10, 1, gap_s=1.0))
+    context, _ = asked(Case((one(), one(pool=1)), requests, options=options), 4)
+    assert context[_KIND] == Kind.REALLOCATE
+    assert context[Ctx.WIN_OUTPUT] == pytest.approx(5 / 3)
+    assert context[Ctx.WIN_TPOT_S] == pytest.approx(0.010)
+
+
+def test_prefix_lookups_and_hits_are_counted_at_the_same_time() -> None:
+    """Both prompts are admitted when the second decision after them is asked for; neither has ended."""
+    requests = tuple(RequestSpec(64, 500, gap_s=gap, hashed=4, shared=4) for gap in (0.0, 1.0, 1.0))
+    state, sim = Case((one(),), requests, options=ClusterOptions(hash_tokens=16)).build()
+    Driver(Case((one(),), requests), state, sim, decide=first, needs=_ALL).step(3)
+    cluster = state.cluster[0]
+    assert cluster["n_finished"] == 0
+    assert (cluster["looked_up_tokens"], cluster["cached_tokens"]) == (128, 48)

@@ -1,0 +1,64 @@
+"""What the server says by itself: what operators change, what a policy's arrangement changes, what lanes share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from test_server import Served
+
+from policies.serve import Options, build
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    server = Served(instances=2)
+    yield server
+    server.close()
+
+
+def said(caplog: pytest.LogCaptureFixture, name: str) -> list[tuple[str, str]]:
+    return [(r.levelname, r.getMessage()) for r in caplog.records if r.name == name]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "line"),
+    [
+        ("role", {"instance": 1, "role": "decode"}, ("INFO", "role of instance 1 to decode")),
+        ("role", {"instance": 9, "role": "mixed"}, ("WARNING", "role of instance 9 to mixed: refused: instance")),
+        ("policy", {"policy": "round_robin"}, ("INFO", "policy round_robin")),
+        ("policy", {"policy": "no_such"}, ("WARNING", "policy no_such: refused: ")),
+        ("mode", {"mode": "frozen", "restore": True}, ("INFO", "mode frozen, with restore")),
+        ("mode", {"mode": "active"}, ("INFO", "mode active")),
+        ("drain", {}, ("INFO", "drain: no new request is taken")),
+        ("undrain", {}, ("INFO", "undrain: requests are taken again")),
+    ],
+)
+def test_what_an_operator_does_leaves_a_line(
+    served: Served, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, object], line: tuple[str, str]
+) -> None:
+    with caplog.at_level(logging.INFO, "slalom.admin"):
+        served.post(f"/admin/{path}", body)
+    ((level, text),) = said(caplog, "slalom.admin")
+    assert level == line[0]
+    assert text.startswith(line[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "arranged", "shared"),
+    [
+        ({"policy": "static_split", "instances": 2}, 2, False),
+        ({"policy": "static_split", "instances": 2, "roles": "prefill,decode"}, 0, False),
+        ({"roles": "multiplexed"}, 0, True),
+    ],
+)
+def test_an_arrangement_and_shared_lanes_are_told(
+    caplog: pytest.LogCaptureFixture, options: dict[str, object], arranged: int, shared: bool
+) -> None:
+    with caplog.at_level(logging.INFO, "slalom.serve"):
+        engine, _ = build(Options("dummy:tiny", **options))  # type: ignore[arg-type]
+        engine.close()
+    lines = said(caplog, "slalom.serve")
+    assert sum("policy static_split arranges instance" in text for _, text in lines) == arranged
+    assert [text[:28] for level, text in lines if level == "WARNING"] == ["instances 0 are multiplexed,"] * shared
