@@ -42,10 +42,10 @@ def in_dirty_buffers(spans: list[Span]) -> Spans:
     return Spans(own.tokens, own.counts, own.starts, own.sample, own.n_blocks, blocks[: len(spans)])
 
 
-@given(span_lists(), st.integers(0, 9), st.integers(0, 12))
-def test_columns_give_the_batch_of_the_plain_definition(spans: list[Span], pad_to: int, table_width: int) -> None:
+@given(span_lists(), st.integers(0, 9))
+def test_columns_give_the_batch_of_the_plain_definition(spans: list[Span], pad_to: int) -> None:
     columns = in_dirty_buffers(spans)
-    batch = Batch.build(columns, block_tokens=PAGE, pad_to=pad_to, table_width=table_width)
+    batch = Batch.build(columns, block_tokens=PAGE, pad_to=pad_to)
     padding = max(0, pad_to - len(spans))
     tokens = [t for span in spans for t in span.tokens]
     positions = [span.start + k for span in spans for k in range(len(span.tokens))]
@@ -65,10 +65,10 @@ def test_columns_give_the_batch_of_the_plain_definition(spans: list[Span], pad_t
     assert batch.sample_rows.tolist() == [end - 1 for end, yes in zip(ends, wanted, strict=True) if yes]
     assert batch.query_tokens == (*(len(span.tokens) for span in spans), *[1] * padding)
     assert batch.max_query == max(len(span.tokens) for span in spans)
-    assert batch.block_tables.shape == (len(contexts), max(table_width, *(len(span.blocks) for span in spans)))
+    assert batch.block_tables.shape == (len(contexts), max(len(span.blocks) for span in spans))
     for row, span in zip(batch.block_tables.tolist(), spans, strict=False):
         assert row[: len(span.blocks)] == span.blocks
-    plain = Batch.build(spans, block_tokens=PAGE, pad_to=pad_to, table_width=table_width)
+    plain = Batch.build(spans, block_tokens=PAGE, pad_to=pad_to)
     for name in ("tokens", "positions", "query_starts", "context_lens", "slots", "sample_rows"):
         mine, theirs = getattr(batch, name), getattr(plain, name)
         assert mine.dtype == theirs.dtype
