@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from engine.errors import SlalomError
-from engine.kernels import triton_attention, triton_rows
+from engine.kernels import compilations, triton_attention, triton_rows
 from engine.kernels.base import Kernels
 from engine.kernels.batch import Batch
 from engine.kernels.work import Tiling
@@ -25,6 +25,9 @@ class TritonKernels(Kernels):
 
     name: ClassVar[str] = "triton"
     replayable: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        compilations.watch()
 
     def tiling(self, max_query: int, heads: tuple[int, int, int], element_bytes: int, sm_count: int) -> Tiling | None:
         n_heads, n_kv_heads, head_dim = heads

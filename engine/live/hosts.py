@@ -18,7 +18,7 @@ from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
 from engine.model.sampling import SamplingParams
 
-__all__ = ["Executor", "GraphSizes", "Host", "InstanceLost", "LocalExecutor", "LocalHost", "local_hosts"]
+__all__ = ["Executor", "GraphSizes", "Host", "InstanceLost", "LocalExecutor", "LocalHost", "lane_graphs", "local_hosts"]
 
 
 class InstanceLost(RuntimeError):
@@ -99,6 +99,11 @@ class LocalExecutor:
         self._on: Lane | None = None  # where the step before ran
         self._passes: list[_Pass | None] = []  # under way; None: a slice of it failed
         self.without_graph: Counter[str] = Counter()
+
+    def close(self) -> None:
+        """Let go of its graphs; nothing runs here any more."""
+        for graphs in self._graphs.values():
+            graphs.close()
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """See :class:`Executor`."""
@@ -181,6 +186,24 @@ class GraphSizes(NamedTuple):
     max_batch: int
     sequences: int
 
+    @classmethod
+    def of(cls, state: ClusterState, max_tokens: int | None = None) -> GraphSizes:
+        """What the instances of ``state`` may run.
+
+        :param max_tokens: of the longest request; what the pools hold if not given
+        """
+        size, most = int(state.cluster[0]["block_tokens"]), state.run.shape[1]
+        longest = max(int(p["n_blocks"]) for p in state.pool) * size
+        return cls(min(max_tokens or longest, longest), most, most + state.prefills.shape[1])
+
+
+class Closes(Protocol):
+    """What is given back in the end."""
+
+    def close(self) -> None:
+        """Give it back."""
+        ...
+
 
 class _Shared:
     """A device that several hosts use: it is closed when the last of them is."""
@@ -206,7 +229,7 @@ class LocalHost:
     def __init__(
         self,
         runner: ModelRunner,
-        device: Device | _Shared,
+        device: Closes,
         lanes: Lanes,
         graphs: GraphSizes | None = None,
         make: Callable[[], Capturer] | None = None,
@@ -217,7 +240,7 @@ class LocalHost:
         if graphs is not None:
             make = make or (lambda: CudaCapturer(runner.device.index or 0))
             for l in (0, 1):
-                self.graphs[l].update(_captured(runner, lanes, l, graphs, make()))
+                self.graphs[l].update(lane_graphs(runner, lanes, l, graphs, make()))
 
     @property
     def pool(self) -> KVPool:
@@ -238,7 +261,7 @@ class LocalHost:
         self._device.close()
 
 
-def _captured(
+def lane_graphs(
     runner: ModelRunner, lanes: Lanes, l: int, sizes: GraphSizes, capturer: Capturer
 ) -> Iterator[tuple[int, LaneGraphs]]:
     """The graphs of lane ``l`` by partition.
@@ -281,8 +304,6 @@ def local_hosts(
     runners = [ModelRunner(model, pools[i["pool"]], eos_ids=eos_ids) for i in state.inst]
     if weights.is_cuda:
         runners[0].warm(device.total)
-    longest = max_tokens or max(int(p["n_blocks"]) for p in state.pool) * size
-    sizes = GraphSizes(longest, state.run.shape[1], state.run.shape[1] + state.prefills.shape[1])
-    wanted = sizes if (weights.is_cuda or make is not None) and not eager else None
+    wanted = GraphSizes.of(state, max_tokens) if (weights.is_cuda or make is not None) and not eager else None
     shared = _Shared(device, len(runners))
     return [LocalHost(runner, shared, own, wanted, make) for runner, own in zip(runners, lanes, strict=True)]

@@ -22,6 +22,7 @@ from prometheus_client.core import (
 from engine.core.kinds import RequestState, Role
 from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
+from engine.kernels import compilations
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import Engine
 from engine.live.request import Request
@@ -47,6 +48,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.met = Attainment(len(engine.state.cls))
+        self._compiled = compilations.count()  # in the warm-up
         self._ends: dict[str, int] = {}
         self._prompt_tokens = 0
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", _TTFT)
@@ -125,6 +127,8 @@ class Metrics:
         failures = self._engine.instances.transfer_failures
         yield self._total("slalom:migration_failures", "KV transfers that failed.", failures)
         yield self._total("slalom:role_switches", "Role changes done.", float(cluster["n_switches"]))
+        late = compilations.count() - self._compiled
+        yield self._total("slalom:kernel_compilations", "Triton kernels compiled since serving began.", late)
         yield self._attainment()
 
     def _attainment(self) -> Metric:
