@@ -133,26 +133,27 @@ def merge_kernel(
     partial_ptr, lse_ptr, out_ptr, merges_ptr, n_heads, tokens,
     MERGE: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (merges, tokens of a block * H). Weighs the partial results of one row by their log-sum-exp."""
+    """Grid: (merges, H). Weighs the partial results of each row of a block by their log-sum-exp."""
     merge = merges_ptr + tl.program_id(0) * MERGE
-    token = tl.program_id(1) // n_heads
-    head = tl.program_id(1) % n_heads
-    if token >= tl.load(merge + 1):
-        return
+    head = tl.program_id(1)
+    rows = tl.load(merge + 1)  # none: a place of a graph's list that this pass does not need
+    first_row = tl.load(merge)
+    first_part = tl.load(merge + 2)
     parts = tl.load(merge + 3)
     part = tl.arange(0, PARTS)
     width = tl.arange(0, D_PAD)
-    where = ((tl.load(merge + 2) + part).to(tl.int64) * tokens + token) * n_heads + head
-    lse = tl.load(lse_ptr + where, mask=part < parts, other=float("-inf"))
-    top = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, 0)
-    weight = weight / tl.where(total == 0.0, 1.0, total)
     inside = (part < parts)[:, None] & (width < D)[None, :]
-    partial = tl.load(partial_ptr + where[:, None] * D + width[None, :], mask=inside, other=0.0)
-    out = tl.sum(partial * weight[:, None], 0)
-    row = (tl.load(merge) + token).to(tl.int64) * n_heads + head
-    tl.store(out_ptr + row * D + width, out.to(out_ptr.dtype.element_ty), mask=width < D)
+    for token in tl.range(0, rows, num_stages=1):
+        where = ((first_part + part).to(tl.int64) * tokens + token) * n_heads + head
+        lse = tl.load(lse_ptr + where, mask=part < parts, other=float("-inf"))
+        top = tl.max(lse, 0)
+        weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+        total = tl.sum(weight, 0)
+        weight = weight / tl.where(total == 0.0, 1.0, total)
+        partial = tl.load(partial_ptr + where[:, None] * D + width[None, :], mask=inside, other=0.0)
+        out = tl.sum(partial * weight[:, None], 0)
+        row = (first_row + token).to(tl.int64) * n_heads + head
+        tl.store(out_ptr + row * D + width, out.to(out_ptr.dtype.element_ty), mask=width < D)
 
 
 class AttentionPlan(NamedTuple):
@@ -198,8 +199,8 @@ def paged_attention(query: Tensor, cache: Tensor, batch: Batch, scale: float) ->
         BLOCK_M=block_m, BLOCK_N=tiling.keys, STAGES=_STAGES, num_warps=num_warps,
     )  # fmt: skip
     if work.merges.shape[0]:
-        merge_kernel[(work.merges.shape[0], tiling.tokens * n_heads)](
+        merge_kernel[(work.merges.shape[0], n_heads)](
             partial, lse, out, work.merges, n_heads, tiling.tokens,
-            MERGE=MERGE, PARTS=_MERGE_PARTS, D=head_dim, D_PAD=d_pad, num_warps=2,
+            MERGE=MERGE, PARTS=_MERGE_PARTS, D=head_dim, D_PAD=d_pad, num_warps=4,
         )  # fmt: skip
     return out

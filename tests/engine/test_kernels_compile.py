@@ -130,7 +130,7 @@ def test_row_kernels_fit_hopper(tmp_path: Path) -> None:
             triton_attention.merge_kernel,
             {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": bf16, "merges_ptr": "*i32", "n_heads": i32,
              "tokens": i32},
-            {"MERGE": 4, "PARTS": 32, "D": 128, "D_PAD": 128}, 2,
+            {"MERGE": 4, "PARTS": 32, "D": 128, "D_PAD": 128}, 4,
         ),
     ]  # fmt: skip
     for kernel, types, constants, warps in cases:
