@@ -128,7 +128,7 @@ def attention_kernel(
         tl.store(partial_ptr + out_row[:, None] * D + width[None, :], acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def merge_kernel(
     partial_ptr, lse_ptr, out_ptr, merges_ptr, n_heads, tokens,
     MERGE: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,

@@ -1,6 +1,6 @@
 """Steps as CUDA graphs: those of one lane on one partition, by kind and size of the step. Not yet verified on GPU.
 
-A step of an 8B model is some 360 launches, and the host needs longer for them than the device for a decode step or a
+A step of an 8B model is some 300 launches, and the host needs longer for them than the device for a decode step or a
 short chunk; a replay is one launch. A graph runs on the SMs of the stream it was captured on, whatever stream replays
 it (CUDA programming guide, 4.6.5), and on static inputs. So a set of graphs belongs to one lane of one partition, which
 has its stream and its inputs to itself: what the other lane of the instance runs meanwhile, it runs on its own.
@@ -30,11 +30,11 @@ from engine.model.runner import ModelRunner
 __all__ = ["CHUNKS", "DECODES", "Capturer", "CudaCapturer", "LaneGraphs", "Replay", "decode_buckets"]
 
 _log = logging.getLogger("slalom.graphs")
-#: Sequences of a decode step, and rows of a step with prompts, that graphs are captured for. Padding is nearly free: up
-#: to some 350 rows a step reads the weights for longer than it multiplies by them (docs/gpu.md), beyond it is bound by
-#: the device, and the host is ahead without a graph.
+#: Sequences of a decode step, and rows of a step with prompts, that graphs are captured for. Up to some 190 rows padding
+#: is nearly free: a step reads the weights for longer than it multiplies by them. Beyond some 400 the device is busy for
+#: longer than the host needs to launch (docs/gpu.md).
 DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
-CHUNKS = (16, 32, 64, 128, 192, 256, 384)
+CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384)
 T = TypeVar("T")
 
 

@@ -38,9 +38,9 @@ GROUPS = {
             "close_and_reopen": "smoke:close_and_reopen",
         },
     ),
-    "kernels": Group(50.0, {"same_tokens": "kernels:same_tokens", "correct": "kernels:correct"}),
+    "kernels": Group(45.0, {"same_tokens": "kernels:same_tokens", "correct": "kernels:correct"}),
     "lanes": Group(
-        70.0,
+        65.0,
         {
             "graph_follows_capture": "partitions:graph_follows_capture",
             "switch_cost": "partitions:switch_cost",
@@ -48,7 +48,7 @@ GROUPS = {
         },
     ),
     "model": Group(60.0, {"decode": "model:decode", "chunks": "model:chunks", "prefill": "model:prefill"}),
-    "engine": Group(70.0, {"engine_tokens": "serving:engine_tokens"}),
+    "engine": Group(60.0, {"engine_tokens": "serving:engine_tokens"}),
     "slowdown": Group(40.0, {"slowdown": "partitions:slowdown"}),
-    "loop": Group(120.0, {"loop": "loop:loop"}),
+    "loop": Group(140.0, {"loop": "loop:loop"}),
 }

@@ -47,7 +47,7 @@ _TINY = _Sizes(
 _CALIBRATED = ("prefill_held_out_error", "decode_held_out_error", "fused_error", "neighbour_slowdown", "points")
 _POLICIES = ("least_tokens", "predicted_ttft")
 #: What the commands import beside what every group does.
-_NEEDED = ("matplotlib", "optuna", "pydantic", "rich", "scipy", "typer", "yaml")
+_NEEDED = ("gymnasium", "matplotlib", "pydantic", "rich", "scipy", "typer", "yaml")
 
 
 def scenario_of(profile: Path, sizes: _Sizes) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def loop(rig: Rig, cases: Cases) -> dict[str, Any]:
         def fidelity() -> dict[str, Any]:
             _command(
                 "eval.cli", "--fidelity", "--scenario", str(scenario), *compared, "--loads", "0.6",
-                "--repetitions", "1", "--run-s", str(sizes.run_s), "--out", str(folder / "fidelity"),
+                "--repetitions", "2", "--run-s", str(sizes.run_s), "--out", str(folder / "fidelity"),
             )  # fmt: skip
             found = json.loads((folder / "fidelity" / "fidelity.json").read_text())
             errors = {name: e["mean_abs_error"] for name, e in found["summary"]["errors"].items()}
