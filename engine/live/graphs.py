@@ -30,9 +30,9 @@ from engine.model.runner import ModelRunner
 __all__ = ["CHUNKS", "DECODES", "Capturer", "CudaCapturer", "LaneGraphs", "Replay", "decode_buckets"]
 
 _log = logging.getLogger("slalom.graphs")
-#: Sequences of a decode step, and rows of a step with prompts, that graphs are captured for. Up to some 190 rows padding
-#: is nearly free: a step reads the weights for longer than it multiplies by them. Beyond some 400 the device is busy for
-#: longer than the host needs to launch (docs/gpu.md).
+#: Sequences of a decode step, and rows of a step with prompts, that graphs are captured for. Up to some 190 rows
+#: padding is nearly free: a step reads the weights for longer than it multiplies by them. Beyond some 400 the device is
+#: busy for longer than the host needs to launch (docs/gpu.md).
 DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
 CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384)
 T = TypeVar("T")

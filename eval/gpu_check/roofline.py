@@ -1,8 +1,8 @@
-"""``python -m eval.gpu_check.roofline``: what a step of an 8B model must cost on an H200, on paper, beside what we launch.
+"""``python -m eval.gpu_check.roofline``: what a step of an 8B model must cost on an H200, and what we launch for it.
 
-Bytes and FLOP follow from the model's shape. Launches are counted: the model runs as it is on tensors without memory, and
-Triton specialises its kernels for an H200 without one. Host microseconds are the only figures measured, on the machine
-where this runs: CPU time of preparing a step and handing it out, without the driver's part of a launch.
+Bytes and FLOP follow from the model's shape. Launches are counted: the model runs as it is on tensors without memory,
+and Triton specialises its kernels for an H200 without one. Host microseconds are the only figures measured, on the
+machine where this runs: CPU time of preparing a step and handing it out, without the driver's part of a launch.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def roofline(model: str = "llama-8b", *, timed: bool = True) -> list[dict[str, A
         return [_row(runner, kind, n, spans, launched, timed) for kind, n, spans in steps]
 
 
-def _row(
-    runner: ModelRunner, kind: str, n: int, spans: Spans, launched: list[int], timed: bool
-) -> dict[str, Any]:
+def _row(runner: ModelRunner, kind: str, n: int, spans: Spans, launched: list[int], timed: bool) -> dict[str, Any]:
     config, decodes = runner.model.config, kind == "decode"
     n_bytes, flop = _cost(config, n, decodes)
     launched[0] = 0
@@ -68,7 +66,7 @@ def _row(
 
 
 def _cost(config: ModelConfig, n: int, decodes: bool) -> tuple[float, float]:
-    """(bytes, FLOP) that a step cannot do without: weights and KV once, products and attention; activations left out."""
+    """(bytes, FLOP) that a step cannot do without: weights and KV once; products and attention. No activations."""
     heads = config.n_heads + 2 * config.n_kv_heads
     layer = config.width * (heads + config.n_heads) * config.head_dim + 3 * config.width * config.ffn
     layers, head, rows = config.n_layers * layer, config.width * config.vocab, n if decodes else 1

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import venv
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -250,3 +251,22 @@ def test_without_a_gpu_one_line_says_so(
     monkeypatch.setattr(check, "_has_gpu", lambda: True)
     assert check.main(["--json", str(tmp_path / "out.json"), "--only", "nothing"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bare_machine_runs_by_carried_wheels(tmp_path: Path) -> None:
+    """One script: wheels go to a folder of their own, once, and the command gets them and this repository."""
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "WEIGHT = 7\n")
+        wheel.writestr("carried-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        wheel.writestr("carried-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("carried-1.0.dist-info/RECORD", "")
+    said = "import os, carried, engine; print(carried.WEIGHT, os.environ['CUDA_DEVICE_MAX_CONNECTIONS'])"
+    command = ["sh", str(ROOT / "eval" / "gpu_check" / "bare.sh"), str(wheels), "-c", said]
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS")}
+    environment |= {"PYTHON": sys.executable, "SLALOM_SITE": str(site)}
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.stdout.split() == ["7", "32"], done.stderr
+        wheels.rename(tmp_path / "gone") if wheels.exists() else None  # the second time nothing is unpacked
