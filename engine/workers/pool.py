@@ -126,7 +126,11 @@ class RemoteExecutor:
         self._worker, self._timeout_s = worker, timeout_s
         self._connection = connect(worker.address)
         opening = {"do": "lane", "lane": l, "pool": pool, "graphs": list(graphs), "epoch": worker.epoch}
-        self.n_layers: int = ask(self._connection, opening, _START_S)["n_layers"]
+        try:
+            self.n_layers: int = ask(self._connection, opening, _START_S)["n_layers"]
+        except RuntimeError as error:  # a graph that cannot be captured, say; the worker has said what to do
+            host, port = worker.address
+            raise SlalomError(f"worker {host}:{port}", f"lane {l}", str(error)) from error
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """See :class:`engine.live.hosts.Executor`."""

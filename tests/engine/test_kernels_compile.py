@@ -139,3 +139,11 @@ def test_row_kernels_fit_hopper(tmp_path: Path) -> None:
         assert compiled.metadata.shared < SHARED_MEMORY_LIMIT
         assert usage["STACK"] == 0, f"{kernel.fn.__name__} spills: {usage}"
         assert usage["REG"] <= 128, f"{kernel.fn.__name__}: {usage}"
+
+
+def test_the_kernel_that_says_where_it_runs_compiles() -> None:
+    """Its assembly has no interpreter, so a dry run of the GPU check leaves it out."""
+    from eval.gpu_check.smoke import smid_kernel
+
+    compiled = compile_kernel(smid_kernel, {"out_ptr": "*i32"}, {"SPIN": 100}, num_warps=4)
+    assert "%smid" in compiled.asm["ptx"]

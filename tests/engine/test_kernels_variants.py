@@ -140,6 +140,7 @@ def test_what_graphs_launch_has_been_met_in_the_warm_up(runner: ModelRunner, mon
                     tiling=kernels.tiling(1 if decodes else size, heads, 2, 72),
                 )  # fmt: skip
                 attended(runner, static.batch)
+                assert len(static.batch.works) <= 1, "attention cuts by another list than the one that is filled"
         late = met - warm
     assert late == set()
 
