@@ -14,5 +14,5 @@ format:
 	.venv/bin/ruff format .
 bench:
 	$(PY) -m eval.bench surrogate && $(PY) -m eval.bench scale && $(PY) -m eval.bench env && $(PY) -m eval.bench startup
-gpu-check:  # everything that needs a GPU, into one file; about fifteen minutes
-	$(PY) -m eval.gpu_check --json gpu-check.json
+gpu-check:  # everything that needs a GPU, into one file; at most eight minutes (docs/gpu.md)
+	$(if $(wildcard $(PY)),$(PY),python3) -m eval.gpu_check --json gpu-check.json

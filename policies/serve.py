@@ -68,9 +68,10 @@ class Options:
     reallocate: bool = option(False, "the policy may change roles", "--reallocate")
     tune: bool = option(False, "the policy may change chunk budget and SM split", "--tune")
     prefix_cache: bool = option(True, "reuse KV of equal beginnings")
-    device: str = option("cpu", "cpu or cuda")
-    dtype: str = option("float32", "float32, bfloat16 or float16")
+    device: str = option("auto", "auto (CUDA if there is one), cpu or cuda")
+    dtype: str = option("auto", "auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16")
     kernels: str = option("auto", "auto, torch or triton")
+    eager: bool = option(False, "launch every kernel, no CUDA graphs", "--eager")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "0: any free one", min=0, max=65535)
     drain_s: float = option(30.0, "seconds open requests get at shutdown", min=0, max=86_400)
@@ -195,19 +196,19 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
 
     from engine.live.engine import Engine, build_state
     from engine.model import load_tokenizer
-    from engine.model.available import check_device
+    from engine.model.device import choose_device, choose_dtype, where
     from engine.server import create_app
 
     torch.set_num_threads(1)
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if options.dtype not in kinds:
-        raise SlalomError("--dtype", options.dtype, f"use one of {', '.join(kinds)}")
-    if not options.workers:
-        check_device(options.device)
-    _log.info("loading %s", options.model)
+    place = choose_device(options.device) if not options.workers else options.device
+    dtype = choose_dtype(options.dtype, place)
+    if options.workers:
+        _log.info("%s, held by workers (%s)", options.model, options.workers)
+    else:
+        _log.info("%s", where(options.model, place, dtype))
     tokenizer = load_tokenizer(options.model)
     classes = load_classes(options.classes, options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)
-    model, workers = _weights(options, kinds[options.dtype])
+    model, workers = _weights(options, place, dtype)
     try:
         if not options.profile:
             _log.info("measuring a profile (--profile names one)")
@@ -216,7 +217,8 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         if workers is not None:
             workers.close()
         raise
-    plain = tuple(r for r in Role if r != Role.MULTIPLEXED or options.device != "cpu")
+    on = place if workers is None else workers.workers[0].about["device"]
+    plain = tuple(r for r in Role if r != Role.MULTIPLEXED or on != "cpu")
 
     def state_of(specs: Sequence[InstanceSpec]) -> ClusterState:
         return build_state(
@@ -248,17 +250,19 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     _log.info("warming up: code is compiled where it is new")
     remote: dict[str, Any] = {"transfer_timeout_s": options.transfer_timeout_s}
     if workers is not None:
-        remote |= {"hosts": workers.hosts(state), "transport": workers.transport}
+        remote |= {"hosts": workers.hosts(state, options.max_tokens or None), "transport": workers.transport}
     else:
         small = state_of([replace(spec, kv_tokens=_WARM_UP_TOKENS) for spec in specs])
         scratch = find_policy(options.policy, small)
         guard = find_guard(options, small, scratch, log=False)
-        with_little = Engine(model, tokenizer, small, scratch, guard=guard).start()
+        with_little = Engine(model, tokenizer, small, scratch, guard=guard, eager=True).start()
         _warm_up(with_little)
         with_little.close()
     guard = find_guard(options, state, policy, classes=list(classes))
     longest = options.max_tokens or None
-    engine = Engine(model, tokenizer, state, policy, max_tokens=longest, guard=guard, **remote).start()
+    engine = Engine(
+        model, tokenizer, state, policy, max_tokens=longest, guard=guard, eager=options.eager, **remote
+    ).start()
     if workers is not None:
         _warm_up(engine)
     application = create_app(
@@ -281,12 +285,13 @@ def _tell_of_lanes(specs: Sequence[InstanceSpec], rows: int) -> None:
         )  # fmt: skip
 
 
-def _weights(options: Options, dtype: Any) -> tuple[Any, Workers | None]:
+def _weights(options: Options, place: str, dtype: Any) -> tuple[Any, Workers | None]:
     """The weights in this process and no workers; or what describes the model, and the workers that hold it."""
     from engine.model import load_model, open_checkpoint
+    from engine.model.device import choose_device
 
     if not options.workers:
-        return load_model(options.model, device=options.device, dtype=dtype, kernels=options.kernels), None
+        return load_model(options.model, device=place, dtype=dtype, kernels=options.kernels), None
     from engine.workers.pool import Workers
 
     checkpoint = open_checkpoint(options.model)
@@ -295,7 +300,8 @@ def _weights(options: Options, dtype: Any) -> tuple[Any, Workers | None]:
         n = int(options.workers)
         if not 0 < n <= options.instances:
             raise SlalomError("--workers", n, f"every worker needs one of the {options.instances} instances")
-        workers = Workers.start(n, options.model, options.device, options.dtype, options.kernels, **more)
+        device = choose_device(options.device) if options.device == "auto" else options.device
+        workers = Workers.start(n, options.model, device, options.dtype, options.kernels, options.eager, **more)
     else:
         workers = Workers.join(options.workers.split(","), **more)
     try:
@@ -326,7 +332,7 @@ def _profile(options: Options, source: Any) -> tuple[Any, Any]:
         return profile, share
     from engine.calibration.quick import measure
 
-    return measure(source)
+    return measure(source, eager=options.eager)
 
 
 @app.command()

@@ -1,4 +1,6 @@
-"""Time single steps of a model, by the engine's own runner, and say when the machine was not quiet."""
+"""Time single steps of a model by what serves: an executor with its lanes, streams and graphs; and say when the machine
+was not quiet.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from engine.calibration.points import Measured, Point
 from engine.kernels import Span, Spans
+from engine.lanes.base import WHOLE, Device
+from engine.lanes.partitions import Lanes, make_device
+from engine.live.graphs import Capturer
+from engine.live.hosts import GraphSizes, LocalHost
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
@@ -42,11 +49,31 @@ def believed(wall: Sequence[float], cpu: Sequence[float] | None) -> tuple[float,
 
 
 class Bench:
-    """:param kv_tokens: of the pool that steps run on; a point that needs more fails
+    """An instance of its own, which nobody else uses. To be closed.
+
+    :param kv_tokens: of the pool that steps run on; a point that needs more fails
+    :param max_batch: sequences of the largest decode step that is replayed from a graph
     :param repeats: least number of timed runs of a point; as many more until they agree, at most three times that
+    :param eager: launch every kernel by the host, also on a GPU
+    :param device: to cut the instance's lanes from, not closed with it; one of its own if not given
+    :param sizes: units of the partitions, as :class:`engine.lanes.partitions.Lanes`; the whole device if not given
+    :param make: captures graphs, see :class:`engine.live.hosts.LocalHost`; a CPU has none without
+    :raises SlalomError: the device cannot be cut there, or a graph cannot be captured
     """
 
-    def __init__(self, model: Llama, *, kv_tokens: int, repeats: int = 4, agree: float = 0.02) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        kv_tokens: int,
+        max_batch: int = 8,
+        repeats: int = 4,
+        agree: float = 0.02,
+        eager: bool = False,
+        device: Device | None = None,
+        sizes: Sequence[int] = (),
+        make: Callable[[], Capturer] | None = None,
+    ) -> None:
         weights = model.embed.weight
         self.model, self.device = model, weights.device
         self.kv_tokens = kv_tokens // _BLOCK * _BLOCK
@@ -54,7 +81,18 @@ class Bench:
             model.config, blocks=self.kv_tokens // _BLOCK, block_tokens=_BLOCK, dtype=weights.dtype, device=self.device
         )
         self.runner = ModelRunner(model, self._pool)
+        whole = device or make_device(self.device.type, self.device.index or 0)
+        if weights.is_cuda:
+            self.runner.warm(whole.total)
+        graphs = GraphSizes(self.kv_tokens, max_batch, 256) if not eager and (weights.is_cuda or make) else None
+        lanes, closes = Lanes(whole, sizes or [whole.total]), _Lent() if device is not None else whole
+        self.host = LocalHost(self.runner, closes, lanes, graphs, make)
+        self._executors = self.host.executor(0), self.host.executor(1)
         self._repeats, self._agree = repeats, agree
+
+    def close(self) -> None:
+        """Give graphs, lanes and memory back."""
+        self.host.close()
 
     def spans(self, point: Point) -> Spans:
         """The sequences of a point, each on blocks of its own."""
@@ -66,12 +104,15 @@ class Bench:
                 block += each
         if block > self._pool.blocks:
             raise MemoryError(f"needs {block * _BLOCK} tokens of KV, {self.kv_tokens} are there")
-        return Spans.of(found)
+        return replace(Spans.of(found), prompts=point.prompts)
 
-    def step(self, spans: Spans) -> None:
-        """One step as a lane runs it, down to the tokens on the host."""
-        runner = self.runner
-        runner.run(runner.batch(spans), [_GREEDY] * len(spans), [0] * len(spans))
+    def step(self, spans: Spans, l: int = 0, partition: int = WHOLE) -> None:
+        """One step as a lane runs it, down to the tokens on the host.
+
+        :param l: which lane; 0 runs prompts and, on the whole device, decodes as well (a MIXED instance)
+        """
+        layers, n = (0, self.runner.n_layers), len(spans)
+        self._executors[l].run(spans, layers, [_GREEDY] * n, [0] * n, partition)
 
     def measure(self, point: Point) -> Measured:
         """Time ``point``; what goes wrong is part of the result."""
@@ -106,6 +147,13 @@ class Bench:
                     if high - low <= self._agree * statistics.median(used):
                         break
         return wall, cpu
+
+
+class _Lent:
+    """A device that somebody else closes."""
+
+    def close(self) -> None:
+        return
 
 
 @contextmanager

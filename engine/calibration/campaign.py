@@ -43,6 +43,7 @@ class Campaign:
 
     :param shares: parts of the device that get a row of their own, SMs or cores
     :param warm: meet every shape once before anything is timed
+    :param eager: without graphs, for an engine that has none
     :param say: hears of every point and every finding, for a progress bar
     """
 
@@ -58,13 +59,15 @@ class Campaign:
         shares: Sequence[int] = (),
         bench: Bench | None = None,
         warm: bool = True,
+        eager: bool = False,
         say: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.tokenizer, self.space, self.store, self.limits = model, tokenizer, space, store, limits
         self.shares = tuple(shares)
         self.instances, self._warm, self._say, self._clock = instances, warm, say, clock
-        self._bench = bench or Bench(model, kv_tokens=space.kv_tokens)
+        self._eager, self._own = eager, bench is None
+        self._bench = bench or Bench(model, kv_tokens=space.kv_tokens, max_batch=space.max_batch, eager=eager)
         self._begin = clock()
         self._end = limits.budget_s
 
@@ -81,7 +84,14 @@ class Campaign:
         return held_out_error(self.store.of(kind))
 
     def run(self) -> str:
-        """Measure; returns why it stopped."""
+        """Measure, once; returns why it stopped."""
+        try:
+            return self._run()
+        finally:
+            if self._own:
+                self._bench.close()
+
+    def _run(self) -> str:
         self._facts()
         # A first run compiles the scheduling core on the way; steps get half the budget all the same.
         self._end = max(self.limits.budget_s, self.elapsed_s + 0.5 * self.limits.budget_s)
@@ -112,11 +122,12 @@ class Campaign:
         if self._warm:
             self._say("warming up")
             warm_up(self.model, min(self.space.max_tokens + self.space.max_batch, 2048), self.space.max_batch)
+        batches = (1, min(8, self.space.max_batch))
         tasks: list[tuple[str, Callable[[], object]]] = [
             ("roofline", lambda: roofline(self.model)),
-            ("host", lambda: asdict(host_time(self.model, self.tokenizer, (1, min(8, self.space.max_batch))))),
-            ("link", lambda: asdict(link_time(self.model, self.tokenizer, self.space.max_tokens))),
-            ("switch_s", lambda: role_change_s(self.model, self.tokenizer)),
+            ("host", lambda: asdict(host_time(self.model, self.tokenizer, batches, eager=self._eager))),
+            ("link", lambda: asdict(link_time(self.model, self.tokenizer, self.space.max_tokens, eager=self._eager))),
+            ("switch_s", lambda: role_change_s(self.model, self.tokenizer, eager=self._eager)),
         ]
         tasks += [(f"share_{size}", partial(self._share, size)) for size in self.shares]
         if self.instances > 1:
@@ -134,13 +145,13 @@ class Campaign:
         """A part of the device, see :mod:`engine.calibration.shares`."""
         device = make_device(self._bench.device.type, self._bench.device.index or 0)
         try:
-            return measure_share(self.model, device, self.space, size)
+            return measure_share(self.model, device, self.space, size, eager=self._eager)
         finally:
             device.close()
 
     def _neighbours(self) -> dict[str, float]:
         batches = sorted({1, min(4, self.space.max_batch), min(8, self.space.max_batch)})
-        return neighbour_time(self.model, self.tokenizer, self.instances, batches)
+        return neighbour_time(self.model, self.tokenizer, self.instances, batches, eager=self._eager)
 
     def _fill(self) -> None:
         known = self.store.known()

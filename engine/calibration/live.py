@@ -106,13 +106,13 @@ def _serve(engine: Engine, prompts: Sequence[int], output: int, timeout_s: float
 
 
 def _decode_steps(
-    model: Llama, tokenizer: Tokenizer, instances: int, batches: Sequence[int], output: int
+    model: Llama, tokenizer: Tokenizer, instances: int, batches: Sequence[int], output: int, eager: bool
 ) -> dict[int, list[StepTrace]]:
     """Decode steps by batch size, of ``instances`` equally busy instances with KV of their own; each size twice."""
     most = max(batches)
     spec = InstanceSpec(Role.MIXED, 0, most * (output + 48), batching=Batching.CHUNKED, max_batch=most)
     specs = [replace(spec, pool=i, link=i) for i in range(instances)]
-    engine = Engine(model, tokenizer, _state(model, specs, 2 * most * instances), _InTurn())
+    engine = Engine(model, tokenizer, _state(model, specs, 2 * most * instances), _InTurn(), eager=eager)
     probe = StepProbe(engine)
     engine.start()
     try:
@@ -126,16 +126,24 @@ def _decode_steps(
     return {bs: steps for bs, steps in groups.items() if steps}
 
 
-def host_time(model: Llama, tokenizer: Tokenizer, batches: Sequence[int] = (1, 8), output: int = 16) -> Host:
-    """Measure :class:`Host` on the decode steps of one instance."""
-    groups = _decode_steps(model, tokenizer, 1, batches, output)
+def host_time(
+    model: Llama, tokenizer: Tokenizer, batches: Sequence[int] = (1, 8), output: int = 16, *, eager: bool = False
+) -> Host:
+    """Measure :class:`Host` on the decode steps of one instance; ``eager``: without graphs, here and below."""
+    groups = _decode_steps(model, tokenizer, 1, batches, output, eager)
     middle = [(bs, float(np.median([s.host_s for s in steps]))) for bs, steps in groups.items()]
     fixed, per = nnls(np.array([[1.0, float(bs)] for bs, _ in middle]), np.array([s for _, s in middle]))[0]
     return Host(float(fixed), float(per), sum(map(len, groups.values())))
 
 
 def neighbour_time(
-    model: Llama, tokenizer: Tokenizer, instances: int, batches: Sequence[int] = (1, 4, 8), output: int = 24
+    model: Llama,
+    tokenizer: Tokenizer,
+    instances: int,
+    batches: Sequence[int] = (1, 4, 8),
+    output: int = 24,
+    *,
+    eager: bool = False,
 ) -> dict[str, float]:
     """How much longer a decode step takes when every instance of the engine decodes as much: ``wall`` and thread
     time (``cpu``), mean over batch sizes.
@@ -148,7 +156,7 @@ def neighbour_time(
     alone, beside = (
         {
             bs: (float(np.median([s.run_s for s in steps])), float(np.median([s.cpu_s for s in steps])))
-            for bs, steps in _decode_steps(model, tokenizer, count, batches, output).items()
+            for bs, steps in _decode_steps(model, tokenizer, count, batches, output, eager).items()
         }
         for count in (1, instances)
     )
@@ -159,12 +167,14 @@ def neighbour_time(
     return {"wall": wall, "cpu": cpu if alone[common[0]][1] > 0.0 else wall}
 
 
-def link_time(model: Llama, tokenizer: Tokenizer, longest: int = 1024, repeats: int = 4) -> Link:
+def link_time(
+    model: Llama, tokenizer: Tokenizer, longest: int = 1024, repeats: int = 4, *, eager: bool = False
+) -> Link:
     """Measure :class:`Link` between two instances with pools of their own."""
     sizes = [n for n in _PROMPTS if n <= longest] or [longest]
     room = max(sizes) + 64
     specs = [InstanceSpec(Role.PREFILL, 0, room), InstanceSpec(Role.DECODE, 1, room, link=1)]
-    engine = Engine(model, tokenizer, _state(model, specs, 4), _First())
+    engine = Engine(model, tokenizer, _state(model, specs, 4), _First(), eager=eager)
     probe = StepProbe(engine)
     engine.start()
     try:
@@ -182,11 +192,11 @@ def link_time(model: Llama, tokenizer: Tokenizer, longest: int = 1024, repeats: 
     return Link(float(latency), 1e9 / float(per_gb) if per_gb > 0 else float("inf"), len(probe.transfers))
 
 
-def role_change_s(model: Llama, tokenizer: Tokenizer, repeats: int = 5) -> float:
+def role_change_s(model: Llama, tokenizer: Tokenizer, repeats: int = 5, *, eager: bool = False) -> float:
     """Median seconds of a role change of a drained instance, from asking to serving in the new role."""
     specs = [InstanceSpec(Role.MIXED, i, 256, link=i) for i in range(2)]
     state = _state(model, specs, 4)
-    engine = Engine(model, tokenizer, state, _First()).start()
+    engine = Engine(model, tokenizer, state, _First(), eager=eager).start()
     taken = []
     try:
         for k in range(2 * repeats):

@@ -10,14 +10,12 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
-from engine.kernels import Span, Spans
+from engine.calibration.bench import Bench
+from engine.calibration.points import Point
 from engine.latency.evaluate import PROFILE, SHARE
-from engine.model.kv import KVPool
+from engine.model.config import ModelConfig
 from engine.model.llama import Llama
-from engine.model.runner import ModelRunner
-from engine.model.sampling import SamplingParams
 
 __all__ = ["measure"]
 
@@ -47,36 +45,36 @@ def _line(rows: list[list[float]], seconds: list[float]) -> np.ndarray:
     return found
 
 
-def measure(model: Llama) -> tuple[np.ndarray, np.ndarray]:
-    """Time a few steps of ``model`` on an otherwise idle device.
+def measure(model: Llama, *, eager: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Time a few steps of ``model`` on an otherwise idle device, as an engine runs them.
 
+    :param eager: as one without graphs does
     :return: PROFILE (1,) and SHARE (1, 1): one share, the whole device; nothing but step times is in it
     """
     config, weights = model.config, model.embed.weight
+    most = max(b for b, _ in _DECODE)
     blocks = -(-max(b * (c + 1) for b, c in _DECODE) // _BLOCK) + len(_DECODE) * 8
-    pool = KVPool(config, blocks=blocks, block_tokens=_BLOCK, dtype=weights.dtype, device=weights.device)
-    runner = ModelRunner(model, pool)
-    greedy = SamplingParams(temperature=0.0)
+    bench = Bench(model, kv_tokens=max(blocks * _BLOCK, *_PREFILL_TOKENS), max_batch=most, eager=eager)
+    try:
+        return _measured(config, weights.dtype.itemsize, bench)
+    finally:
+        bench.close()
 
-    def timed(rows: list[Span]) -> float:
-        spans = Spans.of(rows)
-        params, steps = [greedy] * len(spans), [0] * len(spans)
-        with torch.inference_mode():
-            return _best_s(lambda: runner.run(runner.batch(spans), params, steps))
 
-    prefill = [timed([Span([1] * n, 0, range(-(-n // _BLOCK)))]) for n in _PREFILL_TOKENS]
+def _measured(config: ModelConfig, element_bytes: int, bench: Bench) -> tuple[np.ndarray, np.ndarray]:
+    def timed(point: Point) -> float:
+        spans = bench.spans(point)
+        return _best_s(lambda: bench.step(spans))
+
+    prefill = [timed(Point("prefill", n=n, prompts=1)) for n in _PREFILL_TOKENS]
     per_token, start = _line([[float(n), 1.0] for n in _PREFILL_TOKENS], prefill)
-    decode = []
-    for sequences, context in _DECODE:
-        each = -(-(context + 1) // _BLOCK)
-        spans = [Span([1], context, range(k * each, (k + 1) * each)) for k in range(sequences)]
-        decode.append(timed(spans))
+    decode = [timed(Point("decode", bs=sequences, ctx=context)) for sequences, context in _DECODE]
     per_context, per_sequence, base = _line([[float(b * c), float(b), 1.0] for b, c in _DECODE], decode)
 
     profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
     profile["n_layers"], profile["n_shares"], profile["total_sms"] = config.n_layers, 1, 1
     profile["regime_bs"] = 2**30
-    profile["kv_bytes_per_token"] = config.kv_elements_per_token * weights.dtype.itemsize
+    profile["kv_bytes_per_token"] = config.kv_elements_per_token * element_bytes
     profile["migrate_latency_s"] = 1e-3
     share["sms"] = 1
     share["prefill"][0, 0] = (0.0, 0.0, max(per_token, _TINY_S), start)

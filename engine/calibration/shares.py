@@ -1,7 +1,7 @@
 """Parts of a device: how much slower a phase is on some of its SMs or cores, and beside the other phase on the rest.
 
 A few steps stand for all: a share's row is the whole device's fit, prefill and decode each times one factor. Lanes and
-partitions are the engine's own (:mod:`engine.lanes.base`), so what is measured is what a MULTIPLEXED instance runs on.
+graphs are those that an engine has, so what is measured is what a MULTIPLEXED instance runs on.
 Not yet verified on a GPU.
 """
 
@@ -10,13 +10,16 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from engine.calibration.bench import Bench, believed
 from engine.calibration.design import Space
 from engine.calibration.points import Point
-from engine.lanes.base import Device, Lane
+from engine.kernels import Spans
+from engine.lanes.base import WHOLE, Device
+from engine.live.graphs import Capturer
 from engine.model.llama import Llama
 
 __all__ = ["measure_share", "measured_shares", "share_sizes"]
@@ -31,23 +34,32 @@ def share_sizes(total: int) -> list[int]:
     return sorted(size for size in found if 0 < size < total)
 
 
-def _timed(bench: Bench, lane: Lane, point: Point) -> float:
-    """Believed seconds of ``point`` on ``lane``, in a thread of its own: a lane keeps the thread that opened it."""
+@dataclass(frozen=True)
+class _Place:
+    """A lane of a bench on one of its partitions."""
+
+    bench: Bench
+    l: int
+    partition: int = WHOLE
+
+    def step(self, spans: Spans) -> None:
+        self.bench.step(spans, self.l, self.partition)
+
+
+def _timed(place: _Place, point: Point) -> float:
+    """Believed seconds of ``point`` at ``place``, in a thread of its own: a lane keeps the thread that opened it."""
     found: list[float] = []
 
     def work() -> None:
-        spans = bench.spans(point)
+        spans = place.bench.spans(point)
         wall, cpu = [], []
-        with lane.open():
-            bench.step(spans)
-            lane.wait()
-            for _ in range(_REPEATS):
-                begin, thread = time.perf_counter(), time.thread_time()
-                bench.step(spans)
-                lane.wait()
-                wall.append(time.perf_counter() - begin)
-                cpu.append(time.thread_time() - thread)
-        found.append(believed(wall, cpu if bench.device.type == "cpu" else None)[0])
+        place.step(spans)
+        for _ in range(_REPEATS):
+            begin, thread = time.perf_counter(), time.thread_time()
+            place.step(spans)
+            wall.append(time.perf_counter() - begin)
+            cpu.append(time.thread_time() - thread)
+        found.append(believed(wall, cpu if place.bench.device.type == "cpu" else None)[0])
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -57,16 +69,15 @@ def _timed(bench: Bench, lane: Lane, point: Point) -> float:
     return found[0]
 
 
-def _beside(bench: Bench, lane: Lane, point: Point, other: Bench, busy: Lane, load: Point) -> float:
+def _beside(place: _Place, point: Point, busy: _Place, load: Point) -> float:
     """:func:`_timed` while ``busy`` runs ``load`` over and over."""
     stop, started = threading.Event(), threading.Event()
 
     def work() -> None:
-        with suppress(Exception), busy.open():
-            spans = other.spans(load)
+        with suppress(Exception):
+            spans = busy.bench.spans(load)
             while not stop.is_set():
-                other.step(spans)
-                busy.wait()
+                busy.step(spans)
                 started.set()
         started.set()
 
@@ -74,15 +85,24 @@ def _beside(bench: Bench, lane: Lane, point: Point, other: Bench, busy: Lane, lo
     thread.start()
     started.wait(60.0)
     try:
-        return _timed(bench, lane, point)
+        return _timed(place, point)
     finally:
         stop.set()
         thread.join()
 
 
-def measure_share(model: Llama, device: Device, space: Space, size: int) -> dict[str, float]:
+def measure_share(
+    model: Llama,
+    device: Device,
+    space: Space,
+    size: int,
+    *,
+    eager: bool = False,
+    make: Callable[[], Capturer] | None = None,
+) -> dict[str, float]:
     """Factors of the share of ``size`` units against the whole device, and the slow-downs of running side by side.
 
+    :param eager: without graphs, and ``make``: who captures them, as :class:`Bench`
     :return: ``prefill``, ``decode`` (time ÷ that of the whole device), ``corun_prefill``, ``corun_decode`` (time beside
         the other phase on the rest ÷ alone), ``guard`` (worst of the latter)
     :raises SlalomError: the device cannot be cut there
@@ -91,13 +111,22 @@ def measure_share(model: Llama, device: Device, space: Space, size: int) -> dict
     context = min(256, space.max_context)
     decodes = [Point("decode", bs=b, ctx=context) for b in sorted({1, min(8, space.max_batch)})]
     room = max(p.tokens + 16 * (p.bs + 1) for p in (prompt, *decodes)) + 64
-    first, second = Bench(model, kv_tokens=room), Bench(model, kv_tokens=room)
-    whole, as_prefill, as_decode = device.whole(), device.split(device.total - size), device.split(size)
-    full = {p: _timed(first, whole.prefill, p) for p in (prompt, *decodes)}
-    prefill = _timed(first, as_prefill.prefill, prompt)
-    decode = {p: _timed(first, as_decode.decode, p) for p in decodes}
-    beside = _beside(first, as_prefill.prefill, prompt, second, as_prefill.decode, decodes[-1])
-    slowed = [_beside(first, as_decode.decode, p, second, as_decode.prefill, prompt) / decode[p] for p in decodes]
+    sizes = [*sorted({size, device.total - size}), device.total]  # a partition is named by the units of its decode
+    to_decode, to_prefill = sizes.index(size), sizes.index(device.total - size)
+    benches: list[Bench] = []
+    try:
+        for _ in range(2):
+            benches.append(Bench(model, kv_tokens=room, device=device, sizes=sizes, eager=eager, make=make))
+        first, second = benches
+        full = {p: _timed(_Place(first, int(p.prompts == 0)), p) for p in (prompt, *decodes)}
+        prefill = _timed(_Place(first, 0, to_prefill), prompt)
+        decode = {p: _timed(_Place(first, 1, to_decode), p) for p in decodes}
+        beside = _beside(_Place(first, 0, to_prefill), prompt, _Place(second, 1, to_prefill), decodes[-1])
+        busy = _Place(second, 0, to_decode)
+        slowed = [_beside(_Place(first, 1, to_decode), p, busy, prompt) / decode[p] for p in decodes]
+    finally:
+        for bench in benches:
+            bench.close()
     return {
         "prefill": prefill / full[prompt],
         "decode": statistics.median(decode[p] / full[p] for p in decodes),

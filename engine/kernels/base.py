@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from engine.kernels.batch import Batch
+from engine.kernels.work import Tiling
 
 __all__ = ["Kernels"]
 
 
 class Kernels(ABC):
-    """Five operations. T rows, H query heads, K KV heads (K divides H), D head width.
+    """Four operations. T rows, H query heads, K KV heads (K divides H), D head width.
 
     ``cache`` is one layer's KV, ``[2, blocks, block_tokens, K, D]`` contiguous: 0 holds keys, 1 values.
     Query heads ``g * H / K … (g + 1) * H / K - 1`` read KV head ``g``. Inputs may be strided views as long
@@ -22,6 +23,15 @@ class Kernels(ABC):
     """
 
     name: ClassVar[str]
+    #: Whether what a pass launches depends on nothing but its shapes, so that it can be captured in a graph.
+    replayable: ClassVar[bool] = False
+
+    def tiling(self, max_query: int, heads: tuple[int, int, int], element_bytes: int, sm_count: int) -> Tiling | None:
+        """How :meth:`attend` cuts a pass whose longest sequence has ``max_query`` rows; None: it keeps no work list.
+
+        :param heads: H, K and D
+        """
+        return None
 
     @abstractmethod
     def attend(self, query: Tensor, cache: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -32,21 +42,22 @@ class Kernels(ABC):
         """
 
     @abstractmethod
-    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        """Store ``key``, ``value`` [T, K, D] at flat token ``slots`` [T] of ``cache``; skip slots below 0."""
+    def rope_write(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor
+    ) -> None:
+        """Rotate ``query`` [T, H, D] in place; store rotated ``key`` [T, K, D] and ``value`` at their slots.
+
+        :param slots: flat tokens of ``cache`` [T]; rows below 0 are skipped
+
+        Angles are ``cos``/``sin`` fp32 [T, D / 2]; element i of a head pairs with element i + D / 2. What ``key``
+        holds afterwards is left open.
+        """
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalise the last axis of ``x`` [T, D] or [T, H, D], after adding ``residual`` (2-D only).
 
         Returns the normalised rows and what was normalised: ``x`` itself or ``x + residual``.
-        """
-
-    @abstractmethod
-    def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Rotate ``query`` [T, H, D] and ``key`` [T, K, D] in place by angles ``cos``/``sin`` [T, D / 2].
-
-        Element i of a head pairs with element i + D / 2.
         """
 
     @abstractmethod

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.packing import upload
+from engine.kernels.work import Tiling, Work, work_list
+
 __all__ = ["Batch", "Span", "Spans"]
+
+_COLUMNS = ("tokens", "positions", "query_starts", "context_lens", "block_tables", "slots", "sample_rows")
 
 
 class Span(NamedTuple):
@@ -108,6 +113,7 @@ class Batch:
     context_tokens: tuple[int, ...]
     max_query: int  # most rows of one sequence: 1 selects the decode kernel
     sm_count: int  # SMs of the lane that runs the batch (set by the lane): sizes split-KV; 1 on a CPU
+    works: dict[Tiling, Work] = field(default_factory=dict)  # see :meth:`work`
 
     @property
     def n_rows(self) -> int:
@@ -126,12 +132,11 @@ class Batch:
         device: torch.device | str = "cpu",
         sm_count: int = 1,
         pad_to: int = 0,
-        table_width: int = 0,
     ) -> Batch:
         """Lay out ``spans`` in order. Every span needs a token and blocks for all its tokens (asserted).
 
         A captured graph needs fixed shapes: ``pad_to`` adds padding up to that many sequences (their rows
-        "sample" too; drop the last logits), ``table_width`` widens the block tables to that many blocks.
+        "sample" too; drop the last logits).
         Nothing of ``spans`` is shared with the batch, so its columns may be overwritten afterwards.
         """
         spans = Spans.of(spans)
@@ -147,7 +152,7 @@ class Batch:
         starts = np.zeros(total + 1, np.int32)
         np.cumsum(query, out=starts[1:])
         width = spans.width
-        tables = np.zeros((total, max(table_width, width)), np.int32)
+        tables = np.zeros((total, width), np.int32)
         tables[:n, :width] = spans.blocks[:, :width]
         owner = np.arange(total).repeat(query)
         positions = np.arange(len(owner)) + (context - starts[1:])[owner]
@@ -161,34 +166,28 @@ class Batch:
             np.maximum(positions, 0, out=positions)
         if not spans.sample.all():
             sample_rows = np.concatenate((sample_rows[:n][spans.sample], sample_rows[n:]))
-        on_cpu = torch.device(device).type == "cpu"
-
-        def put(array: np.ndarray) -> Tensor:
-            tensor = torch.from_numpy(array)
-            return tensor if on_cpu else tensor.pin_memory().to(device, non_blocking=True)
-
+        columns = (tokens, positions, starts, context.astype(np.int32), tables, slots, sample_rows)
+        there = dict(zip(_COLUMNS, upload(columns, device), strict=True))
         return cls(
-            tokens=put(tokens),
-            positions=put(positions),
-            query_starts=put(starts),
-            context_lens=put(context.astype(np.int32)),
-            block_tables=put(tables),
-            slots=put(slots),
-            sample_rows=put(sample_rows),
+            tokens=there["tokens"],
+            positions=there["positions"],
+            query_starts=there["query_starts"],
+            context_lens=there["context_lens"],
+            block_tables=there["block_tables"],
+            slots=there["slots"],
+            sample_rows=there["sample_rows"],
             query_tokens=tuple(query.tolist()),
             context_tokens=tuple(context.tolist()),
             max_query=int(query.max()),
             sm_count=sm_count,
         )
 
-    def copy_(self, other: Batch) -> None:
-        """Overwrite the tensors with those of ``other``, of equal shapes: the input of a captured graph.
-
-        Block tables of ``other`` may have fewer columns; what is right of them keeps its old content, unread.
-        The host's copies stay, so only kernels that never read them may run afterwards (Triton's).
-        """
-        for field in fields(self):
-            mine = getattr(self, field.name)
-            if isinstance(mine, Tensor):
-                theirs = getattr(other, field.name)
-                mine[..., : theirs.shape[-1]].copy_(theirs, non_blocking=True)
+    def work(self, tiling: Tiling) -> Work:
+        """The attention of this pass cut by ``tiling``: made when the first layer asks, the same for all layers."""
+        if tiling not in self.works:
+            counts, contexts = np.array(self.query_tokens), np.array(self.context_tokens)
+            items, merges = work_list(counts, contexts, self.block_tables.shape[1], tiling)
+            partials = int(merges[:, 3].sum())
+            on_device = upload((items, merges), self.tokens.device)
+            self.works[tiling] = Work(on_device[0], on_device[1], partials)
+        return self.works[tiling]

@@ -42,10 +42,13 @@ class CompiledKernels(TorchKernels):
             self.attend_chunks(query, cache, batch, scale, out, at_least=2)
         return out
 
-    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        if key.dtype != torch.float32:
-            super().write_kv(key, value, cache, slots)
+    def rope_write(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor
+    ) -> None:
+        if query.dtype != torch.float32:
+            super().rope_write(query, key, value, cos, sin, cache, slots)
             return
+        _rotate(query.numpy(), key.numpy(), cos.numpy(), sin.numpy())
         _write(key.numpy(), value.numpy(), cache.numpy(), slots.numpy())
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -58,12 +61,6 @@ class CompiledKernels(TorchKernels):
             total = torch.empty(x.shape)
             _add_norm(x.numpy(), residual.numpy(), weight.numpy(), np.float32(eps), total.numpy(), out.numpy())
         return out, total
-
-    def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-        if query.dtype != torch.float32:
-            super().rope(query, key, cos, sin)
-            return
-        _rotate(query.numpy(), key.numpy(), cos.numpy(), sin.numpy())
 
 
 @kernel(fastmath=True)

@@ -47,7 +47,13 @@ class TorchKernels(Kernels):
             attend = _attend_one if n == 1 else _attend_chunk
             out[rows] = attend(query[rows], keys, values, scale)
 
-    def write_kv(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
+    def rope_write(
+        self, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor
+    ) -> None:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        for x in (query, key):
+            first, second = x.float().chunk(2, dim=-1)
+            x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
         if bool((slots < 0).any()):
             kept = slots >= 0
             key, value, slots = key[kept], value[kept], slots[kept]
@@ -60,12 +66,6 @@ class TorchKernels(Kernels):
         wide = total.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         return wide.to(x.dtype) * weight, total
-
-    def rope(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        for x in (query, key):
-            first, second = x.float().chunk(2, dim=-1)
-            x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""The row-wise kernels in Triton: KV write, RMS norm with residual, rotary embedding, SiLU gate.
+"""The row-wise kernels in Triton: rotary embedding with KV write, RMS norm with residual, SiLU gate.
 
 All are bound by memory traffic: each reads and writes every element once and keeps one row (or one token's
 heads) in registers. Arithmetic is fp32 whatever the storage type.
@@ -11,33 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = [
-    "norm_kernel",
-    "rms_norm",
-    "rope",
-    "rope_kernel",
-    "silu_kernel",
-    "silu_mul",
-    "write_kernel",
-    "write_kv",
-]
-
-
-@triton.jit
-def write_kernel(
-    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slots_ptr, key_stride, value_stride, slot_stride,
-    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
-):  # fmt: skip
-    """Grid: (T,). Copies one token's K * D keys and values to its slot."""
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row)
-    if slot < 0:
-        return
-    lane = tl.arange(0, WIDTH_PAD)
-    key = tl.load(key_ptr + row * key_stride + lane, mask=lane < WIDTH)
-    value = tl.load(value_ptr + row * value_stride + lane, mask=lane < WIDTH)
-    tl.store(key_cache_ptr + slot * slot_stride + lane, key, mask=lane < WIDTH)
-    tl.store(value_cache_ptr + slot * slot_stride + lane, value, mask=lane < WIDTH)
+__all__ = ["norm_kernel", "rms_norm", "rope_write", "rope_write_kernel", "silu_kernel", "silu_mul"]
 
 
 @triton.jit
@@ -60,32 +34,48 @@ def norm_kernel(
 
 
 @triton.jit
-def _rotate(x, cos, sin, n_heads, stride, HEADS_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
-    head = tl.arange(0, HEADS_PAD)[:, None]
-    lane = tl.arange(0, HALF_PAD)[None, :]
-    inside = (head < n_heads) & (lane < HALF)
-    where = x + head * stride + lane
-    first = tl.load(where, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(where + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(where, (first * cos - second * sin).to(x.dtype.element_ty), mask=inside)
-    tl.store(where + HALF, (second * cos + first * sin).to(x.dtype.element_ty), mask=inside)
+def _rotated(x, cos, sin, inside, HALF: tl.constexpr):
+    """Both halves of heads, rotated; ``x`` points at the first half."""
+    first = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + HALF, mask=inside, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
-def rope_kernel(
-    query_ptr, key_ptr, cos_ptr, sin_ptr,
-    query_token_stride, query_head_stride, key_token_stride, key_head_stride, n_heads, n_kv_heads,
+def rope_write_kernel(
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, key_cache_ptr, value_cache_ptr, slots_ptr,
+    query_token_stride, query_head_stride, key_token_stride, key_head_stride, value_token_stride, slot_stride,
+    n_heads, n_kv_heads,
     HEADS_PAD: tl.constexpr, KV_HEADS_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (T,). Rotates all heads of one token, query and key."""
+    """Grid: (T,). One token: rotates its query in place; its rotated key and its value go to its slot."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, HALF_PAD)
     cos = tl.load(cos_ptr + row * HALF + lane, mask=lane < HALF, other=0.0)[None, :]
     sin = tl.load(sin_ptr + row * HALF + lane, mask=lane < HALF, other=0.0)[None, :]
-    query = query_ptr + row * query_token_stride
-    key = key_ptr + row * key_token_stride
-    _rotate(query, cos, sin, n_heads, query_head_stride, HEADS_PAD, HALF, HALF_PAD)
-    _rotate(key, cos, sin, n_kv_heads, key_head_stride, KV_HEADS_PAD, HALF, HALF_PAD)
+
+    head = tl.arange(0, HEADS_PAD)[:, None]
+    inside = (head < n_heads) & (lane < HALF)[None, :]
+    query = query_ptr + row * query_token_stride + head * query_head_stride + lane[None, :]
+    first, second = _rotated(query, cos, sin, inside, HALF)
+    tl.store(query, first.to(query_ptr.dtype.element_ty), mask=inside)
+    tl.store(query + HALF, second.to(query_ptr.dtype.element_ty), mask=inside)
+
+    slot = tl.load(slots_ptr + row)
+    if slot < 0:
+        return
+    head = tl.arange(0, KV_HEADS_PAD)[:, None]
+    inside = (head < n_kv_heads) & (lane < HALF)[None, :]
+    key = key_ptr + row * key_token_stride + head * key_head_stride + lane[None, :]
+    first, second = _rotated(key, cos, sin, inside, HALF)
+    into = key_cache_ptr + slot * slot_stride + head * (2 * HALF) + lane[None, :]
+    tl.store(into, first.to(key_cache_ptr.dtype.element_ty), mask=inside)
+    tl.store(into + HALF, second.to(key_cache_ptr.dtype.element_ty), mask=inside)
+
+    lane = tl.arange(0, WIDTH_PAD)
+    value = tl.load(value_ptr + row * value_token_stride + lane, mask=lane < WIDTH)
+    tl.store(value_cache_ptr + slot * slot_stride + lane, value, mask=lane < WIDTH)
 
 
 @triton.jit
@@ -98,15 +88,6 @@ def silu_kernel(gate_up_ptr, out_ptr, token_stride, WIDTH: tl.constexpr, BLOCK: 
     up = tl.load(gate_up_ptr + row * token_stride + WIDTH + lane, mask=inside, other=0.0).to(tl.float32)
     out = gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * up
     tl.store(out_ptr + row * WIDTH + lane, out.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def write_kv(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-    """:meth:`Kernels.write_kv`."""
-    width = key.shape[1] * key.shape[2]
-    write_kernel[(key.shape[0],)](
-        key, value, cache[0], cache[1], slots, key.stride(0), value.stride(0), cache.stride(2),
-        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), num_warps=4,
-    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -123,14 +104,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     return out, total
 
 
-def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """:meth:`Kernels.rope`."""
-    half = query.shape[2] // 2
-    rope_kernel[(query.shape[0],)](
-        query, key, cos, sin, query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-        query.shape[1], key.shape[1],
-        HEADS_PAD=triton.next_power_of_2(query.shape[1]), KV_HEADS_PAD=triton.next_power_of_2(key.shape[1]),
-        HALF=half, HALF_PAD=triton.next_power_of_2(half), num_warps=4,
+def rope_write(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, slots: Tensor
+) -> None:
+    """:meth:`Kernels.rope_write`."""
+    n_heads, n_kv_heads, half = query.shape[1], key.shape[1], query.shape[2] // 2
+    width = n_kv_heads * 2 * half
+    rope_write_kernel[(query.shape[0],)](
+        query, key, value, cos, sin, cache[0], cache[1], slots,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), cache.stride(2),
+        n_heads, n_kv_heads,
+        HEADS_PAD=triton.next_power_of_2(n_heads), KV_HEADS_PAD=triton.next_power_of_2(n_kv_heads),
+        HALF=half, HALF_PAD=triton.next_power_of_2(half),
+        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
 
 

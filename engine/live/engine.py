@@ -85,6 +85,7 @@ class Engine:
     :param max_tokens: tokens of the longest request, prompt and answer (at most what model and pools hold)
     :param transfer_timeout_s: a KV transfer may take in each of its states
     :param guard: stands between scheduler and policy, and already has ``policy``
+    :param eager: launch every kernel from the host, also where a GPU could replay graphs
     :raises SlalomError: the cluster asks for what this device or model cannot do
     """
 
@@ -100,6 +101,7 @@ class Engine:
         transport: Transport | None = None,
         transfer_timeout_s: float = 10.0,
         guard: Guard | None = None,
+        eager: bool = False,
     ) -> None:
         _check_layers(model, state)
         self.tokenizer, self.state, self.clock = tokenizer, state, WallClock()
@@ -109,7 +111,7 @@ class Engine:
         self.vocab_size = config.vocab
         if hosts is None:
             assert isinstance(model, Llama), "without hosts the weights are needed here"
-            hosts = local_hosts(model, state, tokenizer.eos_ids, self.max_tokens)
+            hosts = local_hosts(model, state, tokenizer.eos_ids, self.max_tokens, eager=eager)
         self._hosts = hosts
         self.instances = LiveInstances(
             state,

@@ -1,39 +1,54 @@
-"""Decode steps as CUDA graphs, one for each batch bucket of one lane. Not yet verified on GPU.
+"""Steps as CUDA graphs: those of one lane on one partition, by kind and size of the step. Not yet verified on GPU.
 
-A graph runs on the SMs of the stream it was captured on, whatever stream replays it (CUDA programming guide, 4.6.5),
-so every partition has its own set, captured on its decode lane. A step of n sequences replays the smallest bucket
-that holds them; the rest of the bucket is padding, which writes no KV. Where no graph can be had the step runs
-without, and :attr:`DecodeGraphs.missing` says why.
+A step of an 8B model is some 300 launches, and the host needs longer for them than the device for a decode step or a
+short chunk; a replay is one launch. A graph runs on the SMs of the stream it was captured on, whatever stream replays
+it (CUDA programming guide, 4.6.5), and on static inputs. So a set of graphs belongs to one lane of one partition, which
+has its stream and its inputs to itself: what the other lane of the instance runs meanwhile, it runs on its own.
+
+A decode step of n sequences replays the smallest bucket that holds them; what is missing is padding, which writes no
+KV. A step with prompts in it, of whatever length, is a chunk: its graph ends after the last layer, since only some of
+its rows sample. What has no graph (long prompts, slices of layers) runs without; :meth:`LaneGraphs.reason` says why.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from engine.errors import SlalomError
 from engine.kernels import Batch, Span, Spans
-from engine.lanes.base import WHOLE, Lane
-from engine.lanes.partitions import Lanes
+from engine.kernels.static import StaticBatch
+from engine.lanes.base import Lane
+from engine.model.llama import Carry
 from engine.model.runner import ModelRunner
 
-__all__ = ["BUCKETS", "Capturer", "CudaCapturer", "DecodeGraphs", "graphs_of"]
+__all__ = ["CHUNKS", "DECODES", "Capturer", "CudaCapturer", "LaneGraphs", "Replay", "decode_buckets"]
 
 _log = logging.getLogger("slalom.graphs")
-#: Batch sizes that graphs are captured for, unless told otherwise.
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-#: Kernels that never read a tensor back to the host, so that what they launch can be replayed.
-_REPLAYABLE = ("triton",)
+#: Sequences of a decode step, and rows of a step with prompts, that graphs are captured for. Up to some 190 rows
+#: padding is nearly free: a step reads the weights for longer than it multiplies by them. Beyond some 400 the device is
+#: busy for longer than the host needs to launch (docs/gpu.md).
+DECODES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
+CHUNKS = (16, 32, 64, 128, 192, 256, 320, 384)
+T = TypeVar("T")
+
+
+def decode_buckets(max_batch: int) -> list[int]:
+    """Sizes for an instance that decodes at most ``max_batch`` sequences: none above."""
+    most = min(max_batch, DECODES[-1])
+    return sorted({most, *(bucket for bucket in DECODES if bucket < most)})
 
 
 class Capturer(Protocol):
     """How a function's launches are written down."""
 
-    def capture(self, lane: Lane, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """A function that launches again what ``function`` launched, and the tensor in which its result appears."""
+    def capture(self, lane: Lane, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """A function that launches again what ``function`` launched, and the tensors in which its result appears."""
         ...
 
     def held_bytes(self) -> int:
@@ -48,7 +63,7 @@ class CudaCapturer:
         self._index = index
         self._pool: Any = None
 
-    def capture(self, lane: Lane, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def capture(self, lane: Lane, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         stream: Any = getattr(lane, "stream")  # noqa: B009  (a lane of a GPU has one)
         torch.cuda.synchronize(self._index)  # weights, KV and static inputs were made on another stream
         with lane.open():
@@ -65,12 +80,34 @@ class CudaCapturer:
         return int(torch.cuda.memory_reserved(self._index))
 
 
-class DecodeGraphs:
-    """The graphs of one instance on one lane.
+class Replay(NamedTuple):
+    """What a replayed step gives, valid until the next replay of its set.
+
+    :param carry: what the last layer returned, of a chunk; ``logits`` [S, vocab], of a decode step
+    """
+
+    batch: Batch
+    carry: Carry | None
+    logits: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    static: StaticBatch
+    replay: Callable[[], None]
+    result: Any  # logits, or what a Carry is made of
+
+
+class LaneGraphs:
+    """The graphs of one lane of one instance on one partition. All of them end together, see :meth:`close`.
 
     :param width: KV blocks of the longest sequence a replay may hold
-    :param most_bytes: bound of the memory that all graphs of this set take together
-    :ivar missing: why there is no graph, by bucket
+    :param decodes: sizes of decode steps, and ``chunks`` rows of steps with prompts, that are captured
+    :param sequences: most sequences of a step with prompts
+    :param most_bytes: once the set takes more memory, no further graph is captured
+    :param replayable: whether what the kernels launch can be replayed; as they say if not given
+    :raises SlalomError: a capture failed
+    :ivar missing: why there is no graph, by kind (decodes?) and size
     """
 
     def __init__(
@@ -80,90 +117,92 @@ class DecodeGraphs:
         capturer: Capturer,
         *,
         width: int,
-        buckets: Sequence[int] = BUCKETS,
+        decodes: Sequence[int] = DECODES,
+        chunks: Sequence[int] = CHUNKS,
+        sequences: int = 256,
         most_bytes: int = 4 << 30,
-        replayable: Sequence[str] = _REPLAYABLE,
+        replayable: bool | None = None,
     ) -> None:
-        self.runner, self.lane, self.width = runner, lane, width
-        self.missing: dict[int, str] = {}
-        self._graphs: dict[int, tuple[Batch, Callable[[], None], Tensor]] = {}
-        self.buckets = sorted(buckets)
-        kernels = runner.model.kernels.name
-        before = capturer.held_bytes()
-        for bucket in reversed(self.buckets):  # the largest first: the others fit into its memory
-            if kernels not in replayable:
-                self.missing[bucket] = f"{kernels} kernels read lengths on the host"
-                continue
-            self._capture(bucket, capturer, before, most_bytes)
+        self.runner, self.lane, self.width, self.sequences = runner, lane, width, sequences
+        self.missing: dict[tuple[bool, int], str] = {}
+        self._graphs: dict[tuple[bool, int], _Captured] = {}
+        self._sizes = {True: sorted(decodes), False: sorted(chunks)}
+        kernels, before = runner.model.kernels, capturer.held_bytes()
+        wanted = [(kind, size) for kind in (False, True) for size in reversed(self._sizes[kind])]
+        for key in wanted:  # the largest first: the others fit into its memory
+            taken = capturer.held_bytes() - before
+            if not (kernels.replayable if replayable is None else replayable):
+                self.missing[key] = f"{kernels.name} kernels read lengths on the host"
+            elif taken > most_bytes:
+                self.missing[key] = f"{taken >> 20} MiB of memory taken, {most_bytes >> 20} allowed"
+            else:
+                self._graphs[key] = self._captured(*key, capturer)
 
-    def _capture(self, bucket: int, capturer: Capturer, before: int, most_bytes: int) -> None:
-        static = self._blank(bucket)
+    def _captured(self, decodes: bool, size: int, capturer: Capturer) -> _Captured:
+        runner, config = self.runner, self.runner.model.config
+        heads, weights = (config.n_heads, config.n_kv_heads, config.head_dim), runner.model.embed.weight
+        static = StaticBatch(
+            rows=size, sequences=size if decodes else min(size, self.sequences), decodes=decodes, width=self.width,
+            block_tokens=runner.pool.block_tokens, device=runner.device, sm_count=self.lane.size,
+            tiling=runner.model.kernels.tiling(
+                1 if decodes else size, heads, weights.dtype.itemsize, self.lane.size
+            ),
+        )  # fmt: skip
+
+        @torch.inference_mode()
+        def forward() -> Any:
+            carry = runner.model(static.batch, runner.pool)
+            return runner.model.logits(carry, static.batch) if decodes else (carry.hidden, carry.residual)
+
         try:
-            replay, logits = capturer.capture(self.lane, lambda: self._forward(static))
-        except Exception as error:  # out of memory, or something that cannot be captured: said, and done without
-            self.missing[bucket] = f"capture failed: {error}"
-            _log.warning("no decode graph for %d sequences: %s", bucket, error)
-            return
-        if (taken := capturer.held_bytes() - before) > most_bytes:
-            self.missing[bucket] = f"{taken >> 20} MiB of memory taken, {most_bytes >> 20} allowed"
-            return
-        self._graphs[bucket] = (static, replay, logits)
+            return _Captured(static, *capturer.capture(self.lane, forward))
+        except Exception as error:
+            what = f"{'decode step' if decodes else 'step'} of {size} {'sequences' if decodes else 'rows'}"
+            fix = f"cannot be captured ({error}); free memory or take fewer KV tokens, or run without graphs: --eager"
+            raise SlalomError("CUDA graph", what, fix) from error
 
-    def _blank(self, bucket: int) -> Batch:
-        """Static input: all padding."""
-        blank = Batch.build(
-            [Span([0], 0, [0])],
-            block_tokens=self.runner.pool.block_tokens,
-            device=self.runner.device,
-            sm_count=self.lane.size,
-            pad_to=bucket,
-            table_width=self.width,
-        )
-        blank.context_lens.zero_()
-        blank.slots.fill_(-1)
-        return blank
-
-    def _forward(self, batch: Batch) -> Tensor:
-        return self.runner.model.logits(self.runner.model(batch, self.runner.pool), batch)
-
-    def bucket(self, spans: Spans | Sequence[Span]) -> int | None:
-        """The bucket whose graph can run ``spans``; None when there is none, see :meth:`reason`."""
-        spans = Spans.of(spans)
-        if not spans.decodes or spans.width > self.width:
+    def _key(self, spans: Spans) -> tuple[bool, int] | None:
+        decodes = spans.decodes
+        if spans.width > self.width or not (decodes or len(spans) <= self.sequences):
             return None
-        return next((b for b in self.buckets if b >= len(spans) and b in self._graphs), None)
+        rows = len(spans.tokens)
+        return next(((decodes, b) for b in self._sizes[decodes] if b >= rows and (decodes, b) in self._graphs), None)
 
     def reason(self, spans: Spans | Sequence[Span]) -> str:
-        """Why :meth:`bucket` found none."""
+        """Why :meth:`replay` has no graph for ``spans``."""
         spans = Spans.of(spans)
-        if not spans.decodes:
-            return "not a decode step"
+        decodes, rows = spans.decodes, len(spans.tokens)
         if spans.width > self.width:
             return f"a sequence of more than {self.width} blocks"
-        fitting = [b for b in self.buckets if b >= len(spans)]
-        return self.missing[fitting[0]] if fitting else f"more than {self.buckets[-1]} sequences"
+        if not decodes and len(spans) > self.sequences:
+            return f"a step with prompts of more than {self.sequences} sequences"
+        fitting = [size for size in self._sizes[decodes] if size >= rows]
+        if fitting:
+            return self.missing[decodes, fitting[0]]
+        kind, unit = ("a decode step", "sequences") if decodes else ("a step with prompts", "rows")
+        most = self._sizes[decodes][-1:]
+        return f"{kind} of more than {most[0]} {unit}" if most else f"{kind} on this lane"
 
     @torch.inference_mode()
-    def logits(self, bucket: int, spans: Spans | Sequence[Span]) -> Tensor:
-        """Logits [len(spans), vocab] of one decode step, replayed within the lane; valid until the next replay."""
-        static, replay, logits = self._graphs[bucket]
-        # columns beyond a sequence's blocks are never read, so the old ones may stay there
-        static.copy_(Batch.build(spans, block_tokens=self.runner.pool.block_tokens, pad_to=bucket))
-        replay()
-        return logits[: len(spans)]
+    def replay(self, spans: Spans | Sequence[Span]) -> Replay | None:
+        """Run all layers of ``spans`` by a graph, within the lane; None where there is none."""
+        spans = Spans.of(spans)
+        key = self._key(spans)
+        if key is None:
+            return None
+        captured = self._graphs[key]
+        batch = captured.static.fill(spans)
+        captured.replay()
+        if spans.decodes:
+            return Replay(batch, None, captured.result[: len(spans)])
+        hidden, residual = captured.result
+        return Replay(batch, Carry(hidden, residual, self.runner.n_layers), None)
 
+    def close(self) -> None:
+        """Let go of all graphs, before the lane's stream and context go.
 
-def graphs_of(
-    runners: Sequence[ModelRunner], lanes: Sequence[Lanes], width: int, make: Callable[[], Capturer] | None = None
-) -> list[dict[int, DecodeGraphs]]:
-    """Decode graphs of every instance, by partition.
-
-    :param width: KV blocks of the longest sequence
-    :param make: a capturer for each instance: one decodes one step at a time, two do so at once
-    """
-    found = []
-    for runner, own in zip(runners, lanes, strict=True):
-        capturer = make() if make is not None else CudaCapturer(runner.device.index or 0)
-        partitions = (WHOLE, *range(len(own.partitions)))
-        found.append({k: DecodeGraphs(runner, own.lane(1, k), capturer, width=width) for k in partitions})
-    return found
+        Together, and only here: from torch 2.12 on the end of a graph clears the cuBLAS workspace of its stream, which
+        the other graphs of the set still use (pytorch#193402).
+        """
+        self.lane.wait()
+        self._graphs.clear()

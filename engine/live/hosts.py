@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -12,13 +12,13 @@ from engine.core.state import ClusterState
 from engine.kernels import Batch, Spans
 from engine.lanes.base import WHOLE, Device, Lane
 from engine.lanes.partitions import Lanes, lanes_of, make_device, partition_of
-from engine.live.graphs import DecodeGraphs, graphs_of
+from engine.live.graphs import CHUNKS, Capturer, CudaCapturer, LaneGraphs, Replay, decode_buckets
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
 from engine.model.sampling import Logprobs, SamplingParams, logprobs_of
 
-__all__ = ["Executor", "Host", "InstanceLost", "LocalExecutor", "LocalHost", "local_hosts"]
+__all__ = ["Executor", "GraphSizes", "Host", "InstanceLost", "LocalExecutor", "LocalHost", "lane_graphs", "local_hosts"]
 
 
 class InstanceLost(RuntimeError):
@@ -91,12 +91,12 @@ class LocalExecutor:
     """An :class:`Executor` in this process.
 
     :param lanes: of its instance; ``l`` is which of its two lanes this is
-    :param graphs: decode graphs of its instance, by partition
-    :ivar without_graph: decode steps run without a graph where graphs were asked for, by reason
+    :param graphs: of this lane, by partition: never those of the other lane, which may be running
+    :ivar without_graph: whole steps run without a graph where graphs were asked for, by reason
     """
 
     def __init__(
-        self, runner: ModelRunner, lanes: Lanes, l: int, graphs: Mapping[int, DecodeGraphs] | None = None
+        self, runner: ModelRunner, lanes: Lanes, l: int, graphs: Mapping[int, LaneGraphs] | None = None
     ) -> None:
         self._runner, self.n_layers = runner, runner.n_layers
         self._lanes, self._l, self._graphs = lanes, l, graphs or {}
@@ -104,6 +104,11 @@ class LocalExecutor:
         self._on: Lane | None = None  # where the step before ran
         self._passes: list[_Pass | None] = []  # under way; None: a slice of it failed
         self.without_graph: Counter[str] = Counter()
+
+    def close(self) -> None:
+        """Let go of its graphs; nothing runs here any more."""
+        for graphs in self._graphs.values():
+            graphs.close()
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """See :class:`Executor`."""
@@ -145,9 +150,12 @@ class LocalExecutor:
         lane: Lane,
     ) -> Tensor | None:
         if spans is not None:
-            logits = self._replay(spans, len(params), partition)
-            if logits is not None:
-                return self._choose(logits, params, steps)
+            replay = self._replay(spans, partition) if layers == (0, self.n_layers) else None
+            if replay is not None:
+                if replay.logits is not None:
+                    return self._choose(replay.logits, params, steps)
+                assert replay.carry is not None
+                return self._choose(self._runner.logits(replay.batch, replay.carry), params, steps) if params else None
             batch, carry = self._runner.batch(spans, sm_count=lane.size), None
         else:
             begun = self._passes.pop() if self._passes else None
@@ -168,26 +176,82 @@ class LocalExecutor:
             self.logprobs = logprobs_of(logits, tokens, params)
         return tokens
 
-    def _replay(self, spans: Spans, n_sampling: int, partition: int) -> Tensor | None:
-        """Logits of a decode step by a graph; None when it must run without."""
+    def _replay(self, spans: Spans, partition: int) -> Replay | None:
+        """A whole step by a graph; None when it must run without."""
         graphs = self._graphs.get(partition)
-        if graphs is None or n_sampling != len(spans) or not spans.decodes:
-            return None
-        bucket = graphs.bucket(spans)
-        if bucket is None:
+        found = graphs.replay(spans) if graphs is not None else None
+        if graphs is not None and found is None:
             self.without_graph[graphs.reason(spans)] += 1
-            return None
-        return graphs.logits(bucket, spans)
+        return found
+
+
+class GraphSizes(NamedTuple):
+    """What graphs of an instance must hold.
+
+    :param tokens: of the longest sequence
+    :param max_batch: sequences that decode together
+    :param sequences: of a step with prompts
+    """
+
+    tokens: int
+    max_batch: int
+    sequences: int
+
+    @classmethod
+    def of(cls, state: ClusterState, max_tokens: int | None = None) -> GraphSizes:
+        """What the instances of ``state`` may run.
+
+        :param max_tokens: of the longest request; what the pools hold if not given
+        """
+        size, most = int(state.cluster[0]["block_tokens"]), state.run.shape[1]
+        longest = max(int(p["n_blocks"]) for p in state.pool) * size
+        return cls(min(max_tokens or longest, longest), most, most + state.prefills.shape[1])
+
+
+class Closes(Protocol):
+    """What is given back in the end."""
+
+    def close(self) -> None:
+        """Give it back."""
+        ...
+
+
+class _Shared:
+    """A device that several hosts use: it is closed when the last of them is."""
+
+    def __init__(self, device: Device, users: int) -> None:
+        self._device, self._users = device, users
+
+    def close(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            self._device.close()
 
 
 class LocalHost:
-    """A :class:`Host` in this process."""
+    """A :class:`Host` in this process.
+
+    :param device: what ``lanes`` were cut from, closed with this host
+    :param graphs: what its graphs must hold; None: every launch by the host
+    :param make: a capturer for each lane, which runs one step at a time; two lanes do so at once
+    :raises SlalomError: a graph cannot be captured
+    """
 
     def __init__(
-        self, runner: ModelRunner, device: Device, lanes: Lanes, graphs: Mapping[int, DecodeGraphs] | None = None
+        self,
+        runner: ModelRunner,
+        device: Closes,
+        lanes: Lanes,
+        graphs: GraphSizes | None = None,
+        make: Callable[[], Capturer] | None = None,
     ) -> None:
         self.runner, self.lanes = runner, lanes
-        self._device, self._graphs = device, graphs
+        self._device = device
+        self.graphs: tuple[dict[int, LaneGraphs], dict[int, LaneGraphs]] = ({}, {})
+        if graphs is not None:
+            make = make or (lambda: CudaCapturer(runner.device.index or 0))
+            for l in (0, 1):
+                self.graphs[l].update(lane_graphs(runner, lanes, l, graphs, make()))
 
     @property
     def pool(self) -> KVPool:
@@ -196,23 +260,50 @@ class LocalHost:
 
     def executor(self, l: int) -> LocalExecutor:
         """See :class:`Host`."""
-        return LocalExecutor(self.runner, self.lanes, l, self._graphs)
+        return LocalExecutor(self.runner, self.lanes, l, self.graphs[l])
 
     def watch(self, gone: Callable[[Exception], None]) -> None:
         """See :class:`Host`. This process hears of its own end from its lanes."""
 
     def close(self) -> None:
-        """See :class:`Host`."""
+        """See :class:`Host`. Graphs first: they were captured on streams of the device."""
+        for graphs in (*self.graphs[0].values(), *self.graphs[1].values()):
+            graphs.close()
         self._device.close()
 
 
+def lane_graphs(
+    runner: ModelRunner, lanes: Lanes, l: int, sizes: GraphSizes, capturer: Capturer
+) -> Iterator[tuple[int, LaneGraphs]]:
+    """The graphs of lane ``l`` by partition.
+
+    Lane 0 computes prompts, and the decodes of a MIXED instance with them, on the whole device; lane 1 decodes.
+    """
+    width = -(-sizes.tokens // runner.pool.block_tokens)
+    for k in (WHOLE, *range(len(lanes.partitions))):
+        decodes = decode_buckets(sizes.max_batch) if l == 1 or k == WHOLE else ()
+        lane = lanes.lane(l, k)
+        yield k, LaneGraphs(
+            runner, lane, capturer, width=width, decodes=decodes, chunks=CHUNKS if l == 0 else (),
+            sequences=sizes.sequences,
+        )  # fmt: skip
+
+
 def local_hosts(
-    model: Llama, state: ClusterState, eos_ids: frozenset[int], max_tokens: int | None = None
+    model: Llama,
+    state: ClusterState,
+    eos_ids: frozenset[int],
+    max_tokens: int | None = None,
+    *,
+    eager: bool = False,
+    make: Callable[[], Capturer] | None = None,
 ) -> list[LocalHost]:
     """A host in this process for each instance of ``state``, with the KV pools that it describes.
 
-    :param max_tokens: of the longest request, for the decode graphs of a GPU; what the pools hold if not given
-    :raises SlalomError: the device cannot be cut as the profile says
+    :param max_tokens: of the longest request, for the graphs of a GPU; what the pools hold if not given
+    :param eager: no graphs on a GPU
+    :param make: captures graphs of a lane, see :class:`LocalHost`; a CPU has none without
+    :raises SlalomError: the device cannot be cut as the profile says, or a graph cannot be captured
     """
     size, weights = int(state.cluster[0]["block_tokens"]), model.embed.weight
     device = make_device(weights.device.type, weights.device.index or 0)
@@ -222,8 +313,8 @@ def local_hosts(
         for p in state.pool
     ]
     runners = [ModelRunner(model, pools[i["pool"]], eos_ids=eos_ids) for i in state.inst]
-    graphs: Sequence[Mapping[int, DecodeGraphs] | None] = [None] * len(runners)
     if weights.is_cuda:
-        longest = max_tokens or max(int(p["n_blocks"]) for p in state.pool) * size
-        graphs = graphs_of(runners, lanes, -(-longest // size))
-    return [LocalHost(*parts) for parts in zip(runners, [device] * len(runners), lanes, graphs, strict=True)]
+        runners[0].warm(device.total)
+    wanted = GraphSizes.of(state, max_tokens) if (weights.is_cuda or make is not None) and not eager else None
+    shared = _Shared(device, len(runners))
+    return [LocalHost(runner, shared, own, wanted, make) for runner, own in zip(runners, lanes, strict=True)]

@@ -1,7 +1,8 @@
 """Reader of GGUF files (version 2 and 3, little-endian): metadata, tensor table, dequantisation.
 
 The header is read here: the file is mapped, never read whole, and every offset is checked against its end before
-use, since such files often arrive cut short. Blocks are decoded by the package of the format's authors.
+use, since such files often arrive cut short. Blocks are decoded by the package of the format's authors, which is
+imported with the first file: other models do without.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from engine.common.regular import check_regular
 from engine.errors import SlalomError
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 __all__ = ["GGUFFile", "TensorInfo"]
 
@@ -73,6 +76,8 @@ class GGUFFile:
         self.tensors = {name: self._locate(name, shape, kind, start + at) for name, shape, kind, at in rows}
 
     def _locate(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorInfo:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
         try:
             form = GGMLQuantizationType(kind)
         except ValueError:
@@ -88,6 +93,8 @@ class GGUFFile:
 
         :raises SlalomError: no tensor of that name
         """
+        from gguf import quants
+
         info = self.tensors.get(name)
         if info is None:
             raise SlalomError(f"{self.path}: tensor", name, "the file lacks it; is it a whole Llama-family model?")

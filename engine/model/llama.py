@@ -124,8 +124,7 @@ class Attention(nn.Module):
         query, key, value = packed.split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query)[0], self.k_norm(key)[0]
-        self.kernels.rope(query, key, cos, sin)
-        self.kernels.write_kv(key, value, cache, batch.slots)
+        self.kernels.rope_write(query, key, value, cos, sin, cache, batch.slots)
         mixed = self.kernels.attend(query, cache, batch, self.head_dim**-0.5)
         return self.out(mixed.flatten(1))
 

@@ -60,6 +60,22 @@ class ModelRunner:
         assert len(params) == len(steps) == logits.shape[0]
         return choose_tokens(logits, params, steps, self.eos_ids)
 
+    @torch.inference_mode()
+    def warm(self, sm_count: int) -> None:
+        """Meet every variant of the kernels once, so that none is compiled while requests wait. No KV is written.
+
+        One layer stands for all. Their shapes follow from the most rows of a sequence; only long contexts are merged.
+
+        :param sm_count: of the whole device
+        """
+        blocks = [0] * (4096 // self.pool.block_tokens)
+        for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+            start = len(blocks) * self.pool.block_tokens - rows
+            batch = self.batch([Span([0] * rows, start, blocks)], sm_count=sm_count)
+            batch.slots.fill_(-1)
+            hidden = self.run_layers(batch, (0, 1)).hidden
+            self.model.logits(Carry(hidden, hidden, self.n_layers), batch)
+
     def run(self, batch: Batch, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
         """A whole forward pass and its tokens on the host, one for each sampling row."""
         carry = self.model(batch, self.pool)

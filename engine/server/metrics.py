@@ -22,6 +22,7 @@ from prometheus_client.core import (
 from engine.core.kinds import RequestState, Role
 from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
+from engine.kernels import compilations
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.door import TurnedAway
 from engine.live.engine import Engine
@@ -52,6 +53,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.met = Attainment(classes)
+        self._compiled = compilations.count()  # in the warm-up
         self._ends = dict.fromkeys((*map(str, Finish), ABORT, ERROR, SHED, UNPLACEABLE), 0)
         self._refused = {(name, reason): 0 for name in classes for reason in (OVERLOADED, DRAINING, UNAVAILABLE)}
         self._prompt_tokens = 0
@@ -161,6 +163,8 @@ class Metrics:
         failures = self._engine.instances.transfer_failures
         yield self._total("slalom:migration_failures", "KV transfers that failed.", failures)
         yield self._total("slalom:role_switches", "Role changes done.", float(cluster["n_switches"]))
+        late = compilations.count() - self._compiled
+        yield self._total("slalom:kernel_compilations", "Triton kernels compiled since serving began.", late)
         yield self._attainment()
 
     def _attainment(self) -> Metric:

@@ -36,7 +36,7 @@ from engine.errors import SlalomError
 from engine.kernels import Spans
 from engine.lanes.base import WHOLE
 from engine.latency.evaluate import PROFILE, SHARE
-from engine.live.hosts import InstanceLost
+from engine.live.hosts import GraphSizes, InstanceLost
 from engine.live.transfer import Transfer
 from engine.model.config import ModelConfig
 from engine.model.sampling import Logprobs, SamplingParams
@@ -122,12 +122,16 @@ class RemoteExecutor:
     """An :class:`engine.live.hosts.Executor` that asks a worker; on the whole device, SM partitions are not passed
     on."""
 
-    def __init__(self, worker: RemoteWorker, pool: int, l: int, timeout_s: float) -> None:
+    def __init__(self, worker: RemoteWorker, pool: int, l: int, timeout_s: float, graphs: GraphSizes) -> None:
         self._worker, self._timeout_s = worker, timeout_s
         self._connection = connect(worker.address)
         self.logprobs: Sequence[Logprobs | None] = ()
-        opening = {"do": "lane", "lane": l, "pool": pool, "epoch": worker.epoch}
-        self.n_layers: int = ask(self._connection, opening, _START_S)["n_layers"]
+        opening = {"do": "lane", "lane": l, "pool": pool, "graphs": list(graphs), "epoch": worker.epoch}
+        try:
+            self.n_layers: int = ask(self._connection, opening, _START_S)["n_layers"]
+        except RuntimeError as error:  # a graph that cannot be captured, say; the worker has said what to do
+            host, port = worker.address
+            raise SlalomError(f"worker {host}:{port}", f"lane {l}", str(error)) from error
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """See :class:`engine.live.hosts.Executor`."""
@@ -157,13 +161,13 @@ class RemoteExecutor:
 class RemoteHost:
     """A :class:`engine.live.hosts.Host` in a worker."""
 
-    def __init__(self, worker: RemoteWorker, pool: int, step_timeout_s: float) -> None:
-        self._worker, self._timeout_s = worker, step_timeout_s
+    def __init__(self, worker: RemoteWorker, pool: int, step_timeout_s: float, graphs: GraphSizes) -> None:
+        self._worker, self._timeout_s, self._graphs = worker, step_timeout_s, graphs
         self.pool = RemotePool(worker, pool)
 
     def executor(self, l: int) -> RemoteExecutor:
         """See :class:`engine.live.hosts.Host`."""
-        return RemoteExecutor(self._worker, self.pool.index, l, self._timeout_s)
+        return RemoteExecutor(self._worker, self.pool.index, l, self._timeout_s, self._graphs)
 
     def watch(self, gone: Callable[[Exception], None]) -> None:
         """See :class:`engine.live.hosts.Host`."""
@@ -236,7 +240,9 @@ class Workers:
         self._step_timeout_s = step_timeout_s
 
     @classmethod
-    def start(cls, n: int, model: str, device: str, dtype: str, kernels: str = "auto", **options: Any) -> Workers:
+    def start(
+        cls, n: int, model: str, device: str, dtype: str, kernels: str = "auto", eager: bool = False, **options: Any
+    ) -> Workers:
         """Start ``n`` workers on this machine; worker ``k`` gets GPU ``k`` where ``device`` is ``cuda``.
 
         :raises SlalomError: one of them did not come up; it has said why
@@ -249,6 +255,7 @@ class Workers:
                 where = f"cuda:{k}" if device == "cuda" else device
                 command = [sys.executable, "-m", "engine.workers.worker", "--model", model, "--once"]
                 command += ["--device", where, "--dtype", dtype, "--kernels", kernels]
+                command += ["--eager"] * eager
                 # Its standard input closes with this process, whatever ends it: then the worker ends too.
                 begun.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             workers = []
@@ -283,7 +290,11 @@ class Workers:
         return cls(workers, **options)
 
     def check(self, config: ModelConfig, dtype: str) -> None:
-        """:raises SlalomError: a worker holds another model or number type"""
+        """:param dtype: that of the model; ``auto``: what the first worker chose
+
+        :raises SlalomError: a worker holds another model or number type
+        """
+        dtype = self.workers[0].about["dtype"] if dtype == "auto" else dtype
         for worker in self.workers:
             for name, found in worker.about.items():
                 wanted = dtype if name == "dtype" else getattr(config, name, found)
@@ -297,9 +308,10 @@ class Workers:
         share = np.frombuffer(bytes.fromhex(answer["share"]), SHARE).reshape(-1, answer["shares"])
         return np.frombuffer(bytes.fromhex(answer["profile"]), PROFILE).copy(), share.copy()
 
-    def hosts(self, state: ClusterState) -> list[RemoteHost]:
+    def hosts(self, state: ClusterState, max_tokens: int | None = None) -> list[RemoteHost]:
         """Make the KV pools of ``state`` in the workers: an instance lives in the worker that its ``gpu`` names.
 
+        :param max_tokens: of the longest request, for the graphs of a GPU; what the pools hold if not given
         :raises SlalomError: instances of one pool in different workers, or SM partitions asked for
         """
         homes: dict[int, int] = {}
@@ -315,7 +327,9 @@ class Workers:
             blocks = {str(p): int(state.pool[p]["n_blocks"]) for p, home in homes.items() if home == k}
             worker.ask({"do": "pools", "blocks": blocks, "block_tokens": int(state.cluster[0]["block_tokens"])})
             worker.guard()
-        return [RemoteHost(self.workers[int(x["gpu"])], int(x["pool"]), self._step_timeout_s) for x in state.inst]
+        homes_of = [(self.workers[int(x["gpu"])], int(x["pool"])) for x in state.inst]
+        graphs = GraphSizes.of(state, max_tokens)
+        return [RemoteHost(worker, pool, self._step_timeout_s, graphs) for worker, pool in homes_of]
 
     def close(self) -> None:
         """End those that we started."""

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from multiprocessing import AuthenticationError
@@ -24,16 +25,16 @@ import typer
 from engine.calibration.quick import measure
 from engine.errors import SlalomError
 from engine.lanes.partitions import Lanes, make_device
-from engine.live.hosts import LocalExecutor
+from engine.live.graphs import Capturer, CudaCapturer
+from engine.live.hosts import GraphSizes, LocalExecutor, lane_graphs
 from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
-from engine.model.available import check_device
+from engine.model.device import choose_device, choose_dtype, where
 from engine.workers.kv import Puller, serve_pulls
 from engine.workers.lease import Disowned, Lease
 from engine.workers.wire import admit, listen, parse_address, receive, send, step_from
 
-__all__ = ["DTYPES", "Worker", "app", "main"]
+__all__ = ["Worker", "app", "main"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Callers that have not proved yet to know the secret; more are turned away.
 _STRANGERS = 64
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -43,10 +44,13 @@ class Worker:
     """Answers the questions of one ``serve`` and of its other workers, a thread for each connection.
 
     :param host: this process's address for its peers
+    :param make: a capturer of graphs for each lane; None: every launch by the host
     """
 
-    def __init__(self, model: Llama, eos_ids: frozenset[int], host: str) -> None:
-        self._model, self._eos_ids, self._host = model, eos_ids, host
+    def __init__(
+        self, model: Llama, eos_ids: frozenset[int], host: str, make: Callable[[], Capturer] | None = None
+    ) -> None:
+        self._model, self._eos_ids, self._host, self._make = model, eos_ids, host, make
         weights = model.embed.weight
         self._device = make_device(weights.device.type, weights.device.index or 0)
         self._pools: dict[int, KVPool] = {}
@@ -108,6 +112,8 @@ class Worker:
         except (EOFError, OSError):
             return
         finally:
+            if lane is not None:
+                lane.close()
             if self._lease.give_back(owned):
                 self._pools = {}
             if puller is not None:
@@ -123,7 +129,7 @@ class Worker:
             shape = {name: getattr(config, name) for name in ("vocab", "n_layers", "n_kv_heads", "head_dim", "width")}
             return shape | {"dtype": str(weights.dtype).removeprefix("torch."), "device": weights.device.type}
         if message["do"] == "measure":
-            profile, share = measure(self._model)
+            profile, share = measure(self._model, eager=self._make is None)
             return {"profile": profile.tobytes().hex(), "share": share.tobytes().hex(), "shares": share.shape[1]}
         if message["do"] == "pools":
             make = partial(KVPool, self._model.config, block_tokens=message["block_tokens"])
@@ -135,7 +141,12 @@ class Worker:
 
     def _lane(self, message: dict[str, Any]) -> LocalExecutor:
         runner = ModelRunner(self._model, self._pools[message["pool"]], eos_ids=self._eos_ids)
-        return LocalExecutor(runner, Lanes(self._device, [self._device.total]), message["lane"])
+        lanes, l = Lanes(self._device, [self._device.total]), message["lane"]
+        if self._make is None:
+            return LocalExecutor(runner, lanes, l)
+        runner.warm(self._device.total)
+        graphs = lane_graphs(runner, lanes, l, GraphSizes(*message["graphs"]), self._make())
+        return LocalExecutor(runner, lanes, l, dict(graphs))
 
     def _fetch(self, puller: Puller, message: dict[str, Any]) -> dict[str, Any]:
         target, blocks = self._pools[message["to"]], [(a, b) for a, b in message["blocks"]]
@@ -154,20 +165,26 @@ def work(
     listen_on: Annotated[
         str, typer.Option("--listen", help="HOST:PORT by which serve and the other workers reach this process")
     ] = "127.0.0.1:0",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; as serve's")] = "float32",
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16; as serve's")
+    ] = "auto",
     kernels: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
+    eager: Annotated[bool, typer.Option("--eager", help="launch every kernel, no CUDA graphs")] = False,
     once: Annotated[bool, typer.Option("--once", help="end when standard input does")] = False,
 ) -> None:
     """Hold weights and KV for a serve started with --workers HOST:PORT. Both need the same secret in SLALOM_KEY."""
-    if dtype not in DTYPES:
-        raise SlalomError("--dtype", dtype, f"use one of {', '.join(DTYPES)}")
-    check_device(device)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+    print(f"serve-worker: {where(model, place, kind)}", file=sys.stderr, flush=True)
     torch.set_num_threads(1)
     address = parse_address(listen_on)
     listener = listen(address)
     eos_ids = load_tokenizer(model).eos_ids
-    worker = Worker(load_model(model, device=device, dtype=DTYPES[dtype], kernels=kernels), eos_ids, address[0])
+    loaded = load_model(model, device=place, dtype=kind, kernels=kernels)
+    index = loaded.embed.weight.device.index or 0
+    make = partial(CudaCapturer, index) if place.startswith("cuda") and not eager else None
+    worker = Worker(loaded, eos_ids, address[0], make)
     if once:
         threading.Thread(target=_end_with_input, daemon=True).start()
     print(json.dumps({"listening": listener.address}), flush=True)

@@ -20,7 +20,7 @@ import typer
 from engine.common.options import option, takes
 from engine.common.progress import Display
 from engine.errors import SlalomError
-from engine.model.device import choose_device, choose_dtype
+from engine.model.device import choose_device, choose_dtype, where
 
 if TYPE_CHECKING:
     from engine.model.llama import Llama
@@ -53,7 +53,8 @@ class Options:
     out: Path = option(..., "The profile to write, e.g. profiles/mine.json.")
     model: str = option("", "GGUF file, model folder, package:NAME or dummy:SHAPE.")
     device: str = option("auto", "auto (CUDA if there is one), cpu or cuda.")
-    dtype: str = option("auto", "auto, float32, bfloat16 or float16.")
+    dtype: str = option("auto", "auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16.")
+    eager: bool = option(False, "Time launches by the host, not CUDA graphs: for serve --eager.", "--eager")
     budget: str = option("4m", "Time to measure: 90s, 4m.")
     error: float = option(0.015, "Stop when the held-out error is below.", min=0.001, max=0.5)
     instances: int = option(1, "Instances that will share this machine.", min=1, max=64)
@@ -109,10 +110,10 @@ def _measure(o: Options, device: str, dtype: Any, budget_s: float) -> dict[str, 
     from engine.calibration.design import Space
     from engine.model import load_model, load_tokenizer
 
+    print(f"calibrating {where(o.model, device, dtype)}", file=sys.stderr)
     torch.set_num_threads(1)
     loaded = load_model(o.model, device=device, dtype=dtype, kernels="auto")
     kind = str(dtype).removeprefix("torch.")
-    print(f"calibrating {o.model} ({kind}) on {device_name(loaded)} [{device}]", file=sys.stderr)
     longest = loaded.config.max_tokens
     kv_tokens = o.kv_tokens or _room(loaded, o.instances)
     space = Space(
@@ -126,7 +127,7 @@ def _measure(o: Options, device: str, dtype: Any, budget_s: float) -> dict[str, 
         "model": o.model, "dtype": kind, "device": device_name(loaded), "torch": torch.__version__,
         "host": platform.machine(), "space": [space.max_tokens, space.max_reused, o.max_batch, space.max_context],
     }  # fmt: skip
-    store = Store(o.out.with_suffix(".points.jsonl"), identity)
+    store = Store(o.out.with_suffix(".points.jsonl"), identity | ({"eager": True} if o.eager else {}))
     parts, total = _parts(o.shares, device)
     store.note("device_total", total)
     with Display() as display:
@@ -134,7 +135,7 @@ def _measure(o: Options, device: str, dtype: Any, budget_s: float) -> dict[str, 
         begin = time.monotonic()
         campaign = Campaign(
             loaded, load_tokenizer(o.model), space, store, Limits(budget_s, o.error), instances=o.instances,
-            shares=parts,
+            shares=parts, eager=o.eager,
             say=lambda text: display.update((time.monotonic() - begin) / budget_s, text),
         )  # fmt: skip
         stopped = campaign.run()

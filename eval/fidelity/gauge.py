@@ -44,7 +44,7 @@ class Gauge:
             head = heads[placement.profile]
             whole = shares[placement.profile, int(head["n_shares"]) - 1]
             self._expected.append([predict_s(head, whole, point) for point in _REFERENCE])
-            self._benches.append(Bench(model, kv_tokens=512))
+            self._benches.append(Bench(model, kv_tokens=512, max_batch=4))  # with lanes, streams and graphs of its own
 
     def slowdown(self) -> float:
         """Seconds that the reference steps take now ÷ seconds by the profile; the mean over instances."""

@@ -1,6 +1,7 @@
-"""``make gpu-check``: every check and measurement that needs a GPU, in one command, into one JSON file.
+"""Every check and measurement that needs a GPU, in one command, into one JSON file (``docs/gpu.md``).
 
-``rig`` is the device (or, for ``--dry-run``, a CPU behind the same calls), ``catalogue`` says what is measured, in
-which order and how long it takes, ``__main__`` runs it in child processes: a kernel that hangs or breaks the CUDA
-context costs its own group and nothing else. Needs torch, triton and numpy; only ``engine`` needs all of Slalom.
+``catalogue`` says what is measured, in which order and how long it may take; ``__main__`` runs each group in a child
+process, which ``group`` is; ``report`` is the file. ``rig`` is the device or, for ``--dry-run``, a CPU behind the same
+calls. A kernel that hangs or breaks the CUDA context costs its own group's open cases and nothing else. All groups but
+``loop``, which runs the product's commands, need torch, triton, numpy, numba, safetensors and tokenizers only.
 """

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from engine.kernels import Span, Spans
 from engine.lanes.base import Lane
 from engine.model import SamplingParams
-from eval.gpu_check.partitions import ceilings, decode_spans, graphs_on
+from eval.gpu_check.device import ceilings
+from eval.gpu_check.partitions import decode_spans, graphs_on
+from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["decode", "itl", "prefill"]
+__all__ = ["chunks", "decode", "itl", "prefill"]
 
 _GREEDY = SamplingParams(temperature=0.0)
 
@@ -33,31 +36,61 @@ def _weight_bytes(rig: Rig) -> int:
     return max(elements, 1) * model.embed.weight.element_size()
 
 
-def decode(rig: Rig) -> dict[str, Any]:
+def decode(rig: Rig, cases: Cases) -> dict[str, Any]:
     """Milliseconds of a step by batch: by graph on the device, all of it on the host, without a graph; the floor."""
     bandwidth = ceilings(rig)["copy_bytes_per_s"]
     runner, lane = rig.runner, rig.gpu.whole().decode
     graphs = graphs_on(rig, lane, *rig.sizes.batches)
     per_token = runner.model.config.kv_elements_per_token * runner.model.embed.weight.element_size()
-    rows = []
-    for n in rig.sizes.batches:
+
+    def one(n: int) -> dict[str, Any]:
         spans = decode_spans(rig, n)
         floor_ms = (_weight_bytes(rig) + n * (rig.sizes.context + 1) * per_token) / bandwidth * 1e3
-        static, replay, _ = graphs._graphs[n]
-        graphs.logits(n, spans)
-        graph_ms = rig.ms(replay, lane)
+        graphs.replay(spans)
+        graph_ms = rig.ms(graphs._graphs[True, n].replay, lane)
 
-        def eager(n: int = n, spans: Spans = spans) -> Any:
+        def eager() -> Any:
             return runner.run(runner.batch(spans, sm_count=lane.size), [_GREEDY] * n, [0] * n)
 
-        def whole(n: int = n, spans: Spans = spans) -> Any:
-            return runner.choose(graphs.logits(n, spans), [_GREEDY] * n, [0] * n).tolist()
+        def whole() -> Any:
+            found = graphs.replay(spans)
+            assert found is not None
+            assert found.logits is not None
+            return runner.choose(found.logits, [_GREEDY] * n, [0] * n).tolist()
 
-        rows.append({
-            "batch": n, "floor_ms": floor_ms, "graph_ms": graph_ms, "speed_of_floor": floor_ms / graph_ms,
+        return {
+            "floor_ms": floor_ms, "graph_ms": graph_ms, "speed_of_floor": floor_ms / graph_ms,
             "step_ms": rig.ms(whole, lane), "eager_ms": rig.ms(eager, lane, max(2, rig.sizes.repeats // 4)),
-        })  # fmt: skip
-    return {"context": rig.sizes.context, "bandwidth_bytes_per_s": bandwidth, "rows": rows}
+        }  # fmt: skip
+
+    for n in rig.sizes.batches:
+        cases.take({"batch": n}, partial(one, n))
+    graphs.close()
+    return {"context": rig.sizes.context, "bandwidth_bytes_per_s": bandwidth}
+
+
+def chunks(rig: Rig, cases: Cases) -> dict[str, Any]:
+    """Milliseconds of a short chunk by rows: its graph on the device, and launched by the host."""
+    runner, lane = rig.runner, rig.gpu.whole().prefill
+    graphs = graphs_on(rig, lane, chunks=rig.sizes.chunks)
+
+    def one(rows: int) -> dict[str, Any]:
+        spans = replace(Spans.of([_prompt(rig, rows)]), prompts=1)
+        graphs.replay(spans)
+
+        def eager() -> Any:
+            return runner.run_layers(runner.batch(spans, sm_count=lane.size), (0, runner.n_layers))
+
+        return {
+            "graph_ms": rig.ms(graphs._graphs[False, rows].replay, lane),
+            "step_ms": rig.ms(lambda: graphs.replay(spans), lane),
+            "eager_ms": rig.ms(eager, lane, max(2, rig.sizes.repeats // 4)),
+        }
+
+    for rows in rig.sizes.chunks:
+        cases.take({"rows": rows}, partial(one, rows))
+    graphs.close()
+    return {}
 
 
 def _prompt(rig: Rig, tokens: int, start: int = 0) -> Span:
@@ -74,34 +107,34 @@ def _prefill_flop(rig: Rig, tokens: int) -> float:
     return config.n_layers * (2.0 * tokens * layer + attention)
 
 
-def prefill(rig: Rig) -> dict[str, Any]:
+def prefill(rig: Rig, cases: Cases) -> dict[str, Any]:
     """Milliseconds of a prompt, whole, in chunks and in slices of layers, and its share of the measured ceiling."""
     ceiling = ceilings(rig)["matmul_flop_per_s"]
-    runner, lane, rows = rig.runner, rig.gpu.whole().prefill, []
+    runner, lane, few = rig.runner, rig.gpu.whole().prefill, max(2, rig.sizes.repeats // 4)
     n_layers = runner.n_layers
-    for tokens in rig.sizes.prompts:
+
+    def one(tokens: int) -> dict[str, Any]:
         chunk = max(16, tokens // 4)
 
-        def whole(tokens: int = tokens) -> None:
+        def whole() -> None:
             runner.run_layers(runner.batch([_prompt(rig, tokens)], sm_count=lane.size), (0, n_layers))
 
-        def chunked(tokens: int = tokens, chunk: int = chunk) -> None:
+        def chunked() -> None:
             for end in range(chunk, tokens + chunk, chunk):
                 end = min(end, tokens)
                 span = _prompt(rig, end, max(0, end - chunk))
                 runner.run_layers(runner.batch([span], sm_count=lane.size), (0, n_layers))
 
-        def sliced(tokens: int = tokens) -> None:
-            _slices(rig, tokens, lane, lambda: None)
-
-        few = max(2, rig.sizes.repeats // 4)
         whole_ms = rig.ms(whole, lane, few)
-        rows.append({
-            "tokens": tokens, "whole_ms": whole_ms, "chunked_ms": rig.ms(chunked, lane, few), "chunk": chunk,
-            "layer_sliced_ms": rig.ms(sliced, lane, few),
+        return {
+            "whole_ms": whole_ms, "chunked_ms": rig.ms(chunked, lane, few), "chunk": chunk,
+            "layer_sliced_ms": rig.ms(lambda: _slices(rig, tokens, lane, lambda: None), lane, few),
             "share_of_ceiling": _prefill_flop(rig, tokens) / (whole_ms * 1e-3) / ceiling,
-        })  # fmt: skip
-    return {"ceiling_flop_per_s": ceiling, "rows": rows}
+        }  # fmt: skip
+
+    for tokens in rig.sizes.prompts:
+        cases.take({"tokens": tokens}, partial(one, tokens))
+    return {"ceiling_flop_per_s": ceiling}
 
 
 def _slices(rig: Rig, tokens: int, lane: Lane, between: Callable[[], None]) -> None:
@@ -115,26 +148,31 @@ def _slices(rig: Rig, tokens: int, lane: Lane, between: Callable[[], None]) -> N
         between()
 
 
-def itl(rig: Rig) -> dict[str, Any]:
+def itl(rig: Rig, cases: Cases) -> dict[str, Any]:
     """Inter-token latency of a decode graph: alone, with prefill on plain streams, with prefill on a partition."""
     n, spans = rig.sizes.itl_batch, decode_spans(rig, rig.sizes.itl_batch)
-    rows = []
-    whole = rig.gpu.whole()
-    cases = [("alone", whole, False, None), ("plain streams", whole, True, None), ("plain streams", whole, True, 1e-4)]
-    for cut in rig.sizes.cuts[1:6]:
-        pair = rig.gpu.split(cut)
-        cases += [("partition, alone", pair, False, None), ("partition", pair, True, 1e-4)]
-    for name, pair, beside, interval in cases:
+    plans: list[tuple[str, int | None, bool, float | None]] = [
+        ("alone", None, False, None), ("plain streams", None, True, None), ("plain streams", None, True, 1e-4)
+    ]  # fmt: skip
+    for sms in rig.sizes.cuts[:5]:
+        plans += [("partition, alone", sms, False, None), ("partition", sms, True, 1e-4)]
+
+    def one(cut: int | None, beside: bool, interval: float | None) -> dict[str, Any]:
+        pair = rig.gpu.whole() if cut is None else rig.gpu.split(cut)
         graphs = graphs_on(rig, pair.decode, n)
         usual = sys.getswitchinterval()
         sys.setswitchinterval(interval or usual)
         try:
-            row = _side_by_side(rig, pair.decode, pair.prefill if beside else None, partial(graphs.logits, n, spans))
+            found = _side_by_side(rig, pair.decode, pair.prefill if beside else None, partial(graphs.replay, spans))
         finally:
             sys.setswitchinterval(usual)
-        rows.append({"mode": name, "decode_sms": pair.decode.size, "prefill_sms": pair.prefill.size if beside else None,
-                     "switch_interval_s": interval or usual, **row})  # fmt: skip
-    return {"batch": n, "prompt": rig.sizes.itl_prompt, "context": rig.sizes.context, "rows": rows}
+            graphs.close()
+        return found | {"decode_sms": pair.decode.size, "prefill_sms": pair.prefill.size if beside else None,
+                        "switch_interval_s": interval or usual}  # fmt: skip
+
+    for mode, cut, beside, interval in plans:
+        cases.take({"mode": mode}, partial(one, cut, beside, interval))
+    return {"batch": n, "prompt": rig.sizes.itl_prompt, "context": rig.sizes.context}
 
 
 def _side_by_side(rig: Rig, decode_lane: Lane, prefill_lane: Lane | None, step: Callable[[], Any]) -> dict[str, Any]:

@@ -1,67 +1,20 @@
-"""The device and its partitions: what there is, what splits give, how fast each part is, what a switch costs."""
+"""Partitions: how fast each part of the device is, where a graph runs, what a change costs."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
-from engine.errors import SlalomError
 from engine.kernels import Batch, Span, Spans
 from engine.lanes.base import Lane
-from engine.live.graphs import DecodeGraphs
+from engine.live.graphs import LaneGraphs
+from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["all_splits", "ceilings", "graph_follows_capture", "slowdown", "sm_resource", "switch_cost", "versions"]
-
-
-def versions(rig: Rig) -> dict[str, Any]:
-    """Packages, driver and device by name."""
-    found: dict[str, Any] = {}
-    for package in ("torch", "triton", "cuda-bindings", "numpy", "numba", "transformers"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    if not rig.dry:
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "multiprocessors": properties.multi_processor_count,
-                  "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}  # fmt: skip
-    return found
-
-
-def sm_resource(rig: Rig) -> dict[str, Any]:
-    """SMs that can be partitioned, the fewest of a part, their alignment."""
-    whole = rig.driver.sms()
-    return {"sms": whole.sms, "least": whole.least, "alignment": whole.alignment}
-
-
-def all_splits(rig: Rig) -> dict[str, Any]:
-    """What the driver makes of a group of n SMs: (asked, group, remainder)."""
-    whole = rig.driver.sms()
-    rows: list[dict[str, Any]] = []
-    for asked in rig.sizes.decode_sms:
-        try:
-            group, rest = rig.driver.split(whole, asked)
-            rows.append({"asked": asked, "group": group.sms, "remainder": rest.sms})
-        except SlalomError as error:
-            rows.append({"asked": asked, "error": str(error)})
-    return {"splits": rows}
-
-
-def ceilings(rig: Rig) -> dict[str, Any]:
-    """Bytes per second of a large copy (read and written), FLOP per second of a large matrix product."""
-    source = torch.empty(rig.sizes.copy_bytes, dtype=torch.uint8, device=rig.device)
-    target = torch.empty_like(source)
-    copy_ms = rig.ms(lambda: target.copy_(source))
-    n = rig.sizes.square
-    a, b = rig.noise(n, n), rig.noise(n, n, seed=1)
-    product_ms = rig.ms(lambda: a @ b)
-    return {"copy_bytes_per_s": 2 * source.numel() / copy_ms * 1e3, "matmul_flop_per_s": 2 * n**3 / product_ms * 1e3}
+__all__ = ["decode_spans", "graph_follows_capture", "graphs_on", "slowdown", "switch_cost"]
 
 
 def attention_batch(rig: Rig, n: int, new: int, context: int, sms: int) -> tuple[Batch, int]:
@@ -71,7 +24,7 @@ def attention_batch(rig: Rig, n: int, new: int, context: int, sms: int) -> tuple
     return Batch.build(spans, block_tokens=16, device=rig.device, sm_count=sms), n * each
 
 
-def slowdown(rig: Rig) -> dict[str, Any]:
+def slowdown(rig: Rig, cases: Cases) -> dict[str, Any]:
     """One product and two attention calls on each half of each cut, alone; milliseconds by SMs."""
     m, k, n = rig.sizes.gemm
     x, w = rig.noise(m, k), rig.noise(n, k, seed=1)
@@ -83,7 +36,8 @@ def slowdown(rig: Rig) -> dict[str, Any]:
     long = rig.noise(prompt, heads, dim)
     cache = rig.noise(2, decodes * -(-context // 16), 16, kv_heads, dim)
 
-    def on(lane: Lane) -> dict[str, Any]:
+    def on(cut: int | None, l: int) -> dict[str, Any]:
+        lane = (rig.gpu.whole() if cut is None else rig.gpu.split(cut))[l]
         decode, _ = attention_batch(rig, decodes, 1, context, lane.size)
         prefill, _ = attention_batch(rig, 1, prompt, prompt, lane.size)
         return {
@@ -93,13 +47,12 @@ def slowdown(rig: Rig) -> dict[str, Any]:
             "prefill_attention_ms": rig.ms(lambda: rig.kernels.attend(long, cache, prefill, dim**-0.5), lane),
         }
 
-    rows = [on(rig.gpu.whole().decode)]
+    cases.take({"cut": None}, partial(on, None, 1))
     for cut in rig.sizes.cuts:
-        pair = rig.gpu.split(cut)
-        rows += [on(pair.decode), on(pair.prefill)]
+        cases.take({"cut": cut, "lane": "decode"}, partial(on, cut, 1))
+        cases.take({"cut": cut, "lane": "prefill"}, partial(on, cut, 0))
     return {"shape": {"gemm": [m, k, n], "heads": [heads, kv_heads, dim], "decodes": decodes, "context": context,
-                      "prompt": prompt},
-            "lanes": sorted(rows, key=lambda row: row["sms"])}  # fmt: skip
+                      "prompt": prompt}}  # fmt: skip
 
 
 def decode_spans(rig: Rig, n: int) -> Spans:
@@ -108,39 +61,43 @@ def decode_spans(rig: Rig, n: int) -> Spans:
     return Spans.of(Span([7], rig.sizes.context, range(k * each, (k + 1) * each)) for k in range(n))
 
 
-def graphs_on(rig: Rig, lane: Lane, *buckets: int) -> DecodeGraphs:
-    """Decode graphs of the big model captured on ``lane``; refuses to go on without."""
-    width = -(-(rig.sizes.context + 2) // 16)
-    graphs = DecodeGraphs(
-        rig.runner, lane, rig.capturer(), width=width, buckets=buckets, most_bytes=40 << 30, replayable=rig.replayable
-    )
-    if graphs.missing:
-        raise RuntimeError(f"no graph: {graphs.missing}")
-    return graphs
+def graphs_on(rig: Rig, lane: Lane, *decodes: int, chunks: tuple[int, ...] = ()) -> LaneGraphs:
+    """Graphs of the big model captured on ``lane``."""
+    width = -(-(max(rig.sizes.context, *chunks, 0) + 2) // 16) if chunks else -(-(rig.sizes.context + 2) // 16)
+    return LaneGraphs(
+        rig.runner, lane, rig.capturer(), width=width, decodes=decodes, chunks=chunks, most_bytes=40 << 30,
+        replayable=True,
+    )  # fmt: skip
 
 
-def graph_follows_capture(rig: Rig) -> dict[str, Any]:
+def graph_follows_capture(rig: Rig, cases: Cases) -> dict[str, Any]:
     """A graph captured on a small lane and on a plain stream, each replayed on the other."""
     n = rig.sizes.itl_batch
     spans = decode_spans(rig, n)
-    small, plain = rig.gpu.split(rig.sizes.cuts[1]).decode, rig.gpu.whole().decode
-    rows = []
+    small, plain = rig.gpu.split(rig.sizes.cuts[0]).decode, rig.gpu.whole().decode
+
+    def timed(graphs: LaneGraphs, lane: Lane) -> dict[str, Any]:
+        return {"ms": rig.ms(partial(graphs.replay, spans), lane)}
+
     for captured, on in (("small", small), ("plain", plain)):
         graphs = graphs_on(rig, on, n)
         for replayed, lane in (("small", small), ("plain", plain)):
-            ms = rig.ms(partial(graphs.logits, n, spans), lane)
-            rows.append({"captured": captured, "replayed": replayed, "ms": ms})
-    return {"small_sms": small.size, "rows": rows}
+            cases.take(
+                {"captured": captured, "replayed": replayed},
+                partial(timed, graphs, lane),
+            )
+        graphs.close()
+    return {"small_sms": small.size}
 
 
-def switch_cost(rig: Rig) -> dict[str, Any]:
+def switch_cost(rig: Rig, cases: Cases) -> dict[str, Any]:
     """Milliseconds of a decode step (host) without a change of partition, with one by event, with one by full drain."""
     n = rig.sizes.batches[0]
     spans = decode_spans(rig, n)
-    lanes = [rig.gpu.split(cut).decode for cut in rig.sizes.cuts[1:3]]
+    lanes = [rig.gpu.split(cut).decode for cut in rig.sizes.cuts[:2]]
     sets = [graphs_on(rig, lane, n) for lane in lanes]
 
-    def steps(kind: str) -> float:
+    def steps(kind: str) -> dict[str, Any]:
         begin = time.perf_counter()
         for k in range(rig.sizes.itl_steps):
             use = k % len(lanes) if kind != "none" else 0
@@ -150,11 +107,11 @@ def switch_cost(rig: Rig) -> dict[str, Any]:
             with lane.open():
                 if kind == "event":
                     lane.follow(before)
-                sets[use].logits(n, spans)
-        rig.sync()
-        return (time.perf_counter() - begin) / rig.sizes.itl_steps * 1e3
+                sets[use].replay(spans)
+            lane.wait()  # the static input is overwritten by the next step
+        return {"step_ms": (time.perf_counter() - begin) / rig.sizes.itl_steps * 1e3}
 
     for kind in ("none", "event", "drain"):
         steps(kind)
-    return {"decode_sms": [lane.size for lane in lanes], "batch": n,
-            "step_ms": {kind: steps(kind) for kind in ("none", "event", "drain")}}  # fmt: skip
+        cases.take({"kind": kind}, partial(steps, kind))
+    return {"decode_sms": [lane.size for lane in lanes], "batch": n}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from engine.model import KVPool, ModelRunner, load_model
 
 __all__ = ["REAL", "TINY", "Rig", "Sizes", "make_rig"]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -31,12 +33,13 @@ class Sizes:
     dtypes: tuple[torch.dtype, ...]
     batches: tuple[int, ...]
     context: int
+    chunks: tuple[int, ...]
     prompts: tuple[int, ...]
     gemm: tuple[int, int, int]
     square: int
     copy_bytes: int
     decode_sms: tuple[int, ...]
-    cuts: tuple[int, ...]
+    cuts: tuple[int, ...]  # SMs of decode; the least certain last
     repeats: int
     itl_steps: int
     itl_batch: int
@@ -46,14 +49,15 @@ class Sizes:
 
 REAL = Sizes(
     model="dummy:llama-8b", dtypes=(torch.bfloat16, torch.float16), batches=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    context=1024, prompts=(512, 2048, 8192), gemm=(2048, 4096, 14336), square=8192, copy_bytes=4 << 30,
-    decode_sms=tuple(range(8, 125, 4)), cuts=(12, 20, 28, 36, 44, 60, 76, 92, 108), repeats=20, itl_steps=300,
+    context=1024, chunks=(16, 64, 128, 256, 384), prompts=(512, 2048, 8192), gemm=(2048, 4096, 14336), square=8192,
+    copy_bytes=4 << 30,
+    decode_sms=tuple(range(8, 125, 4)), cuts=(20, 28, 36, 44, 60, 76, 92, 108, 12), repeats=20, itl_steps=300,
     itl_batch=32, itl_prompt=4096, heads=(32, 8, 128),
 )  # fmt: skip
 TINY = Sizes(
-    model="dummy:tiny", dtypes=(torch.float16,), batches=(1, 3), context=40, prompts=(24,), gemm=(8, 16, 16),
-    square=16, copy_bytes=1 << 10, decode_sms=(8, 20, 23), cuts=(20, 36), repeats=2, itl_steps=6, itl_batch=2,
-    itl_prompt=32, heads=(4, 2, 16),
+    model="dummy:tiny", dtypes=(torch.float16,), batches=(1, 3), context=40, chunks=(16,), prompts=(24,),
+    gemm=(8, 16, 16), square=16, copy_bytes=1 << 10, decode_sms=(8, 20, 23), cuts=(20, 36), repeats=2, itl_steps=6,
+    itl_batch=2, itl_prompt=32, heads=(4, 2, 16),
 )  # fmt: skip
 
 
@@ -62,15 +66,11 @@ class Rig:
 
     def __init__(self, device: str, sizes: Sizes, driver: Driver, streams: Streams, *, dry: bool) -> None:
         self.device, self.sizes, self.dry = torch.device(device), sizes, dry
-        self.driver, self.gpu = driver, GpuDevice(driver, streams)
+        self.driver, self.streams, self.gpu = driver, streams, GpuDevice(driver, streams)
         self.dtype = torch.float32 if dry else torch.bfloat16
 
     def capturer(self) -> Capturer:
         return DryCapturer() if self.dry else CudaCapturer(0)
-
-    @property
-    def replayable(self) -> tuple[str, ...]:
-        return (self.kernels.name,)
 
     @cached_property
     def kernels(self) -> Kernels:
@@ -182,14 +182,17 @@ class DryStreams:
 class DryCapturer:
     """Runs the function again instead of a graph."""
 
-    def capture(self, lane: Lane, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        with torch.inference_mode():
-            result = function().clone()
+    def capture(self, lane: Lane, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        result: Any = function()
+        kept: Any = tuple(x.clone() for x in result) if isinstance(result, tuple) else result.clone()
 
         def replay() -> None:
-            result.copy_(function())
+            found: Any = function()
+            pairs = zip(kept, found, strict=True) if isinstance(kept, tuple) else [(kept, found)]
+            for old, new in pairs:
+                old.copy_(new)
 
-        return replay, result
+        return replay, kept
 
     def held_bytes(self) -> int:
         return 0

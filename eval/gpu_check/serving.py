@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import threading
+import time
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
+from engine.core.kinds import Batching, Role
+from engine.core.setup import InstanceSpec, SloClass
+from engine.latency.evaluate import PROFILE, SHARE
+from engine.live.engine import Engine, build_state
+from engine.model import SamplingParams, load_model, load_tokenizer
+from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
 __all__ = ["engine_tokens"]
@@ -16,11 +25,7 @@ class _First:
     """Always the first answer that is allowed."""
 
     name, needs, arrangement = "first", 1, None
-
-    def __init__(self) -> None:
-        import numpy as np
-
-        self.params, self.memory = np.zeros(1), np.zeros(1)
+    params, memory = np.zeros(1), np.zeros(1)
 
     def decide(self, context: Any, candidates: Any, mask: Any, params: Any, memory: Any) -> int:
         return int(mask.nonzero()[0][0])
@@ -29,16 +34,8 @@ class _First:
         return {}
 
 
-def engine_tokens(rig: Rig) -> dict[str, Any]:
-    """Greedy tokens of the tiny model in fp32, in every mode the same; which lanes and graphs there were."""
-    import numpy as np
-
-    from engine.core.kinds import Batching, Role
-    from engine.core.setup import InstanceSpec, SloClass
-    from engine.latency.evaluate import PROFILE, SHARE
-    from engine.live.engine import Engine, build_state
-    from engine.model import SamplingParams, load_model, load_tokenizer
-
+def engine_tokens(rig: Rig, cases: Cases) -> dict[str, Any]:
+    """Greedy tokens of the tiny model in fp32: the same in every mode, with graphs and without."""
     model, tokenizer = load_model("dummy:tiny", device=rig.device), load_tokenizer("dummy:tiny")
     total = torch.get_num_threads() if rig.dry else rig.gpu.total
     sizes = [1] if rig.dry else [20, 60, total]
@@ -60,10 +57,14 @@ def engine_tokens(rig: Rig) -> dict[str, Any]:
         "copied": [InstanceSpec(Role.PREFILL, 0, kv), InstanceSpec(Role.DECODE, 1, kv)],
         "in place": [InstanceSpec(Role.PREFILL, 0, kv), InstanceSpec(Role.DECODE, 0, kv)],
     }
-    rows, expected = [], None
-    for mode, specs in modes.items():
+    expected: list[list[int]] = []
+
+    def one(mode: str, specs: list[InstanceSpec], eager: bool) -> dict[str, Any]:
+        nonlocal expected
         state = build_state(specs, profile, share, classes=[SloClass(1.0, 0.1)], prefix_cache=False, max_requests=16)
-        engine: Any = Engine(model, tokenizer, state, _First()).start()
+        begin = time.monotonic()
+        engine: Any = Engine(model, tokenizer, state, _First(), eager=eager).start()
+        ready = time.monotonic() - begin
         try:
             said = _serve(engine, prompts, greedy)
         finally:
@@ -72,11 +73,15 @@ def engine_tokens(rig: Rig) -> dict[str, Any]:
             raise AssertionError(f"{mode}: the engine did not end well: {engine.failure!r}")
         expected = expected or said
         if said != expected:
-            raise AssertionError(f"{mode}: other tokens than in mode mixed")
+            raise AssertionError(f"{mode}: other tokens than in the first mode")
         lanes = [host.lanes.describe() for host in engine._hosts]
         without = [dict(lane.runner.executor.without_graph) for lane in engine.instances._lanes]
-        rows.append({"mode": mode, "lanes": lanes, "without_graph": without})
-    return {"equal": True, "modes": rows}
+        return {"ready_s": ready, "lanes": lanes, "without_graph": without}
+
+    for mode, specs in modes.items():
+        for eager in (True, False):
+            cases.take({"mode": mode, "eager": eager}, partial(one, mode, specs, eager))
+    return {"equal": not cases.errors}
 
 
 def _serve(engine: Any, prompts: list[list[int]], params: Any) -> list[list[int]]:

@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_cases import GREEDY, KV, PROMPTS, engine_on, mixed, send
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec
 from engine.core.state import ClusterState
 from engine.kernels import Batch, Span, Spans
+from engine.kernels.static import StaticBatch
+from engine.kernels.work import Tiling, work_list
 from engine.live.steps import LaneRunner
 from engine.workers.wire import step_from, step_message
 
@@ -42,10 +46,10 @@ def in_dirty_buffers(spans: list[Span]) -> Spans:
     return Spans(own.tokens, own.counts, own.starts, own.sample, own.n_blocks, blocks[: len(spans)])
 
 
-@given(span_lists(), st.integers(0, 9), st.integers(0, 12))
-def test_columns_give_the_batch_of_the_plain_definition(spans: list[Span], pad_to: int, table_width: int) -> None:
+@given(span_lists(), st.integers(0, 9))
+def test_columns_give_the_batch_of_the_plain_definition(spans: list[Span], pad_to: int) -> None:
     columns = in_dirty_buffers(spans)
-    batch = Batch.build(columns, block_tokens=PAGE, pad_to=pad_to, table_width=table_width)
+    batch = Batch.build(columns, block_tokens=PAGE, pad_to=pad_to)
     padding = max(0, pad_to - len(spans))
     tokens = [t for span in spans for t in span.tokens]
     positions = [span.start + k for span in spans for k in range(len(span.tokens))]
@@ -65,10 +69,10 @@ def test_columns_give_the_batch_of_the_plain_definition(spans: list[Span], pad_t
     assert batch.sample_rows.tolist() == [end - 1 for end, yes in zip(ends, wanted, strict=True) if yes]
     assert batch.query_tokens == (*(len(span.tokens) for span in spans), *[1] * padding)
     assert batch.max_query == max(len(span.tokens) for span in spans)
-    assert batch.block_tables.shape == (len(contexts), max(table_width, *(len(span.blocks) for span in spans)))
+    assert batch.block_tables.shape == (len(contexts), max(len(span.blocks) for span in spans))
     for row, span in zip(batch.block_tables.tolist(), spans, strict=False):
         assert row[: len(span.blocks)] == span.blocks
-    plain = Batch.build(spans, block_tokens=PAGE, pad_to=pad_to, table_width=table_width)
+    plain = Batch.build(spans, block_tokens=PAGE, pad_to=pad_to)
     for name in ("tokens", "positions", "query_starts", "context_lens", "slots", "sample_rows"):
         mine, theirs = getattr(batch, name), getattr(plain, name)
         assert mine.dtype == theirs.dtype
@@ -155,3 +159,50 @@ def chain_of(state: ClusterState, i: int, r: int) -> list[int]:
         blocks.append(b - int(state.pool[state.inst[i]["pool"]]["base"]))
         b = int(state.block[b]["parent"])
     return blocks[::-1]
+
+
+class Copies(TorchDispatchMode):
+    """Counts what torch copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += "copy" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@given(st.lists(span_lists(), min_size=1, max_size=3), st.booleans())
+def test_the_input_of_a_graph_is_the_batch_and_arrives_by_one_copy(passes: list[list[Span]], decodes: bool) -> None:
+    """Passes one after the other in the same room: nothing of the one before is left."""
+    tiling, rows = Tiling(1 if decodes else 4, 64, 5), 256
+    if decodes:
+        passes = [[Span(s.tokens[:1], s.start, s.blocks) for s in spans] for spans in passes]
+    static = StaticBatch(
+        rows=rows, sequences=rows if decodes else 8, decodes=decodes, width=16, block_tokens=PAGE, tiling=tiling,
+        sm_count=3, device="cpu",
+    )  # fmt: skip
+    places = {name: getattr(static.batch, name).data_ptr() for name in ("tokens", "slots", "block_tables")}
+    assert set(static.batch.slots.tolist()) == {-1}, "the capture would write KV"
+    for spans in passes:
+        columns = in_dirty_buffers(spans)
+        with Copies() as copies:
+            batch = static.fill(columns)
+        assert copies.n == 1
+        assert {name: getattr(batch, name).data_ptr() for name in places} == places, "a graph would read elsewhere"
+        plain = Batch.build(columns, block_tokens=PAGE, pad_to=rows if decodes else 0)
+        n = plain.n_rows
+        for name in ("tokens", "positions", "slots"):
+            assert torch.equal(getattr(batch, name)[:n], getattr(plain, name))
+        assert batch.tokens[n:].tolist() == batch.positions[n:].tolist() == [0] * (rows - n)
+        assert batch.slots[n:].tolist() == [-1] * (rows - n)
+        for name in ("context_lens", "query_starts", "block_tables", "sample_rows"):
+            assert torch.equal(getattr(batch, name), getattr(plain, name)), name
+        lists = work_list(
+            np.array(plain.query_tokens), np.array(plain.context_tokens), batch.block_tables.shape[1], tiling
+        )
+        work = batch.work(tiling)
+        for ours, expected in zip((work.items, work.merges), lists, strict=True):
+            assert np.array_equal(ours[: len(expected)].numpy(), expected)
+            assert not ours[len(expected) :].any(), "an item that is left over would be computed"

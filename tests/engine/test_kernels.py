@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from engine.errors import SlalomError
 from engine.kernels import Batch, Kernels, Span, make_kernels
+from engine.kernels.packing import upload
+from engine.kernels.work import Tiling, work_list
 
 torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -95,41 +99,68 @@ def test_attention_matches_the_definition(
     assert (out.double() - expected).abs().max() < TOLERANCE[dtype]
 
 
-def test_splitting_is_what_the_split_cases_exercise() -> None:
-    pytest.importorskip("triton")
-    from engine.kernels.triton_attention import plan_attention
+def items_of(counts: list[int], contexts: list[int], tiling: Tiling) -> tuple[np.ndarray, np.ndarray]:
+    return work_list(np.array(counts), np.array(contexts), 1000, tiling)
 
-    shape = {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "element_bytes": 2, "max_query": 1}
+
+def test_splitting_is_what_the_split_cases_exercise() -> None:
+    """Few programs split, short contexts and full lanes do not: by what fills 132 or 32 SMs at 8 KV heads."""
     splits = [
-        plan_attention(n_rows=n, n_seqs=n, max_context=context, sm_count=sms, **shape).splits
-        for n, context, sms in [(1, 8192, 132), (1, 128, 132), (64, 8192, 132), (8, 8192, 132), (8, 8192, 32)]
+        int(items_of([1] * n, [context] * n, Tiling(1, 64, fill))[1][:, 3].max(initial=1))
+        for n, context, fill in [(1, 8192, 33), (1, 128, 33), (64, 8192, 33), (8, 8192, 33), (8, 8192, 8)]
     ]
-    assert splits == [32, 1, 1, 4, 1], "few programs split, short contexts and full lanes do not"
+    assert splits == [32, 1, 1, 4, 1]
+
+
+def test_a_long_sequence_beside_short_ones_is_spread_over_the_lane() -> None:
+    """100 k tokens beside 63 of 200: by one rule for all sequences they would stay on one program for each KV head."""
+    items, merges = items_of([1] * 64, [100_000] + [200] * 63, Tiling(1, 64, 33))
+    tiles = items[:, 5] - items[:, 4]
+    assert merges.tolist() == [[0, 1, 0, 29]], "only the long one is split"
+    assert int(tiles.max()) <= 1.05 * 1563 / 29
+    assert len(items) == 63 + 29
 
 
 @given(
-    n_seqs=st.integers(1, 300),
-    max_query=st.sampled_from([1, 1, 64, 2048]),
-    context=st.integers(1, 131072),
-    sms=st.integers(1, 132),
-    more=st.integers(0, 132),
+    sequences=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 5000)), min_size=1, max_size=40),
+    padding=st.integers(0, 3),
+    tiling=st.builds(Tiling, st.sampled_from([1, 4, 32]), st.sampled_from([32, 64]), st.integers(1, 66)),
 )
-def test_splits_fill_the_lane_and_no_more(n_seqs: int, max_query: int, context: int, sms: int, more: int) -> None:
-    """Programs against the lane's SMs decide; a larger lane never gets fewer splits."""
-    pytest.importorskip("triton")
-    from engine.kernels.triton_attention import plan_attention
+def test_every_key_of_every_row_is_in_one_item(sequences: list[tuple[int, int]], padding: int, tiling: Tiling) -> None:
+    counts = [new for new, _ in sequences] + [1] * padding
+    contexts = [new + past for new, past in sequences] + [0] * padding
+    items, merges = items_of(counts, contexts, tiling)
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for table, row, rows, position, low, high, partial, _ in items.tolist():
+        for token in range(rows):
+            seen.setdefault(row + token, []).append((low, high))
+        sequence = table // 1000
+        assert row == sum(counts[:sequence]) + position - (contexts[sequence] - counts[sequence])
+        assert high <= -(-(position + rows) // tiling.keys)
+        assert partial < tiling.partials
+    assert sorted(seen) == list(range(sum(counts))), "a row without an item"
+    row = 0
+    for count, context in zip(counts, contexts, strict=True):
+        for k in range(count):
+            pieces = sorted(seen[row])
+            assert pieces[0][0] == 0
+            assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
+            assert pieces[-1][1] * tiling.keys >= context - count + k + 1, "keys are left out"
+            row += 1
+    assert len(items) <= tiling.items(sum(counts), len(counts))
+    assert len(merges) <= tiling.merges
+    assert merges[:, 3].max(initial=0) <= 32, "more than the merge holds"
+    split = items[items[:, 6] >= 0]
+    assert sorted(split[:, 6].tolist()) == list(range(int(merges[:, 3].sum()))), "partial results overlap"
 
-    shape = {"n_heads": 32, "n_kv_heads": 8, "head_dim": 128, "element_bytes": 2}
-    shape |= {"n_seqs": n_seqs, "max_query": max_query, "n_rows": n_seqs * max_query, "max_context": context}
-    plan = plan_attention(sm_count=sms, **shape)
-    programs = plan.query_blocks * 8
-    assert plan.splits >= 1
-    if plan.splits > 1:
-        assert programs * plan.splits <= 2 * sms, "more programs than the lane holds at once"
-        assert plan.splits * 4 * plan.block_n <= context, "splits too short to be worth a merge"
-    elif context >= 8 * plan.block_n:
-        assert programs > sms, "half of the lane is idle though the context could be split"
-    assert plan_attention(sm_count=sms + more, **shape).splits >= plan.splits
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_arrays_go_to_a_device_together_and_aligned(device: str) -> None:
+    arrays = [np.arange(3, dtype=np.int64), np.zeros((2, 5), np.int32), np.zeros(0, np.int32), np.ones(7, np.int64)]
+    placed = upload(arrays, device)
+    assert [(tuple(t.shape), t.dtype) for t in placed] == [(a.shape, torch.from_numpy(a).dtype) for a in arrays]
+    assert len({t.untyped_storage()._cdata for t in placed}) == 1, "more than one copy"
+    assert all(t.storage_offset() * t.element_size() % 16 == 0 for t in placed)
 
 
 def test_padding_rows_are_zero_and_leave_no_trace(kernels: Kernels) -> None:
@@ -144,7 +175,8 @@ def test_padding_rows_are_zero_and_leave_no_trace(kernels: Kernels) -> None:
     cache = torch.randn(2, blocks, PAGE, 2, 16)
     before = cache.clone()
     key, value = torch.randn(2, 2, 2, 16).unbind(0)
-    kernels.write_kv(key, value, cache, batch.slots)
+    still = torch.ones(2, 8), torch.zeros(2, 8)  # cosines and sines of no rotation
+    kernels.rope_write(torch.randn(2, 4, 16), key, value, *still, cache, batch.slots)
     slot = int(batch.slots[0])
     changed = (cache != before).flatten(1, 2).any(-1).any(-1)
     assert changed[0].nonzero().tolist() == changed[1].nonzero().tolist() == [[slot]]
@@ -199,11 +231,11 @@ def test_rms_norm(kernels: Kernels, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_rope_is_a_rotation_of_complex_pairs(kernels: Kernels, dtype: torch.dtype) -> None:
+def test_rope_is_a_rotation_of_complex_pairs_and_fills_the_slots(kernels: Kernels, dtype: torch.dtype) -> None:
     torch.manual_seed(4)
     packed = torch.randn(4, 7, 24).to(dtype)
-    untouched = packed[:, 5:].clone()
-    query, key = packed[:, :3], packed[:, 3:5]
+    query, key, value = packed[:, :3], packed[:, 3:5], packed[:, 5:].clone()
+    cache, slots = torch.zeros(2, 2, PAGE, 2, 24, dtype=dtype), torch.tensor([17, -1, 3, 31])
     angles = torch.rand(4, 12, dtype=torch.float64) * 6
 
     def rotated(x: Tensor) -> Tensor:
@@ -212,10 +244,14 @@ def test_rope_is_a_rotation_of_complex_pairs(kernels: Kernels, dtype: torch.dtyp
         return torch.cat((turned.real, turned.imag), -1)
 
     expected = rotated(query), rotated(key)
-    kernels.rope(query, key, angles.cos().float(), angles.sin().float())
-    for x, want in zip((query, key), expected, strict=True):
-        assert (x.double() - want).abs().max() < TOLERANCE[dtype]
-    assert torch.equal(packed[:, 5:], untouched)
+    kernels.rope_write(query, key, packed[:, 5:], angles.cos().float(), angles.sin().float(), cache, slots)
+    assert (query.double() - expected[0]).abs().max() < TOLERANCE[dtype]
+    assert torch.equal(packed[:, 5:], value)
+    kept, keys, values = slots >= 0, *cache.flatten(1, 2)
+    assert (keys[slots[kept]].double() - expected[1][kept]).abs().max() < TOLERANCE[dtype]
+    assert torch.equal(values[slots[kept]], value[kept])
+    others = torch.tensor([s not in slots.tolist() for s in range(2 * PAGE)])
+    assert not cache.flatten(1, 2)[:, others].any(), "KV where no slot is"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -232,8 +232,8 @@ def test_padding_changes_no_token_and_no_kv(tiny: ModelRunner, plain: list[list[
     for sequence in sequences:
         sequence.advance()
     spans = [sequence.span() for sequence in sequences]
-    padded = Batch.build(spans, block_tokens=PAGE, pad_to=8, table_width=20)
-    assert padded.block_tables.shape == (8, 20)
+    padded = Batch.build(spans, block_tokens=PAGE, pad_to=8)
+    assert padded.block_tables.shape[0] == 8
     unused = [layer[:, 60].clone() for layer in tiny.pool.layers]
     before = [layer[:, 0].clone() for layer in tiny.pool.layers]
     tokens = tiny.run(padded, [GREEDY] * 8, [0] * 8)[:3]
@@ -241,19 +241,6 @@ def test_padding_changes_no_token_and_no_kv(tiny: ModelRunner, plain: list[list[
     for layer, first, last in zip(tiny.pool.layers, before, unused, strict=True):
         assert torch.equal(layer[:, 0], first)
         assert torch.equal(layer[:, 60], last)
-
-    static = Batch.build([Span([0], 0, [0])], block_tokens=PAGE, pad_to=8, table_width=20)
-    static.copy_(padded)
-    for name in (
-        "tokens",
-        "positions",
-        "query_starts",
-        "context_lens",
-        "block_tables",
-        "slots",
-        "sample_rows",
-    ):
-        assert torch.equal(getattr(static, name), getattr(padded, name))
 
 
 def test_pool_sizes() -> None:

@@ -26,9 +26,9 @@ def test_predictions_are_what_steps_take(monkeypatch: pytest.MonkeyPatch) -> Non
     """Real steps on a clock that follows a known law: the profile is that law."""
     clock, batch = [0.0], ModelRunner.batch
 
-    def timed(self: ModelRunner, spans: Spans) -> Any:
+    def timed(self: ModelRunner, spans: Spans, sm_count: int) -> Any:
         clock[0] += law(spans)
-        return batch(self, spans)
+        return batch(self, spans, sm_count=sm_count)
 
     monkeypatch.setattr(ModelRunner, "batch", timed)
     monkeypatch.setattr("engine.calibration.quick.time", SimpleNamespace(perf_counter=lambda: clock[0]))

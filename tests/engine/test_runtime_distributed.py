@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import AuthenticationError
@@ -19,11 +19,14 @@ import pytest
 import torch
 from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, engine_on, mixed, send, until
 from runtime_cases import tables
+from test_graphs import Rerun
 
 from engine.core.kinds import Role
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.errors import SlalomError
+from engine.kernels.compiled import CompiledKernels
 from engine.live.engine import Engine, build_state
+from engine.live.graphs import Capturer
 from engine.model import KVPool, SamplingParams, open_checkpoint
 from engine.workers import kv as kv
 from engine.workers.kv import Puller, check_pipe
@@ -53,8 +56,8 @@ def expected() -> list[list[int]]:
 class InThread(Worker):
     """A worker in threads of this process: everything but the process is real."""
 
-    def __init__(self) -> None:
-        super().__init__(MODEL, TOKENIZER.eos_ids, "127.0.0.1")
+    def __init__(self, make: Callable[[], Capturer] | None = None) -> None:
+        super().__init__(MODEL, TOKENIZER.eos_ids, "127.0.0.1", make)
         self._listener = listen(("127.0.0.1", 0))
         self.address = self._listener.address
         threading.Thread(target=self._accept, daemon=True).start()
@@ -95,6 +98,28 @@ def test_requests_migrated_over_gloo_give_the_same_tokens(expected: list[list[in
         assert [caller.wait().tokens for caller in callers] == expected * 2
         assert engine.state.cluster[0]["n_migrated"] == len(callers)
         assert engine.instances.transfer_failures == 0
+
+
+def test_workers_replay_and_one_that_cannot_capture_says_so_in_one_line(
+    expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CompiledKernels, "replayable", True)
+    made: list[Rerun] = []
+
+    def make(**options: int) -> Rerun:
+        made.append(Rerun(**options))
+        return made[-1]
+
+    with served_by(Workers.join([InThread(make).text(), InThread(make).text()]), PD) as engine:
+        callers = [send(engine, prompt, LONG) for prompt in PROMPTS]
+        assert [caller.wait().tokens for caller in callers] == expected
+    assert len(made) == 4, "a capturer for each lane"
+    assert sum(capturer.replays > 0 for capturer in made) == 2, "prompts on one, decodes on the other"
+    broken = Workers.join([InThread(lambda: make(fail=2)).text()])
+    said = r"worker 127.0.0.1:\d+: got 'lane 0'.*step of 320 rows.*out of memory.*--eager"
+    with pytest.raises(SlalomError, match=said), served_by(broken, [replace(PD[0], role=Role.MIXED)]):
+        pass
+    broken.close()
 
 
 def test_two_instances_in_one_worker_copy_without_a_peer(expected: list[list[int]]) -> None:

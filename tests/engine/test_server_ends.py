@@ -17,7 +17,7 @@ from test_server import GREEDY, PROMPT, ROOT, Served, events
 
 from engine.errors import SlalomError
 from engine.model import ModelRunner
-from engine.model.available import check_device
+from engine.model.device import choose_device
 from engine.server.ending import reserve
 from policies.serve import Options, build
 
@@ -46,7 +46,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "meta", "mps"])
 def test_devices_that_are_not_there_are_refused(name: str) -> None:
     with pytest.raises(SlalomError, match="--device"):
-        check_device(name)
+        choose_device(name)
     with pytest.raises(SlalomError, match="--device"):
         build(Options("dummy:tiny", device=name))
 
