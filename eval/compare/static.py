@@ -86,17 +86,20 @@ def place_to_beat(scores: Sequence[float], places: int) -> float:
     return sorted(scores)[-places] if len(scores) >= places else 0.0
 
 
-def score_of(
-    evaluator: Evaluator, contender: Contender, rates: Sequence[float], seeds: Sequence[int], floor: float = 0.0
-) -> float:
-    """Levels at ``rates`` merged, lowest first; an upper bound of it once that falls below ``floor``."""
+def score_of(level: Callable[[float], float], rates: Sequence[float], floor: float = 0.0) -> float:
+    """Levels at ``rates`` merged, asked lowest first; an upper bound of it once that falls below ``floor``."""
     levels: list[float] = []
     for rate in sorted(rates):
-        levels.append(mean_level(evaluator, contender, rate, seeds))
+        levels.append(level(rate))
         bound = merged([*levels, *[min(levels[-1] + _SLACK, 1.0)] * (len(rates) - len(levels))])
         if bound < floor:
             return bound
     return merged(levels)
+
+
+def _level(evaluator: Evaluator, arrangement: Arrangement, seeds: Sequence[int]) -> Callable[[float], float]:
+    contender = as_contender(arrangement)
+    return lambda rate: mean_level(evaluator, contender, rate, seeds)
 
 
 def search_static(
@@ -128,7 +131,7 @@ def search_static(
         rates = [factor * _knee(search, listed, knee) for factor in factors]
         for arrangement in _trials(scenario, listed, trials, scored):
             floor = place_to_beat([score for score, _ in scored], finalists)
-            scored.append((score_of(search, as_contender(arrangement), rates, seeds, floor), arrangement))
+            scored.append((score_of(_level(search, arrangement, seeds), rates, floor), arrangement))
             if search.simulated_requests >= requests:
                 break
             if on_trial is not None:
@@ -136,7 +139,7 @@ def search_static(
     best = sorted(scored, key=lambda entry: -entry[0])[:finalists]
     fresh = range(VALID_SEED, VALID_SEED + valid_seeds)
     with Evaluator(scenario, replace(settings, split="valid"), jobs=jobs, measure=measure_level) as valid:
-        final = [(score_of(valid, as_contender(a), rates, fresh), score, a) for score, a in best]
+        final = [(score_of(_level(valid, a, fresh), rates), score, a) for score, a in best]
     final.sort(key=lambda entry: -entry[0])
     return StaticFound(
         contender=as_contender(final[0][2]),

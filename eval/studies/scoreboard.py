@@ -10,8 +10,9 @@
 
 Each opponent is searched with as many simulated requests as the checkpoint's whole training took
 (``train.search.tune``, so on the training split, ranked on validation windows), with the levers that the learned policy
-has: arrangement, queue order, chunks, SM shares. Then all meet the same test windows. ``OPPONENTS`` are the strongest
-published rules of ``--screen``, beside them ``static_plan``.
+has: arrangement, queue order, chunks, SM shares. Then all meet the same test windows. ``OPPONENTS`` are the strongest two
+published rules of ``--screen`` on azure-conv, mooncake, rag-prefix and classes, of the table of all rules elsewhere
+(``eval-policy --scenario all --policy all --tune 25``); beside them stands ``static_plan``.
 
 With scaled targets the opponents are searched anew under them; the checkpoint is the shipped one, which has never met
 them. The screening is that of the unscaled targets.
@@ -54,14 +55,14 @@ __all__ = [
 
 CHECKPOINTS = ROOT / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
-    "azure-conv-4xa100": ("linear_score", "splitwise", "muxwise", "taichi"),
-    "mooncake-pd-8xh100": ("tropical_code", "tropical", "linear_score", "taichi"),
-    "creation-pd-4xa100": ("llmd_latency", "chunked", "linear_score", "llmd_token_load"),
-    "tiny-4xa100": ("tropical_code", "tropical", "linear_score", "llmd_latency"),
-    "rag-prefix-4xa100": ("muxwise", "sglang_cache_aware", "linear_score", "duetserve"),
-    "azure-code-mux-4xa100": ("linear_score", "tropical", "tropical_code", "dopd_code"),
-    "shift-pd-8xa100": ("lodestar", "muxwise", "linear_score", "taichi"),
-    "classes-6xa100": ("linear_score", "mooncake", "tropical_code", "predicted_ttft"),
+    "azure-conv-4xa100": ("dyn_load", "splitwise"),
+    "mooncake-pd-8xh100": ("llmd_latency", "muxwise"),
+    "creation-pd-4xa100": ("llmd_latency", "chunked"),
+    "tiny-4xa100": ("tropical_code", "tropical"),
+    "rag-prefix-4xa100": ("sglang_cache_aware", "muxwise"),
+    "azure-code-mux-4xa100": ("tropical", "dopd_code"),
+    "shift-pd-8xa100": ("lodestar", "muxwise"),
+    "classes-6xa100": ("splitwise", "predicted_ttft"),
 }
 #: Whose best knee says where opponents are tuned when the targets are not the scenario's own.
 KNEE_RULES = ("least_tokens", "predicted_ttft", "static_split", "linear_score")

@@ -39,9 +39,12 @@ def world(monkeypatch, make_run):
     class World:
         runs, fail_after, fail = 0, None, KeyboardInterrupt
 
-    def simulate(scenario, policy, *, rate, n_requests, seed, split, values):
+    def bind(policy, scenario, values=None):
         if policy not in FACTORS:
             raise SlalomError("policy", policy, "choose another")
+        return policy
+
+    def simulate(scenario, policy, *, rate, n_requests, seed, split):
         if World.runs == World.fail_after:
             raise World.fail
         World.runs += 1
@@ -58,7 +61,7 @@ def world(monkeypatch, make_run):
     watched.shadow = lambda *request: None  # needs the real simulator, see test_shadow
     monkeypatch.setitem(sys.modules, "eval.compare.shadow", watched)
     scenario.Scenario = SimpleNamespace(load=lambda name: Scenario())
-    simulator.simulate = simulate
+    simulator.simulate, simulator.bind_policy = simulate, bind
     monkeypatch.setitem(sys.modules, "env.scenario", scenario)
     monkeypatch.setitem(sys.modules, "env.surrogate.simulate", simulator)
     monkeypatch.setattr("eval.compare.session.search_all", lasting)  # the real search: test_sustained, test_headline

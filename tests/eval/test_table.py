@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.errors import SlalomError
-from env.measure.contender import Contender, PointSettings
+from env.measure.contender import PointSettings
 from env.measure.digest import scenario_hash
 from env.measure.evaluator import Evaluator
 from env.scenario import Scenario
@@ -18,6 +17,7 @@ from eval.compare import table
 from eval.compare.static import as_contender, place_to_beat, score_of, search_static, spread
 from eval.placement.placement import arrangements
 from eval.report.table_page import markdown, page, summary
+from train.search.fitness import merged
 
 CHAT = "azure-conv-4xa100"
 
@@ -37,20 +37,19 @@ def test_runs_are_long_against_the_time_a_request_may_take() -> None:
 
 
 def test_a_hopeless_trial_stops_early_at_a_bound_that_cannot_win() -> None:
-    class Curve:
-        asked = 0
+    asked: list[float] = []
 
-        def attainment(self, contender: Any, rate: float, seeds: Sequence[int]) -> float:
-            self.asked += 1
-            return {1.0: 0.3, 2.0: 0.2, 3.0: 0.1}[rate]
+    def level(rate: float) -> float:
+        asked.append(rate)
+        return {1.0: 0.3, 2.0: 0.2, 3.0: 0.1}[rate]
 
-    curve: Any = Curve()
     rates = (2.0, 1.0, 3.0)
-    assert score_of(curve, Contender("x"), rates, (0,)) == pytest.approx(0.2)
-    curve.asked = 0
-    bound = score_of(curve, Contender("x"), rates, (0,), floor=0.5)
-    assert curve.asked == 1
-    assert 0.2 <= bound < 0.5
+    assert score_of(level, rates) == pytest.approx(merged([0.3, 0.2, 0.1]))
+    assert asked == [1.0, 2.0, 3.0]
+    asked.clear()
+    bound = score_of(level, rates, floor=0.5)
+    assert asked == [1.0]
+    assert merged([0.3, 0.2, 0.1]) <= bound < 0.5
     assert place_to_beat([0.1, 0.9, 0.5], 2) == 0.5
     assert place_to_beat([0.9], 2) == 0.0
 
