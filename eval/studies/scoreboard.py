@@ -10,7 +10,7 @@
 
 Each opponent is searched with as many simulated requests as the checkpoint's whole training took
 (``train.search.tune``, so on the training split, ranked on validation windows), with the levers that the learned policy
-has: arrangement, queue order, chunks, SM shares. Then all meet the same test windows. ``OPPONENTS`` are the strongest two
+has: arrangement, queue order, chunks, SM shares. Then all meet the same test windows. ``OPPONENTS`` are the two best
 published rules of ``--screen`` on azure-conv, mooncake, rag-prefix and classes, of the table of all rules elsewhere
 (``eval-policy --scenario all --policy all --tune 25``); beside them stands ``static_plan``.
 
