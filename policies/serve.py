@@ -12,15 +12,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
-import yaml
 
+from engine.common.documents import read_yaml
 from engine.common.options import option, takes
-from engine.common.regular import check_regular
 from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
@@ -96,11 +94,7 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
     """
     if not path:
         return {"default": SloClass(ttft_s, tpot_s)}
-    check_regular(path)
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SlalomError("--classes", path, f"give a YAML file: {error}") from error
+    content = read_yaml(path, "--classes")
     entries = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise SlalomError("--classes", path, "the file needs a list `classes`")

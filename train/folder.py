@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.common import provenance
+from engine.common.documents import read_text
 from engine.common.files import claim, read_json, write_json, write_text
 from engine.errors import SlalomError
 from train.config import TrainConfig
@@ -82,11 +83,13 @@ class RunFolder:
             raise SlalomError("--resume", str(self.root), "no run there; start one without --resume")
         claim(self.root)
         before = read_json(self.request)
+        if not isinstance(before, dict):
+            raise SlalomError("--resume", str(self.request), "the file is damaged; start anew in another folder")
         for name, value in request.items():
             if before.get(name) != value:
                 fix = f"the run in {self.root} has {before.get(name)!r}; repeat its command (command.txt)"
                 raise SlalomError(f"--resume: {name}", value, fix)
-        if (self.root / "config.yml").read_text() != config.to_yaml():
+        if read_text(self.root / "config.yml", "--resume") != config.to_yaml():
             raise SlalomError("--resume: hyper-parameters", "others", f"use --config {self.root / 'config.yml'}")
 
 

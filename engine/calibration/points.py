@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.common.appends import append_line, heal
-from engine.common.regular import LARGE, check_regular
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 
 __all__ = ["Kind", "Measured", "Point", "Store"]
@@ -84,7 +84,7 @@ class Store:
             self._append({"identity": self._identity})
 
     def _read(self) -> None:
-        check_regular(self.path, LARGE)
+        check_regular(self.path)
         heal(self.path)
         rows = list(self._rows())
         found = rows[0].get("identity") if rows else self._identity
@@ -112,7 +112,7 @@ class Store:
         for line in self.path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             yield row if isinstance(row, dict) else {}
 

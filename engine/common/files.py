@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from engine.common import documents
+from engine.common.regular import LARGE
 from engine.errors import SlalomError
 
 __all__ = ["claim", "read_json", "write_bytes", "write_json", "write_text"]
@@ -94,8 +96,8 @@ def read_json(path: Path) -> Any:
     :raises SlalomError: missing, unreadable, not JSON, or other than it was when it was sealed
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = documents.read_json(path, "result file", LARGE)
+    except SlalomError as error:
         raise SlalomError("result file", str(path), f"delete it or choose another folder ({error})") from error
     if isinstance(value, dict) and _SUM in value:
         seal = value.pop(_SUM)

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.common.regular import check_regular
+from engine.common.documents import json_of, read_text
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
 from engine.latency import evaluate
@@ -216,11 +216,8 @@ class Profile(Strict):
             path = profiles_dir() / f"{name_or_path}.json"
             if not path.is_file():
                 raise SlalomError("profile", str(name_or_path), "use one of: " + ", ".join(list_profiles()))
-        check_regular(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SlalomError("profile", str(path), f"give a readable profile file ({error})") from error
+        text = read_text(path, "profile")
+        json_of(text, path.name, constants=True)  # the fields say which may be infinite
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -172,16 +172,18 @@ def _read_clients(rates_path: str, lengths_path: str | None, stamps: tuple[int, 
 def _read_lengths(path: Path) -> dict[tuple[int, int], tuple[QuantileMarginal, QuantileMarginal]]:
     table = read_jsonl(path, {"client": "client_id", "windows": "windows"})
     found = {}
+    table.require("windows", lambda windows: isinstance(windows, dict), "give a mapping from start to PDFs")
     for row, windows in enumerate(table.columns["windows"]):
-        for start, pdfs in windows.items():
+        for start, pdfs in (windows or {}).items():
             try:
                 pair = _marginal(pdfs["input_tokens"]), _marginal(pdfs["output_tokens"])
-            except (KeyError, ValueError) as error:
+                known = int(table.columns["client"][row]), int(start)
+            except (KeyError, ValueError, TypeError, AttributeError, OverflowError, IndexError) as error:
                 raise SlalomError(
                     table.place(row), start, f"write PDFs as {{tokens: probability}} ({error})"
                 ) from error
             if pair[0] is not None and pair[1] is not None:
-                found[int(table.columns["client"][row]), int(start)] = (pair[0], pair[1])
+                found[known] = (pair[0], pair[1])
     return found
 
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
+from engine.common.documents import json_of
 from engine.common.regular import LARGE, SMALL, check_regular
 from engine.core.columns import Kind, Need
 from engine.core.policy import InstancePlan
@@ -328,15 +329,7 @@ def _read(path: Path) -> bytes:
 
 
 def _read_json(path: Path) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not allowed")
-
-    try:
-        return json.loads(_read(path).decode(), parse_constant=refuse)
-    except SlalomError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise SlalomError(str(path), str(error), "not valid JSON; copy the checkpoint again") from error
+    return json_of(_read(path), str(path))
 
 
 def _refusal(where: str, error: ValidationError) -> SlalomError:
