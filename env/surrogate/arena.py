@@ -26,6 +26,7 @@ from engine.errors import SlalomError
 from engine.latency import pack
 from env.scenario import Scenario
 from env.workload import Trace, assign_classes
+from env.workload.trace import classes_by_name
 from policies.setting import Setting
 
 __all__ = ["Arena", "arena_of", "build_trace", "jittered", "requests_of", "slowed"]
@@ -87,6 +88,7 @@ class Arena:
         )
         if trace is None:
             return state
+        trace = classes_by_name(trace, [c.name for c in self.scenario.classes])
         check_classes(trace, len(self.classes))
         state.cluster["n_requests"] = trace.n
         return state._replace(req=requests_of(trace))
@@ -196,11 +198,14 @@ def arena_of(scenario: Scenario) -> Arena:
 
 
 def build_trace(scenario: Scenario, rate: float, n: int, seed: int, split: Any) -> Trace:
-    """Requests of the scenario's workload; classes drawn by its shares unless the workload binds them."""
-    trace = scenario.workload.build(rate, n, seed, split)
+    """Requests of the scenario's workload; classes drawn by its shares unless the workload binds them.
+
+    :raises SlalomError: the workload names a class that is none of the scenario's; see also ``WorkloadBase.build``
+    """
+    trace = scenario.workload.build(rate, n, seed, split, [c.name for c in scenario.classes])
     check_classes(trace, len(scenario.classes))
     shares = [c.share for c in scenario.classes]
-    return assign_classes(trace, shares, seed) if len(shares) > 1 and not trace.cls.any() else trace
+    return trace if trace.bound or len(shares) == 1 else assign_classes(trace, shares, seed)
 
 
 def check_classes(trace: Trace, n: int) -> None:

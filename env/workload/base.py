@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -36,14 +37,16 @@ class WorkloadBase(Model, ABC):
         return ""
 
     @abstractmethod
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         """Draw an episode.
 
         :param rate: open-loop requests per second
         :param n: requests, follow-up turns included
         :param seed: the same seed and split give the same trace
         :param split: streams and windows of different splits never overlap
-        :raises SlalomError: the source cannot give ``n`` requests, or a file is bad
+        :param classes: names of the scenario's SLO classes, in order, among which those of a file are looked up;
+            without any they are numbered as they appear
+        :raises SlalomError: a class that is none of these, the source cannot give ``n`` requests, or a file is bad
         """
 
 

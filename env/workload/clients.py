@@ -7,6 +7,7 @@ rate. Each client keeps its share of the asked rate, its family of gaps and its 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +68,7 @@ class ClientsSpec(WorkloadBase):
             raise ValueError("give lengths_path or lengths with rates_path")
         return self
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
         if self.preset:

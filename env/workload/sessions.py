@@ -3,6 +3,7 @@ so later arrivals depend on the policy under test."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -96,7 +97,7 @@ class SessionsSpec(WorkloadBase):
             return _PRESETS[given["preset"]] | given
         return given
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
         session, prompt, output, skipped = self._turns(n, rng)

@@ -7,6 +7,7 @@ An episode lasts ``duration_s`` seconds, whatever the length of a run: a longer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -114,7 +115,7 @@ class ShiftSpec(WorkloadBase):
             f"after it began ({done} complete)"
         )
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
         phases = self.phases
