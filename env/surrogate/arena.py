@@ -161,7 +161,7 @@ def _jitter(scenario: Scenario) -> float:
 
 def _mean_lengths(scenario: Scenario) -> tuple[float, float]:
     """Mean prompt and output tokens of the training window, for rules that plan ahead."""
-    trace = scenario.workload.build(scenario.reference_rate, min(500, scenario.n_requests), 0, "train")
+    trace = _drawn(scenario, scenario.reference_rate, min(500, scenario.n_requests), 0, "train")
     return float(trace.prompt.mean()), float(trace.output.mean())
 
 
@@ -202,10 +202,17 @@ def build_trace(scenario: Scenario, rate: float, n: int, seed: int, split: Any) 
 
     :raises SlalomError: the workload names a class that is none of the scenario's; see also ``WorkloadBase.build``
     """
-    trace = scenario.workload.build(rate, n, seed, split, [c.name for c in scenario.classes])
+    trace = _drawn(scenario, rate, n, seed, split)
     check_classes(trace, len(scenario.classes))
     shares = [c.share for c in scenario.classes]
     return trace if trace.bound or len(shares) == 1 else assign_classes(trace, shares, seed)
+
+
+def _drawn(scenario: Scenario, rate: float, n: int, seed: int, split: Any) -> Trace:
+    trace = scenario.workload.build(rate, n, seed, split, [c.name for c in scenario.classes])
+    if not trace.n:
+        raise SlalomError("workload", f"{n} requests", "none of them fits: raise max_context, or draw shorter ones")
+    return trace
 
 
 def check_classes(trace: Trace, n: int) -> None:

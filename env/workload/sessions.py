@@ -84,10 +84,10 @@ class SessionsSpec(WorkloadBase):
     growth: Marginal
     output: Marginal
     think: ThinkTime
-    shared: Annotated[int, Field(ge=0)] = 0
-    prompts: Annotated[int, Field(ge=1)] = 1
+    shared: Annotated[int, Field(ge=0, le=2**24)] = 0
+    prompts: Annotated[int, Field(ge=1, le=10**6)] = 1
     arrival: ArrivalSpec = PoissonArrivals(kind="poisson")
-    hash_tokens: int = Field(default=64, ge=16, multiple_of=16)
+    hash_tokens: int = Field(default=64, ge=16, le=2**20, multiple_of=16)
     max_context: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="before")

@@ -35,7 +35,7 @@ class SourceSpec(Model):
     spread_s: float = Field(default=0.0, ge=0)
     columns: dict[str, str] = Field(default_factory=dict)
     multiplier: float | None = Field(default=None, gt=0)
-    hash_tokens: int | None = Field(default=None, gt=0)
+    hash_tokens: int | None = Field(default=None, gt=0, le=2**20)
     max_context: int | None = Field(default=None, ge=2)
 
     def load(self) -> Trace:
