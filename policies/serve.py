@@ -72,6 +72,12 @@ class Options:
     eager: bool = option(False, "launch every kernel, no CUDA graphs", "--eager")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "0: any free one", min=0, max=65535)
+    max_connections: int = option(0, "at a time; 0: as many as descriptors allow, at most 4096", min=0, max=1_000_000)
+    header_timeout_s: float = option(10.0, "for the head of a request, seconds", min=0.1, max=86_400)
+    body_timeout_s: float = option(60.0, "for its body, seconds", min=0.1, max=86_400)
+    idle_timeout_s: float = option(75.0, "between requests, and unread answers, seconds", min=0.1, max=86_400)
+    api_key: str = option("", "clients must send it: Authorization: Bearer KEY", envvar="SLALOM_API_KEY")
+    api_key_file: str = option("", "the same, from a file (a command line can be read by others)")
     drain_s: float = option(30.0, "seconds open requests get at shutdown", min=0, max=86_400)
     fallback: str = option("", "rule that answers where the policy may not; default: the checkpoint's, or least_tokens")
     deadline_us: float = option(0.0, "deadline of a decision, us; 0: 2000", min=0, max=1e9)
@@ -192,6 +198,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     from engine.model import load_tokenizer
     from engine.model.device import choose_device, choose_dtype, where
     from engine.server import create_app
+    from engine.server.keys import find_key
 
     torch.set_num_threads(1)
     place = choose_device(options.device) if not options.workers else options.device
@@ -265,6 +272,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         classes=list(classes),
         load_policy=lambda spec: find_policy(spec, state),
         drain_s=options.drain_s,
+        api_key=find_key(options.api_key, options.api_key_file),
     )
     return engine, application
 
@@ -339,8 +347,14 @@ def serve(options: Options) -> None:
     """
     import uvicorn
 
+    from engine.server.door import Limits, configure, room_for
     from engine.server.ending import reserve
+    from engine.server.keys import find_key
 
+    find_key(options.api_key, options.api_key_file)  # said before the model is loaded
+    limits = Limits(
+        room_for(options.max_connections), options.header_timeout_s, options.body_timeout_s, options.idle_timeout_s
+    )
     door = reserve(options.host, options.port)
     port = door.getsockname()[1]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -353,7 +367,7 @@ def serve(options: Options) -> None:
     signal.signal(signal.SIGTERM, _done)
     # By the end of the timeout those that are cut off have heard so.
     last = int(options.drain_s) + 6
-    config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=last)
+    config = configure(application, limits, timeout_graceful_shutdown=last)
     server = uvicorn.Server(config)
     application.state.server = server  # open dashboards end when it does
     server.run(sockets=[door])
