@@ -2,6 +2,7 @@
 
 config.yml command.txt system.json   what was asked, where it ran
 study.journal base.json              trials of the search (Optuna), the tuned base rule
+search.jsonl                         answers of a direct search that is not done yet
 tb/ log.jsonl evaluations.npz        what happened
 train_state/state.safetensors        to resume from
 snapshots/                           every judged network, deployable
@@ -48,6 +49,10 @@ class RunFolder:
     @property
     def study(self) -> Path:
         return self.root / "study.journal"
+
+    @property
+    def search(self) -> Path:
+        return self.root / "search.jsonl"
 
     @property
     def request(self) -> Path:
