@@ -129,7 +129,7 @@ class Scenario(Section):
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
             path = scenarios_dir() / f"{name_or_path}.yaml"
-            if not path.is_file():
+            if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
                 raise SlalomError("scenario", str(name_or_path), "use one of: " + ", ".join(list_scenarios()))
         return cls.parse(read_yaml(path, "scenario"), path.name)
 

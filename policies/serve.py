@@ -109,9 +109,12 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
         try:
             numbers = {x: float(entry[x]) for x in ("ttft_s", "tpot_s", "ttft_factor", "weight") if x in entry}
             targets = min(numbers["tpot_s"], max(numbers["ttft_s"], numbers.get("ttft_factor", 0.0)))
-            if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or entry["name"] in found:
+            name = str(entry["name"])
+            if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or name in found:
                 raise ValueError
-            found[str(entry["name"])] = SloClass(**numbers)
+            if not name.isprintable() or not 0 < len(name) <= 200:
+                raise ValueError
+            found[name] = SloClass(**numbers)
         except (KeyError, TypeError, ValueError) as error:
             fix = "give every class its own name, ttft_s and tpot_s (above 0, at most a day), maybe weight, ttft_factor"
             raise SlalomError(f"{path}: classes[{k}]", entry, fix) from error

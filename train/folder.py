@@ -12,6 +12,7 @@ result.json                          the summary
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -84,7 +85,7 @@ class RunFolder:
 
         :raises SlalomError: no run here, or another scenario, algorithm, seed or hyper-parameter
         """
-        if not self.request.exists():
+        if not os.path.exists(self.request):
             raise SlalomError("--resume", str(self.root), "no run there; start one without --resume")
         claim(self.root)
         before = read_json(self.request)

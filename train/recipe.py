@@ -6,6 +6,7 @@ requests or frames, not in seconds, so the outcome follows from the recipe alone
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ def load_recipe(name: str) -> Recipe:
     :raises SlalomError: no such recipe, or one with unknown or impossible fields
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    if not path.exists():
+    if not os.path.exists(path):
         raise SlalomError("--recipe", name, f"give a YAML file, or one of: {', '.join(recipe_names())}")
     content = read_yaml(path, "--recipe")
     try:

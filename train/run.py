@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -118,7 +119,7 @@ def run_or_read(request: Request) -> dict[str, Any]:
     """
     assert request.out is not None
     folder = RunFolder(request.out)
-    if not folder.request.exists():
+    if not os.path.exists(folder.request):
         return run(request)
     finished = folder.root / "result.json"
     if not finished.exists():

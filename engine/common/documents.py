@@ -10,14 +10,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import AfterValidator, Field
 
 from engine.common.regular import SMALL, check_regular
 from engine.errors import SlalomError
 
-__all__ = ["DEEPEST", "json_of", "read_json", "read_text", "read_yaml"]
+__all__ = ["DEEPEST", "Name", "json_of", "read_json", "read_text", "read_yaml"]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of printable characters")
+    return text
+
+
+#: A name that others get to see, on terminals and in reports: it may hold nothing that acts on them.
+Name = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 
 #: Values within values.
 DEEPEST = 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -142,8 +143,8 @@ def load_tokenizer(model: str) -> Tokenizer:
     if model.startswith("dummy:"):
         return _dummy(model.removeprefix("dummy:"))
     path = Path(resolve_model(model))
-    folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").is_file():
+    folder = path if os.path.isdir(path) else path.parent
+    if os.path.isfile(folder / "tokenizer.json"):
         return _from_folder(folder)
     if path.suffix == ".gguf":
         return _from_gguf(GGUFFile(path))

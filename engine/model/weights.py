@@ -8,6 +8,7 @@ names.
 from __future__ import annotations
 
 import importlib.util
+import os
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
@@ -70,9 +71,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     if model.startswith("dummy:"):
         return DummyCheckpoint(model.removeprefix("dummy:"))
     path = Path(resolve_model(model))
-    if path.is_file() and path.suffix == ".gguf":
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return GGUFCheckpoint(path)
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         return SafetensorsCheckpoint(path)
     fix = "give a .gguf file, a folder with config.json, dummy:SHAPE or package:NAME"
     raise SlalomError("model", model, fix)

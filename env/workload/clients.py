@@ -133,7 +133,7 @@ def read_clients(rates_path: str, lengths_path: str | None) -> tuple[ClientPool,
 def _stamp(path: str) -> int:
     try:
         return Path(path).stat().st_mtime_ns
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SlalomError("workload.clients path", path, "give a file that exists") from error
 
 

@@ -42,7 +42,7 @@ class SourceSpec(Model):
         """The whole file; kept in memory until it changes on disk."""
         try:
             stamp = Path(self.path).stat().st_mtime_ns
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise SlalomError("workload.source.path", self.path, "give a file that exists") from error
         return _read(self.model_dump_json(), stamp)
 

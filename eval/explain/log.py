@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +25,10 @@ def read_log(path: Path, left_out: list[str] | None = None) -> Iterator[dict[str
     :param left_out: gets the places of these
     :raises SlalomError: no such file, or one that does not begin as a decision log
     """
+    if not os.path.isfile(path):
+        raise SlalomError("--log", str(path), "no such file; serve --decision-log FILE writes one")
     older = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit()]
     files = [*sorted(older, key=lambda p: -int(p.suffix[1:])), path]
-    if not path.is_file():
-        raise SlalomError("--log", str(path), "no such file; serve --decision-log FILE writes one")
     for file in files:
         check_regular(file, LARGE)
         with file.open("rb") as stream:
