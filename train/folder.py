@@ -2,6 +2,7 @@
 
 config.yml command.txt system.json   what was asked, where it ran
 study.journal base.json              trials of the search (Optuna), the tuned base rule
+search.jsonl                         answers of a direct search that is not done yet
 tb/ log.jsonl evaluations.npz        what happened
 train_state/state.safetensors        to resume from
 snapshots/                           every judged network, deployable
@@ -11,6 +12,7 @@ result.json                          the summary
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.common import provenance
+from engine.common.documents import read_text
 from engine.common.files import claim, read_json, write_json, write_text
 from engine.errors import SlalomError
 from train.config import TrainConfig
@@ -47,6 +50,10 @@ class RunFolder:
     @property
     def study(self) -> Path:
         return self.root / "study.journal"
+
+    @property
+    def search(self) -> Path:
+        return self.root / "search.jsonl"
 
     @property
     def request(self) -> Path:
@@ -78,15 +85,17 @@ class RunFolder:
 
         :raises SlalomError: no run here, or another scenario, algorithm, seed or hyper-parameter
         """
-        if not self.request.exists():
+        if not os.path.exists(self.request):
             raise SlalomError("--resume", str(self.root), "no run there; start one without --resume")
         claim(self.root)
         before = read_json(self.request)
+        if not isinstance(before, dict):
+            raise SlalomError("--resume", str(self.request), "the file is damaged; start anew in another folder")
         for name, value in request.items():
             if before.get(name) != value:
                 fix = f"the run in {self.root} has {before.get(name)!r}; repeat its command (command.txt)"
                 raise SlalomError(f"--resume: {name}", value, fix)
-        if (self.root / "config.yml").read_text() != config.to_yaml():
+        if read_text(self.root / "config.yml", "--resume") != config.to_yaml():
             raise SlalomError("--resume: hyper-parameters", "others", f"use --config {self.root / 'config.yml'}")
 
 

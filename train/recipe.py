@@ -6,13 +6,13 @@ requests or frames, not in seconds, so the outcome follows from the recipe alone
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine.common.regular import check_regular
+from engine.common.documents import read_yaml
 from engine.errors import SlalomError
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]
@@ -50,12 +50,9 @@ def load_recipe(name: str) -> Recipe:
     :raises SlalomError: no such recipe, or one with unknown or impossible fields
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    check_regular(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        fix = f"give a YAML file, or one of: {', '.join(recipe_names())}"
-        raise SlalomError("--recipe", name, fix) from error
+    if not os.path.exists(path):
+        raise SlalomError("--recipe", name, f"give a YAML file, or one of: {', '.join(recipe_names())}")
+    content = read_yaml(path, "--recipe")
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,9 +21,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from engine.common.files import read_json, write_json
 from engine.common.progress import Display
+from engine.common.provenance import versions
 from engine.errors import SlalomError
+from engine.jit import sources
 from env.gym.vector_env import SlalomVecEnv
 from env.measure.contender import Contender, PointSettings
+from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import measure
 from env.measure.pool import RayExecutor, connect, cores
 from env.scenario import Scenario
@@ -38,6 +42,7 @@ from train.ppo.judge import SimulatorJudge
 from train.search.choose import AUTO, search_all
 from train.search.direct import rules_of
 from train.search.generalist import named, train_generalist
+from train.search.journal import Journal
 from train.search.rule import SearchResult, search_rule
 from train.search.space import Design
 from train.selection import select
@@ -114,7 +119,7 @@ def run_or_read(request: Request) -> dict[str, Any]:
     """
     assert request.out is not None
     folder = RunFolder(request.out)
-    if not folder.request.exists():
+    if not os.path.exists(folder.request):
         return run(request)
     finished = folder.root / "result.json"
     if not finished.exists():
@@ -178,11 +183,13 @@ def _generalist(
     """One policy for ``scenario`` and those of ``request.also``."""
     several = [scenario, *(named(name) for name in request.also)]
     display.phase("generalist")
+    journal = _journal(request, several, config, folder, display)
     design, requests, seconds = train_generalist(
         several,
         requests=request.budget.frames or 10_000_000,
         seed=request.seed,
         report=lambda phase, done, note: display.update(done, note),
+        journal=journal,
     )
     assert design.plans is not None
     assert design.theta is not None
@@ -191,9 +198,22 @@ def _generalist(
         design.rule, {}, 0.0, 0.0, 0.0, 0, requests, seconds, "generalist", plans, theta, universal=True
     )  # fmt: skip
     write_json(folder.base, asdict(base), sealed=True)
+    journal.close(done=True)
     Publisher(scenario, base, config, request.seed).start(folder.best)
     display.say(f"{folder.best}: one policy for {len(several)} scenarios")
     return {"checkpoint": str(folder.best), "base": asdict(base)}
+
+
+def _journal(
+    request: Request, scenarios: list[Scenario], config: TrainConfig, folder: RunFolder, display: Display
+) -> Journal:
+    """The answers of this run's search so far, if they are this package's."""
+    code = sources.sha256([sources.path_of("train.search.choose"), sources.path_of("train.search.generalist")])
+    about = [scenario_hash(scenario) for scenario in scenarios], config.to_yaml(), str(request.budget), request.seed
+    journal = Journal(folder.search, [code, code_sha256(), versions(), *about])
+    if journal.anew:
+        display.say("the search begins anew: it was begun by another version, and would not go on as it began")
+    return journal
 
 
 def _table(base: SearchResult) -> list[dict[str, Any]]:
@@ -241,11 +261,13 @@ def _base(
         return SearchResult(**read_json(folder.base))
     if request.rule == AUTO:
         log.write("search")  # from its beginning, also in a resumed run
+        journal = _journal(request, [scenario], config, folder, display)
         found = search_all(
             scenario, config, display, request.budget, request.algorithm == "direct", request.seed,
-            lambda seconds, design: log.write("incumbent", seconds=round(seconds, 2), **_plain(design)),
+            lambda seconds, design: log.write("incumbent", seconds=round(seconds, 2), **_plain(design)), journal,
         )  # fmt: skip
         write_json(folder.base, asdict(found), sealed=True)
+        journal.close(done=True)
         return found
     search_only = request.algorithm == "search"
     budget, share = request.budget, 1.0 if search_only else config.tune_share

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.common.appends import append_line, heal
-from engine.common.regular import LARGE, check_regular
+from engine.common.regular import check_regular
 from engine.errors import SlalomError
 
 __all__ = ["Kind", "Measured", "Point", "Store"]
@@ -84,7 +84,7 @@ class Store:
             self._append({"identity": self._identity})
 
     def _read(self) -> None:
-        check_regular(self.path, LARGE)
+        check_regular(self.path)
         heal(self.path)
         rows = list(self._rows())
         found = rows[0].get("identity") if rows else self._identity
@@ -99,9 +99,9 @@ class Store:
         for row in rows[1:]:
             try:
                 if "note" in row:
-                    self.notes[row["note"]] = row["value"]
+                    self.notes[str(row["note"])] = row["value"]
                 else:
-                    self.points.append(Measured(**(row | {"point": Point(**row["point"])})))
+                    self.points.append(_measured(row))
             except (KeyError, TypeError):
                 left_out += 1
         if left_out:
@@ -112,7 +112,7 @@ class Store:
         for line in self.path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             yield row if isinstance(row, dict) else {}
 
@@ -139,6 +139,19 @@ class Store:
 
     def _append(self, row: Mapping[str, Any]) -> None:
         append_line(self.path, json.dumps(row, allow_nan=False).encode(), sync=True)
+
+
+def _measured(row: dict[str, Any]) -> Measured:
+    """:raises TypeError: a field is missing, unknown or of another type"""
+    point = Point(**row["point"])
+    if any(type(value) is not (str if name == "kind" else int) for name, value in asdict(point).items()):
+        raise TypeError("point")
+    found = Measured(**(row | {"point": point}))
+    for each in fields(found):
+        value = getattr(found, each.name)
+        if each.name != "point" and not isinstance(value, float | int if each.type == "float" else type(each.default)):
+            raise TypeError(each.name)
+    return found
 
 
 def arrays(points: Iterable[Measured], *names: str) -> list[list[float]]:

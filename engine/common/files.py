@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from engine.common import documents
+from engine.common.regular import LARGE
 from engine.errors import SlalomError
 
 __all__ = ["claim", "read_json", "write_bytes", "write_json", "write_text"]
@@ -26,14 +28,15 @@ def claim(folder: Path) -> None:
 
     :raises SlalomError: another process works there, or the place cannot be written
     """
-    place = folder.resolve()
-    if place in _CLAIMED:
-        return
     try:
+        place = folder.resolve()
+        if place in _CLAIMED:
+            return
         place.mkdir(parents=True, exist_ok=True)
         file = (place / ".lock").open("a+")
-    except OSError as error:
-        raise SlalomError("--out", str(folder), f"choose a folder that can be written ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # a path with a null byte
+        fix = f"choose a folder that can be written ({getattr(error, 'strerror', None) or error})"
+        raise SlalomError("--out", str(folder), fix) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # children do not inherit it
     except BlockingIOError:
@@ -63,13 +66,13 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
+    except (OSError, ValueError) as error:  # a path with a null byte
+        with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = "the disk is full: free some space and repeat with --resume; finished points are kept"
         else:
-            fix = f"choose a folder that can be written ({error.strerror})"
+            fix = f"choose a folder that can be written ({getattr(error, 'strerror', None) or error})"
         raise SlalomError("output file", str(path), fix) from error
 
 
@@ -94,8 +97,8 @@ def read_json(path: Path) -> Any:
     :raises SlalomError: missing, unreadable, not JSON, or other than it was when it was sealed
     """
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = documents.read_json(path, "result file", LARGE)
+    except SlalomError as error:
         raise SlalomError("result file", str(path), f"delete it or choose another folder ({error})") from error
     if isinstance(value, dict) and _SUM in value:
         seal = value.pop(_SUM)

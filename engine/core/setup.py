@@ -33,6 +33,8 @@ __all__ = ["ClusterOptions", "InstanceSpec", "LinkSpec", "SloClass", "arranged",
 NO_LIMIT = 2**60
 #: Control and hold intervals below this would leave no time for anything else.
 LEAST_INTERVAL_S = 1e-5
+#: The books of a cluster (not its KV) take no more; a thousand instances of a million tokens each take 3.
+MOST_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,11 @@ def blank_requests(n: int) -> np.ndarray:
 def _pools(specs: Sequence[InstanceSpec], block_tokens: int) -> tuple[np.ndarray, ...]:
     pool = np.zeros(max(s.pool for s in specs) + 1, POOL)
     base, bucket_base = 0, 0
+    sharing: dict[int, list[InstanceSpec]] = {}
+    for spec in specs:
+        sharing.setdefault(spec.pool, []).append(spec)
     for p in range(len(pool)):
-        members = [s for s in specs if s.pool == p]
+        members = sharing.get(p)
         if not members:
             raise SlalomError(f"cluster: pool {p}", "no instance", "number the pools without gaps")
         n = members[0].kv_tokens // block_tokens
@@ -140,6 +145,17 @@ def _pools(specs: Sequence[InstanceSpec], block_tokens: int) -> tuple[np.ndarray
     # Reversed, so that a fresh pool hands out its blocks in ascending order.
     spare = np.concatenate([np.arange(int(p["base"] + p["n_blocks"]) - 1, int(p["base"]) - 1, -1) for p in pool])
     return pool, block, spare, np.full(bucket_base, -1, np.int32)
+
+
+def _check_size(specs: Sequence[InstanceSpec], options: ClusterOptions) -> None:
+    """:raises SlalomError: the arrays of such a cluster would fill the memory"""
+    blocks = sum({s.pool: s.kv_tokens // options.block_tokens for s in specs}.values())
+    places = len(specs) * (max(s.max_batch for s in specs) + 2 * max(s.max_prefills for s in specs))
+    size = blocks * (BLOCK.itemsize + CACHED.itemsize + 16) + 4 * places
+    if size > MOST_BYTES:
+        shown = f"{len(specs)} instances, {blocks} KV blocks, {places} places for requests: {size / 2**30:.1f} GiB"
+        fix = f"at most {MOST_BYTES >> 30} GiB: take fewer instances, a smaller kv_tokens, max_batch or max_prefills"
+        raise SlalomError("cluster", shown, fix)
 
 
 def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
@@ -239,6 +255,7 @@ def new_cluster(
         if not 0 <= spec.link < len(links):
             raise SlalomError(f"instances[{k}].link", spec.link, f"only {len(links)} links were given")
         _check_split(f"instances[{k}]", spec, int(profile[spec.profile]["n_shares"]))
+    _check_size(specs, options)
     if not options.tail_factor >= 1.0:
         raise SlalomError("tail_factor", options.tail_factor, "give 1 or more: TTFT targets that anybody may wait")
     if options.hash_tokens % options.block_tokens:

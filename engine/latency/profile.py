@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.common.regular import check_regular
+from engine.common.documents import Name, json_of, read_text
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
 from engine.latency import evaluate
@@ -170,10 +170,10 @@ class Profile(Strict):
 
     format: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    model: str
-    device: str
+    model: Name
+    device: Name
     tp: Count = 1
-    engine: str
+    engine: Name
     provenance: Provenance
     n_layers: Count
     total_sms: Count
@@ -214,13 +214,10 @@ class Profile(Strict):
         path = Path(name_or_path)
         if path.suffix != ".json":
             path = profiles_dir() / f"{name_or_path}.json"
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise SlalomError("profile", str(name_or_path), "use one of: " + ", ".join(list_profiles()))
-        check_regular(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SlalomError("profile", str(path), f"give a readable profile file ({error})") from error
+        text = read_text(path, "profile")
+        json_of(text, path.name, constants=True)  # the fields say which may be infinite
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:

@@ -11,10 +11,24 @@ from torch import Tensor
 
 from engine.errors import SlalomError
 
-__all__ = ["DUMMY_SHAPES", "ModelConfig", "RopeScaling"]
+__all__ = ["DUMMY_SHAPES", "ModelConfig", "RopeScaling", "number_of", "whole_number"]
 
 #: ``model_type`` of Hugging Face configs that this model code computes.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def whole_number(field: str, value: Any) -> int:
+    """:raises SlalomError: no whole number from 1 to 2^31"""
+    if type(value) is not int or not 0 < value < 2**31:
+        raise SlalomError(field, value, "give a whole number, 1 or more and below 2^31; or fetch the model again")
+    return value
+
+
+def number_of(field: str, value: Any) -> float:
+    """:raises SlalomError: no number above 0"""
+    if type(value) not in (int, float) or not 0 < value < 1e15:
+        raise SlalomError(field, value, "give a number above 0; or fetch the model again")
+    return float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,11 @@ class ModelConfig:
     qkv_bias: bool = False
     tied: bool = False
 
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
+            shape = f"{self.n_heads} heads of {self.head_dim}, {self.n_kv_heads} of keys"
+            raise SlalomError("model", shape, "heads are a multiple of key heads, and of even width: fetch it again")
+
     @property
     def kv_elements_per_token(self) -> int:
         """Keys and values of one token over all layers."""
@@ -83,10 +102,15 @@ class ModelConfig:
                 raise SlalomError(f"{where}: {key}", None, "the file is not a complete model config")
             return raw[key]
 
+        def whole(key: str, given: Any = None) -> int:
+            return whole_number(f"{where}: {key}", need(key) if given is None else given)
+
         def refuse(key: str, fix: str) -> None:
             if raw.get(key):
                 raise SlalomError(f"{where}: {key}", raw[key], fix)
 
+        if not isinstance(raw, dict):
+            raise SlalomError(where, raw, "the file is no model config")
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise SlalomError(f"{where}: model_type", family, f"supported families: {', '.join(FAMILIES)}")
@@ -96,22 +120,22 @@ class ModelConfig:
         refuse("attention_bias", "biases on the attention output are not supported")
         refuse("mlp_bias", "biases in the feed-forward block are not supported")
         rope_base, scaling = _rope(raw, where)
-        max_tokens = int(need("max_position_embeddings"))
+        max_tokens = whole("max_position_embeddings")
         if raw.get("sliding_window") and raw.get("use_sliding_window", True):
-            max_tokens = min(max_tokens, int(raw["sliding_window"]))
-        width, n_heads = int(need("hidden_size")), int(need("num_attention_heads"))
+            max_tokens = min(max_tokens, whole("sliding_window"))
+        width, n_heads = whole("hidden_size"), whole("num_attention_heads")
         return cls(
-            vocab=int(need("vocab_size")),
+            vocab=whole("vocab_size"),
             width=width,
-            n_layers=int(need("num_hidden_layers")),
+            n_layers=whole("num_hidden_layers"),
             n_heads=n_heads,
-            n_kv_heads=int(raw.get("num_key_value_heads") or n_heads),
-            head_dim=int(raw.get("head_dim") or width // n_heads),
-            ffn=int(need("intermediate_size")),
+            n_kv_heads=whole("num_key_value_heads", raw.get("num_key_value_heads") or n_heads),
+            head_dim=whole("head_dim", raw.get("head_dim") or width // n_heads),
+            ffn=whole("intermediate_size"),
             max_tokens=max_tokens,
             rope_base=rope_base,
             rope_scaling=scaling,
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            norm_eps=number_of(f"{where}: rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
             qk_norm=family == "qwen3",
             qkv_bias=family == "qwen2",
             tied=bool(raw.get("tie_word_embeddings", False)),
@@ -121,19 +145,25 @@ class ModelConfig:
 def _rope(raw: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from ``rope_parameters`` (newer files) or ``rope_theta`` and ``rope_scaling``."""
     found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    base = float(found.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    if not isinstance(found, dict):
+        raise SlalomError(f"{where}: rope_scaling", found, "the file is not a complete model config")
+
+    def number(key: str) -> float:
+        return number_of(f"{where}: rope_scaling.{key}", found.get(key))
+
+    base = number_of(f"{where}: rope_theta", found.get("rope_theta") or raw.get("rope_theta") or 10000.0)
     kind = found.get("rope_type") or found.get("type") or "default"
     if kind == "default":
         return base, None
     if kind == "linear":
-        return base, RopeScaling("linear", float(found["factor"]))
+        return base, RopeScaling("linear", number("factor"))
     if kind == "llama3":
         return base, RopeScaling(
             "llama3",
-            float(found["factor"]),
-            float(found["low_freq_factor"]),
-            float(found["high_freq_factor"]),
-            int(found["original_max_position_embeddings"]),
+            number("factor"),
+            number("low_freq_factor"),
+            number("high_freq_factor"),
+            int(number("original_max_position_embeddings")),
         )
     raise SlalomError(f"{where}: rope_scaling", kind, "supported: default, linear, llama3")
 

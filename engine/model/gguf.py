@@ -30,6 +30,8 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
     10: "<Q", 11: "<q", 12: "<d"
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_MOST_ENTRIES, _MOST_VALUES = 2**17, 2**22  # of metadata or tensors, and of one array: a vocabulary
+_LONGEST_TEXT = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +66,15 @@ class GGUFFile:
         if version not in (2, 3):
             raise SlalomError(f"{path}: version", version, "GGUF 2 and 3 (little-endian) are supported")
         n_tensors, n_metadata = reader.scalar(10), reader.scalar(10)
+        if max(n_tensors, n_metadata) > _MOST_ENTRIES:
+            raise SlalomError(f"{path}: entries", max(n_tensors, n_metadata), _CUT)
         self.metadata: dict[str, Any] = {}
         for _ in range(n_metadata):
             key = reader.string()
             self.metadata[key] = reader.value(reader.scalar(4))
         rows = [_tensor_row(reader) for _ in range(n_tensors)]
-        alignment = int(self.metadata.get("general.alignment", 32))
-        if alignment <= 0:
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 0 < alignment <= 2**20:
             raise SlalomError(f"{path}: general.alignment", alignment, _CUT)
         start = -(-reader.at // alignment) * alignment
         self.tensors = {name: self._locate(name, shape, kind, start + at) for name, shape, kind, at in rows}
@@ -123,7 +127,10 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def string(self) -> str:
-        return self.take(self.scalar(10)).decode("utf-8", errors="replace")
+        length = self.scalar(10)
+        if length > _LONGEST_TEXT:
+            raise SlalomError(f"{self.path}: byte {self.at}: text", f"{length} bytes", _CUT)
+        return self.take(length).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -135,11 +142,13 @@ class _Reader:
         return self.scalar(kind)
 
     def _array(self, kind: int, count: int) -> list[Any]:
+        if count > _MOST_VALUES:
+            raise SlalomError(f"{self.path}: byte {self.at}: array", (kind, count), _CUT)
         if kind in _SCALARS:
             form = _SCALARS[kind]
             raw = self.take(count * struct.calcsize(form))
             return list(struct.unpack(f"<{count}{form[1]}", raw))
-        if kind != _STRING or count > len(self.data):
+        if kind != _STRING:
             raise SlalomError(f"{self.path}: byte {self.at}: array", (kind, count), _CUT)
         return [self.string() for _ in range(count)]
 

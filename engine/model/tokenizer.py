@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
+from engine.common.documents import json_of, read_text
 from engine.common.regular import SMALL, check_regular
 from engine.errors import SlalomError
 from engine.model.config import DUMMY_SHAPES
@@ -141,8 +143,8 @@ def load_tokenizer(model: str) -> Tokenizer:
     if model.startswith("dummy:"):
         return _dummy(model.removeprefix("dummy:"))
     path = Path(resolve_model(model))
-    folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").is_file():
+    folder = path if os.path.isdir(path) else path.parent
+    if os.path.isfile(folder / "tokenizer.json"):
         return _from_folder(folder)
     if path.suffix == ".gguf":
         return _from_gguf(GGUFFile(path))
@@ -184,11 +186,10 @@ def _byte_of_char() -> dict[str, int]:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    check_regular(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SlalomError(str(path), str(error), "the file is not valid JSON; fetch it again") from error
+    found = json_of(read_text(path, "model"), str(path), constants=True)
+    if not isinstance(found, dict):
+        raise SlalomError(str(path), found, "the file is no JSON object; fetch it again")
+    return found
 
 
 def _from_folder(folder: Path) -> Tokenizer:
@@ -202,21 +203,29 @@ def _from_folder(folder: Path) -> Tokenizer:
 
     def text(key: str) -> str:
         value = settings.get(key) or ""
-        return value["content"] if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(value, str):
+            raise SlalomError(f"{folder}/tokenizer_config.json: {key}", value, "give a text")
+        return value
 
     eos: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         found = _read_json(folder / name).get("eos_token_id")
-        eos.update([found] if isinstance(found, int) else found or [])
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(token) is int for token in ids):
+            raise SlalomError(f"{folder / name}: eos_token_id", found, "give a token id, or a list of them")
+        eos.update(ids)
     if text("eos_token"):
         found = backend.token_to_id(text("eos_token"))
         eos.update([] if found is None else [found])
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    check_regular(folder / "chat_template.jinja")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if (folder / "chat_template.jinja").exists():
+        template = read_text(folder / "chat_template.jinja", "model")
+    if not isinstance(template, str | None):
+        raise SlalomError(f"{folder}/tokenizer_config.json: chat_template", template, "give a Jinja template")
     variables = {key: text(key) for key in ("bos_token", "eos_token")}
     return Tokenizer(backend, eos_ids=frozenset(eos), template=template, variables=variables)
 
@@ -246,6 +255,16 @@ def pre_tokenizer(kind: str, path: Path) -> pre_tokenizers.PreTokenizer:
 
 
 def _from_gguf(file: GGUFFile) -> Tokenizer:
+    try:
+        return _made_of_gguf(file)
+    except SlalomError:
+        raise
+    except Exception as error:  # the library raises bare Exception; the rest are lists that do not fit each other
+        fix = "the file is damaged; fetch it again"
+        raise SlalomError(f"{file.path}: tokenizer", f"{type(error).__name__}: {error}", fix) from error
+
+
+def _made_of_gguf(file: GGUFFile) -> Tokenizer:
     meta = file.metadata
     kind, pre = meta.get("tokenizer.ggml.model"), str(meta.get("tokenizer.ggml.pre", "default"))
     if kind != "gpt2":
@@ -275,11 +294,12 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos[0]} $A", pair=f"{bos[0]} $A $B", special_tokens=[bos]
         )
+    template = meta.get("tokenizer.chat_template")
     ends = (meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
     return Tokenizer(
         backend,
         eos_ids=frozenset(int(end) for end in ends if end is not None),
-        template=meta.get("tokenizer.chat_template"),
+        template=None if template is None else str(template),
         variables={"bos_token": text("bos"), "eos_token": text("eos")},
     )
 

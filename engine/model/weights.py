@@ -8,7 +8,7 @@ names.
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import zlib
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.common.documents import json_of, read_text
 from engine.common.regular import check_regular
 from engine.errors import SlalomError
 from engine.kernels import make_kernels
-from engine.model.config import DUMMY_SHAPES, ModelConfig, RopeScaling
+from engine.model.config import DUMMY_SHAPES, ModelConfig, RopeScaling, number_of, whole_number
 from engine.model.gguf import GGUFFile
 from engine.model.llama import Llama
 
@@ -70,9 +71,9 @@ def open_checkpoint(model: str) -> Checkpoint:
     if model.startswith("dummy:"):
         return DummyCheckpoint(model.removeprefix("dummy:"))
     path = Path(resolve_model(model))
-    if path.is_file() and path.suffix == ".gguf":
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return GGUFCheckpoint(path)
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         return SafetensorsCheckpoint(path)
     fix = "give a .gguf file, a folder with config.json, dummy:SHAPE or package:NAME"
     raise SlalomError("model", model, fix)
@@ -156,11 +157,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        check_regular(folder / "config.json")
-        try:
-            raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise SlalomError(f"{folder}/config.json", str(error), "the file is not readable JSON") from error
+        raw = json_of(read_text(folder / "config.json", "model"), f"{folder}/config.json", constants=True)
         self.config = ModelConfig.from_hf(raw, f"{folder}/config.json")
         self._files = ExitStack()
         self._where: dict[str, Any] = {}
@@ -218,28 +215,34 @@ class GGUFCheckpoint(Checkpoint):
                 raise SlalomError(f"{path}: {self.architecture}.{key}", None, "the metadata lacks it")
             return value
 
-        width, n_heads = int(get("embedding_length")), int(get("attention.head_count"))
-        head_dim = int(get("attention.key_length", width // n_heads))
+        def whole(key: str, default: Any = None) -> int:
+            return whole_number(f"{path}: {self.architecture}.{key}", get(key, default))
+
+        def number(key: str, default: Any = None) -> float:
+            return number_of(f"{path}: {self.architecture}.{key}", get(key, default))
+
+        width, n_heads = whole("embedding_length"), whole("attention.head_count")
+        head_dim = whole("attention.key_length", width // n_heads)
         if "token_embd.weight" not in self.file.tensors:
             raise SlalomError(f"{path}: tensor", "token_embd.weight", "the file holds no language model")
         kind = get("rope.scaling.type", "none")
         if kind not in ("none", "linear"):
             raise SlalomError(f"{path}: rope.scaling.type", kind, "supported: none, linear")
-        scaling = RopeScaling("linear", float(get("rope.scaling.factor"))) if kind == "linear" else None
-        if int(get("expert_count", 0)):
+        scaling = RopeScaling("linear", number("rope.scaling.factor")) if kind == "linear" else None
+        if get("expert_count", 0) != 0:
             raise SlalomError(f"{path}: expert_count", get("expert_count"), "mixtures are not supported")
         return ModelConfig(
             vocab=self.file.tensors["token_embd.weight"].shape[0],
             width=width,
-            n_layers=int(get("block_count")),
+            n_layers=whole("block_count"),
             n_heads=n_heads,
-            n_kv_heads=int(get("attention.head_count_kv", n_heads)),
+            n_kv_heads=whole("attention.head_count_kv", n_heads),
             head_dim=head_dim,
-            ffn=int(get("feed_forward_length")),
-            max_tokens=int(get("context_length")),
-            rope_base=float(get("rope.freq_base", 10000.0)),
+            ffn=whole("feed_forward_length"),
+            max_tokens=whole("context_length"),
+            rope_base=number("rope.freq_base", 10000.0),
             rope_scaling=scaling,
-            norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+            norm_eps=number("attention.layer_norm_rms_epsilon"),
             qk_norm="blk.0.attn_q_norm.weight" in self.file.tensors,
             qkv_bias="blk.0.attn_q.bias" in self.file.tensors,
             tied="output.weight" not in self.file.tensors,

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI
 from pydantic import BaseModel, ConfigDict
 
 from engine.core.kinds import Role
 from engine.core.policy import Policy
 from engine.errors import SlalomError
 from engine.live.engine import Engine
+from engine.server.keys import check_local
 from engine.server.view import state_of
 
 __all__ = ["add_admin"]
 
 _log = logging.getLogger("slalom.admin")
-_LOOPBACK = ("127.0.0.1", "::1")
 
 
 class _RoleChange(BaseModel):
@@ -39,13 +39,6 @@ class _ModeChange(BaseModel):
     restore: bool = False
 
 
-def _local(http: Request) -> None:
-    """Refuse clients of other machines, and what a proxy on this one passes on for them."""
-    forwarded = any(name in http.headers for name in ("x-forwarded-for", "forwarded", "x-real-ip"))
-    if http.client is None or http.client.host not in _LOOPBACK or forwarded:
-        raise HTTPException(403, "administration is for clients on this machine")
-
-
 @contextmanager
 def _told(what: str) -> Iterator[None]:
     """Log what an operator changes, and what is refused."""
@@ -59,7 +52,7 @@ def _told(what: str) -> Iterator[None]:
 
 def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy] | None) -> None:
     """Add the routes under ``/admin``."""
-    local = [Depends(_local)]
+    local = [Depends(check_local)]
 
     @app.get("/admin/state", dependencies=local)
     def state() -> dict[str, Any]:

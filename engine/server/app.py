@@ -23,7 +23,9 @@ from engine.live.request import ABORT, SHED, UNPLACEABLE, Delta
 from engine.model.forms import Progress
 from engine.server.admin import add_admin
 from engine.server.dashboard import add_dashboard
+from engine.server.door import quiet_accepting
 from engine.server.ending import say_goodbye
+from engine.server.keys import KeyCheck
 from engine.server.limits import BodyLimit, most_bytes
 from engine.server.metrics import Metrics
 from engine.server.prompts import Prompts
@@ -48,6 +50,7 @@ def create_app(
     classes: Sequence[str] = ("default",),
     load_policy: Callable[[str], Policy] | None = None,
     drain_s: float = 30.0,
+    api_key: str = "",
 ) -> FastAPI:
     """The HTTP application around a started engine; it closes the engine when the server stops.
 
@@ -55,11 +58,13 @@ def create_app(
     :param classes: names of the cluster's SLO classes, in order; requests that name none belong to the first
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
+    :param api_key: what clients must carry, see :mod:`engine.server.keys`; empty: nothing
     """
     metrics, prompts = Metrics(engine, model, classes), Prompts(engine.tokenizer, engine.max_tokens, engine.vocab_size)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
+        quiet_accepting(asyncio.get_running_loop())
         app.state.mailroom, app.state.classes = Mailroom(engine, asyncio.get_running_loop()), list(classes)
         ending = asyncio.create_task(say_goodbye(engine, app.state, drain_s))
         yield
@@ -69,6 +74,8 @@ def create_app(
 
     app = FastAPI(title="Slalom", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, most=most_bytes(engine.max_tokens))
+    if api_key:
+        app.add_middleware(KeyCheck, key=api_key)  # added last, asked first
     _add_errors(app, engine)
     add_admin(app, engine, load_policy)
     add_dashboard(app, engine, model, metrics.met)

@@ -23,6 +23,7 @@ _HEADERS = {
 
 
 T = TypeVar("T")
+_Stop = Annotated[str, Field(max_length=1000)]  # looked for in the text after every token
 _Few = Annotated[list[T], Field(max_length=16)]  # several prompts are refused in any case
 
 
@@ -51,12 +52,12 @@ class _Generate(_Lenient):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: int | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], Field(max_length=1024)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=256)] | None = None
     ignore_eos: bool = False
     n: Literal[1] | None = None
     stream: bool = False

@@ -25,6 +25,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -283,10 +284,11 @@ class Workers:
         for text in addresses:
             try:
                 workers.append(RemoteWorker(parse_address(text)))
-            except (EOFError, OSError, RuntimeError) as error:
+            except (EOFError, OSError, RuntimeError, AuthenticationError) as error:
                 for worker in workers:  # others may have them
                     worker.close()
-                raise SlalomError("--workers", text, f"cannot use it: {error or 'it hung up'}") from error
+                why = f"it has another {KEY}" if isinstance(error, AuthenticationError) else error or "it hung up"
+                raise SlalomError("--workers", text, f"cannot use it: {why}") from error
         return cls(workers, **options)
 
     def check(self, config: ModelConfig, dtype: str) -> None:

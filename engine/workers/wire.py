@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.common.documents import json_of
 from engine.errors import SlalomError
 from engine.kernels import Spans
 from engine.model.sampling import SamplingParams
@@ -22,6 +23,7 @@ __all__ = ["KEY", "admit", "ask", "connect", "listen", "parse_address", "receive
 
 #: Environment variable with the secret that all processes of an engine share.
 KEY = "SLALOM_KEY"
+_LONGEST = 64 * 2**20  # bytes of a message: a step of the longest prompts takes a few
 
 
 def _secret() -> bytes:
@@ -82,11 +84,15 @@ def send(connection: Connection, message: dict[str, Any]) -> None:
 def receive(connection: Connection, timeout_s: float | None = None) -> dict[str, Any]:
     """The next message.
 
-    :raises TimeoutError: none came in ``timeout_s`` seconds; ``EOFError`` or ``OSError``: the other side is gone
+    :raises TimeoutError: none came in ``timeout_s`` seconds; ``EOFError`` or ``OSError``: the other side is gone, or
+        sends more than any message has
+    :raises SlalomError: what came is no message
     """
     if timeout_s is not None and not connection.poll(timeout_s):
         raise TimeoutError(f"no answer within {timeout_s:g} s")
-    message: dict[str, Any] = json.loads(connection.recv_bytes())
+    message = json_of(connection.recv_bytes(_LONGEST), "message", constants=True)
+    if not isinstance(message, dict):
+        raise SlalomError("message", message, "send an object")
     return message
 
 

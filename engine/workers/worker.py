@@ -111,6 +111,9 @@ class Worker:
                 send(connection, answer)
         except (EOFError, OSError):
             return
+        except Exception as error:  # no message, or a pair that broke: whoever sent it hears the line end
+            said = str(error).partition("\n")[0][:200]
+            print(f"serve-worker: hung up on a peer: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
         finally:
             if lane is not None:
                 lane.close()

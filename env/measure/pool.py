@@ -11,14 +11,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from typing import Any
 
 from engine.errors import SlalomError
 from env.measure.digest import code_sha256
 
-__all__ = ["RayExecutor", "check_code", "connect", "cores", "finished", "processes"]
+__all__ = ["RayExecutor", "check_code", "connect", "cores", "finished", "processes", "watched"]
+
+_TRIES = 4  # of a job whose worker dies
 
 
 def _quiet(niceness: int) -> None:
@@ -44,15 +46,24 @@ def processes(jobs: int, *, niceness: int = 0) -> ProcessPoolExecutor:
 def finished(
     pool: Executor | None, work: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(job, ``work(*job)``) as they finish; without a pool here, one after the other."""
+    """(job, ``work(*job)``) as they finish; without a pool here, one after the other.
+
+    :raises SlalomError: a process of the pool was killed
+    """
     if pool is None:
         for job in jobs:
             yield job, work(*job)
         return
-    waiting = {pool.submit(work, *job): job for job in jobs}
+    try:
+        waiting = {pool.submit(work, *job): job for job in jobs}
+    except BrokenExecutor as error:
+        raise _ended(error) from error
     try:
         for future in as_completed(waiting):
-            yield waiting[future], future.result()
+            try:
+                yield waiting[future], future.result()
+            except BrokenExecutor as error:
+                raise _ended(error) from error
     finally:
         for future in waiting:
             future.cancel()
@@ -112,30 +123,69 @@ def _job(digest: str, function: Callable[..., Any], arguments: tuple[Any, ...]) 
 class RayExecutor(Executor):
     """``concurrent.futures.Executor`` over the connected cluster, one core a job.
 
-    A job whose worker or node dies is started again elsewhere, as often as it takes; an exception of the job itself
-    is raised where its result is asked for.
+    A job whose worker or node dies is started again elsewhere, a few times: one that takes its worker along each time
+    (out of memory, a crash) is a :class:`SlalomError` where its result is asked for, as is an exception of its own.
+    Cancelling a future ends its job also where it runs.
     """
 
     def __init__(self) -> None:
         import ray
 
+        self._ray: Any = ray
         self._digest = code_sha256()
-        self._remote: Any = ray.remote(num_cpus=1, max_retries=-1)(_job)
+        self._remote: Any = ray.remote(num_cpus=1, max_retries=_TRIES - 1)(_job)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """See ``Executor.submit``; keyword arguments are not needed here."""
         assert not kwargs
-        inner: Future[Any] = self._remote.remote(self._digest, fn, args).future()
-        outer: Future[Any] = Future()
+        reference = self._remote.remote(self._digest, fn, args)
+        outer = _Job(lambda: self._ray.cancel(reference, force=True))
         outer.set_running_or_notify_cancel()
-        inner.add_done_callback(lambda done: _hand_over(done, outer))
+        reference.future().add_done_callback(lambda done: _hand_over(done, outer, self._said))
         return outer
 
+    def _said(self, error: BaseException) -> BaseException:
+        """The job's own exception without Ray's wrapping; else that its worker died too often."""
+        cause = getattr(error, "cause", None)
+        if cause is not None or not isinstance(error, self._ray.exceptions.RayError):
+            return cause or error
+        fix = "look into the logs of Ray (/tmp/ray); it may be short of memory"
+        return SlalomError("--ray", _first_line(error), f"a job ended its worker {_TRIES} times; {fix}")
 
-def _hand_over(done: Future[Any], outer: Future[Any]) -> None:
-    """Copy a result; an exception comes out as the job raised it, without Ray's wrapping."""
+
+class _Job(Future[Any]):
+    """A future whose job can be ended while it runs."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        super().__init__()
+        self._end = end
+
+    def cancel(self) -> bool:
+        """End the job; what it would have given is not waited for."""
+        if not self.done():
+            self._end()
+        return super().cancel()
+
+
+def _hand_over(done: Future[Any], outer: Future[Any], said: Callable[[BaseException], BaseException]) -> None:
+    """Copy a result; of an exception, what is to be ``said``."""
     error = done.exception()
     if error is None:
         outer.set_result(done.result())
     else:
-        outer.set_exception(getattr(error, "cause", None) or error)
+        outer.set_exception(said(error))
+
+
+def watched(future: Future[Any]) -> Future[Any]:
+    """The future of a job in a process of :func:`processes`; that the process was killed is a :class:`SlalomError`."""
+    outer: Future[Any] = Future()
+    outer.set_running_or_notify_cancel()
+    future.add_done_callback(lambda done: None if done.cancelled() else _hand_over(done, outer, _ended))
+    return outer
+
+
+def _ended(error: BaseException) -> BaseException:
+    if not isinstance(error, BrokenExecutor):
+        return error
+    fix = "it may be short of memory: take fewer --jobs; with --out and --resume what is finished is kept"
+    return SlalomError("--jobs", "a process that was killed", fix)

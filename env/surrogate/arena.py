@@ -26,6 +26,7 @@ from engine.errors import SlalomError
 from engine.latency import pack
 from env.scenario import Scenario
 from env.workload import Trace, assign_classes
+from env.workload.trace import classes_by_name
 from policies.setting import Setting
 
 __all__ = ["Arena", "arena_of", "build_trace", "jittered", "requests_of", "slowed"]
@@ -87,6 +88,7 @@ class Arena:
         )
         if trace is None:
             return state
+        trace = classes_by_name(trace, [c.name for c in self.scenario.classes])
         check_classes(trace, len(self.classes))
         state.cluster["n_requests"] = trace.n
         return state._replace(req=requests_of(trace))
@@ -159,7 +161,7 @@ def _jitter(scenario: Scenario) -> float:
 
 def _mean_lengths(scenario: Scenario) -> tuple[float, float]:
     """Mean prompt and output tokens of the training window, for rules that plan ahead."""
-    trace = scenario.workload.build(scenario.reference_rate, min(500, scenario.n_requests), 0, "train")
+    trace = _drawn(scenario, scenario.reference_rate, min(500, scenario.n_requests), 0, "train")
     return float(trace.prompt.mean()), float(trace.output.mean())
 
 
@@ -196,11 +198,21 @@ def arena_of(scenario: Scenario) -> Arena:
 
 
 def build_trace(scenario: Scenario, rate: float, n: int, seed: int, split: Any) -> Trace:
-    """Requests of the scenario's workload; classes drawn by its shares unless the workload binds them."""
-    trace = scenario.workload.build(rate, n, seed, split)
+    """Requests of the scenario's workload; classes drawn by its shares unless the workload binds them.
+
+    :raises SlalomError: the workload names a class that is none of the scenario's; see also ``WorkloadBase.build``
+    """
+    trace = _drawn(scenario, rate, n, seed, split)
     check_classes(trace, len(scenario.classes))
     shares = [c.share for c in scenario.classes]
-    return assign_classes(trace, shares, seed) if len(shares) > 1 and not trace.cls.any() else trace
+    return trace if trace.bound or len(shares) == 1 else assign_classes(trace, shares, seed)
+
+
+def _drawn(scenario: Scenario, rate: float, n: int, seed: int, split: Any) -> Trace:
+    trace = scenario.workload.build(rate, n, seed, split, [c.name for c in scenario.classes])
+    if not trace.n:
+        raise SlalomError("workload", f"{n} requests", "none of them fits: raise max_context, or draw shorter ones")
+    return trace
 
 
 def check_classes(trace: Trace, n: int) -> None:

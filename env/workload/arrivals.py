@@ -45,7 +45,7 @@ def weibull_shape(cv: float) -> float:
 
 def gamma_gaps(n: int, cv: float, rng: np.random.Generator) -> np.ndarray:
     """Gamma gaps of mean 1, shape 1/cv^2 (DistServe's client); cv = 1 is exponential, cv = 0 regular."""
-    if cv == 0:
+    if cv < 1e-3:  # as good as regular
         return np.ones(n)
     if cv == 1:
         return rng.standard_exponential(n)
@@ -131,8 +131,8 @@ class OnOffArrivals(_Arrivals):
     """
 
     kind: Literal["on_off"]
-    on_s: float = Field(default=60.0, gt=0)
-    off_s: float = Field(default=40.0, gt=0)
+    on_s: float = Field(default=60.0, ge=0.01)
+    off_s: float = Field(default=40.0, ge=0.01)
     off_rate: float = Field(default=0.0, ge=0, lt=1)
     cv: float = Field(default=1.0, ge=0, le=30)
 
@@ -163,7 +163,7 @@ class BinsArrivals(_Arrivals):
     """
 
     kind: Literal["bins"]
-    bin_s: float = Field(gt=0)
+    bin_s: float = Field(ge=0.01)
     rates: tuple[float, ...] = Field(min_length=1)
     cv: float = Field(default=1.0, ge=0, le=30)
     random_phase: bool = False
@@ -190,7 +190,7 @@ class SinusoidArrivals(_Arrivals):
 
     kind: Literal["sinusoid"]
     amplitude: float = Field(ge=0, le=1)
-    period_s: float = Field(gt=0)
+    period_s: float = Field(ge=0.01)
     phase: float = 0.0
     cv: float = Field(default=1.0, ge=0, le=30)
 

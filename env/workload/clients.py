@@ -7,6 +7,7 @@ rate. Each client keeps its share of the asked rate, its family of gaps and its 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +68,7 @@ class ClientsSpec(WorkloadBase):
             raise ValueError("give lengths_path or lengths with rates_path")
         return self
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
         if self.preset:
@@ -132,7 +133,7 @@ def read_clients(rates_path: str, lengths_path: str | None) -> tuple[ClientPool,
 def _stamp(path: str) -> int:
     try:
         return Path(path).stat().st_mtime_ns
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SlalomError("workload.clients path", path, "give a file that exists") from error
 
 
@@ -172,16 +173,18 @@ def _read_clients(rates_path: str, lengths_path: str | None, stamps: tuple[int, 
 def _read_lengths(path: Path) -> dict[tuple[int, int], tuple[QuantileMarginal, QuantileMarginal]]:
     table = read_jsonl(path, {"client": "client_id", "windows": "windows"})
     found = {}
+    table.require("windows", lambda windows: isinstance(windows, dict), "give a mapping from start to PDFs")
     for row, windows in enumerate(table.columns["windows"]):
-        for start, pdfs in windows.items():
+        for start, pdfs in (windows or {}).items():
             try:
                 pair = _marginal(pdfs["input_tokens"]), _marginal(pdfs["output_tokens"])
-            except (KeyError, ValueError) as error:
+                known = int(table.columns["client"][row]), int(start)
+            except (KeyError, ValueError, TypeError, AttributeError, OverflowError, IndexError) as error:
                 raise SlalomError(
                     table.place(row), start, f"write PDFs as {{tokens: probability}} ({error})"
                 ) from error
             if pair[0] is not None and pair[1] is not None:
-                found[int(table.columns["client"][row]), int(start)] = (pair[0], pair[1])
+                found[known] = (pair[0], pair[1])
     return found
 
 

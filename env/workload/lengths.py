@@ -26,7 +26,7 @@ __all__ = [
 
 Pair = tuple[np.ndarray, np.ndarray]
 _Z90 = float(ndtri(0.9))
-_MAX_TOKENS = 2_000_000
+MAX_TOKENS = 2_000_000
 
 
 class UniformMarginal(Model):
@@ -34,7 +34,7 @@ class UniformMarginal(Model):
 
     kind: Literal["uniform"]
     low: int = Field(ge=1)
-    high: int = Field(ge=1, le=_MAX_TOKENS)
+    high: int = Field(ge=1, le=MAX_TOKENS)
 
     @model_validator(mode="after")
     def _ordered(self) -> UniformMarginal:
@@ -57,14 +57,16 @@ class LognormalMarginal(Model):
     mean: float | None = None
     p90: float | None = None
     low: int = Field(default=1, ge=1)
-    high: int = Field(default=_MAX_TOKENS, ge=1, le=_MAX_TOKENS)
+    high: int = Field(default=MAX_TOKENS, ge=1, le=MAX_TOKENS)
 
     @model_validator(mode="after")
     def _one_spread(self) -> LognormalMarginal:
         if (self.mean is None) == (self.p90 is None):
             raise ValueError("give mean or p90, not both")
-        if (self.mean or self.p90 or 0) < self.median:
-            raise ValueError("mean and p90 of a lognormal are at least its median")
+        if not self.median <= (self.mean or self.p90 or 0) <= 1e6 * self.median:
+            raise ValueError("mean and p90 of a lognormal are at least its median, and at most a million times that")
+        if self.low > self.high:
+            raise ValueError("low must not exceed high")
         return self
 
     def quantile(self, u: np.ndarray) -> np.ndarray:
@@ -87,8 +89,8 @@ class QuantileMarginal(Model):
     def _rising(self) -> QuantileMarginal:
         if len(self.q) != len(self.v) or self.q[0] != 0 or self.q[-1] != 1:
             raise ValueError("q and v need equal length, q from 0 to 1")
-        if (np.diff(self.q) <= 0).any() or (np.diff(self.v) < 0).any() or self.v[0] < 1:
-            raise ValueError("q must rise, v must not fall and start at 1 or more")
+        if (np.diff(self.q) <= 0).any() or (np.diff(self.v) < 0).any() or self.v[0] < 1 or self.v[-1] > MAX_TOKENS:
+            raise ValueError(f"q must rise, v must not fall, start at 1 or more and end at {MAX_TOKENS} or less")
         return self
 
     def quantile(self, u: np.ndarray) -> np.ndarray:
@@ -96,7 +98,7 @@ class QuantileMarginal(Model):
 
 
 Marginal = (
-    Annotated[int, Field(ge=1, le=_MAX_TOKENS)]
+    Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     | Annotated[UniformMarginal | LognormalMarginal | QuantileMarginal, Field(discriminator="kind")]
 )
 
@@ -120,8 +122,8 @@ class FixedLengths(Lengths):
     """Every request alike."""
 
     kind: Literal["fixed"]
-    prompt: int = Field(ge=1, le=_MAX_TOKENS)
-    output: int = Field(ge=1, le=_MAX_TOKENS)
+    prompt: int = Field(ge=1, le=MAX_TOKENS)
+    output: int = Field(ge=1, le=MAX_TOKENS)
 
     def draw(self, n: int, rng: np.random.Generator, split: Split = "train") -> Pair:
         return np.full(n, self.prompt, np.int32), np.full(n, self.output, np.int32)

@@ -41,7 +41,7 @@ class _Prefix(Model, ABC):
     """:param private: hash the rest of each request too; it is never found again, but it competes for
     cache space with what is, as in a real engine"""
 
-    hash_tokens: int = Field(default=256, ge=16, multiple_of=16)
+    hash_tokens: int = Field(default=256, ge=16, le=2**20, multiple_of=16)
     private: bool = True
 
     @abstractmethod
@@ -82,9 +82,9 @@ class SystemPrefix(_Prefix):
     """
 
     kind: Literal["system"]
-    prompts: int = Field(default=8, ge=1)
+    prompts: int = Field(default=8, ge=1, le=10**6)
     tokens: Marginal = 1024
-    zipf: float = Field(default=1.0, ge=0)
+    zipf: float = Field(default=1.0, ge=0, le=20)
     share: float = Field(default=1.0, ge=0, le=1)
     included: bool = True
 
@@ -111,8 +111,8 @@ class DocumentsPrefix(_Prefix):
     """
 
     kind: Literal["documents"]
-    questions: float = Field(default=11.0, ge=1)
-    active: int = Field(default=8, ge=1)
+    questions: float = Field(default=11.0, ge=1, le=10**6)
+    active: int = Field(default=8, ge=1, le=10**6)
     question_tokens: Marginal = 30
 
     def apply(self, trace: Trace, rng: np.random.Generator, max_context: int | None = None) -> Trace:
@@ -137,11 +137,11 @@ class RagPrefix(_Prefix):
     """
 
     kind: Literal["rag"]
-    documents: int = Field(default=1000, ge=1)
+    documents: int = Field(default=1000, ge=1, le=10**6)
     per_request: int = Field(default=5, ge=1, le=64)
-    chunk_tokens: int = Field(default=512, ge=16)
-    system_tokens: int = Field(default=1024, ge=0)
-    zipf: float = Field(default=1.0, ge=0)
+    chunk_tokens: int = Field(default=512, ge=16, le=2**24)
+    system_tokens: int = Field(default=1024, ge=0, le=2**24)
+    zipf: float = Field(default=1.0, ge=0, le=20)
 
     def apply(self, trace: Trace, rng: np.random.Generator, max_context: int | None = None) -> Trace:
         passages = zipf(self.documents, self.zipf, (trace.n, self.per_request), rng)

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from engine.errors import SlalomError
 from env.workload.base import Model, Split
 from env.workload.lengths import (
+    MAX_TOKENS,
     EmpiricalLengths,
     FixedLengths,
     JointLengths,
@@ -205,7 +206,7 @@ def within_context(
 
 
 def _scaled(tokens: np.ndarray, factor: float) -> np.ndarray:
-    return np.maximum(np.rint(tokens * factor), 1).astype(np.int32)
+    return np.clip(np.rint(tokens * factor), 1, MAX_TOKENS).astype(np.int32)
 
 
 MixturePart.model_rebuild()

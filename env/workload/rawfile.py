@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.common.regular import LARGE, check_regular
+from engine.common.documents import json_of
+from engine.common.lines import lines as lines_of
 from engine.errors import SlalomError
 
 __all__ = ["Table", "read_csv", "read_jsonl"]
 
-_LONGEST_LINE = 16 * 2**20
+#: A follow-up turn has no time.
+_IN_EVERY_ROW = ("prompt", "output")
 
 
 @dataclass(frozen=True)
@@ -96,32 +95,6 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a text file, decompressed; a file that breaks off is an error, not an end."""
-    number = size = 0
-    check_regular(path, LARGE)
-    try:
-        with path.open("rb") as probe:
-            packed = probe.read(2) == b"\x1f\x8b"
-        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as stream:
-            while line := stream.readline(_LONGEST_LINE):
-                number += 1
-                size += len(line)
-                if len(line) == _LONGEST_LINE or size > LARGE:
-                    break
-                yield line
-    except FileNotFoundError as error:
-        raise SlalomError("path", str(path), "give a file that exists") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise SlalomError(f"{path.name}: after line {number}", str(error), "fetch the file again, it is cut") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SlalomError(f"{path.name}: after line {number}", str(error), "give a readable UTF-8 text file") from error
-    if size > LARGE:
-        raise SlalomError(f"{path.name}: after line {number}", f"{size} characters", f"at most {LARGE} are read")
-    if len(line) == _LONGEST_LINE:
-        raise SlalomError(f"{path.name}: line {number}", line[:40], f"a line has less than {_LONGEST_LINE} characters")
-
-
 def _resolve(path: Path, names: dict[str, str], present: list[str]) -> dict[str, str]:
     """Our name -> name in the file, for the columns that are there; required ones must be."""
     found = {}
@@ -148,7 +121,7 @@ def _rows(reader: Any, path: Path) -> Iterator[list[str]]:
 
 def read_csv(path: Path, names: dict[str, str]) -> Table:
     """A CSV file with a header line."""
-    reader = csv.reader(_lines(path))
+    reader = csv.reader(lines_of(path))
     header = [name.strip() for name in next(_rows(reader, path), [])]
     if not header:
         raise SlalomError(path.name, "empty file", "give a CSV file with a header and rows")
@@ -171,22 +144,24 @@ def read_csv(path: Path, names: dict[str, str]) -> Table:
 
 def read_jsonl(path: Path, names: dict[str, str]) -> Table:
     """One JSON object a line; keys not named are ignored, as every reader of the format does."""
-    objects, lines = [], []
-    for number, line in enumerate(_lines(path), 1):
+    columns: dict[str, list[Any]] = {theirs.removeprefix("?"): [] for theirs in names.values()}
+    present: set[str] = set()
+    lines: list[int] = []
+    for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SlalomError(f"{path.name}: line {number}", line[:80], f"give whole JSON ({error})") from error
+        where = f"{path.name}: line {number}"
+        value = json_of(line, where, constants=True)
         if not isinstance(value, dict):
-            raise SlalomError(f"{path.name}: line {number}", value, "give one JSON object per line")
-        objects.append(value)
+            raise SlalomError(where, value, "give one JSON object per line")
+        if not lines:  # a file of other columns is refused before all of it is read
+            _resolve(path, {ours: theirs for ours, theirs in names.items() if ours in _IN_EVERY_ROW}, sorted(value))
+        present |= value.keys()
+        for name, column in columns.items():
+            column.append(value.get(name))
         lines.append(number)
-    present = sorted(set().union(*objects)) if objects else []
-    found = _resolve(path, names, present) if objects else {}
-    columns = {ours: [item.get(theirs) for item in objects] for ours, theirs in found.items()}
-    return _finished(path, columns, lines)
+    found = _resolve(path, names, sorted(present)) if lines else {}
+    return _finished(path, {ours: columns[theirs] for ours, theirs in found.items()}, lines)
 
 
 def _finished(path: Path, columns: dict[str, list[Any]], lines: list[int]) -> Table:

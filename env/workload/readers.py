@@ -270,17 +270,22 @@ def _labels(table: Table, order: np.ndarray, classes: tuple[str, ...], meta: dic
     if "cls" in table.columns:
         fix = "give class names or indices from 0"
         table.require("cls", lambda v: isinstance(v, str) or (type(v) is int and 0 <= v < 2**15), fix)
-        names = list(classes)
         raw = [table.columns["cls"][row] for row in order]
-        for value in raw:
-            if isinstance(value, str) and value not in names:
-                if classes:
-                    raise SlalomError(f"{table.path.name}: class", value, f"use one of {', '.join(classes)}")
-                names.append(value)
-        index = [names.index(v) if isinstance(v, str) else 0 if v is None else v for v in raw]
-        labels["cls"] = np.array(index, np.int16)
-        if names:
+        given = {type(value) for value in raw if value is not None}
+        if len(given) > 1:
+            raise SlalomError(f"{table.path.name}: class", "names and numbers", "write all as names, or all as numbers")
+        labels["bound"] = bool(given)
+        if str in given:  # without a name: of the first class, as in serving
+            names = list(classes) or list(dict.fromkeys("" if value is None else value for value in raw))
+            place = {name: k for k, name in enumerate(names)}
+            unknown = next((v for v in raw if v is not None and v not in place), None)
+            if unknown is not None:
+                raise SlalomError(f"{table.path.name}: class", unknown, f"use one of {', '.join(classes)}")
+            if len(names) > 2**15:
+                raise SlalomError(f"{table.path.name}: class", f"{len(names)} names", "use at most 32768 classes")
+            raw = [place.get(value or "", 0) for value in raw]
             meta["classes"] = names
+        labels["cls"] = np.array([value or 0 for value in raw], np.int16)
     if "priority" in table.columns:
         meta["priority"] = "ignored; give the class a weight"
     return labels

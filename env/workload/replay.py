@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field
 from env.workload.arrivals import ArrivalSpec
 from env.workload.base import Split, WorkloadBase, check_request, stream
 from env.workload.source import SourceSpec
-from env.workload.trace import Trace, concat, scale_rate
+from env.workload.trace import Trace, classes_by_name, concat, scale_rate
 
 __all__ = ["TraceSpec", "body_swap"]
 
@@ -31,10 +32,10 @@ class TraceSpec(WorkloadBase):
     arrival: ArrivalSpec | None = None
     run: int | None = Field(default=None, ge=1)
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
-        part = self.source.part(split, self.split_at, self.window)
+        part = classes_by_name(self.source.part(split, self.split_at, self.window), classes)
         if self.arrival is None or self.run is None:
             trace = _random_window(part, n, rng)
         else:

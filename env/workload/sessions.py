@@ -3,6 +3,7 @@ so later arrivals depend on the policy under test."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -83,10 +84,10 @@ class SessionsSpec(WorkloadBase):
     growth: Marginal
     output: Marginal
     think: ThinkTime
-    shared: Annotated[int, Field(ge=0)] = 0
-    prompts: Annotated[int, Field(ge=1)] = 1
+    shared: Annotated[int, Field(ge=0, le=2**24)] = 0
+    prompts: Annotated[int, Field(ge=1, le=10**6)] = 1
     arrival: ArrivalSpec = PoissonArrivals(kind="poisson")
-    hash_tokens: int = Field(default=64, ge=16, multiple_of=16)
+    hash_tokens: int = Field(default=64, ge=16, le=2**20, multiple_of=16)
     max_context: int | None = Field(default=None, ge=2)
 
     @model_validator(mode="before")
@@ -96,7 +97,7 @@ class SessionsSpec(WorkloadBase):
             return _PRESETS[given["preset"]] | given
         return given
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
         session, prompt, output, skipped = self._turns(n, rng)

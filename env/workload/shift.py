@@ -7,11 +7,13 @@ An episode lasts ``duration_s`` seconds, whatever the length of a run: a longer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from engine.errors import SlalomError
 from env.workload.arrivals import gamma_gaps, on_clock
 from env.workload.base import Model, Split, WorkloadBase, check_request, stream
 from env.workload.presets import LengthsSpec, draw_parts
@@ -20,6 +22,7 @@ from env.workload.trace import Trace
 __all__ = ["Phase", "RandomPhases", "ShiftSpec"]
 
 _RAMP_STEPS = 32
+_MOST_EPISODES = 10_000
 _WHOLE = 0.05  # of an episode: arrivals spread by about that much around the asked length of a run
 
 
@@ -60,8 +63,8 @@ class RandomPhases(Model):
 
     @model_validator(mode="after")
     def _ordered(self) -> RandomPhases:
-        if not (1 <= self.phases[0] <= self.phases[1] and 0 < self.rate[0] <= self.rate[1]):
-            raise ValueError("give phases and rate as [low, high], low >= 1 phase and > 0")
+        if not (1 <= self.phases[0] <= self.phases[1] <= 1000 and 0 < self.rate[0] <= self.rate[1]):
+            raise ValueError("give phases and rate as [low, high], 1 to 1000 phases and rates above 0")
         return self
 
     def draw(self, models: int, rng: np.random.Generator) -> tuple[Phase, ...]:
@@ -80,14 +83,14 @@ class RandomPhases(Model):
 class ShiftSpec(WorkloadBase):
     """Phases over two or more lengths models.
 
-    :param duration_s: natural length of an episode; None: all of a run, ``n / rate`` seconds
+    :param duration_s: natural length of an episode, 1 s or more; None: all of a run, ``n / rate`` seconds
     """
 
     kind: Literal["shift"]
     lengths: tuple[LengthsSpec, ...] = Field(min_length=1)
     phases: tuple[Phase, ...] | None = Field(default=None, min_length=1)
     random: RandomPhases | None = None
-    duration_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    duration_s: float | None = Field(default=None, ge=1)
     cv: float = Field(default=1.0, ge=0, le=30)
     max_context: int | None = Field(default=None, ge=2)
 
@@ -114,7 +117,7 @@ class ShiftSpec(WorkloadBase):
             f"after it began ({done} complete)"
         )
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
         phases = self.phases
@@ -122,6 +125,9 @@ class ShiftSpec(WorkloadBase):
             assert self.random is not None
             phases = self.random.draw(len(self.lengths), rng)
         natural = self.duration_s or n / rate
+        if n / rate > _MOST_EPISODES * natural:
+            fix = f"a run has at most {_MOST_EPISODES} episodes: make them longer, or the run shorter"
+            raise SlalomError("workload.duration_s", natural, fix)
         again = rng.spawn(1)[0]  # its own stream: a longer run begins as a shorter one does
         phases, episodes = _stretched(phases, natural), 1
         # one episode more than the mean run needs: arrivals spread, and the clock must not run out

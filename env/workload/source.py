@@ -35,14 +35,14 @@ class SourceSpec(Model):
     spread_s: float = Field(default=0.0, ge=0)
     columns: dict[str, str] = Field(default_factory=dict)
     multiplier: float | None = Field(default=None, gt=0)
-    hash_tokens: int | None = Field(default=None, gt=0)
+    hash_tokens: int | None = Field(default=None, gt=0, le=2**20)
     max_context: int | None = Field(default=None, ge=2)
 
     def load(self) -> Trace:
         """The whole file; kept in memory until it changes on disk."""
         try:
             stamp = Path(self.path).stat().st_mtime_ns
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise SlalomError("workload.source.path", self.path, "give a file that exists") from error
         return _read(self.model_dump_json(), stamp)
 

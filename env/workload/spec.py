@@ -43,11 +43,12 @@
 
 A marginal is a number, ``{kind: uniform, low, high}``, ``{kind: lognormal, median, mean | p90, low, high}``
 or ``{kind: quantiles, q: [...], v: [...]}``. Preset names: ``presets.preset_names()``. Classes are normally
-drawn with ``assign_classes`` from the scenario's shares; ``cls`` in a mix binds a part to a class index.
+drawn with ``assign_classes`` from the scenario's shares; ``cls`` in a mix binds a part to a class, by name or index.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -77,7 +78,7 @@ class SyntheticSpec(WorkloadBase):
     prefix: PrefixSpec | None = None
     max_context: int | None = Field(default=None, ge=2)
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         rng = stream(seed, split)
         arrival_s = self.arrival.times(rate, n, rng, split)
@@ -94,7 +95,16 @@ class MixPart(Model):
 
     weight: float = Field(gt=0)
     workload: WorkloadSpec
-    cls: int | None = Field(default=None, ge=0, lt=2**15)
+    cls: Annotated[int, Field(ge=0, lt=2**15)] | str | None = None
+
+    def number(self, classes: Sequence[str]) -> int:
+        """The class that the part is bound to.
+
+        :raises SlalomError: a name that is none of ``classes``
+        """
+        if isinstance(self.cls, str) and self.cls not in classes:
+            raise SlalomError("workload.parts.cls", self.cls, f"the scenario has {', '.join(classes) or 'no classes'}")
+        return list(classes).index(self.cls) if isinstance(self.cls, str) else self.cls or 0
 
 
 class MixSpec(WorkloadBase):
@@ -120,20 +130,21 @@ class MixSpec(WorkloadBase):
         ]
         return "; ".join(dict.fromkeys(text for text in told if text))
 
-    def build(self, rate: float, n: int, seed: int, split: Split) -> Trace:
+    def build(self, rate: float, n: int, seed: int, split: Split, classes: Sequence[str] = ()) -> Trace:
         check_request(rate, n)
         shares = np.array([part.weight for part in self.parts])
         shares /= shares.sum()
         seeds = stream(seed, split).integers(0, 2**62, len(self.parts)).tolist()
-        built = self._parts(rate, shares, n * shares, seeds, split)
+        built = self._parts(rate, shares, n * shares, seeds, split, classes)
         turns = np.array([trace.n / trace.n_roots for trace in built])
         if (turns != 1).any():  # parts with sessions need more requests than their share to last as long
-            built = self._parts(rate, shares, n * shares * turns / (shares @ turns), seeds, split)
+            built = self._parts(rate, shares, n * shares * turns / (shares @ turns), seeds, split, classes)
         return merge(built)
 
     def _parts(
-        self, rate: float, shares: np.ndarray, counts: np.ndarray, seeds: list[int], split: Split
-    ) -> list[Trace]:
+        self, rate: float, shares: np.ndarray, counts: np.ndarray, seeds: list[int], split: Split,
+        classes: Sequence[str],
+    ) -> list[Trace]:  # fmt: skip
         """One trace per part with about ``counts`` requests, at least one each, ``sum(counts)`` in all."""
         edges = np.round(np.concatenate([[0.0], counts.cumsum()]))
         whole = np.maximum(np.diff(edges), 1).astype(int)
@@ -142,11 +153,11 @@ class MixSpec(WorkloadBase):
             raise SlalomError("n", int(edges[-1]), f"ask for at least {len(shares)} requests, one per part")
         built = []
         for part, share, count, seed in zip(self.parts, shares, whole.tolist(), seeds, strict=True):
-            trace = part.workload.build(rate * share, count, seed, split)
+            trace = part.workload.build(rate * share, count, seed, split, classes)
             if trace.n_roots > 1 and trace.duration_s > trace.arrival_s[0]:
                 trace = scale_rate(trace, rate * share)
             if part.cls is not None:
-                trace = replace(trace, cls=np.full(trace.n, part.cls, np.int16))
+                trace = replace(trace, cls=np.full(trace.n, part.number(classes), np.int16), bound=True)
             built.append(trace)
         return built
 

@@ -12,7 +12,7 @@ import numpy as np
 from engine.errors import SlalomError
 from env.workload.hashing import refine, salt
 
-__all__ = ["Trace", "assign_classes", "concat", "merge", "scale_rate"]
+__all__ = ["Trace", "assign_classes", "classes_by_name", "concat", "merge", "scale_rate"]
 
 _COLUMNS: dict[str, type] = {
     "arrival_s": np.float64,
@@ -53,6 +53,7 @@ class Trace:
     :param hashes: u8 (total,)
     :param hash_tokens: tokens per entry, a multiple of 16; 0 = no prefix data
     :param n_roots: number of open-loop rows
+    :param bound: the source says which class a request belongs to; else classes may be drawn by their shares
     :param meta: where it came from and what was done to it
     :param name: for reports
     """
@@ -72,6 +73,7 @@ class Trace:
     n_roots: int
     meta: dict[str, Any] = field(default_factory=dict)
     name: str = "trace"
+    bound: bool = False
 
     def __post_init__(self) -> None:
         for column, dtype in _COLUMNS.items():
@@ -91,6 +93,7 @@ class Trace:
         hash_tokens: int = 0,
         n_roots: int | None = None,
         meta: dict[str, Any] | None = None,
+        bound: bool = False,
         **columns: np.ndarray,
     ) -> Trace:
         """Build a trace, filling the columns not given with their "nothing special" value."""
@@ -113,6 +116,7 @@ class Trace:
             n_roots=n if n_roots is None else n_roots,
             meta=meta or {},
             name=name,
+            bound=bound,
             **(defaults | columns),
         )
 
@@ -297,6 +301,8 @@ def merge(traces: Sequence[Trace], name: str = "mix") -> Trace:
     """
     if not traces:
         raise SlalomError("traces", [], "give at least one trace")
+    names = list(dict.fromkeys(name for t in traces for name in t.meta.get("classes", ())))
+    traces = [classes_by_name(t, names) for t in traces]  # the same name, the same class
     unit = math.gcd(*(t.hash_tokens for t in traces))
     parts = [_with_unit(t, unit, key) for key, t in enumerate(traces)]
     joined = {c: np.concatenate([getattr(t, c) for t in parts]) for c in _COLUMNS}
@@ -316,8 +322,9 @@ def merge(traces: Sequence[Trace], name: str = "mix") -> Trace:
         hashes=np.concatenate([t.hashes for t in parts]),
         hash_tokens=unit,
         n_roots=sum(t.n_roots for t in parts),
-        meta={"parts": [{"name": t.name, "n": t.n} | t.meta for t in traces]},
+        meta={"parts": [{"name": t.name, "n": t.n} | t.meta for t in traces]} | ({"classes": names} if names else {}),
         name=name,
+        bound=any(t.bound for t in traces),
     )
 
 
@@ -335,6 +342,22 @@ def _with_unit(trace: Trace, unit: int, key: int) -> Trace:
         return trace
     start, count, hashes = refine(trace.hash_start, trace.hash_n, trace.hashes, trace.hash_tokens // unit)
     return replace(trace, hash_start=start, hash_n=count, hashes=salt(hashes, key), hash_tokens=unit)
+
+
+def classes_by_name(trace: Trace, names: Sequence[str]) -> Trace:
+    """The trace with its class names (``meta["classes"]``, numbered as they appeared) looked up among ``names``.
+
+    :raises SlalomError: one of them is not there
+    """
+    own = trace.meta.get("classes")
+    if own is None or not names:
+        return trace
+    place = {"": 0} | {name: k for k, name in enumerate(names)}  # who names none is of the first class
+    unknown = next((name for name in own if name not in place), None)
+    if unknown is not None:
+        raise SlalomError(f"trace {trace.name}: class", unknown, f"the scenario has {', '.join(names)}")
+    number = np.array([place[name] for name in own], np.int16)
+    return replace(trace, cls=number[trace.cls], meta=trace.meta | {"classes": list(names)})
 
 
 def assign_classes(trace: Trace, shares: Sequence[float], seed: int) -> Trace:

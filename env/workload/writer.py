@@ -59,7 +59,7 @@ def _encoded(trace: Trace, classes: tuple[str, ...]) -> Iterator[bytes]:
             row["hash_tokens"] = trace.hash_tokens
         if parent[i] >= 0 or trace.next_turn[i] >= 0:
             row["session_id"] = f"s{owner[i]}"
-        if classes or trace.cls[i]:
+        if classes or trace.bound or trace.cls[i]:
             row["class"] = classes[trace.cls[i]] if classes else int(trace.cls[i])
         for column, key in (("ttft_s", "slo_ttft_ms"), ("tpot_s", "slo_tpot_ms")):
             target = float(getattr(trace, column)[i])

@@ -13,6 +13,7 @@ bounded unknown, found on the same requests; it stands in the profile's provenan
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ START = np.array([5e-5, 2e-3, 1e-7, 2e-5, 1.5e-2, 5e-3])
 SHARED_KV = (0.0, 0.01, 0.02, 0.03)
 STATISTICS = ("mean", "p50", "p90", "p99")
 _LEAST_TTFT_S = 0.05
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,8 @@ def command(path: Path, config: Path | None, out: Path, holdout: float, as_json:
     """``calibrate --from-requests``."""
     if config is None:
         raise SlalomError("--engine-config", None, "name the file with that engine's settings")
+    if not re.fullmatch(_NAME, out.stem):  # said before the fit, which takes a minute
+        raise SlalomError("--out", str(out), "name the profile with letters, digits, '.', '_' and '-'")
     log, settings = read_log(path, unit), read_settings(config)
     if log.left_out:
         print(f"{path.name}: {log.left_out} rows cannot be read and are left out", file=sys.stderr)

@@ -24,16 +24,15 @@ head ``model``, ``device_name``, ``vllm_version``, ``tensor_parallel_size``, ``n
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
-from engine.common.regular import LARGE, check_regular
+from engine.common.documents import json_of, read_json, read_yaml
+from engine.common.lines import lines
 from engine.errors import SlalomError
 from env.workload.timeunit import UNITS
 
@@ -52,6 +51,7 @@ _LEAST = 20
 #: Times of this length and more are read as seconds only where the user says so.
 _SLOWEST_TPOT_S, _SLOWEST_TTFT_S = 1.0, 1000.0
 _FORMATS = "write JSON Lines, CSV or a vLLM benchmark's JSON with arrival and token times ({})"
+_MOST_TOKENS = 2**24
 
 
 class RequestLog(NamedTuple):
@@ -102,13 +102,10 @@ def read_log(path: Path, unit: str = "") -> RequestLog:
     """
     if unit and unit not in UNITS:
         raise SlalomError("--time-unit", unit, f"give one of {', '.join(UNITS)}")
-    check_regular(path, LARGE)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SlalomError("--from-requests", str(path), f"give a readable request log ({error})") from error
-    try:
-        found = list(_csv_rows(text) if path.suffix == ".csv" else _json_rows(text))
+        found = list(_csv_rows(path) if path.suffix == ".csv" else _json_rows(path))
+    except SlalomError:
+        raise
     except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
         raise SlalomError(f"--from-requests: {path.name}", str(path), _FORMATS.format(repr(error))) from error
     return _checked(path, found, UNITS[unit or "s"], bool(unit))
@@ -123,26 +120,26 @@ class _Bad(NamedTuple):
 _Row = tuple[float, ...] | _Bad
 
 
-def _csv_rows(text: str) -> Iterator[_Row]:
-    for row in csv.DictReader(text.splitlines()):
+def _csv_rows(path: Path) -> Iterator[_Row]:
+    for row in csv.DictReader(lines(path, "--from-requests")):
         yield _row(row)
 
 
-def _json_rows(text: str) -> Iterator[_Row]:
-    head = text.lstrip()[:1]
-    if head == "{" and "\n{" not in text.strip():
-        whole = json.loads(text)
-        if "ttfts" in whole:
-            yield from _bench_rows(whole)
+def _json_rows(path: Path) -> Iterator[_Row]:
+    begun = False
+    for number, line in enumerate(lines(path, "--from-requests"), 1):
+        if not line.strip():
+            continue
+        if not begun and (line.strip() == "{" or '"ttfts"' in line):  # one document, not a line for each request
+            yield from _bench_rows(read_json(path, "--from-requests"))
             return
-    for line in text.splitlines():
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield _Bad(f"not JSON: {error}")
-            else:
-                yield _row(row) if isinstance(row, dict) else _Bad("no JSON object")
+        begun = True
+        try:
+            row = json_of(line, f"line {number}", constants=True)
+        except SlalomError as error:
+            yield _Bad(f"not JSON: {error}")
+        else:
+            yield _row(row) if isinstance(row, dict) else _Bad("no JSON object")
 
 
 def _row(row: Mapping[str, Any]) -> _Row:
@@ -181,8 +178,8 @@ def _fault(row: _Row) -> str:
     arrival, prompt, output, first, last = row
     if not all(map(math.isfinite, row)):
         return "a figure that is not finite"
-    if not (1 <= prompt < 2**31 and output < 2**31):
-        return "a prompt has a token at least"
+    if not (1 <= prompt <= _MOST_TOKENS and output <= _MOST_TOKENS):
+        return f"a request has 1 to {_MOST_TOKENS} tokens"
     return "" if arrival <= first <= last else "stamps must be of one clock, arrival ≤ first_token ≤ last_token"
 
 
@@ -199,6 +196,8 @@ def _checked(path: Path, found: list[_Row], scale: float, told: bool) -> Request
         raise SlalomError(where, f"{len(rows)} answered requests", f"give at least {_LEAST}")
     arrival, prompt, output, first_token, last = (np.array(column) for column in zip(*rows, strict=True))
     arrival, first_token, last = arrival * scale, first_token * scale, last * scale
+    if output.max() < 2:
+        raise SlalomError(where, "answers of one token only", "give some longer ones: they tell what a step takes")
     gaps = np.where(output > 1, output - 1, np.nan)
     tpot = (last - first_token) / gaps
     if not told:
@@ -223,11 +222,7 @@ def read_settings(path: Path) -> EngineSettings:
 
     :raises SlalomError: unreadable, or a required key is missing or no positive number
     """
-    check_regular(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SlalomError("--engine-config", str(path), f"give a readable JSON or YAML file ({error})") from error
+    content = (read_json if path.suffix == ".json" else read_yaml)(path, "--engine-config")
     if not isinstance(content, dict):
         raise SlalomError("--engine-config", str(path), "write 'max_num_seqs: 256' and so on")
     flat: dict[str, Any] = {}
@@ -237,8 +232,8 @@ def read_settings(path: Path) -> EngineSettings:
 
     def count(key: str) -> int:
         value = flat.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SlalomError(f"--engine-config: {key}", value, "give a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise SlalomError(f"--engine-config: {key}", value, "give a whole number, 1 or more and below 2^31")
         return value
 
     block = count("block_size") if "block_size" in flat else 16
@@ -249,6 +244,11 @@ def read_settings(path: Path) -> EngineSettings:
         kv = count("kv_tokens")
     else:
         known = False
+    if not 2 * block <= kv < 2**31:
+        raise SlalomError("--engine-config: KV capacity", kv, "give at least two blocks, and less than 2^31 tokens")
+    for key in ("tensor_parallel_size", "num_hidden_layers", "n_layers", "kv_bytes_per_token"):
+        if key in flat:
+            count(key)
     return EngineSettings(
         max_batch=count("max_num_seqs"),
         chunk_tokens=count("max_num_batched_tokens"),

@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,7 +160,7 @@ def run(name: str, out: Path | None, as_json: bool) -> list[Claim]:
     :raises SlalomError: unknown name, or a place that cannot be written
     """
     out = out or (Path("reproduced") if name == "all" else None)
-    if out is not None and (out.is_file() or out.suffix) and out.suffix not in (".md", ".html"):
+    if out is not None and (os.path.isfile(out) or out.suffix) and out.suffix not in (".md", ".html"):
         raise SlalomError("--out", str(out), "name a folder, or a file ending in .md or .html")
     asked = [known for known in CLAIMS if name.lower() in ("all", known.lower())] or [name]
     claims = []

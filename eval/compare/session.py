@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -105,9 +106,9 @@ def open_folder(out: Path | None, resume: bool, kept: str = "points") -> None:
         if resume:
             raise SlalomError("--resume", True, "give the folder of the interrupted run with --out")
         return
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise SlalomError("--out", str(out), "this is a file; name a folder")
-    if not resume and (out / kept).exists() and any((out / kept).iterdir()):
+    if not resume and os.path.exists(out / kept) and any((out / kept).iterdir()):
         raise SlalomError("--out", str(out), "it holds results already; add --resume or name another folder")
     claim(out)
 
@@ -145,7 +146,7 @@ def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
 def label_of(policy: str) -> str:
     """A folder's own name; of a run's ``best`` folder the run's name, since every run has one."""
     folder = Path(policy)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return policy
     folder = folder.resolve()
     return folder.parent.name if folder.name in ("best", "last") else folder.name
@@ -329,7 +330,7 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
     rates = tuple(factor * knee for factor in KNEE)
     found = []
     for contender in asked:
-        if Path(contender.policy).is_dir():
+        if os.path.isdir(contender.policy):
             continue
         watcher.phase(f"tune {contender.name}", None)
         stored = _tuning_file(request, contender, rates)

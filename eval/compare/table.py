@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -219,7 +220,7 @@ def _effort(scenario: Any, settings: PointSettings) -> dict[str, Any]:
 def _tuned(
     task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator, plain: dict[str, Any]
 ) -> dict[str, Any] | None:
-    if task.request.tune == 0 or Path(task.policy).is_dir():
+    if task.request.tune == 0 or os.path.isdir(task.policy):
         return None
     rates = [factor * task.knee for factor in FACTORS]
     effort = _effort(scenario, settings)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -43,7 +43,7 @@ def reasons(result: Mapping[str, Any]) -> list[str]:
 
 def is_learned(policy: Mapping[str, Any]) -> bool:
     """Whether a policy of a result is a checkpoint folder rather than a published rule."""
-    return Path(policy["policy_id"]).is_dir() or "/" in policy["policy_id"]
+    return os.path.isdir(policy["policy_id"]) or "/" in policy["policy_id"]
 
 
 def ranking(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from engine.common.lines import LONGEST_LINE
+from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
 __all__ = ["explain_decision", "read_log", "summary"]
@@ -21,18 +25,19 @@ def read_log(path: Path, left_out: list[str] | None = None) -> Iterator[dict[str
     :param left_out: gets the places of these
     :raises SlalomError: no such file, or one that does not begin as a decision log
     """
+    if not os.path.isfile(path):
+        raise SlalomError("--log", str(path), "no such file; serve --decision-log FILE writes one")
     older = [p for p in path.parent.glob(f"{path.name}.*") if p.suffix[1:].isdigit()]
     files = [*sorted(older, key=lambda p: -int(p.suffix[1:])), path]
-    if not path.is_file():
-        raise SlalomError("--log", str(path), "no such file; serve --decision-log FILE writes one")
     for file in files:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+        check_regular(file, LARGE)
+        with file.open("rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE), b""), 1):
                 try:
                     found = json.loads(line)
                     if not (line.endswith(b"\n") and isinstance(found, dict) and "type" in found):
                         raise ValueError("no object with a type")
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     if number == 1 and line.endswith(b"\n"):
                         fix = f"not a line of a decision log: {error}"
                         raise SlalomError(f"{file}:{number}", line[:60].decode(errors="replace"), fix) from error
@@ -58,6 +63,23 @@ def _named(what: str, value: str) -> tuple[str | None, int]:
     return server or None, int(number)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _of_a_log(function: F) -> F:
+    """Decorator: a line that lacks what every such line has is an error of the file."""
+
+    @functools.wraps(function)
+    def checked(path: Path, **given: Any) -> Any:
+        try:
+            return function(path, **given)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SlalomError("--log", str(path), f"a line is not one of a decision log ({error!r})") from error
+
+    return cast(F, checked)
+
+
+@_of_a_log
 def explain_decision(path: Path, *, request: str | None = None, seq: str | None = None) -> dict[str, Any]:
     """The decisions about a request (or the one numbered ``seq``), their policy, and the outcome.
 
@@ -149,6 +171,7 @@ def _action_of(decision: dict[str, Any], row: int | None) -> str:
     return str(found or "nothing usable")
 
 
+@_of_a_log
 def summary(path: Path) -> dict[str, Any]:
     """Counts, latency, fallbacks by reason, agreement of advice, and predictions against what happened."""
     kinds: Counter[str] = Counter()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -295,7 +296,7 @@ def command(
     from env.scenario import Scenario
     from eval.options import parse_rates
 
-    if out is not None and not resume and (out / "runs").exists() and any((out / "runs").iterdir()):
+    if out is not None and not resume and os.path.exists(out / "runs") and any((out / "runs").iterdir()):
         raise SlalomError("--out", str(out), "it holds runs already; add --resume or name another folder")
     chosen = [Scenario.load(name.strip()) for group in scenarios for name in group.split(",")]
     shares = parse_rates(loads)

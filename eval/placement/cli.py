@@ -7,6 +7,7 @@ Progress goes to standard error, the result to standard output: a table and one 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,7 +69,7 @@ def place(
     from engine.common.provenance import commit
     from env.scenario import Scenario
 
-    if out is not None and out.is_dir():
+    if out is not None and os.path.isdir(out):
         raise SlalomError("--out", str(out), "this is a folder; name a file")
     if again and gpus is not None:
         raise SlalomError("--gpus", gpus, "leave it out with --replan: it splits the instances of the scenario")

@@ -28,7 +28,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from engine.common.documents import json_of
 from engine.common.files import read_json, write_bytes, write_json
+from engine.common.lines import lines
 from engine.errors import SlalomError
 from env.measure.stats import stratified_iqm
 
@@ -94,9 +96,9 @@ def read_stages(folder: Path) -> list[Stage]:
     :raises SlalomError: no finished search there
     """
     try:
-        events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        events = [json_of(line, "log.jsonl") for line in lines(folder / "log.jsonl", "run folder")]
         base = next(event for event in reversed(events) if event["event"] == "base")
-    except (OSError, ValueError, StopIteration) as error:
+    except (SlalomError, TypeError, KeyError, StopIteration) as error:
         raise SlalomError("run folder", str(folder), "it holds no training that got past its search") from error
     begins = [place for place, event in enumerate(events) if event["event"] == "search"]
     names = ("rule", "values", "plans", "theta")

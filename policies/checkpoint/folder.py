@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
+from engine.common.documents import json_of
 from engine.common.regular import LARGE, SMALL, check_regular
 from engine.core.columns import Kind, Need
 from engine.core.policy import InstancePlan
@@ -220,7 +221,7 @@ def _plain(data: Any, where: str) -> Any:
 def _write(folder: Path, manifest: Manifest, profile: Any, blob: bytes | None) -> LoadedPolicy:
     """All files into a new folder beside the target, proven by loading it, then moved into place."""
     folder = Path(folder)
-    if folder.exists() and not (folder / _MANIFEST).is_file():
+    if os.path.exists(folder) and not (folder / _MANIFEST).is_file():
         raise SlalomError("checkpoint folder", str(folder), "it exists and is no checkpoint; choose another")
     files = {
         _MANIFEST: _json(manifest.model_dump(mode="json"), _MANIFEST),
@@ -251,7 +252,7 @@ def _write(folder: Path, manifest: Manifest, profile: Any, blob: bytes | None) -
 
 def _swap(fresh: Path, folder: Path) -> None:
     """Move ``fresh`` to ``folder``; a checkpoint already there steps aside and comes back on failure."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         os.replace(fresh, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
@@ -323,20 +324,12 @@ def _read(path: Path) -> bytes:
     check_regular(path, LARGE if path.name == _WEIGHTS else SMALL)
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise SlalomError(str(path), error.strerror or str(error), "a checkpoint folder needs this file") from error
+    except (OSError, ValueError) as error:  # a path with a null byte
+        raise SlalomError(str(path), str(error), "a checkpoint folder needs this file") from error
 
 
 def _read_json(path: Path) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not allowed")
-
-    try:
-        return json.loads(_read(path).decode(), parse_constant=refuse)
-    except SlalomError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise SlalomError(str(path), str(error), "not valid JSON; copy the checkpoint again") from error
+    return json_of(_read(path), str(path))
 
 
 def _refusal(where: str, error: ValidationError) -> SlalomError:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from engine.common.documents import Name
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, Kind
 from engine.core.policy import InstancePlan
 from policies.network.features import CANDIDATE_NAMES, CONTEXT_NAMES
@@ -98,7 +99,7 @@ class NormalisationRecord(_Strict):
 class RuleRecord(_Strict):
     """A rule with its values."""
 
-    name: str
+    name: Name
     values: dict[str, FiniteFloat | int | str] = {}
 
 
@@ -168,7 +169,7 @@ class Manifest(_Strict):
     format: Literal["slalom-policy"] = FORMAT
     version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
     kind: Literal["network", "rule"]
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[Name, Field(min_length=1)]
     columns_sha256: str
     actions: dict[str, list[str]] = {kind.name: actions for kind, actions in _ACTIONS.items()}
     rule: RuleRecord  # kind rule: the policy itself; kind network: its base
@@ -176,13 +177,13 @@ class Manifest(_Strict):
     network: NetworkRecord | None = None
     normalisation: NormalisationRecord | None = None
     golden: list[Golden] = []
-    scenario: str = ""
+    scenario: Name = ""
     scenario_sha256: str = ""
     training: dict[str, Any] = {}
     evaluation: list[dict[str, Any]] = []
     fidelity: dict[str, Any] = {}
     bounds: Bounds = Bounds()
-    fallback: str = "least_tokens"
+    fallback: Name = "least_tokens"
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from engine.common.regular import check_regular
+from engine.common.documents import read_json, read_yaml
 from engine.errors import SlalomError
 
 __all__ = ["BreakerConfig", "DriftConfig", "GuardConfig", "LogConfig", "RoleConfig"]
@@ -99,12 +97,8 @@ class GuardConfig(_Strict):
         data: Any = {}
         where = str(path or "guard")
         if path is not None:
-            check_regular(path)
-            try:
-                text = Path(path).read_text(encoding="utf-8")
-                data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text) or {}
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise SlalomError("--guard-config", where, f"not readable: {error}") from error
+            reader = read_json if str(path).endswith(".json") else read_yaml
+            data = reader(path, "--guard-config") or {}
             if not isinstance(data, dict):
                 raise SlalomError("--guard-config", where, "write a mapping, e.g. `deadline_us: 500`")
         try:

@@ -9,47 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf_file import BF16, F16, F32, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q6_K, Q8_0, gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import SlalomError
 from engine.model.gguf import GGUFFile
-
-F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q6_K, BF16 = 0, 1, 2, 3, 6, 7, 8, 12, 14, 30
-
-
-def string(text: str) -> bytes:
-    return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def metadata_value(value: Any) -> bytes:
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + string(value)
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, list) and isinstance(value[0], str):
-        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(string, value))
-    if isinstance(value, list):
-        return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
-    return struct.pack("<II", 4, value)
-
-
-def gguf(
-    metadata: dict[str, Any],
-    tensors: dict[str, tuple[tuple[int, ...], int, bytes]],
-    *,
-    magic: bytes = b"GGUF",
-) -> bytes:
-    """A file of the given metadata and tensors (shape in torch's order, type, data), aligned to 32 bytes."""
-    head = magic + struct.pack("<IQQ", 3, len(tensors), len(metadata))
-    for key, value in metadata.items():
-        head += string(key) + metadata_value(value)
-    body = b""
-    for name, (shape, kind, data) in tensors.items():
-        head += string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
-        head += struct.pack("<IQ", kind, len(body))
-        body += data + b"\0" * (-len(data) % 32)
-    return head + b"\0" * (-len(head) % 32) + body
 
 
 def opened(data: bytes, folder: Path) -> GGUFFile:

@@ -23,6 +23,7 @@ from live_cases import TOKENIZER, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import SlalomError
+from engine.server.door import Limits, configure
 from engine.server.protocol import targets_of
 from policies.serve import Options, build, load_classes, parse_roles
 
@@ -35,9 +36,9 @@ JSON = {"content-type": "application/json"}  # for bodies written by hand: half 
 class Served:
     """A server in a thread, and a client for it."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, limits: Limits = Limits(), **options: Any) -> None:
         self.engine, self.app = build(Options("dummy:tiny", **({"drain_s": 5.0} | options)))
-        config = uvicorn.Config(self.app, port=0, log_level="warning", access_log=False)
+        config = configure(self.app, limits, port=0)
         self.server = self.app.state.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

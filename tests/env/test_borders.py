@@ -19,7 +19,7 @@ from engine.model import load_tokenizer, open_checkpoint
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
-from env.workload import Trace, read_trace
+from env.workload import Trace, concat, read_trace
 from env.workload.rawfile import read_csv
 from eval.calibrate.request_log import read_log, read_settings
 from policies.checkpoint.folder import load
@@ -56,6 +56,63 @@ def test_a_part_of_a_mix_is_bound_to_a_class_that_there_is(scenario: Scenario, c
     part = {"weight": 1.0, "cls": cls, "workload": scenario.workload.model_dump(mode="json")}
     with pytest.raises(SlalomError, match=r"class|cls"):
         build_trace(scenario.with_overrides({"workload": {"kind": "mix", "parts": [part]}}), 1.0, 5, 0, "test")
+
+
+def two_classes(scenario: Scenario, workload: dict[str, Any]) -> Scenario:
+    chat, batch = ({"name": name, "share": 0.5, "ttft_s": 1.0, "tpot_s": 0.1} for name in ("chat", "batch"))
+    return scenario.with_overrides({"classes": [chat, batch], "workload": workload})
+
+
+def named_trace(path: Path, names: list[str | int | None]) -> dict[str, Any]:
+    """A trace whose requests have these classes in turn, 99 tokens for each ``batch`` and 10 for the others."""
+    rows = [
+        {"timestamp": 100 * k, "input_length": 99 if name == "batch" else 10, "output_length": 5, "class": name}
+        for k, name in enumerate((names * 120)[:120])
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"kind": "trace", "source": {"path": str(path), "format": "slalom"}}
+
+
+@pytest.mark.parametrize("names", [["chat", "batch"], ["batch", "chat"], ["batch"], ["chat"], [None, "batch"]], ids=str)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_classes_of_a_trace_go_by_name(scenario: Scenario, tmp_path: Path, names: list[Any], mixed: bool) -> None:
+    workload = named_trace(tmp_path / "t.jsonl", names)
+    if mixed:
+        workload = {"kind": "mix", "parts": [{"weight": 1.0, "workload": workload}]}
+    trace = build_trace(two_classes(scenario, workload), 10.0, 20, 0, "test")
+    batch = trace.prompt == 99
+    assert trace.cls.tolist() == [int(is_batch) for is_batch in batch]
+
+
+def test_traces_with_names_in_other_orders_are_put_together_by_name(scenario: Scenario, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{k}.jsonl" for k in range(2)]
+    for path, names in zip(paths, (["chat", "batch"], ["batch", "chat"]), strict=True):
+        named_trace(path, list(names))
+    joined = concat([read_trace(path, "slalom") for path in paths])
+    both = two_classes(scenario, scenario.workload.model_dump(mode="json"))
+    run = simulate(both, "least_tokens", rate=1.0, trace=joined)
+    assert run.req["cls"].tolist() == [int(prompt == 99) for prompt in joined.prompt]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_class_that_no_scenario_has_is_refused_by_its_name(scenario: Scenario, tmp_path: Path, mixed: bool) -> None:
+    workload = named_trace(tmp_path / "t.jsonl", ["chat", "bulk"])
+    if mixed:
+        workload = {"kind": "mix", "parts": [{"weight": 1.0, "workload": workload}]}
+    with pytest.raises(SlalomError, match=r"class: got 'bulk'; the scenario has chat, batch"):
+        build_trace(two_classes(scenario, workload), 10.0, 20, 0, "test")
+    workload = named_trace(tmp_path / "t.jsonl", ["chat", 1])
+    with pytest.raises(SlalomError, match="names and numbers"):
+        build_trace(two_classes(scenario, workload), 10.0, 20, 0, "test")
+
+
+@pytest.mark.parametrize(("cls", "number"), [("batch", 1), ("chat", 0), (1, 1), (0, 0)])
+def test_a_part_of_a_mix_is_bound_by_name_or_number(scenario: Scenario, cls: Any, number: int) -> None:
+    part = {"weight": 1.0, "cls": cls, "workload": scenario.workload.model_dump(mode="json")}
+    trace = build_trace(two_classes(scenario, {"kind": "mix", "parts": [part]}), 10.0, 20, 0, "test")
+    assert set(trace.cls.tolist()) == {number}
+    with pytest.raises(SlalomError, match=r"bulk.*chat, batch"):
+        build_trace(two_classes(scenario, {"kind": "mix", "parts": [part | {"cls": "bulk"}]}), 10.0, 20, 0, "test")
 
 
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from engine.errors import SlalomError
 from env.measure.metrics import summarize
 from env.scenario import Scenario
+from env.surrogate import simulate as module
 from env.surrogate.simulate import simulate
 from env.workload import Trace
 
@@ -96,3 +98,49 @@ def test_the_slowest_link_keeps_its_order(scenario: Scenario) -> None:
     slow = Scenario.load("tiny-4xa100").with_overrides({"links.bandwidth_gb_s": 1e-300})
     found = figures(slow, requests(1.0, n=4))
     assert found["completed"] + found["unfinished"] == 4
+
+
+@pytest.mark.parametrize("seconds", [1e7, 1e300])
+@pytest.mark.parametrize("field", ["control_interval_s", "hold_interval_s", "hold_limit_s"])
+def test_intervals_of_months_are_as_good_as_none(field: str, seconds: float) -> None:
+    base = Scenario.load("shift-pd-8xa100").with_overrides({"decisions.hold": True})
+    found = figures(base.with_overrides({field: seconds}), requests(0.01, n=40))
+    assert found["completed"] == 40
+    assert found["slo_attainment"] == 1.0
+
+
+def test_a_device_that_needs_years_for_a_step_serves_nobody(scenario: Scenario) -> None:
+    found = figures(scenario, requests(0.01, n=8), slowdown=1e12)
+    assert found["completed"] == 0
+    assert found["slo_attainment"] == 0.0
+
+
+@pytest.mark.parametrize("changes", [{"cluster.0.count": 65_536}, {"cluster.0.kv_tokens": 2**31 - 1}], ids=str)
+def test_a_cluster_whose_books_would_fill_the_memory_is_refused(scenario: Scenario, changes: dict[str, int]) -> None:
+    with pytest.raises(SlalomError, match=r"cluster: got .* GiB"):
+        figures(scenario.with_overrides(changes), requests(0.01, n=4))
+
+
+@pytest.mark.parametrize("n", [0, 10**12])
+def test_a_run_of_more_requests_than_memory_holds_is_refused(scenario: Scenario, n: int) -> None:
+    with pytest.raises(SlalomError, match="requests"):
+        simulate(scenario, "least_tokens", rate=1.0, n_requests=n)
+
+
+def test_a_run_comes_up_for_ctrl_c_and_is_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Scenario.load("shift-pd-8xa100")
+    whole = simulate(base, "dopd", rate=5.0, n_requests=60)
+    monkeypatch.setattr(module, "_SLICE", 7)
+    cut = simulate(base, "dopd", rate=5.0, n_requests=60)
+    assert whole.decisions == cut.decisions > 20
+    np.testing.assert_array_equal(whole.req, cut.req)
+    compiled = module.ready()
+
+    def interrupted(*arguments: Any) -> int:
+        taken: int = compiled(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return taken
+
+    monkeypatch.setattr(module, "ready", lambda: interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(base, "dopd", rate=5.0, n_requests=60)

@@ -6,6 +6,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -480,3 +481,26 @@ def test_a_shift_without_a_natural_length_spreads_over_the_run_as_before() -> No
     trace = spec.build(100.0, 30_000, 0, "train")
     assert (trace.prompt[trace.arrival_s < 0.66 * trace.duration_s] == 10).all()
     assert spec.unfinished(100.0, 21_000) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("shift", {"duration_s": 1e-9}), ("shift", {"random": {"phases": [2, 2**31]}}), ("shift", {"cv": 1e-300}),
+        ("synthetic", {"lengths": {"kind": "preset", "name": "azure-conv", "scale": 1e300}}),
+        ("synthetic", {"lengths": {"kind": "fixed", "prompt": 2**31, "output": 1}}),
+        ("synthetic", {"prefix": {"kind": "rag", "documents": 2**31}}),
+        ("synthetic", {"prefix": {"kind": "rag", "hash_tokens": 2**31}}),
+        ("synthetic", {"arrival": {"kind": "on_off", "on_s": 1e-9}}),
+        ("synthetic", {"arrival": {"kind": "bins", "bin_s": 1.0, "rates": [float("inf")]}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_nothing_could_draw_are_refused(kind: str, changes: dict[str, Any]) -> None:
+    lengths = {"kind": "fixed", "prompt": 10, "output": 2}
+    sections: dict[str, dict[str, Any]] = {
+        "synthetic": {"kind": "synthetic", "lengths": lengths},
+        "shift": {"kind": "shift", "lengths": [lengths], "random": {}},
+    }
+    with pytest.raises(SlalomError, match="workload"):
+        parse_workload(sections[kind] | changes)

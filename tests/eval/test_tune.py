@@ -2,7 +2,7 @@
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import pytest
 from eval_cases import Scenario, synthetic_measure, true_goodput
@@ -12,6 +12,7 @@ import train.search.tune as tuning
 from engine.errors import SlalomError
 from env.measure.contender import PointSettings
 from policies.rule import Param, Rule
+from train.search import trials
 
 KEYWORDS = tuning.Evaluator.__init__.__kwdefaults__
 SETTINGS = PointSettings(n_requests=2_000)
@@ -246,3 +247,35 @@ def test_a_search_that_follows_is_resumed_where_it_was_and_counts_what_it_simula
     found = tune("weighted", Scenario(), 25, storage=tmp_path / "j", **options)
     assert (found.ranking, found.rates, found.trials) == (whole.ranking, whole.rates, 25)
     assert whole.simulated_requests <= found.simulated_requests <= len(calls) * SETTINGS.n_requests
+
+
+class Endless(Executor):
+    """A cluster on which, after the first trial, nothing is ever done."""
+
+    def __init__(self):
+        self.begun = []
+
+    def submit(self, fn, /, *args, **kwargs):
+        job = Future()
+        if not self.begun:
+            job.set_result(fn(*args))
+        self.begun.append(job)
+        return job
+
+
+@pytest.mark.parametrize("looks", [0, 1, 3])
+def test_a_search_on_a_cluster_keeps_its_time(monkeypatch, looks):
+    """Trials that run when the time is up are not waited for, and none is begun any more."""
+    fake_rule(monkeypatch, WEIGHT)
+    monkeypatch.setattr(trials, "_LOOK_S", 0.001)
+    pool, left = Endless(), iter(range(looks))
+    subject = trials.Subject(tuning.get("weighted"), {}, None)
+    here = tuning.Evaluator(Scenario(), SETTINGS, measure=synthetic_measure)
+    means = (synthetic_measure, as_asked)
+    objective = trials.Objective(
+        subject, here, (30.0, 40.0), (0, 1), 0, lambda: next(left, None) is None, means
+    )  # fmt: skip
+    study = trials.Study(objective, "tpe", 0, None, [], ())
+    assert study.search(0, trials.Budget(25, float("inf")), pool, 4, None) == 1
+    assert len(pool.begun) == (1 if looks == 0 else 5)
+    assert all(job.cancelled() for job in pool.begun[1:])

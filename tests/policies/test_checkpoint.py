@@ -151,6 +151,13 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no golden vectors": (lambda f: edit(f, lambda d: d.update(golden=[])), "golden"),
     "golden differs": (lambda f: edit(f, lambda d: d["golden"][3]["logits"].__setitem__(0, 55.0)), "golden"),
     "golden ragged": (lambda f: edit(f, lambda d: d["golden"][3]["candidates"][0].pop()), "golden"),
+    "a name of two lines": (lambda f: edit(f, lambda d: d.update(name="a\nb")), "one line of printable"),
+    "a name that acts on terminals": (
+        lambda f: edit(f, lambda d: d.update(name="\x1b]0;x\x07")),
+        "one line of printable",
+    ),
+    "a scenario of that kind": (lambda f: edit(f, lambda d: d.update(scenario="\x1b[2J")), "one line of printable"),
+    "a name of 300 characters": (lambda f: edit(f, lambda d: d.update(name="x" * 300)), "at most 200"),
     "NaN in JSON": (lambda f: edit(f, lambda d: d["training"].update(loss=float("nan"))), "not valid JSON"),
     "wrong width": (lambda f: edit(f, lambda d: d["network"].update(hidden=20)), "expected float32"),
     "wrong hash": (lambda f: edit(f, lambda d: d["network"].update(sha256="0" * 64)), "sha256"),

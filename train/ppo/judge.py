@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from env.measure.contender import Contender, PointSettings
 from env.measure.level import measure_level, run_length
-from env.measure.pool import processes
+from env.measure.pool import processes, watched
 
 __all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_level"]
 
@@ -74,7 +74,7 @@ class SimulatorJudge:
         """See :meth:`Judge.submit`."""
         job = (self._scenario, contender, self._rates, tuple(seeds), self._settings)
         if self._pool is not None:
-            return self._pool.submit(mean_level, *job)
+            return watched(self._pool.submit(mean_level, *job))
         done: Future[Verdict] = Future()
         try:
             done.set_result(mean_level(*job))

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
+from engine.common.documents import json_of
 from engine.common.files import write_bytes
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
@@ -78,12 +79,14 @@ def load_state(path: Path, model: DispatchPPO) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
         tensors = load_tensors(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        header = json_of(raw[8 : 8 + int.from_bytes(raw[:8], "little")], str(path))
         about = header["__metadata__"]
-        facts = json.loads(about["state"])
+        facts = json_of(about["state"], str(path))
+        if not isinstance(facts, dict):
+            raise TypeError
     except FileNotFoundError as error:
         raise SlalomError("--resume", str(path), "no training checkpoint there; start without it") from error
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise SlalomError(str(path), type(error).__name__, "the file is damaged; start a new run") from error
     if facts.get("format") != FORMAT:
         raise SlalomError(f"{path}: format", facts.get("format"), f"this version reads {FORMAT}")
@@ -91,11 +94,10 @@ def load_state(path: Path, model: DispatchPPO) -> dict[str, Any]:
         raise SlalomError(str(path), "another sum", "the file is damaged; start a new run")
     try:
         _restore(model, tensors, facts)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise SlalomError(
-            str(path), str(error).splitlines()[0], "resume with the settings the run was started with"
-        ) from error
-    return dict(facts["extra"])
+        return dict(facts["extra"])
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        fix = "resume with the settings the run was started with"
+        raise SlalomError(str(path), str(error) or type(error).__name__, fix) from error
 
 
 def _restore(model: DispatchPPO, tensors: dict[str, th.Tensor], facts: dict[str, Any]) -> None:

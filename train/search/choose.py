@@ -19,6 +19,7 @@ from train.budget import Budget
 from train.config import TrainConfig
 from train.search.direct import DirectConfig, direct_search
 from train.search.fitness import Fitness, rates_between
+from train.search.journal import Journal
 from train.search.rule import SearchResult
 from train.search.space import Design
 
@@ -47,13 +48,13 @@ def search_all(
     alone: bool,
     seed: int,
     on_incumbent: Callable[[float, Design], None] = lambda seconds, design: None,
+    journal: Journal | None = None,
 ) -> SearchResult:
     """The best design within a budget.
 
     :param alone: the search is the whole training; otherwise it gets ``config.direct_share`` of the time
-    :param on_incumbent: see :func:`train.search.direct.direct_search`
+    :param on_incumbent: see :func:`train.search.direct.direct_search`, ``journal`` too
     """
-    begin = time.monotonic()
     share = 1.0 if alone else config.direct_share
     requests: float = config.direct_requests or (budget.frames if alone and budget.frames else float("inf"))
     phase = ""
@@ -77,8 +78,10 @@ def search_all(
         rules=config.rules,
     )
     found = direct_search(
-        scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report, on_incumbent=on_incumbent
-    )
+        scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report, on_incumbent=on_incumbent,
+        journal=journal,
+    )  # fmt: skip
+    begin = time.monotonic()
     display.phase("choose")
     light = [load * found.knee for load in config.light_loads]
     rates = [*light, *rates_between(found.strict, found.knee, _BEYOND)]
@@ -94,7 +97,7 @@ def search_all(
         score=scores[best],
         trials=len(found.history),
         requests=found.requests,
-        seconds=round(time.monotonic() - begin, 2),
+        seconds=round(found.seconds + time.monotonic() - begin, 2),
         sampler="direct",
         plans=None if design.plans is None else [asdict(plan) for plan in design.plans],
         theta=None if design.theta is None else design.theta.tolist(),

@@ -15,7 +15,6 @@ With a budget in requests the outcome depends on the seed alone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +28,7 @@ from env.surrogate.arena import arena_of
 from policies import registry
 from train.search.arrange import composed
 from train.search.fitness import Fitness, rates_between
+from train.search.journal import Journal, Remembered
 from train.search.space import Design, Space, offspring, random_design, reordered, varied
 
 __all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
@@ -131,17 +131,17 @@ class _Search:
 
     def __init__(
         self, scenario: Scenario, config: DirectConfig, seed: int, requests: float, seconds: float, report: Report,
-        on_incumbent: Incumbent,
+        on_incumbent: Incumbent, journal: Journal,
     ) -> None:  # fmt: skip
         self.setting = arena_of(scenario).setting
-        self.fitness = Fitness(scenario, self.setting)
+        self.fitness = Remembered(Fitness(scenario, self.setting), journal)
+        self.seconds = journal.seconds
         self.config, self.report, self.on_incumbent = config, report, on_incumbent
         self.rng = np.random.default_rng([seed, 1])
         self.seed = seed
         self.rules = rules_of(scenario, config.rules)
         self.n_requests = config.n_requests or min(max(scenario.n_requests, 2000), 4000)
         self.most_requests, self.most_seconds = requests, seconds
-        self.begin = time.monotonic()
         self.knee = self.strict = 0.0
         self.ranked: list[Design] = []
         self.rules_seen: list[tuple[int, float, Design]] = []  # (rung, score, published rule as it is)
@@ -150,7 +150,8 @@ class _Search:
     @property
     def used(self) -> float:
         """Share of the budget spent."""
-        return max(self.fitness.requests / self.most_requests, (time.monotonic() - self.begin) / self.most_seconds)
+        timed = self.seconds() / self.most_seconds if self.most_seconds < float("inf") else 0.0
+        return max(self.fitness.requests / self.most_requests, timed)
 
     def windows(self, most: int, simulations: int, share: float, waits: bool = True) -> int:
         """Arrival sequences (or lengths), at most ``most``, so that ``simulations`` on each cost ``share`` of all."""
@@ -167,7 +168,7 @@ class _Search:
 
     def incumbent(self, design: Design) -> None:
         """Tell who leads."""
-        self.on_incumbent(time.monotonic() - self.begin, design)
+        self.on_incumbent(self.seconds(), design)
 
     # -- explore ---------------------------------------------------------------------------------------------
 
@@ -325,14 +326,16 @@ def direct_search(
     report: Report = lambda phase, done, note: None,
     on_incumbent: Incumbent = lambda seconds, design: None,
     start: Design | None = None,
+    journal: Journal | None = None,
 ) -> DirectResult:
     """Search until ``requests`` were simulated or ``seconds`` have passed; at least one of them is finite.
 
     :param report: called with (phase, share done, note)
     :param on_incumbent: told who leads, now and then
+    :param journal: what an interrupted search knew already; it goes on from there
     :param start: CMA-ES from this design alone, nothing is explored; the answer is then it or what became of it
     """
-    search = _Search(scenario, config, seed, requests, seconds, report, on_incumbent)
+    search = _Search(scenario, config, seed, requests, seconds, report, on_incumbent, journal or Journal())
     if start is None:
         search.explore()
         starts = _different(search.ranked, config.starts)
@@ -366,7 +369,7 @@ def direct_search(
     ranked = [finalists[i] for i in sorted(range(len(finalists) - 1), key=lambda i: -scores[i])]
     return DirectResult(
         best, rule, (*ranked[:_FINALISTS], rule), search.knee, search.strict, search.fitness.requests,
-        round(time.monotonic() - search.begin, 2), tuple(search.history),
+        round(search.seconds(), 2), tuple(search.history),
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ them count alike, whatever their rates.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -21,6 +20,7 @@ from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from train.search.fitness import Fitness
+from train.search.journal import Journal, Remembered
 from train.search.space import Design, Space
 
 __all__ = ["generalist_design", "named", "sized", "train_generalist"]
@@ -71,10 +71,14 @@ def train_generalist(
     population: int = 16,
     sigma: float = 0.6,
     report: Report = lambda phase, done, note: None,
+    journal: Journal | None = None,
 ) -> tuple[Design, int, float]:
-    """The design, the requests simulated for it, and the wall seconds."""
-    begin, design = time.monotonic(), generalist_design()
-    fits = [Fitness(s, arena_of(s).setting) for s in scenarios]
+    """The design, the requests simulated for it, and the wall seconds.
+
+    :param journal: what an interrupted search knew already; it goes on from there
+    """
+    design, journal = generalist_design(), journal or Journal()
+    fits = [Remembered(Fitness(s, arena_of(s).setting), journal) for s in scenarios]
     rng = np.random.default_rng([seed, 4])
     space = Space(fits[0].setting, design)
     optimiser = SepCMA(mean=np.zeros(len(space)), sigma=sigma, population_size=population, seed=seed)
@@ -102,4 +106,4 @@ def train_generalist(
         used = sum(f.requests for f in fits)
         note = f"{used / 1e6:.1f} M requests  best {-100 * min(v for _, v in told):.2f} %"
         report("generalist", min(used / requests, 1.0), note)
-    return replace(design, theta=optimiser.mean.copy()), used, round(time.monotonic() - begin, 2)
+    return replace(design, theta=optimiser.mean.copy()), used, round(journal.seconds(), 2)

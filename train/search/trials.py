@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ __all__ = ["Budget", "Drawn", "Objective", "Study", "Subject", "distinct_best"]
 
 #: What a trial draws: parameters of the rule, and levers.
 Drawn = dict[str, Value]
+_LOOK_S = 0.2  # between two looks at the time while trials run elsewhere
 
 
 class Budget(NamedTuple):
@@ -129,11 +130,22 @@ class Objective:
                 yield found and found._replace(requests=requests)
             return
         fixed = (self._here.scenario, self._here.settings, self._means[0])
-        jobs = [pool.submit(_remote_trial, *fixed, contender, course) for contender in contenders]
-        for job in jobs:
-            outcome, requests = job.result()
-            self.simulated_requests += requests
-            yield outcome and outcome._replace(requests=requests)
+        late = not course.first and self.stop()  # the first trial is carried out in any case
+        jobs = [pool.submit(_remote_trial, *fixed, each, course) for each in (() if late else contenders)]
+        try:
+            for job in jobs:
+                while not job.done() and not (late := not course.first and self.stop()):
+                    wait([job], _LOOK_S)
+                if late:
+                    break
+                outcome, requests = job.result()
+                self.simulated_requests += requests
+                yield outcome and outcome._replace(requests=requests)
+        finally:
+            for job in jobs:
+                job.cancel()  # the time is up, or one of them has failed
+        if late:
+            yield None
 
     def _contender(self, drawn: Drawn) -> Contender | None:
         """None where the setting does not fit the cluster.
