@@ -27,6 +27,7 @@ RULES = (
     *("round_robin", "power_of_two", "least_tokens", "static_split"),
     *("chunked", "splitwise", "muxwise", "linear_score"),
 )
+EFFORT = "3M"  # simulated requests of the training, and of the search of each rule
 #: The versions with which everything was tested last; ``python tests/test_lock.py`` writes it.
 LOCK = ROOT / "requirements.lock"
 #: Users with a GPU bring these in the build for their CUDA version; elsewhere they are locked like the rest.
@@ -92,13 +93,13 @@ def main_job(arguments: list[str]) -> None:
     policies = [x for name in RULES for x in ("--policy", name)]
     common = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     call(
-        BIN / "train-policy", "--env", "surrogate", "--scenario", SCENARIO, "--algo", "direct", "--budget", "2m",
+        BIN / "train-policy", "--env", "surrogate", "--scenario", SCENARIO, "--algo", "direct", "--budget", EFFORT,
         *resumed(OUT / "learned"), *arguments, **common,
     )  # fmt: skip
     call(
         BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO,
-        *policies, "--policy", OUT / "learned" / "best", "--goodput", "--tune", "400",
-        "--jobs", "2", *resumed(OUT / "compare"), **common,
+        *policies, "--policy", OUT / "learned" / "best", "--goodput",
+        "--tune-requests", EFFORT, "--only-tuned", "--jobs", "2", *resumed(OUT / "compare"), **common,
     )  # fmt: skip
     print(f"report: {OUT / 'compare' / 'report.html'}")
 

@@ -18,7 +18,7 @@ import typer
 
 from engine.common.options import option, takes
 from engine.errors import SlalomError
-from eval.options import parse_rates
+from eval.options import parse_rates, parse_requests
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,9 @@ class Options:
     goodput: bool = option(False, "Search each policy's sustained goodput (default).", "--goodput")
     seeds: int = option(3, "Seeds, the same for every policy.", min=1, max=1000)
     requests: int | None = option(None, "Requests of one run.", min=20)
-    tune: int = option(0, "Also compare every rule tuned with this many trials.", min=0)
+    tune: int = option(0, "Also compare every rule tuned with so many trials, arrangement and queues included.", min=0)
+    tune_requests: str | None = option(None, "Simulated requests of each such search instead of trials, e.g. 3M.")
+    only_tuned: bool = option(False, "Leave out rules as published where a tuned one is compared.", "--only-tuned")
     slo_scale: float = option(1.0, "Multiply every TTFT and TPOT target by this.")
     warmup: float = option(0.05, "Share of arrivals left out at the start.")
     drain: float = option(0.0, "Share of arrivals left out at the end.")
@@ -113,7 +115,7 @@ def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> Non
     from env.measure.contender import PointSettings
     from env.scenario import Scenario
     from eval.compare.progress import Bar
-    from eval.compare.session import Request, open_folder, scaled
+    from eval.compare.session import MOST_TRIALS, Request, open_folder, scaled
     from eval.compare.session import evaluate as run
 
     open_folder(o.out, o.resume)
@@ -125,7 +127,9 @@ def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> Non
         rates=None if o.rates is None else parse_rates(o.rates),
         seeds=o.seeds,
         settings=PointSettings(n_requests=n_requests, warmup=o.warmup, drain=o.drain, detailed=o.save_detailed),
-        tune=o.tune,
+        tune=o.tune or (MOST_TRIALS if o.tune_requests else 0),
+        tune_requests=parse_requests(o.tune_requests),
+        only_tuned=o.only_tuned,
         prune=True,
         jobs=o.jobs,
         out=o.out,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from engine.errors import SlalomError
 
-__all__ = ["parse_rates"]
+__all__ = ["parse_rates", "parse_requests"]
 
 
 _MOST_RATES = 1_000
@@ -31,3 +33,16 @@ def parse_rates(text: str) -> tuple[float, ...]:
     if count > _MOST_RATES:
         raise SlalomError("--rates", text, f"that is more than {_MOST_RATES} rates; take larger steps")
     return tuple(start + step * i for i in range(count))
+
+
+def parse_requests(text: str | None) -> float:
+    """``500k``, ``3M``, ``100000``: simulated requests; without bound where nothing is asked.
+
+    :raises SlalomError: anything else
+    """
+    if text is None:
+        return float("inf")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise SlalomError("--tune-requests", text, "write a number of requests, e.g. 500k or 3M")
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]]

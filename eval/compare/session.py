@@ -30,6 +30,7 @@ from eval.compare.paired import compare
 from eval.compare.verdict import is_learned, meeting_point, ranking
 
 __all__ = [
+    "MOST_TRIALS",
     "Request",
     "Watcher",
     "closest_pair",
@@ -40,6 +41,10 @@ __all__ = [
     "scaled",
     "tune_all",
 ]
+
+
+#: Of one search, where only its simulated requests are bounded.
+MOST_TRIALS = 3_000
 
 
 class Watcher:

@@ -224,7 +224,7 @@ def _tuning(settings: Mapping[str, Any]) -> list[list[str]]:
             found["sampler"],
             _share(found["default"]),
             _share(found["score"]),
-            json.dumps(found["values"]),
+            json.dumps(found["values"] | found.get("levers", {})),
         ]
         for found in settings.get("tuning", [])
     ]

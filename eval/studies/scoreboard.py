@@ -33,7 +33,7 @@ from engine.errors import SlalomError
 from engine.jit.sources import ROOT
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
-from eval.compare.session import Request, Watcher, contenders_of, evaluate, scaled, tune_all
+from eval.compare.session import MOST_TRIALS, Request, Watcher, contenders_of, evaluate, scaled, tune_all
 from eval.studies.scoretable import TARGETS, table, told
 from train.search.direct import rules_of
 from train.search.levers import EVERY
@@ -67,7 +67,6 @@ OPPONENTS: dict[str, tuple[str, ...]] = {
 #: Whose best knee says where opponents are tuned when the targets are not the scenario's own.
 KNEE_RULES = ("least_tokens", "predicted_ttft", "static_split", "linear_score")
 _SHOWN = 3  # opponents in the table of what is held
-MOST_TRIALS = 3_000  # of one search, whatever requests are left
 _SCREENED = 600_000  # simulated requests of a rule's search in a screening
 
 
@@ -266,9 +265,11 @@ def _request(name: str, out: Path, effort: Effort) -> tuple[Request, Lines]:
 
 
 def _budget(result: dict[str, Any], name: str) -> dict[str, Any]:
-    """Simulated requests of the opponents' searches, as a share of the checkpoint's."""
+    """Simulated requests of the rules' searches, as a share of the checkpoint's; a static plan's ends when it knows no
+    further arrangement."""
     settings = result["settings"]
-    spent = min((int(entry["simulated_requests"]) for entry in settings["tuning"]), default=0)
+    rules = [entry for entry in settings["tuning"] if "cluster" not in entry]
+    spent = min((int(entry["simulated_requests"]) for entry in rules), default=0)
     facts = {
         "requests": spent,
         "share": round(spent / _trained_with(CHECKPOINTS / name), 3),
