@@ -44,6 +44,7 @@ _RUNGS: tuple[tuple[float, tuple[float, ...], int, int], ...] = (
     (0.0, (), 6, 2500),
 )
 _FIRST_LOOK = 2  # rungs
+_PLACED = 3  # published rules that are tried on every composition of roles
 _FIRST_SEED, _CMA_SEED = 10_000, 20_000
 _KNEE_SEEDS, _FINAL_SEEDS = 4, 10
 _KNEE_RATES = 12  # about so many rates are looked at for a knee
@@ -184,8 +185,10 @@ class _Search:
         afford = 0.25 * config.share * self.most_requests / self.fitness.length(self.knee, self.n_requests, False)
         n = int(max(min(config.designs, afford), 8))
         pool += [reordered(design, self.setting, Order.ON_TIME) for design in pool]
-        plain = [Design("linear_score", plans=plans) for plans in composed(self.setting)]
-        pool += [plain[i] for i in self.rng.permutation(len(plain))[:n]]
+        leaders = [self.rules[i] for _, i in sorted(knees, reverse=True) if i < len(self.rules)][:_PLACED]
+        for rule in ("linear_score", *leaders):  # a good rule on the right arrangement is seldom drawn
+            plain = [Design(rule, plans=plans) for plans in composed(self.setting)]
+            pool += [plain[i] for i in self.rng.permutation(len(plain))[: n if rule == "linear_score" else n // 2]]
         survivors: list[Design] = []
         for turn in range(config.rounds):
             fresh = [random_design(self.rules, self.setting, self.rng) for _ in range(n if turn == 0 else n // 4)]
