@@ -23,7 +23,7 @@ from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
-__all__ = ["Outcomes", "block_counts", "detailed", "histogram_stats", "outcomes", "summarize"]
+__all__ = ["Outcomes", "absolute_s", "block_counts", "detailed", "histogram_stats", "outcomes", "summarize"]
 
 PERCENTILES = (90, 95, 99)
 
@@ -62,7 +62,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
         raise SlalomError("windows", (warmup, drain), "warm-up and drain are shares of arrivals with a sum below 1")
     req = run.req
     sent = np.flatnonzero((req["arrival"] >= 0) & (req["state"] != RequestState.NEW))
-    order = sent[np.argsort(_absolute_s(run, "arrival")[sent], kind="stable")]
+    order = sent[np.argsort(absolute_s(run, "arrival")[sent], kind="stable")]
     rows = order[int(warmup * len(order)) : len(order) - int(drain * len(order))]
     if len(rows) == 0:
         raise SlalomError("requests", len(order), "no request falls into the measured window; simulate more")
@@ -85,7 +85,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
     )
 
 
-def _absolute_s(run: Any, stamp: str) -> NDArray[np.float64]:
+def absolute_s(run: Any, stamp: str) -> NDArray[np.float64]:
     """A stamp of every request in seconds from the beginning of the run, (R,)."""
     seconds: NDArray[np.float64] = run.req[stamp] / TICKS_PER_S
     origin_s = getattr(run, "origin_s", None)
@@ -176,7 +176,7 @@ def _rates(run: Any) -> dict[str, float]:
     rate, turns = float(run.rate), int((run.req["next_turn"] > 0).sum())
     if turns == 0:
         return {"request_rate": rate}
-    arrived = _absolute_s(run, "arrival")[run.req["arrival"] >= 0]
+    arrived = absolute_s(run, "arrival")[run.req["arrival"] >= 0]
     span = max(float(arrived.max() - arrived.min()), 1e-9)
     return {"request_rate": (len(arrived) - 1) / span, "session_rate": rate}
 
@@ -190,7 +190,7 @@ def detailed(run: Any) -> dict[str, list[Any]]:
     r = run.req[found.rows]
     fates = zip(found.finished, r["state"], strict=True)
     return {
-        "start_times": _absolute_s(run, "arrival")[found.rows].tolist(),
+        "start_times": absolute_s(run, "arrival")[found.rows].tolist(),
         "input_lens": r["prompt"].tolist(),
         "output_lens": r["generated"].tolist(),
         "ttfts": [_number(x) for x in found.ttft_s],
@@ -236,7 +236,7 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str
     state, n = r["state"], len(r)
     end_s = float(run.duration_s)
     stamps = ("arrival", "first_token", "last_token")
-    arrival_s, first_s, last_s = (_absolute_s(run, name)[found.rows] for name in stamps)
+    arrival_s, first_s, last_s = (absolute_s(run, name)[found.rows] for name in stamps)
     gone = found.finished | (state == RequestState.SHED) | (state == RequestState.FAILED)
     last = float(last_s.max()) if gone.all() and found.finished.any() else end_s
     duration = max(last - float(arrival_s[0]), 1e-9)

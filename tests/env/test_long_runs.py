@@ -12,7 +12,8 @@ import pytest
 from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
-from env.measure.metrics import summarize
+from env.measure.metrics import absolute_s, detailed, summarize
+from env.measure.sustained import sample_of
 from env.scenario import Scenario
 from env.surrogate import simulate as module
 from env.surrogate.arena import build_trace
@@ -123,6 +124,15 @@ def test_a_session_goes_on_over_months(scenario: Scenario) -> None:
     came = run.origin_s + run.req["arrival"] * 1e-12
     turns = came[[0, *range(2, 13)]]
     np.testing.assert_allclose(np.diff(turns), 20.0 * DAY_S, atol=10.0)
+
+
+def test_whoever_reads_stamps_of_a_long_run_counts_them_from_their_origin(scenario: Scenario) -> None:
+    trace = requests(150.0)
+    run = simulate(scenario, "least_tokens", rate=1.0, trace=trace)
+    np.testing.assert_allclose(absolute_s(run, "arrival"), trace.arrival_s, atol=1e-6)
+    assert detailed(run)["start_times"] == pytest.approx(trace.arrival_s.tolist())
+    with pytest.raises(SlalomError, match="49 days"):
+        sample_of(run, warmup=0.0)
 
 
 def test_a_run_of_eleven_years_is_refused_with_the_limit(scenario: Scenario) -> None:
