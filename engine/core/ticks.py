@@ -7,25 +7,30 @@ import numpy as np
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
-__all__ = ["LONGEST_RUN_S", "arrival_ticks", "duration_ticks"]
+__all__ = ["LONGEST_RUN_S", "LONGEST_STRETCH_S", "arrival_ticks", "check_length", "duration_ticks"]
 
-#: A simulated run may last 49 days: with targets and step times added, its stamps still fit 64 bits.
-LONGEST_RUN_S = 49 * 86_400.0
+#: So long a stretch of simulated time may be counted from one origin: 49 days. With targets and step times added, its
+#: stamps still fit 64 bits.
+LONGEST_STRETCH_S = 49 * 86_400.0
+#: A simulated run may last ten years: its origin moves (``env.surrogate.long``).
+LONGEST_RUN_S = 3653 * 86_400.0
+
+
+def check_length(field: str, seconds: np.ndarray, most: float = LONGEST_RUN_S) -> None:
+    """:raises SlalomError: arrivals later than ``most`` seconds"""
+    last = float(seconds.max()) if len(seconds) else 0.0
+    if not last <= most:
+        fix = f"a run may last {most / 86400:g} days; cut it into parts, take fewer requests or a higher rate"
+        raise SlalomError(field, f"{last / 86400:.4g} days", fix)
 
 
 def arrival_ticks(field: str, seconds: np.ndarray) -> np.ndarray:
-    """Arrivals in ticks, int64.
+    """Arrivals in ticks of one stretch, int64.
 
     :param field: named where they are refused
-    :raises SlalomError: the run would last too long
+    :raises SlalomError: they last longer
     """
-    last = float(seconds.max()) if len(seconds) else 0.0
-    if not last <= LONGEST_RUN_S:
-        fix = (
-            f"a run may last {LONGEST_RUN_S / 86400:g} days (time is counted in picoseconds); cut it into parts, "
-            "take fewer requests or a higher rate"
-        )
-        raise SlalomError(field, f"{last / 86400:.4g} days", fix)
+    check_length(field, seconds, LONGEST_STRETCH_S)
     ticks: np.ndarray = np.rint(seconds * TICKS_PER_S).astype(np.int64)
     return ticks
 

@@ -61,11 +61,10 @@ class Request:
         form: Progress | None = None,
     ) -> None:
         self.number = next(_numbers)
-        if params.penalises:
-            params = replace(params, counts={})  # its own: callers use their parameters again
-        if form is not None:
-            params = replace(params, allowed=form.allowed)
         self._form = form
+        self._plain = form is None and not params.penalises  # what was said does not matter to what comes next
+        if not self._plain:  # counts of its own: callers use their parameters again
+            params = replace(params, counts={}, allowed=None if form is None else form.allowed)
         self.params, self.sink, self.cls = params, sink, cls
         self.ttft_slo, self.tpot_slo, self.priority = ttft_slo, tpot_slo, priority
         self.n_prompt = self.n_tokens = len(prompt)
@@ -95,11 +94,8 @@ class Request:
     def push(self, token: int, logprobs: Logprobs | None = None) -> Delta:
         """Take the next sampled token. Only the lane that runs the request calls this."""
         text = self._generation.push(token)
-        if self._form is not None and self._generation.finish is None:
-            self._form.push(token)
-            text += self._generation.complete() if self._form.over else ""
-        if self.params.penalises:
-            self.params.counts[token] = self.params.counts.get(token, 0) + 1
+        if not self._plain:
+            text += self._note(token)
         self.tokens[self.n_tokens] = self.newest = token
         self.n_tokens += 1
         finish = self._generation.finish
@@ -107,3 +103,12 @@ class Request:
             return Delta(token, text, None, logprobs)
         self.due = -1
         return Delta(token, text, str(finish), logprobs)
+
+    def _note(self, token: int) -> str:
+        """Keep what the choice of the next token depends on; text that this has made certain."""
+        counts = self.params.counts
+        counts[token] = counts.get(token, 0) + 1
+        if self._form is None or self._generation.finish is not None:
+            return ""
+        self._form.push(token)
+        return self._generation.complete() if self._form.over else ""

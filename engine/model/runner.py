@@ -37,17 +37,8 @@ class ModelRunner:
         return Batch.build(spans, block_tokens=tokens, device=self.device, sm_count=sm_count)
 
     def run_layers(self, batch: Batch, layers: tuple[int, int], carry: Carry | None = None) -> Carry:
-        """Run layers ``[from, to)``; the result goes to the next slice or, at the end, to :meth:`sample`."""
+        """Run layers ``[from, to)``; the result goes to the next slice or, at the end, to :meth:`logits`."""
         return self.model(batch, self.pool, layers, carry)
-
-    @torch.inference_mode()
-    def sample(self, batch: Batch, carry: Carry, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
-        """The next token of each sampling row, int64 [R], still on the device.
-
-        :param params: one for each sampling row, in order
-        :param steps: tokens each of them has generated so far
-        """
-        return self.choose(self.logits(batch, carry), params, steps)
 
     @torch.inference_mode()
     def logits(self, batch: Batch, carry: Carry) -> Tensor:
@@ -56,7 +47,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
-        """:meth:`sample` from logits [R, vocab] that are known already."""
+        """The next token of each sampling row, int64 [R], still on the device.
+
+        :param logits: [R, vocab], of :meth:`logits` or of a graph
+        :param params: one for each sampling row, in order
+        :param steps: tokens each of them has generated so far
+        """
         assert len(params) == len(steps) == logits.shape[0]
         return choose_tokens(logits, params, steps, self.eos_ids)
 
@@ -79,4 +75,4 @@ class ModelRunner:
     def run(self, batch: Batch, params: Sequence[SamplingParams], steps: Sequence[int]) -> list[int]:
         """A whole forward pass and its tokens on the host, one for each sampling row."""
         carry = self.model(batch, self.pool)
-        return self.sample(batch, carry, params, steps).tolist() if params else []
+        return self.choose(self.logits(batch, carry), params, steps).tolist() if params else []

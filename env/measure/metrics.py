@@ -23,7 +23,7 @@ from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
-__all__ = ["Outcomes", "block_counts", "detailed", "histogram_stats", "outcomes", "summarize"]
+__all__ = ["Outcomes", "absolute_s", "block_counts", "detailed", "histogram_stats", "outcomes", "summarize"]
 
 PERCENTILES = (90, 95, 99)
 
@@ -62,7 +62,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
         raise SlalomError("windows", (warmup, drain), "warm-up and drain are shares of arrivals with a sum below 1")
     req = run.req
     sent = np.flatnonzero((req["arrival"] >= 0) & (req["state"] != RequestState.NEW))
-    order = sent[np.argsort(req["arrival"][sent], kind="stable")]
+    order = sent[np.argsort(absolute_s(run, "arrival")[sent], kind="stable")]
     rows = order[int(warmup * len(order)) : len(order) - int(drain * len(order))]
     if len(rows) == 0:
         raise SlalomError("requests", len(order), "no request falls into the measured window; simulate more")
@@ -83,6 +83,13 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
         ttft_ok=started & (wait <= r["ttft_slo"]),
         tpot_ok=finished & ((gaps == 0) | (span <= tpot_slo * gaps)),
     )
+
+
+def absolute_s(run: Any, stamp: str) -> NDArray[np.float64]:
+    """A stamp of every request in seconds from the beginning of the run, (R,)."""
+    seconds: NDArray[np.float64] = run.req[stamp] / TICKS_PER_S
+    origin_s = getattr(run, "origin_s", None)
+    return seconds if origin_s is None else origin_s + seconds
 
 
 def block_counts(found: Outcomes, n_blocks: int) -> tuple[list[int], list[int]]:
@@ -135,28 +142,32 @@ def histogram_stats(counts: Any, edges_s: Any) -> dict[str, float | None]:
     return {key: float(figure) * 1e3 for key, figure in zip(keys, figures, strict=True)}
 
 
-def _peaks(r: NDArray[Any], finished: NDArray[np.bool_], end: int) -> tuple[int, float]:
+def _peaks(
+    arrival_s: NDArray[np.float64], leave_s: NDArray[np.float64], first_s: NDArray[np.float64],
+    last_s: NDArray[np.float64], generated: NDArray[Any],
+) -> tuple[int, float]:  # fmt: skip
     """(most requests in the system at once, most output tokens in one second).
 
     Only first and last token of a request are known, so its tokens are spread evenly between them.
+
+    :param first_s: of finished requests, as the two after it
     """
-    leave = np.where(finished, r["last_token"], end)
-    stamps = np.concatenate([r["arrival"], leave])
-    step = np.concatenate([np.ones(len(r), dtype=np.int64), -np.ones(len(r), dtype=np.int64)])
+    stamps = np.concatenate([arrival_s, leave_s])
+    step = np.concatenate([np.ones(len(arrival_s), dtype=np.int64), -np.ones(len(leave_s), dtype=np.int64)])
     concurrent = int(np.cumsum(step[np.lexsort((step, stamps))]).max())
-    done = r[finished]
-    if len(done) == 0:
+    if len(first_s) == 0:
         return concurrent, 0.0
-    first, last = done["first_token"] / TICKS_PER_S, done["last_token"] / TICKS_PER_S
-    span = np.maximum(last - first, 1e-9)
-    speed = done["generated"] / span
-    times = np.concatenate([first, first + span])
+    span = np.maximum(last_s - first_s, 1e-9)
+    speed = generated / span
+    times = np.concatenate([first_s, first_s + span])
     change = np.concatenate([speed, -speed])
     order = np.argsort(times, kind="stable")
     times, rate = times[order], np.cumsum(change[order])
     produced = np.concatenate([[0.0], np.cumsum(rate[:-1] * np.diff(times))])
-    grid = np.arange(times[0], times[-1] + 1.0)
-    per_second = np.diff(np.interp(np.append(grid, grid[-1] + 1.0), times, produced))
+    # Seconds, counted from the first token, in which something begins or ends, and those after them: others are alike.
+    busy = np.floor(times - times[0])
+    grid = times[0] + np.unique(np.concatenate([busy, busy + 1.0]))
+    per_second = np.interp(grid + 1.0, times, produced) - np.interp(grid, times, produced)
     return concurrent, float(per_second.max())
 
 
@@ -165,8 +176,8 @@ def _rates(run: Any) -> dict[str, float]:
     rate, turns = float(run.rate), int((run.req["next_turn"] > 0).sum())
     if turns == 0:
         return {"request_rate": rate}
-    arrived = run.req["arrival"][run.req["arrival"] >= 0]
-    span = max(float(arrived.max() - arrived.min()) / TICKS_PER_S, 1e-9)
+    arrived = absolute_s(run, "arrival")[run.req["arrival"] >= 0]
+    span = max(float(arrived.max() - arrived.min()), 1e-9)
     return {"request_rate": (len(arrived) - 1) / span, "session_rate": rate}
 
 
@@ -179,7 +190,7 @@ def detailed(run: Any) -> dict[str, list[Any]]:
     r = run.req[found.rows]
     fates = zip(found.finished, r["state"], strict=True)
     return {
-        "start_times": (r["arrival"] / TICKS_PER_S).tolist(),
+        "start_times": absolute_s(run, "arrival")[found.rows].tolist(),
         "input_lens": r["prompt"].tolist(),
         "output_lens": r["generated"].tolist(),
         "ttfts": [_number(x) for x in found.ttft_s],
@@ -223,14 +234,18 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str
     r, good = run.req[found.rows], found.good
     cluster = np.atleast_1d(run.cluster)[0]
     state, n = r["state"], len(r)
-    end = int(run.duration_s * TICKS_PER_S)
+    end_s = float(run.duration_s)
+    stamps = ("arrival", "first_token", "last_token")
+    arrival_s, first_s, last_s = (absolute_s(run, name)[found.rows] for name in stamps)
     gone = found.finished | (state == RequestState.SHED) | (state == RequestState.FAILED)
-    last = int(r["last_token"].max()) if gone.all() and found.finished.any() else end
-    duration = max((last - int(r["arrival"][0])) / TICKS_PER_S, 1e-9)
+    last = float(last_s.max()) if gone.all() and found.finished.any() else end_s
+    duration = max(last - float(arrival_s[0]), 1e-9)
     tokens_in, tokens_out = int(r["prompt"].sum()), int(r["generated"].sum())
-    waits = np.where(r["first_token"] >= 0, r["first_token"], end) - r["arrival"]
+    waits_s = np.where(r["first_token"] >= 0, found.ttft_s, end_s - arrival_s)
     waited = ~((state == RequestState.SHED) | (state == RequestState.FAILED))
-    concurrent, peak_tokens = _peaks(r, found.finished, end)
+    done = found.finished
+    leave_s = np.where(done, last_s, end_s)
+    concurrent, peak_tokens = _peaks(arrival_s, leave_s, first_s[done], last_s[done], r["generated"][done])
     return {
         "num_prompts": n,
         **_rates(run),
@@ -260,7 +275,7 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str
         "slo_attainment_by_class": _by_class(run, found),
         "goodput_per_gpu": float(good.sum()) / duration / run.n_gpus,
         "token_goodput": float(r["generated"][good].sum()) / duration,
-        "worst_wait_s": _number(waits[waited].max() / TICKS_PER_S) if waited.any() else None,
+        "worst_wait_s": _number(waits_s[waited].max()) if waited.any() else None,
         "preemptions": int(cluster["n_preempted"]),
         "migrations": int(cluster["n_migrated"]),
         "migrated_tokens": int(cluster["migrated_tokens"]),

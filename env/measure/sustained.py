@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm, theilslopes
 
 from engine.core.kinds import RequestState
+from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.metrics import Outcomes, block_counts, outcomes
 
@@ -121,7 +122,11 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
 
     :param run: a ``RunResult``
     :param warmup: share of arrivals left out at the start
+    :raises SlalomError: a run of more than 49 days, in which nothing is sustained but patience
     """
+    if getattr(run, "origin_s", None) is not None:
+        fix = "sustained goodput is measured in runs of at most 49 days; ask for a higher rate"
+        raise SlalomError("rate", run.rate, fix)
     found = outcomes(run, warmup=warmup)
     r = run.req[found.rows]
     first, last = int(r["arrival"][0]), int(r["arrival"][-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace, horizon_s, jittered, slowed
 from env.surrogate.clock import new_sim
 from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
+from env.surrogate.long import LongRun, is_long
 from env.surrogate.loop import run
 from env.workload import Trace
 
@@ -28,7 +29,7 @@ __all__ = ["RunResult", "bind_policy", "ready", "simulate"]
 _SLICE = 200_000  # decisions, about a second
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RunResult:
     """What a run left behind. Times in ``req`` are ticks of 1 ps; stamps that never happened are -1.
 
@@ -37,6 +38,7 @@ class RunResult:
     :param itl: int64 (ITL_BINS,), token gaps counted in ``engine.core.slo.itl_edges_s()``
     :param duration_s: simulated seconds
     :param wall_s: seconds the event loop took
+    :param origin_s: (R,), seconds that the stamps of each request count from; None: all from the beginning
     """
 
     req: np.ndarray
@@ -54,6 +56,7 @@ class RunResult:
     seed: int
     policy: str
     scenario: str
+    origin_s: np.ndarray | None = None
 
 
 def bind_policy(policy: Any, scenario: Scenario, values: Mapping[str, Any] | None = None) -> Policy:
@@ -108,7 +111,8 @@ def simulate(
     bound = bind_policy(policy, scenario, values)
     if trace is None:
         trace = build_trace(scenario, rate, n_requests or scenario.n_requests, seed, split)
-    state = arena.cluster(bound.arrangement, trace, horizon_s(trace))
+    long = LongRun(trace, horizon_s(trace)) if is_long(trace) else None
+    state = arena.cluster(bound.arrangement, long.trace if long else trace, horizon_s(trace))
     truth: dict[str, Any] = dict(jittered(state, arena.error, np.random.default_rng([seed, 7]))) if jitter else {}
     if slowdown != 1.0:
         truth = dict(slowed(state, slowdown))
@@ -117,11 +121,18 @@ def simulate(
         ready(), addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
         FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), _SLICE,
     )  # fmt: skip
-    begin = time.perf_counter()
-    while go_on() == _SLICE:  # compiled code hears no Ctrl-C: it comes up for air
-        pass
+
+    def play() -> None:
+        while go_on() == _SLICE:  # compiled code hears no Ctrl-C: it comes up for air
+            pass
+
+    begin, origin_s = time.perf_counter(), None
+    if long is None:
+        play()
+    else:
+        origin_s = long.play(state, sim, play)
     wall = time.perf_counter() - begin
-    return _result(scenario, state, sim, rate, seed, bound.name, wall, arena.n_gpus)
+    return replace(_result(scenario, state, sim, rate, seed, bound.name, wall, arena.n_gpus), origin_s=origin_s)
 
 
 def _result(
@@ -135,7 +146,7 @@ def _result(
         itl=state.itl,
         class_names=tuple(c.name for c in scenario.classes),
         n_gpus=n_gpus,
-        duration_s=float(sim.sim[0]["now"]) / TICKS_PER_S,
+        duration_s=float(state.cluster[0]["origin_s"]) + float(sim.sim[0]["now"]) / TICKS_PER_S,
         wall_s=wall_s,
         decisions=int(sim.sim[0]["decisions"]),
         events=int(sim.sim[0]["events"]),

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.errors import SlalomError
-from engine.latency.evaluate import TICKS_PER_S
-from env.measure.metrics import outcomes
+from env.measure.metrics import absolute_s, outcomes
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
@@ -231,7 +230,7 @@ class _Served(NamedTuple):
 def _served(scenario: Scenario, policy: Any, trace: Trace) -> _Served:
     run = simulate(scenario, policy, rate=trace.n_roots / trace.duration_s, trace=trace)
     found = outcomes(run, warmup=0.0)
-    return _Served(run.req["arrival"][found.rows] / TICKS_PER_S, found.good, int(run.cluster["n_switches"]))
+    return _Served(absolute_s(run, "arrival")[found.rows], found.good, int(run.cluster["n_switches"]))
 
 
 def _walk(world: _World, trace: Trace, window_s: float, threshold: float, goal: float) -> dict[str, Any]:

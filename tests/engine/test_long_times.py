@@ -15,7 +15,7 @@ from engine.core.kinds import Role
 from engine.core.origin import FAR, move_origin
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, new_cluster
 from engine.core.state import NEVER
-from engine.core.ticks import LONGEST_RUN_S, arrival_ticks, duration_ticks
+from engine.core.ticks import LONGEST_STRETCH_S, arrival_ticks, duration_ticks
 from engine.errors import SlalomError
 from engine.latency import Profile
 from engine.latency.evaluate import FOREVER, PROFILE, SHARE, TICKS_PER_S, times, to_ticks
@@ -128,8 +128,11 @@ def test_seconds_become_ticks_without_overflow() -> None:
     assert int(times(86_400 * TICKS_PER_S, 10)) == 864_000 * TICKS_PER_S
     assert int(times(86_400 * TICKS_PER_S, 2**31 - 1)) == 2 * FOREVER
     assert duration_ticks(np.array([0.0, 2.5, 1e300]), 1).tolist() == [1, 2_500_000_000_000, FOREVER]
-    assert arrival_ticks("trace", np.array([0.0, LONGEST_RUN_S])).tolist() == [0, int(LONGEST_RUN_S) * TICKS_PER_S]
-    assert int(LONGEST_RUN_S) * TICKS_PER_S + 3 * FOREVER < NEVER + FOREVER
+    assert arrival_ticks("trace", np.array([0.0, LONGEST_STRETCH_S])).tolist() == [
+        0,
+        int(LONGEST_STRETCH_S) * TICKS_PER_S,
+    ]
+    assert int(LONGEST_STRETCH_S) * TICKS_PER_S + 3 * FOREVER < NEVER + FOREVER
     for long in (200 * 86_400.0, 1e300, float("inf"), float("nan")):
         with pytest.raises(SlalomError, match="49 days"):
             arrival_ticks("trace", np.array([0.0, long]))

@@ -164,7 +164,7 @@ def test_layer_slices_are_plain_prefill(tiny: ModelRunner, plain: list[list[int]
             for layers in pairwise(cuts):
                 carry = tiny.run_layers(batch, layers, carry)
             assert carry is not None
-            sequence.take(span, tiny.sample(batch, carry, [GREEDY], [0]).tolist())
+            sequence.take(span, tiny.choose(tiny.logits(batch, carry), [GREEDY], [0]).tolist())
             assert sequence.decode(11) == expected
 
 
@@ -212,7 +212,7 @@ def test_slices_out_of_order_are_refused(tiny: ModelRunner) -> None:
     with pytest.raises(AssertionError, match="follow"):
         tiny.run_layers(batch, (3, 4), carry)
     with pytest.raises(AssertionError, match="left to run"):
-        tiny.sample(batch, carry, [GREEDY], [0])
+        tiny.logits(batch, carry)
 
 
 def test_batch_layout() -> None:

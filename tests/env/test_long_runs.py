@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import signal
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engine.core.kinds import RequestState
 from engine.errors import SlalomError
-from env.measure.metrics import summarize
+from engine.latency.evaluate import TICKS_PER_S
+from env.measure.metrics import absolute_s, detailed, summarize
+from env.measure.sustained import sample_of
 from env.scenario import Scenario
 from env.surrogate import simulate as module
+from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
 from env.workload import Trace
 
@@ -42,10 +47,98 @@ def test_a_run_of_48_days_has_the_figures_of_its_first_day(scenario: Scenario, f
     assert long["simulated_s"] > 47 * DAY_S
 
 
-def test_a_run_of_200_days_is_refused_with_the_limit(scenario: Scenario) -> None:
-    with pytest.raises(SlalomError, match=r"200 days.*49 days"):
-        figures(scenario, requests(200.0))
+@pytest.mark.parametrize("days", [120.0, 200.0])
+def test_a_run_of_months_has_the_figures_of_its_first_day(scenario: Scenario, days: float) -> None:
+    """Bursts, so that requests wait and prompts queue; the last one arrives on the last day."""
+
+    def bursts(days: float) -> Trace:
+        at = np.repeat(np.linspace(0.0, days * DAY_S, 20), 8)
+        return Trace.make(at, np.full(160, 2000, np.int32), np.arange(160, dtype=np.int32) % 7 * 40 + 1, name="bursts")
+
+    short, long = (figures(scenario, bursts(d)) for d in (1.0, days))
+    same = ("completed", "slo_attainment", "max_concurrent_requests", "total_output_tokens")
+    assert {name: long[name] for name in same} == {name: short[name] for name in same}
+    assert long["completed"] == 160
+    for name in ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_itl_ms", "mean_e2el_ms", "worst_wait_s"):
+        assert long[name] == pytest.approx(short[name], rel=1e-6), name
+    assert long["simulated_s"] > days * DAY_S
+    assert long["duration"] > days * DAY_S
+
+
+@pytest.mark.parametrize("name", ["creation-pd-4xa100", "rag-prefix-4xa100"])
+def test_in_stretches_or_in_one_a_run_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four weeks with a minute of traffic now and then, hand-overs and prefix cache included."""
+    scenario = Scenario.load(name)
+    minute = build_trace(scenario, scenario.reference_rate, 60, 0, "test")
+    roots = minute.n_roots
+    at = np.concatenate([minute.arrival_s[:roots] + days * DAY_S for days in (0.0, 12.9, 13.5, 27.0)])
+    rows = np.tile(np.arange(roots), 4)
+    columns = {column: getattr(minute, column)[rows] for column in ("cls", "ttft_s", "tpot_s", "hash_start", "hash_n")}
+    trace = Trace.make(
+        at, minute.prompt[rows], minute.output[rows], hash_tokens=minute.hash_tokens, hashes=minute.hashes, **columns
+    )
+    whole = simulate(scenario, "least_tokens", rate=1.0, trace=trace)
+    monkeypatch.setattr("env.surrogate.simulate.is_long", lambda trace: True)
+    parts = simulate(scenario, "least_tokens", rate=1.0, trace=trace)
+    assert whole.origin_s is None
+    assert parts.origin_s is not None
+    assert len(np.unique(parts.origin_s)) >= 2
+    for later in ("placed", "prefill_start", "first_token", "last_token", "finished"):
+        ours, theirs = (run.req[later] - run.req["arrival"] for run in (parts, whole))
+        np.testing.assert_allclose(ours * 1e-12, theirs * 1e-12, atol=1e-6)
+    np.testing.assert_allclose(parts.origin_s + parts.req["arrival"] * 1e-12, whole.req["arrival"] * 1e-12, atol=1e-6)
+    one, other = (summarize(run, warmup=0.0) for run in (parts, whole))
+    for figure in ("duration", "mean_ttft_ms", "p99_itl_ms", "slo_attainment", "max_concurrent_requests", "migrations"):
+        assert one[figure] == pytest.approx(other[figure], rel=1e-6), figure
+    assert one["max_output_tokens_per_s"] == pytest.approx(other["max_output_tokens_per_s"], rel=1e-4)
+
+
+def test_requests_that_are_open_while_the_origin_moves_keep_their_times(scenario: Scenario) -> None:
+    """One instance, prompts all the time: somebody is being served at every moment of two weeks and after them."""
+    alone = scenario.with_overrides({"cluster.0.count": 1})
+    trace = requests(60.0, n=4000, output=3)
+    sparse = figures(alone, trace)
+    slow = simulate(alone, "least_tokens", rate=1.0, trace=trace, slowdown=3e4)
+    assert slow.origin_s is not None
+    assert len(np.unique(slow.origin_s)) > 3
+    done = slow.req["state"] == RequestState.FINISHED
+    assert done.sum() > 100
+    r = slow.req[done]
+    stamps = [r[name] for name in ("arrival", "placed", "prefill_start", "first_token", "last_token")]
+    assert all((b >= a).all() for a, b in pairwise(stamps))
+    assert (r["finished"] - r["arrival"] < 60 * DAY_S * TICKS_PER_S).all()
+    assert sparse["completed"] == 4000
+
+
+def test_a_session_goes_on_over_months(scenario: Scenario) -> None:
+    """Twelve turns, twenty days between an answer and the next one."""
+    arrival = np.append([0.0, 230.0 * DAY_S], np.full(11, np.inf))
+    next_turn = np.array([2, -1, *range(3, 13), -1], np.int32)
+    lengths = np.full(13, 50, np.int32)
+    trace = Trace.make(
+        arrival, lengths, lengths, n_roots=2, next_turn=next_turn, think_s=np.full(13, 20.0 * DAY_S), name="session"
+    )
+    run = simulate(scenario, "least_tokens", rate=1.0, trace=trace)
+    assert summarize(run, warmup=0.0)["completed"] == 13
+    assert run.origin_s is not None
+    came = run.origin_s + run.req["arrival"] * 1e-12
+    turns = came[[0, *range(2, 13)]]
+    np.testing.assert_allclose(np.diff(turns), 20.0 * DAY_S, atol=10.0)
+
+
+def test_whoever_reads_stamps_of_a_long_run_counts_them_from_their_origin(scenario: Scenario) -> None:
+    trace = requests(150.0)
+    run = simulate(scenario, "least_tokens", rate=1.0, trace=trace)
+    np.testing.assert_allclose(absolute_s(run, "arrival"), trace.arrival_s, atol=1e-6)
+    assert detailed(run)["start_times"] == pytest.approx(trace.arrival_s.tolist())
     with pytest.raises(SlalomError, match="49 days"):
+        sample_of(run, warmup=0.0)
+
+
+def test_a_run_of_eleven_years_is_refused_with_the_limit(scenario: Scenario) -> None:
+    with pytest.raises(SlalomError, match=r"4018 days.*3653 days"):
+        figures(scenario, requests(4018.0))
+    with pytest.raises(SlalomError, match="3653 days"):
         simulate(scenario, "least_tokens", rate=1e-9, n_requests=20)
 
 

@@ -121,6 +121,29 @@ def test_two_servers_on_one_log_are_never_merged(log: Path, tmp_path: Path) -> N
             explain_decision(both, request=bad)
 
 
+def test_refused_requests_are_part_of_the_log(log: Path, tmp_path: Path) -> None:
+    """Nothing was decided about them; overload counts as missed, an operator's drain does not."""
+    from policies.guard.config import DriftConfig
+    from policies.guard.log.log import DecisionLog
+    from policies.guard.outcomes import Outcomes
+
+    path = tmp_path / "more.jsonl"
+    path.write_bytes(log.read_bytes())
+    writer = DecisionLog(path, writer="thread")
+    outcomes = Outcomes(4, DriftConfig(), writer, ["chat"])
+    outcomes.refused(901, 0, "overloaded")
+    outcomes.refused(902, 0, "draining")
+    writer.close()
+    found = explain_decision(path, request="901")
+    assert found["decisions"] == []
+    assert (found["outcome"]["finish"], found["outcome"]["class"]) == ("overloaded", "chat")
+    shown = CliRunner().invoke(app, ["--log", str(path), "--request", "901"])
+    assert "outcome: overloaded" in shown.stdout
+    before, after = summary(log), summary(path)
+    assert after["requests"] == before["requests"] + 1
+    assert after["attainment"] < before["attainment"]
+
+
 def test_a_line_that_a_crash_has_spoilt_is_left_out_and_counted(log: Path, tmp_path: Path) -> None:
     whole, spoilt = log.read_bytes().splitlines(keepends=True), tmp_path / "spoilt.jsonl"
     spoilt.write_bytes(b"".join([*whole[:30], whole[30][:40] + whole[31], *whole[32:], b"\0" * 90]))
