@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from engine.errors import SlalomError
+
 __all__ = ["main"]
 
 
@@ -36,7 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         measure_group(options.group, options.json, dry=options.dry_run)
         return 0
-    return _measure_all(options)
+    try:
+        return _measure_all(options)
+    except SlalomError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 2
 
 
 def _end_with_parent(parent: int) -> None:
@@ -122,7 +128,7 @@ def _in_a_process(group: str, options: argparse.Namespace, limit_s: float) -> st
         environment["TRITON_INTERPRET"] = "1"  # read when triton is imported
         command.append("--dry-run")
     log = options.json.with_suffix(".log")
-    with log.open("a+") as said:
+    with log.open("a+", errors="replace") as said:
         before = said.seek(0, os.SEEK_END)
         child = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
         usual = {kind: signal.signal(kind, _stop) for kind in (signal.SIGTERM, signal.SIGHUP)}

@@ -251,6 +251,10 @@ def test_without_a_gpu_one_line_says_so(
     monkeypatch.setattr(check, "_has_gpu", lambda: True)
     assert check.main(["--json", str(tmp_path / "out.json"), "--only", "nothing"]) == 2
     assert list(tmp_path.iterdir()) == []
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    assert check.main(["--json", str(tmp_path / "file" / "out.json")]) == 2
+    assert capsys.readouterr().err.startswith("gpu-check: output file: got")
 
 
 def test_a_bare_machine_runs_by_carried_wheels(tmp_path: Path) -> None:
@@ -270,3 +274,6 @@ def test_a_bare_machine_runs_by_carried_wheels(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.stdout.split() == ["7", "32"], done.stderr
         wheels.rename(tmp_path / "gone") if wheels.exists() else None  # the second time nothing is unpacked
+    done = subprocess.run(command, env=environment | {"SLALOM_SITE": f"{site}2"}, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
