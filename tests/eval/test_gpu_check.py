@@ -58,7 +58,7 @@ def test_the_whole_check_runs_dry_where_only_torch_and_numba_are(tmp_path: Path)
     alone = subprocess.run([python, "-c", "import pydantic"], env=environment, capture_output=True, check=False)
     assert alone.returncode == 1, "the environment is not clean"
     command = [python, "-m", "eval.gpu_check", "--dry-run", "--json", out, "--budget", "900"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     report = json.loads(out.read_text())
     assert set(report["failed"]) == {"loop"}, done.stderr
     assert "pydantic" in report["failed"]["loop"]
@@ -181,7 +181,7 @@ def test_a_group_that_times_out_keeps_what_it_has_and_leaves_no_process(
 ) -> None:
     out = tmp_path / "out.json"
     monkeypatch.setattr(check.sys, "executable", str(hanging))
-    monkeypatch.setitem(GROUPS, "device", Group(2.0, GROUPS["device"].measurements))
+    monkeypatch.setitem(GROUPS, "device", Group(0.4, GROUPS["device"].measurements))
     assert check.main(["--dry-run", "--json", str(out), "--only", "device"]) == 1
     report = json.loads(out.read_text())
     assert report["measured"]["versions"]["rows"] == [{"ms": 1.5}]
