@@ -267,7 +267,7 @@ def test_an_engine_replays_steps_and_counts_the_others(rerun: list[Rerun], monke
         callers = [send(engine, prompt) for prompt in PROMPTS]
         assert [caller.wait().tokens for caller in callers] == expected
         reasons = engine.instances.without_graph()
-        shown = generate_latest(Metrics(engine, "tiny").registry).decode()
+        shown = generate_latest(Metrics(engine, "tiny", ["default"]).registry).decode()
     assert rerun[0].replays > 0
     assert set(reasons) == {"a decode step of more than 4 sequences"}
     assert f'slalom:steps_without_graph_total{{reason="{next(iter(reasons))}"}} {float(reasons.total())}' in shown
