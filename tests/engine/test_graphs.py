@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_cases import MODEL, PROMPTS, cores, engine_on, mixed, send
+from live_cases import GREEDY, MODEL, PROMPTS, cores, engine_on, mixed, send
 from prometheus_client import generate_latest
 from test_lanes import CORES, FakeDriver, FakeStreams, needs_two_cores
 
@@ -260,12 +260,17 @@ def rerun(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
 
 def test_an_engine_replays_steps_and_counts_the_others(rerun: list[Rerun], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.live.hosts.decode_buckets", lambda most: [1, 2, 4])
+    asked = replace(GREEDY, logprobs=1)
     with engine_on(mixed(), eager=True) as engine:
         expected = [send(engine, prompt).wait().tokens for prompt in PROMPTS]
+        logs = [delta.logprobs for delta in send(engine, PROMPTS[5], asked).wait().deltas]
     assert rerun == []
     with engine_on(mixed(chunk_tokens=24), prefix_cache=False) as engine:
         callers = [send(engine, prompt) for prompt in PROMPTS]
         assert [caller.wait().tokens for caller in callers] == expected
+        replayed = [delta.logprobs for delta in send(engine, PROMPTS[5], asked).wait().deltas]
+        assert [e.token for e in replayed if e] == pytest.approx([e.token for e in logs if e], abs=1e-4)
+        assert sum(entry is not None for entry in replayed) >= GREEDY.max_tokens
         reasons = engine.instances.without_graph()
         shown = generate_latest(Metrics(engine, "tiny", ["default"]).registry).decode()
     assert rerun[0].replays > 0
