@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -236,6 +237,11 @@ class LiveInstances:
             self._booked(self.on_first, request, self._state.req[request.slot])
         self._evacuate()
         self._sweep()
+
+    def without_graph(self) -> Counter[str]:
+        """Steps that were launched one by one where graphs were asked for, by reason; of this process's lanes."""
+        counts = (getattr(lane.runner.executor, "without_graph", {}) for lane in self._lanes)
+        return sum((Counter(dict(count)) for count in counts), Counter())
 
     def lose(self, i: int, error: Exception) -> None:
         """The thread or process of instance ``i`` is gone: what it had is recomputed by the others."""

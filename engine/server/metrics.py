@@ -164,6 +164,10 @@ class Metrics:
         yield self._total("slalom:migration_failures", "KV transfers that failed.", failures)
         yield self._total("slalom:role_switches", "Role changes done.", float(cluster["n_switches"]))
         late = compilations.count() - self._compiled
+        graphless = CounterMetricFamily("slalom:steps_without_graph", "Steps launched one by one.", labels=["reason"])
+        for reason, count in self._engine.instances.without_graph().items():
+            graphless.add_metric([reason], count)
+        yield graphless
         yield self._total("slalom:kernel_compilations", "Triton kernels compiled since serving began.", late)
         yield self._attainment()
 

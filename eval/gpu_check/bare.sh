@@ -8,6 +8,10 @@
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3} site=${SLALOM_SITE:-/tmp/slalom-site}
+if [ $# -lt 2 ] || ! ls "$1"/*.whl >/dev/null 2>&1 && [ ! -e "$site/complete" ]; then
+    echo "bare.sh: got '${1:-}'; usage: bare.sh WHEELS ARGUMENTS-OF-PYTHON..., WHEELS a folder with *.whl" >&2
+    exit 2
+fi
 wheels=$1
 shift
 if [ ! -e "$site/complete" ]; then

@@ -54,6 +54,7 @@ def test_cuda_gets_its_queues_before_it_starts_and_the_user_may_say_otherwise(mo
     assert seen == ["4", "32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
@@ -91,6 +92,7 @@ def test_kernels_that_triton_compiles_are_counted(monkeypatch: pytest.MonkeyPatc
     assert heard == ["attention"], "somebody else's hook is kept"
 
 
+@pytest.mark.slow
 def test_the_hook_is_triton_s_own() -> None:
     """Under its real front end, in a process: one kernel compiled for Hopper is one counted, and a second use none."""
     pytest.importorskip("triton")

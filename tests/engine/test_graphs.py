@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from live_cases import MODEL, PROMPTS, cores, engine_on, mixed, send
+from live_cases import GREEDY, MODEL, PROMPTS, cores, engine_on, mixed, send
+from prometheus_client import generate_latest
 from test_lanes import CORES, FakeDriver, FakeStreams, needs_two_cores
 
 from engine.core.kinds import Batching, Role
@@ -25,6 +26,7 @@ from engine.lanes.partitions import Lanes, make_device
 from engine.live.graphs import LaneGraphs, decode_buckets
 from engine.live.hosts import GraphSizes, LocalExecutor, LocalHost, _Shared, local_hosts
 from engine.model import KVPool, ModelRunner, SamplingParams
+from engine.server.metrics import Metrics
 
 COLD = SamplingParams(temperature=0.0)
 
@@ -258,15 +260,23 @@ def rerun(monkeypatch: pytest.MonkeyPatch) -> list[Rerun]:
 
 def test_an_engine_replays_steps_and_counts_the_others(rerun: list[Rerun], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.live.hosts.decode_buckets", lambda most: [1, 2, 4])
+    asked = replace(GREEDY, logprobs=1)
     with engine_on(mixed(), eager=True) as engine:
         expected = [send(engine, prompt).wait().tokens for prompt in PROMPTS]
+        logs = [delta.logprobs for delta in send(engine, PROMPTS[5], asked).wait().deltas]
     assert rerun == []
     with engine_on(mixed(chunk_tokens=24), prefix_cache=False) as engine:
         callers = [send(engine, prompt) for prompt in PROMPTS]
         assert [caller.wait().tokens for caller in callers] == expected
-        reasons = engine.instances._lanes[0].runner.executor.without_graph
+        replayed = [delta.logprobs for delta in send(engine, PROMPTS[5], asked).wait().deltas]
+        assert [e.token for e in replayed if e] == pytest.approx([e.token for e in logs if e], abs=1e-4)
+        assert sum(entry is not None for entry in replayed) >= GREEDY.max_tokens
+        reasons = engine.instances.without_graph()
+        shown = generate_latest(Metrics(engine, "tiny", ["default"]).registry).decode()
     assert rerun[0].replays > 0
     assert set(reasons) == {"a decode step of more than 4 sequences"}
+    assert f'slalom:steps_without_graph_total{{reason="{next(iter(reasons))}"}} {float(reasons.total())}' in shown
+    assert "slalom:kernel_compilations_total" in shown
 
 
 @needs_two_cores

@@ -122,6 +122,21 @@ def test_workers_replay_and_one_that_cannot_capture_says_so_in_one_line(
     broken.close()
 
 
+def test_eager_workers_are_started_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def refuse(command: list[str], **_: Any) -> Any:
+        commands.append(command)
+        raise OSError("not in a test")
+
+    monkeypatch.setattr("engine.workers.pool.subprocess.Popen", refuse)
+    for eager in (True, False):
+        with pytest.raises(OSError, match="not in a test"):
+            Workers.start(1, "dummy:tiny", "cuda", "auto", eager=eager)
+    assert ["--eager" in command for command in commands] == [True, False]
+    assert commands[0][commands[0].index("--device") + 1] == "cuda:0"
+
+
 def test_two_instances_in_one_worker_copy_without_a_peer(expected: list[list[int]]) -> None:
     specs = [replace(spec, gpu=0) for spec in PD]
     with served_by(Workers.join([InThread().text()]), specs) as engine:

@@ -202,15 +202,15 @@ def test_a_failed_step_ends_its_requests_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, plain: list[list[int]]
 ) -> None:
     broken = threading.Event()
-    logits = ModelRunner.logits
+    choose = ModelRunner.choose
 
     def failing(self: ModelRunner, *args: Any) -> Any:
         if broken.is_set():
             broken.clear()
             raise RuntimeError("out of memory")
-        return logits(self, *args)
+        return choose(self, *args)
 
-    monkeypatch.setattr(ModelRunner, "logits", failing)
+    monkeypatch.setattr(ModelRunner, "choose", failing)
     with engine_on(mixed()) as engine:
         victim = send(engine, PROMPTS[4], replace(GREEDY, max_tokens=500))
         until(lambda: len(victim.tokens) > 3)

@@ -58,7 +58,7 @@ def test_the_whole_check_runs_dry_where_only_torch_and_numba_are(tmp_path: Path)
     alone = subprocess.run([python, "-c", "import pydantic"], env=environment, capture_output=True, check=False)
     assert alone.returncode == 1, "the environment is not clean"
     command = [python, "-m", "eval.gpu_check", "--dry-run", "--json", out, "--budget", "900"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     report = json.loads(out.read_text())
     assert set(report["failed"]) == {"loop"}, done.stderr
     assert "pydantic" in report["failed"]["loop"]
@@ -181,7 +181,7 @@ def test_a_group_that_times_out_keeps_what_it_has_and_leaves_no_process(
 ) -> None:
     out = tmp_path / "out.json"
     monkeypatch.setattr(check.sys, "executable", str(hanging))
-    monkeypatch.setitem(GROUPS, "device", Group(2.0, GROUPS["device"].measurements))
+    monkeypatch.setitem(GROUPS, "device", Group(0.4, GROUPS["device"].measurements))
     assert check.main(["--dry-run", "--json", str(out), "--only", "device"]) == 1
     report = json.loads(out.read_text())
     assert report["measured"]["versions"]["rows"] == [{"ms": 1.5}]
@@ -251,6 +251,10 @@ def test_without_a_gpu_one_line_says_so(
     monkeypatch.setattr(check, "_has_gpu", lambda: True)
     assert check.main(["--json", str(tmp_path / "out.json"), "--only", "nothing"]) == 2
     assert list(tmp_path.iterdir()) == []
+    capsys.readouterr()
+    (tmp_path / "file").write_text("")
+    assert check.main(["--json", str(tmp_path / "file" / "out.json")]) == 2
+    assert capsys.readouterr().err.startswith("gpu-check: output file: got")
 
 
 def test_a_bare_machine_runs_by_carried_wheels(tmp_path: Path) -> None:
@@ -270,3 +274,6 @@ def test_a_bare_machine_runs_by_carried_wheels(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.stdout.split() == ["7", "32"], done.stderr
         wheels.rename(tmp_path / "gone") if wheels.exists() else None  # the second time nothing is unpacked
+    done = subprocess.run(command, env=environment | {"SLALOM_SITE": f"{site}2"}, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
