@@ -130,11 +130,11 @@ def test_a_replayed_step_with_prompts_is_the_step(
     assert replay.carry is not None
     rows, n = sum(new for new, _ in chunks) + decodes, sum(sample) + decodes
     ours = replay.carry.hidden[:rows].clone()
-    said = runner.sample(replay.batch, replay.carry, [COLD] * n, [0] * n).tolist() if n else []
+    said = runner.choose(runner.logits(replay.batch, replay.carry), [COLD] * n, [0] * n).tolist() if n else []
     batch = runner.batch(step)
     carry = runner.model(batch, runner.pool)
     torch.testing.assert_close(ours, carry.hidden, rtol=1e-4, atol=1e-5)
-    assert said == (runner.sample(batch, carry, [COLD] * n, [0] * n).tolist() if n else [])
+    assert said == (runner.choose(runner.logits(batch, carry), [COLD] * n, [0] * n).tolist() if n else [])
     for layer, before in zip(runner.pool.layers, untouched, strict=True):
         assert torch.equal(layer[:, 0], before), "rows of nobody wrote KV"
 
