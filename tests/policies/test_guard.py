@@ -375,12 +375,12 @@ def test_config_says_where_it_is_wrong(tmp_path: Any) -> None:
     path.write_text("deadline_us: 500\nbreaker: {failures: 2}\nroles: {min_decode: 2}\n")
     config = GuardConfig.load(path, deadline_us=None, advisory=True)
     assert (config.deadline_us, config.breaker.failures, config.roles.min_decode, config.advisory) == (500, 2, 2, True)
-    wrong = {"deadline_us: 0": "deadline_us", "breaker: {x: 1}": "breaker.x", "- 1": "mapping", "a: [": "readable"}
+    wrong = {"deadline_us: 0": "deadline_us", "breaker: {x: 1}": "breaker.x", "- 1": "mapping", "a: [": "valid YAML"}
     for text, where in wrong.items():
         path.write_text(text)
         with pytest.raises(SlalomError, match=where):
             GuardConfig.load(path)
-    with pytest.raises(SlalomError, match="not readable"):
+    with pytest.raises(SlalomError, match="readable file"):
         GuardConfig.load(tmp_path / "none.yaml")
 
 
