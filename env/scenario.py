@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.common.documents import read_yaml
+from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from engine.latency import Profile
 from engine.latency.profile import bad_input

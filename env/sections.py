@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from engine.common.documents import Name
+from engine.common.names import Name
 from engine.core.setup import LEAST_INTERVAL_S
 
 __all__ = [

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engine.common.documents import read_yaml
 from engine.common.options import option, takes
+from engine.common.yaml_documents import read_yaml
 from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged

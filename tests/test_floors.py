@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +99,44 @@ def test_a_floor_shows_rooms(floor: str) -> None:
 def test_files_stay_readable() -> None:
     long = {name: n for name, path in FILES.items() if (n := len(path.read_text().splitlines())) > MOST_LINES}
     assert not long
+
+
+#: What the engine may import on a machine where it is only measured (docs/gpu.md); torch brings the last one.
+BARE = {"torch", "triton", "numpy", "numba", "llvmlite", "safetensors", "tokenizers", "jinja2"}
+
+
+def _at_once(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that are carried out when a file is: none inside a function, none for types only."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from _at_once(node.body)
+        elif isinstance(node, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.unparse(node)[:20]:
+            yield from _at_once([*node.body, *node.orelse])
+
+
+def _needs(name: str) -> tuple[set[str], set[str]]:
+    """(files of ours, packages of others) that importing the file ``name`` imports at once."""
+    ours = {name.rpartition(".")[0]} if "." in name else set()
+    others = set()
+    for node in _at_once(ast.parse(FILES[name].read_text(encoding="utf-8")).body):
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias}" for alias in names)]
+        ours |= {found for found in names if found in FILES}
+        others |= {names[0].partition(".")[0]} - set(FLOORS) - sys.stdlib_module_names
+    return ours & FILES.keys(), others
+
+
+def test_the_check_of_a_gpu_needs_no_package_of_the_upper_floors() -> None:
+    """All groups but ``loop``: a bare machine has torch, and what was carried there beside it."""
+    left = [name for name in FILES if name.startswith("eval.gpu_check") and not name.endswith(".loop")]
+    left += ["engine.live.engine", "engine.model"]
+    seen: dict[str, set[str]] = {}
+    while left:
+        name = left.pop()
+        if name not in seen:
+            ours, seen[name] = _needs(name)
+            left += ours
+    assert {name: others - BARE for name, others in seen.items() if others - BARE} == {}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.common.documents import read_yaml
+from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from env.scenario import list_scenarios
 

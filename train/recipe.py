@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine.common.documents import read_yaml
+from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 
 __all__ = ["Recipe", "load_recipe", "recipe_names"]

@@ -18,7 +18,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.common.documents import Name, json_of, read_text
+from engine.common.documents import json_of, read_text
+from engine.common.names import Name
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
 from engine.latency import evaluate

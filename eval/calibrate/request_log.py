@@ -31,8 +31,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.common.documents import json_of, read_json, read_yaml
+from engine.common.documents import json_of, read_json
 from engine.common.lines import lines
+from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from env.workload.timeunit import UNITS
 

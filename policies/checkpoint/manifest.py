@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from engine.common.documents import Name
+from engine.common.names import Name
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, Kind
 from engine.core.policy import InstancePlan
 from policies.network.features import CANDIDATE_NAMES, CONTEXT_NAMES

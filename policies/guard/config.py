@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from engine.common.documents import read_json, read_yaml
+from engine.common.documents import read_json
+from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 
 __all__ = ["BreakerConfig", "DriftConfig", "GuardConfig", "LogConfig", "RoleConfig"]

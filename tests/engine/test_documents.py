@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.common.documents import DEEPEST, json_of, read_json, read_yaml
+from engine.common.documents import DEEPEST, json_of, read_json
 from engine.common.lines import lines
+from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 40))

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from engine.common.documents import read_json, read_text, read_yaml
+from engine.common.documents import read_json, read_text
 from engine.common.files import claim, write_text
 from engine.common.files import read_json as read_result
 from engine.common.lines import lines
+from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from engine.latency import Profile
 from engine.model import load_tokenizer, open_checkpoint
