@@ -4,8 +4,9 @@ Searches need one number that rises whenever a policy comes nearer to holding it
 raise by starving somebody. Of the definition in ``env.measure.sustained`` a run shows clause (a), the share in time;
 clause (d), the worst class and the worst fifth of the prompts by length, which may stay below by 10 points; and clause
 (b), waits. Too long a wait, a request left unserved or refused late fails the rate at any target; here it costs the
-more the worse it is, so that a search sees which way is out. Of clause (c) a run shows one thing: refusals carry a rate
-over the stability limit, so that more than a hundredth of them costs.
+more the worse it is, so that a search sees which way is out. Of clause (c) a run shows two things: refusals carry a
+rate over the stability limit, so that more than a hundredth of them costs; and a backlog that grows by more than a
+hundredth of what arrives costs long before anybody waits too long, or a search could not tell capacities apart.
 
 Runs must last for starvation to show: at least four times the longest wait that the scenario allows, and a whole
 episode where the workload has one (:func:`run_length`).
@@ -27,7 +28,7 @@ from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, Point, PointSettings, Split
 from env.measure.evaluator import Evaluator, arranged, simulated
 from env.measure.metrics import Outcomes, outcomes
-from env.measure.sustained import DEFINITION, QUANTILES
+from env.measure.sustained import DEFINITION, QUANTILES, backlog_of
 from env.surrogate.simulate import simulate
 
 __all__ = ["level_of", "mean_level", "measure_level", "run_length"]
@@ -35,6 +36,7 @@ __all__ = ["level_of", "mean_level", "measure_level", "run_length"]
 _NEAR = 0.8  # of the longest wait allowed: from here on waits cost, since a longer run would show longer ones
 _DOUBLING = 0.1  # what each doubling of the longest wait costs from there
 _REFUSED = 3.0  # what each request costs that is refused beyond the margin of the stability limit, beside being missed
+_GROWTH = 2.0  # what each request costs by which the backlog grows beyond that margin
 _UNSERVED = 0.05  # what the first request costs that nobody serves, or that is refused late
 _WAITS = 4.0  # a run lasts so many times the longest wait allowed
 _PROBED = 200  # requests that tell the TTFT targets
@@ -51,7 +53,8 @@ def level_of(run: Any, *, tail_factor: float, warmup: float = 0.05, slack: float
     found = outcomes(run, warmup=warmup)
     r = run.req[found.rows]
     good = found.good
-    return min(float(good.mean()), _worst_group(r, good) + slack) - _cost_of_waits(r, found, tail_factor)
+    level = min(float(good.mean()), _worst_group(r, good) + slack)
+    return level - _cost_of_waits(r, found, tail_factor) - _cost_of_growth(run.req, r)
 
 
 def _worst_group(r: np.ndarray, good: np.ndarray) -> float:
@@ -62,6 +65,14 @@ def _worst_group(r: np.ndarray, good: np.ndarray) -> float:
         sent, hit = np.bincount(group), np.bincount(group[good], minlength=int(group.max()) + 1)
         shares.append(float((hit[sent > 0] / sent[sent > 0]).min()))
     return min(shares)
+
+
+def _cost_of_growth(req: np.ndarray, r: np.ndarray) -> float:
+    """The last quarter's backlog against that of the second, which lie half the measured arrivals apart."""
+    backlog = backlog_of(req, int(r["arrival"][0]), int(r["arrival"][-1]))
+    quarter = len(backlog) // 4
+    growth = float(backlog[-quarter:].mean() - backlog[quarter : 2 * quarter].mean()) / (len(r) / 2)
+    return _GROWTH * max(growth - DEFINITION.limit_margin, 0.0)
 
 
 def _cost_of_waits(r: np.ndarray, found: Outcomes, tail_factor: float) -> float:

@@ -33,7 +33,18 @@ from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.metrics import Outcomes, block_counts, outcomes
 
-__all__ = ["DEFINITION", "Clause", "Definition", "Sample", "Trend", "Verdict", "backlog_trend", "judge", "sample_of"]
+__all__ = [
+    "DEFINITION",
+    "Clause",
+    "Definition",
+    "Sample",
+    "Trend",
+    "Verdict",
+    "backlog_of",
+    "backlog_trend",
+    "judge",
+    "sample_of",
+]
 
 Floats = NDArray[np.float64]
 BLOCKS = 24
@@ -155,7 +166,7 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
         classes=_by_class(run, found),
         lengths=lengths,
         length_edges=edges,
-        backlog=_backlog(run.req, first, last).tolist(),
+        backlog=backlog_of(run.req, first, last).tolist(),
         offered=offered,
         served=offered * _work_done(run.req, first, last),
         simulated=found.sent_total,
@@ -177,7 +188,7 @@ def _by_length(prompt: NDArray[Any], good: NDArray[np.bool_]) -> tuple[list[list
     return [[int(h), int(s)] for h, s in zip(hit, sent, strict=True)], edges.tolist()
 
 
-def _backlog(req: NDArray[Any], first: int, last: int) -> Floats:
+def backlog_of(req: NDArray[Any], first: int, last: int) -> Floats:
     """Requests in the system, averaged over each of ``BLOCKS`` equal stretches from ``first`` to ``last``."""
     here = req[req["arrival"] >= 0]
     open_until = np.where(here["finished"] >= 0, here["finished"], np.iinfo(np.int64).max)

@@ -15,7 +15,8 @@ three steps and the search goes on at the first that decides:
    in both steps a class or a length six standard errors below or above its bound counts likewise;
 3. full runs of all seeds: the definition itself. The rate that is answered has always come this far.
 
-The bracket starts below the stability limit: the work done per second in a short run that sends more than is served.
+The bracket starts below the stability limit of the policy's arrangement: the work done per second in a short run that
+sends more than is served, by the policy itself or by least predicted TTFT on the same instances, whichever does more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +32,7 @@ import numpy as np
 
 from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
-from env.measure.evaluator import Evaluator, arranged, measure
+from env.measure.evaluator import Evaluator, arranged, bound, measure
 from env.measure.goodput import TARGETS
 from env.measure.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
 from env.measure.sustained_stop import easy, hopeless, margin
@@ -43,6 +44,7 @@ _FIRST, _LOWEST = 0.85, 0.01  # of the stability limit: the rate that is asked f
 _DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the next
 _UP = 1.06
 _LONE_REQUESTS = 400
+_PLAIN = "predicted_ttft"  # the rule that tells what an arrangement can do
 _ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _SATURATED = 0.97  # who serves less than this part of what is sent is saturated
 
@@ -158,16 +160,16 @@ class Search:
 
     # -- runs ------------------------------------------------------------------------------------------
 
-    def _samples(self, rate: float, seeds: Sequence[int], settings: PointSettings) -> list[Sample]:
+    def _samples(self, rate: float, seeds: Sequence[int], settings: PointSettings, who: Any = None) -> list[Sample]:
         if self._most is not None:
             settings = replace(settings, n_requests=min(settings.n_requests, self._most))
         try:
-            points = self.evaluator.points(self.contender, rate, seeds, settings)
+            points = self.evaluator.points(who or self.contender, rate, seeds, settings)
         except SlalomError as error:
             if self._most is not None or not error.field.startswith("trace"):
                 raise
             self._most = self._longest(rate, settings.n_requests)
-            return self._samples(rate, seeds, settings)
+            return self._samples(rate, seeds, settings, who)
         return [Sample(**p.metrics["sustained"]) for p in points]
 
     def _longest(self, rate: float, n: int) -> int:
@@ -201,28 +203,35 @@ class Search:
         settings = replace(self.evaluator.settings, n_requests=_LONE_REQUESTS, warmup=0.0, drain=0.0, detailed=False)
         p90 = self.evaluator.points(self.contender, rate, self.seeds[:1], settings)[0].metrics["p90_e2el_ms"]
         if p90 is None:
-            fix = f"it serves nobody at {rate:.3g} requests/s; check whether it fits"
-            raise SlalomError("policy", self.contender.name, fix)
+            raise SlalomError("policy", self.contender.name, f"it serves nobody at {rate:.3g} requests/s: does it fit?")
         return float(p90) / 1e3
 
     def _limit(self) -> float:
-        """The rate whose work is done per second when more is sent: an estimate of where stability ends."""
+        """Where stability ends on the arrangement of this policy: as it decides, or by least predicted TTFT if that
+        serves more. A policy that refuses, or lets some wait, does less work in overload than its instances could."""
+        own = self.contender
+        plans = bound(arranged(self.evaluator.scenario, own), own).arrangement or ()
+        plain = Contender(_PLAIN, cluster=own.cluster, plans=tuple(asdict(plan) for plan in plans))
+        return max(self._limit_of(contender) for contender in (own, plain))
+
+    def _limit_of(self, contender: Contender) -> float:
+        """The rate whose work is done per second when more is sent."""
         rate = 2.0 * self.evaluator.scenario.reference_rate
-        served = self._overloaded(rate, 120.0, 5.0)
+        served = self._overloaded(contender, rate, 120.0, 5.0)
         for _ in range(12):
             if served < _SATURATED * rate:
                 rate = 1.25 * served
-                served = self._overloaded(rate, 300.0, 10.0)
+                served = self._overloaded(contender, rate, 300.0, 10.0)
                 if served < _SATURATED * rate:
                     break
             rate *= 2.0
-            served = self._overloaded(rate, 120.0, 5.0)
+            served = self._overloaded(contender, rate, 120.0, 5.0)
         return served
 
-    def _overloaded(self, rate: float, seconds: float, lone_times: float) -> float:
+    def _overloaded(self, contender: Contender, rate: float, seconds: float, lone_times: float) -> float:
         n = math.ceil(rate * self.turns * max(seconds, lone_times * self.lone_s))
         settings = replace(self.evaluator.settings, n_requests=max(n, 2_000), warmup=1 / 3, drain=0.0, detailed=False)
-        sample = self._samples(rate, self.seeds[:1], settings)[0]
+        sample = self._samples(rate, self.seeds[:1], settings, contender)[0]
         return sample.served / self.turns
 
     # -- one rate --------------------------------------------------------------------------------------
@@ -346,8 +355,7 @@ class Search:
                 known[index] = self._judge(full, Goal(target)).met
             return known[index]
 
-        step, at = 1, start
-        upwards = held(start)
+        step, at, upwards = 1, start, held(start)
         while held(at) == upwards and step < 256:
             step, at = 2 * step, at + (step if upwards else -step)
         low = max((k for k, v in known.items() if v), default=None)

@@ -76,6 +76,15 @@ def test_waits_cost_the_more_the_longer_they_are_and_who_is_unserved_costs_most(
     assert level(make_run, rows, duration_ms=1e4) < waiting(10.5)
 
 
+def test_a_backlog_that_grows_costs_before_anybody_waits_too_long(make_run):
+    rows = steady()
+    for i, row in enumerate(rows):  # of a hundred requests four more stay than end, each in time so far
+        row["last_token"] = row["first_token"] + int(0.04 * i * 10 * MS)
+        row |= {"finished": row["last_token"], "generated": 1000}
+    assert level(make_run, rows) == pytest.approx(1.0 - 2.0 * 0.03, abs=0.02)
+    assert level(make_run, steady()) == 1.0
+
+
 def test_a_few_early_refusals_cost_a_miss_each_and_more_of_them_more(make_run):
     def refusing(n):
         rows = steady()

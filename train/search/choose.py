@@ -28,15 +28,23 @@ __all__ = ["AUTO", "rank", "search_all"]
 AUTO = "auto"
 _FIRST_SEED = 1_000  # as in train.search.tune
 _BEYOND = 1.05  # times the knee: the highest rate of the choice
-_RANK_SEEDS = 2
+_RANK_SEEDS, _RANK_SHARE = 2, 0.25  # windows, and requests as a share of the search's
+_SHORTEST = 100  # requests of one run of the choice, at least
 _LONGEST = 50_000  # requests of one run of the choice, at most
 _RANKING_SHARE = 0.12  # of the search's time for the choice
 
 
-def rank(scenario: Scenario, designs: Sequence[Design], rates: Sequence[float], seeds: int) -> list[float]:
-    """Score of each design over fresh validation windows, in runs as long as those that measure sustained goodput."""
+def rank(
+    scenario: Scenario, designs: Sequence[Design], rates: Sequence[float], seeds: int, requests: float
+) -> list[float]:
+    """Score of each design over fresh validation windows, in runs as long as those that measure sustained goodput, as
+    far as the budget goes.
+
+    :param requests: simulated for all of them, about
+    """
     fitness = Fitness(scenario, arena_of(scenario).setting, "valid")
-    n = min(max(DEFINITION.requests, math.ceil(DEFINITION.seconds * max(rates))), _LONGEST)
+    n = max(DEFINITION.requests, math.ceil(DEFINITION.seconds * max(rates)))
+    n = max(min(n, _LONGEST, int(requests / (len(designs) * len(rates) * seeds))), _SHORTEST)
     return [fitness.score(design, rates, range(_FIRST_SEED, _FIRST_SEED + seeds), n) for design in designs]
 
 
@@ -85,7 +93,7 @@ def search_all(
     display.phase("choose")
     light = [load * found.knee for load in config.light_loads]
     rates = [*light, *rates_between(found.strict, found.knee, _BEYOND)]
-    scores = rank(scenario, found.finalists, rates, _RANK_SEEDS)
+    scores = rank(scenario, found.finalists, rates, _RANK_SEEDS, _RANK_SHARE * found.requests)
     display.update(1.0, "done")
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     design = found.finalists[best]
