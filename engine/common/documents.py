@@ -81,13 +81,21 @@ def json_of(text: str | bytes, where: str, *, constants: bool = False) -> Any:
     if sum(map(count, marks)) > _JSON_VALUES:
         raise SlalomError(where, f"{len(text)} characters", f"a document has at most {_JSON_VALUES} values")
     try:
-        value = json.loads(text, object_pairs_hook=_mapping, parse_constant=None if constants else refuse)
+        refused = None if constants else refuse
+        value = json.loads(text, object_pairs_hook=_mapping, parse_constant=refused, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         shown = text[:60] if isinstance(text, str) else text[:60].decode(errors="replace")
         raise SlalomError(where, shown, f"this is not valid JSON: {error}") from error
     if _is_deep(value):
         raise SlalomError(where, text[:60], f"nest values at most {DEEPEST} deep")
     return value
+
+
+def _whole(text: str) -> int:
+    found = int(text) if len(text) < 25 else 2**64
+    if abs(found) >= 2**64:
+        raise ValueError("a whole number of more than 64 bits")
+    return found
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -164,6 +172,13 @@ class _Plain(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"more than {_YAML_VALUES} values", mark)
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number that others can take as a float or as an index."""
+        found: int = super().construct_yaml_int(node) if len(node.value) < 80 else 2**64
+        if abs(found) >= 2**64:
+            raise yaml.constructor.ConstructorError(None, None, "a whole number of more than 64 bits", node.start_mark)
+        return found
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are texts, as they are written, each there once (plain YAML keeps the last)."""
         seen = set()
@@ -188,3 +203,4 @@ _Plain.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
