@@ -45,13 +45,13 @@ def installed() -> dict[str, str]:
         name = canonicalize_name(requirement.name)
         if name in found:
             continue
-        found[name] = version(name).partition("+")[0]
-        ahead += [(Requirement(text), extra) for text in requires(name) or () for extra in ("", *requirement.extras)]
-    for requirement in BESIDE:
         try:
-            found[canonicalize_name(requirement.name)] = version(requirement.name)
-        except PackageNotFoundError:
-            found[canonicalize_name(requirement.name)] = locked()[requirement.name]
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:  # what is not here stays as it is locked
+            found[name] = locked()[name]
+            continue
+        ahead += [(Requirement(text), extra) for text in requires(name) or () for extra in ("", *requirement.extras)]
+    found |= {name: locked()[name] for name in map(canonicalize_name, (each.name for each in BESIDE))}
     return dict(sorted(found.items()))
 
 

@@ -258,7 +258,7 @@ def _base(
 ) -> SearchResult:
     """The tuned rule, from an earlier part of this run if there is one."""
     if folder.base.exists():
-        return SearchResult(**read_json(folder.base))
+        return SearchResult.read(folder.base)
     if request.rule == AUTO:
         log.write("search")  # from its beginning, also in a resumed run
         journal = _journal(request, [scenario], config, folder, display)

@@ -66,13 +66,21 @@ def json_of(text: str | bytes, where: str, *, constants: bool = False) -> Any:
     if sum(map(count, marks)) > _JSON_VALUES:
         raise SlalomError(where, f"{len(text)} characters", f"a document has at most {_JSON_VALUES} values")
     try:
-        value = json.loads(text, object_pairs_hook=_mapping, parse_constant=None if constants else refuse)
+        refused = None if constants else refuse
+        value = json.loads(text, object_pairs_hook=_mapping, parse_constant=refused, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         shown = text[:60] if isinstance(text, str) else text[:60].decode(errors="replace")
         raise SlalomError(where, shown, f"this is not valid JSON: {error}") from error
     if _is_deep(value):
         raise SlalomError(where, text[:60], f"nest values at most {DEEPEST} deep")
     return value
+
+
+def _whole(text: str) -> int:
+    found = int(text) if len(text) < 25 else 2**64
+    if abs(found) >= 2**64:
+        raise ValueError("a whole number of more than 64 bits")
+    return found
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

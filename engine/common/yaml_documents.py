@@ -72,6 +72,13 @@ class _Plain(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"more than {_YAML_VALUES} values", mark)
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number that others can take as a float or as an index."""
+        found: int = super().construct_yaml_int(node) if len(node.value) < 80 else 2**64
+        if abs(found) >= 2**64:
+            raise yaml.constructor.ConstructorError(None, None, "a whole number of more than 64 bits", node.start_mark)
+        return found
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are texts, as they are written, each there once (plain YAML keeps the last)."""
         seen = set()
@@ -96,3 +103,4 @@ _Plain.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)

@@ -80,7 +80,7 @@ def _ablate(run: Path, seeds: range) -> None:
     if not (run / "base.json").exists():
         raise SlalomError("run", str(run), "give the folder of a finished train-policy --algo direct")
     scenario = Scenario.load(read_json(run / "run.json")["scenario"])
-    found = SearchResult(**read_json(run / "base.json"))
+    found = SearchResult.read(run / "base.json")
     fitness = Fitness(scenario, arena_of(scenario).setting, "valid")
     whole = 0.0
     for name, design in variants(found.design, scenario):

@@ -38,6 +38,7 @@ from policies.serve import load_classes
 from train.config import load_config
 from train.recipe import load_recipe
 from train.search.journal import Journal
+from train.search.rule import SearchResult
 
 SCENARIOS = {name: Scenario.load(name).model_dump(mode="json") for name in list_scenarios()}
 SHIPPED = ROOT / "checkpoints" / "policies"
@@ -124,6 +125,11 @@ BORDERS: dict[str, tuple[str, Any, Callable[[Any], bytes], Callable[[Path], Any]
         "cpu_s": 0.1, "spread": 0.1, "repeats": 3, "busy": False, "failed": "",
     }, {"note": "host", "value": 1.0}], _lines, _points),
     "model config": ("config.json", CONFIG, _json, lambda path: open_checkpoint(str(path.parent))),
+    "base of a run": ("base.json", {
+        "rule": "linear_score", "values": {"a": 1.0, "b": "x"}, "knee": 1.0, "default_score": 0.5, "score": 0.6,
+        "trials": 3, "requests": 100, "seconds": 1.5, "sampler": "direct", "plans": [{"role": 2}, {"role": None}],
+        "theta": [0.0, 1.5], "folder": "", "universal": False,
+    }, _json, SearchResult.read),
     "search": ("a.jsonl", [{"search": "a"}, [1, [0.5, None, 10], 0.1]], _lines,
                lambda path: Journal(path, "a").ask("x", lambda: 0)),
 }  # fmt: skip

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from engine.common.files import read_json
 from engine.common.progress import Display
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
@@ -70,6 +72,22 @@ class SearchResult:
     theta: list[float] | None = None
     folder: str = ""
     universal: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> SearchResult:
+        """What an earlier part of a run has found.
+
+        :raises SlalomError: missing, or damaged
+        """
+        content = read_json(path)
+        try:
+            found = TypeAdapter(cls).validate_python(content)
+            theta = found.design.theta
+            if theta is not None and not np.isfinite(theta).all():
+                raise ValueError("theta")
+        except (ValueError, TypeError) as error:
+            raise SlalomError("--resume", str(path), "the file is damaged; start anew in another folder") from error
+        return found
 
     @property
     def contender(self) -> Contender:

@@ -25,7 +25,7 @@ import yaml
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
-from engine.common.files import read_json, write_json, write_text
+from engine.common.files import write_json, write_text
 from engine.errors import SlalomError
 from env.measure.contender import Contender
 from env.scenario import Scenario
@@ -162,7 +162,7 @@ def search(
     algorithm = "direct" if rule == "auto" else "search"
     start = Request(scenario, algorithm, rule, budget, seed, out / "base", config=config, overrides=overrides or {})
     run_or_read(start)
-    base = replace(SearchResult(**read_json(out / "base" / "base.json")), folder=str(out / "base" / "best"))
+    base = replace(SearchResult.read(out / "base" / "base.json"), folder=str(out / "base" / "best"))
     course = _Course(chosen, base, settings, budget, out / "trials")
     study = _study(out, seed, f"{chosen.name} {budget} {seed}")
     if not study.trials:
