@@ -73,7 +73,9 @@ def _of_a_log(function: F) -> F:
     def checked(path: Path, **given: Any) -> Any:
         try:
             return function(path, **given)
-        except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        except SlalomError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise SlalomError("--log", str(path), f"a line is not one of a decision log ({error!r})") from error
 
     return cast(F, checked)
