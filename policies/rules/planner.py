@@ -39,7 +39,7 @@ from policies.rules import linear_score
 from policies.rules.parts.planner import count_prefill
 from policies.rules.parts.profile_tables import itl_prof, largest_batch, profile_block, tpot_slo, ttft_prof
 
-__all__ = ["RULE", "decide"]
+__all__ = ["RULE", "composition", "decide", "mover", "needs"]
 
 _PREFILL = int(Role.PREFILL)
 _DISPATCH = len(Kind) * N_FEATURES  # params: the score's weights come first
@@ -123,7 +123,7 @@ def composition(p, d, n, now, spare, hysteresis):
 
 
 @kernel
-def _mover(candidates, mask, out_of_prefill, new):
+def mover(candidates, mask, out_of_prefill, new):
     """Row that makes an instance ``new``, out of PREFILL or into it: the one with the least to lose; -1: none may."""
     best, load = -1, np.inf
     for k in range(candidates.shape[0]):
@@ -152,9 +152,9 @@ def _reallocate(context, candidates, mask, params, memory):
             memory[_TARGET], memory[_COMMITTED] = wanted, params[_COMMIT]
     row = -1
     if memory[_TARGET] > have:
-        row = _mover(candidates, mask, False, _PREFILL)
+        row = mover(candidates, mask, False, _PREFILL)
     elif memory[_TARGET] < have:
-        row = _mover(candidates, mask, True, int(params[_SIDE]))
+        row = mover(candidates, mask, True, int(params[_SIDE]))
     return row if row >= 0 else hold(candidates, mask)
 
 
