@@ -5,6 +5,7 @@
     select   base and the best snapshots again, on fresh ``valid`` windows  -> best/, result.json
 
 ``--algo direct`` stops after the first stage; so does ``--algo search``, which tunes one rule. Every stage resumes.
+``--algo controller`` has its own search (``train.search.controller``), which begins anew when it is resumed.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from train.learn import learn, monitor_seeds
 from train.ppo.callbacks import Evaluation, JsonLog
 from train.ppo.judge import SimulatorJudge
 from train.search.choose import AUTO, search_all
+from train.search.controller import CONTROLLER, train_controller
 from train.search.direct import rules_of
 from train.search.generalist import named, train_generalist
 from train.search.journal import Journal
@@ -66,7 +68,7 @@ class Request:
     """What ``train-policy`` was asked for.
 
     :param scenario: shipped name or YAML file
-    :param algorithm: ``ppo``, ``direct``, ``search`` or ``generalist``
+    :param algorithm: ``controller``, ``ppo``, ``direct``, ``search`` or ``generalist``
     :param rule: the searched rule, or the one PPO starts from; ``auto``: all of them, arrangements and scores
     :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
     :param also: further scenarios of a generalist, see :class:`train.recipe.Recipe`
@@ -146,6 +148,8 @@ def _stages(
 ) -> dict[str, Any]:
     if request.algorithm == "generalist":
         return _generalist(request, scenario, config, folder, display)
+    if request.algorithm == CONTROLLER:
+        return _controller(request, scenario, config, folder, display)
     log = JsonLog(folder.root / "log.jsonl")
     _warm_up(scenario, config, request.rule, display)
     base = _base(request, scenario, config, folder, display, log)
@@ -214,6 +218,34 @@ def _journal(
     if journal.anew:
         display.say("the search begins anew: it was begun by another version, and would not go on as it began")
     return journal
+
+
+def _controller(
+    request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display
+) -> dict[str, Any]:
+    """A controller of roles: the planner's parameters, learned on days of training arrivals."""
+    shown = ""
+
+    def report(phase: str, done: float, note: str) -> None:
+        nonlocal shown
+        if phase != shown:
+            display.phase(phase)
+            shown = phase
+        display.update(done, note)
+
+    requests = request.budget.frames or float("inf")
+    found = train_controller(
+        scenario, seconds=request.budget.seconds, requests=requests, seed=request.seed, report=report
+    )
+    write_json(folder.base, asdict(found))
+    table = [
+        {"policy": "this controller", "score": round(found.score, 5), "split": "valid"},
+        {"policy": f"{found.rule} as it is", "score": round(found.default_score, 5), "split": "valid"},
+    ]
+    Publisher(scenario, found, config, request.seed).start(folder.best, table)
+    what = f"share in the worst phase of a validation day at {found.knee:.3g} req/s"
+    summary = {"checkpoint": str(folder.best), "base": asdict(found)}
+    return _finish(summary, folder, display, found.score, found.default_score, what)
 
 
 def _table(base: SearchResult) -> list[dict[str, Any]]:
