@@ -11,10 +11,11 @@ import train.cli as cli
 from engine.errors import SlalomError
 from env.measure.phases import play_days
 from env.scenario import Scenario
+from policies import registry
 from policies.checkpoint.folder import load
 from train.budget import Budget
 from train.run import Request, run
-from train.search.controller import _Axis, _pairs, drifts, practice, train_controller
+from train.search.controller import _Axis, _pairs, drifts, practice, train_controller, tune_on_days
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +59,17 @@ def test_defaults_of_the_command_see_the_drift() -> None:
 
 
 def test_axes_go_there_and_back() -> None:
-    from policies import registry
-
     for param in registry.get("planner").params:
         if param.choices is None:
             axis = _Axis(param)
             assert axis.value(0.0) == param.low
             assert axis.value(1.0) == param.high
             assert axis.value(axis.place(param.default)) == pytest.approx(param.default)
-    assert len(_pairs()) == 6
+    assert len(_pairs(registry.get("planner"))) == 6
 
 
 def test_the_search_repeats_itself_and_leaves_out_what_is_not_allowed(small: Scenario) -> None:
-    found = [train_controller(small, requests=40_000, seed=seed, full_days=False) for seed in (1, 1, 2)]
+    found = [train_controller(small, requests=40_000, seed=seed) for seed in (1, 1, 2)]
     assert replace(found[0], seconds=0.0) == replace(found[1], seconds=0.0)
     assert found[0].values != found[2].values
     assert {result.values["side"] for result in found} == {"decode"}
@@ -87,3 +86,11 @@ def test_it_becomes_a_checkpoint_that_changes_roles(small: Scenario, tmp_path: P
     day, phases = play_days(small, str(loaded.folder), 1.5, 0, "test")
     assert day.cluster["n_switches"] >= 3
     assert len(phases) == 4
+
+
+def test_any_rule_gets_the_same_search(small: Scenario) -> None:
+    arrow = tune_on_days("arrow", small, requests=40_000, full_days=False)
+    assert arrow.rule == "arrow"
+    assert arrow.values != registry.get("arrow").values()
+    with pytest.raises(SlalomError, match="muxwise needs others"):
+        tune_on_days("muxwise", small, requests=10_000)

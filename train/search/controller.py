@@ -8,7 +8,8 @@
     choose    the leaders and the rule as it is, by their goodput in every phase on validation days of full length
 
 Training compresses long days to two hours: phases keep their order, rates and mixes, and what role changes cost counts
-for more. Placement of prompts and decodes is the planner's and not searched here.
+for more. Placement of prompts and decodes is the planner's and not searched here. :func:`tune_on_days` gives any rule
+the same search: an opponent of equal effort.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from env.measure.phases import phase_goodput, play_days, worst
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from policies import registry
-from policies.rule import Param, Value
+from policies.rule import Param, Rule, Value
 from train.search.rule import SearchResult
 
-__all__ = ["CONTROLLER", "RULE", "drifts", "practice", "train_controller"]
+__all__ = ["CONTROLLER", "RULE", "drifts", "practice", "train_controller", "tune_on_days"]
 
 CONTROLLER, RULE = "controller", "planner"
 _LEAST_S, _LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
@@ -37,7 +38,12 @@ _STARTS, _RACE = 3, 0.3  # pairs of choices that CMA-ES begins from; share of th
 _FINAL = 0.3  # share of the budget for the choice
 _POPULATION, _SIGMA = 12, 0.12
 _ROOM = (0.87, 0.92)  # the rate falls when the leader's worst phase is below, and rises when it is above
-_STEP = 1.02
+_FAR = (0.7, 0.96)  # and does so faster beyond these
+_STEP, _LEAP = 1.02, 1.06
+_FALL, _LOWEST = (
+    0.8,
+    0.05,
+)  # at first it falls by this factor until the rule holds it; least share of the reference rate
 _MEAN = 0.1  # weight of the mean over phases, so that ways out of a deadlock are seen
 _TRAIN_SEED, _VALID_SEED = 30_000, 1_000
 _VALID_SEEDS = 2
@@ -81,16 +87,16 @@ class _Axis:
 
 
 class _Search:
-    """Budget spent, the rate in force, and what days are worth at it."""
+    """Budget spent, the rate in force, and what days of ``rule`` are worth at it."""
 
-    def __init__(self, scenario: Scenario, seconds: float, requests: float, report: Report) -> None:
-        self.scenario, self.report = practice(scenario), report
+    def __init__(self, rule: str, scenario: Scenario, seconds: float, requests: float, report: Report) -> None:
+        self.rule, self.scenario, self.report = registry.get(rule), practice(scenario), report
         self.most_seconds, self.most_requests = seconds, requests
         self.begin = time.monotonic()
-        self.rate = scenario.reference_rate
+        self.rate = self.reference = scenario.reference_rate
         self.requests = self.days = 0
         self.setting = arena_of(self.scenario).setting
-        self.axes = [_Axis(p) for p in registry.get(RULE).params if p.choices is None]
+        self.axes = [_Axis(p) for p in self.rule.params if p.choices is None]
 
     @property
     def used(self) -> float:
@@ -100,7 +106,7 @@ class _Search:
     def shares(self, values: Values, seed: int) -> list[float]:
         """Shares within targets, phase by phase; empty where the scenario does not allow this."""
         try:
-            policy = registry.get(RULE).bind(values, self.setting)
+            policy = self.rule.bind(values, self.setting)
         except SlalomError:
             return []
         run, phases = play_days(self.scenario, policy, self.rate, seed, "train")
@@ -118,9 +124,9 @@ class _Search:
     def follow(self, leader: float) -> None:
         """Move the rate to where the leader's worst phase is about to fail."""
         if leader > _ROOM[1]:
-            self.rate *= _STEP
+            self.rate *= _LEAP if leader > _FAR[1] else _STEP
         elif leader < _ROOM[0]:
-            self.rate /= _STEP
+            self.rate /= _LEAP if leader < _FAR[0] else _STEP
 
     def note(self, phase: str, done: float, best: float) -> None:
         text = f"{self.days} days  {self.rate:.3g} req/s  worst phase {100 * best:.1f} %"
@@ -132,7 +138,7 @@ class _Climb:
 
     def __init__(self, search: _Search, choices: Values, seed: int) -> None:
         self.search, self.choices, self.generations = search, choices, 0
-        defaults = registry.get(RULE).values(choices)
+        defaults = search.rule.values(choices)
         mean = np.array([axis.place(defaults[axis.param.name]) for axis in search.axes])
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
         self.optimiser = CMA(
@@ -141,13 +147,13 @@ class _Climb:
 
     def values(self, theta: np.ndarray) -> Values:
         found = {axis.param.name: axis.value(x) for axis, x in zip(self.search.axes, theta, strict=True)}
-        return registry.get(RULE).values(self.choices | found)
+        return self.search.rule.values(self.choices | found)
 
     @property
     def answer(self) -> Values:
         """Where it stands; the rule's defaults before the first generation."""
         if self.generations == 0:
-            return registry.get(RULE).values(self.choices)
+            return self.search.rule.values(self.choices)
         return self.values(self.optimiser.mean)
 
     def generation(self, seed: int) -> float:
@@ -164,24 +170,29 @@ class _Climb:
         return best[1]
 
 
-def _pairs() -> list[Values]:
-    choices = [p for p in registry.get(RULE).params if p.choices is not None]
-    return [
-        dict(zip((p.name for p in choices), picked, strict=True))
-        for picked in product(*(p.choices or () for p in choices))
-    ]
+def _pairs(rule: Rule) -> list[Values]:
+    """Every combination of the rule's choices."""
+    choices = [p for p in rule.params if p.choices is not None]
+    names = [p.name for p in choices]
+    return [dict(zip(names, picked, strict=True)) for picked in product(*(p.choices or () for p in choices))]
 
 
 def _race(search: _Search, seed: int) -> list[_Climb]:
     """The best starts, after as many generations each as their share of the budget allows; best first."""
-    values: list[tuple[float, float]] = []
-    for pair in _pairs():
-        values.append(search.value(pair, _TRAIN_SEED + seed))
-        search.note("race", search.used / _RACE, max(values)[1])
+    pairs = _pairs(search.rule)
+    while True:
+        values: list[tuple[float, float]] = []
+        for pair in pairs:
+            values.append(search.value(pair, _TRAIN_SEED + seed))
+            search.note("race", search.used / _RACE, max(values)[1])
+        if max(values)[0] < 0.0:
+            roles = list(search.scenario.decisions.roles)
+            raise SlalomError("decisions.roles", roles, f"{search.rule.name} needs others, or fits no such cluster")
+        if max(values)[1] >= _FAR[0] or search.rate < _LOWEST * search.reference or search.used > 0.5 * _RACE:
+            break
+        search.rate *= _FALL
     order = sorted(range(len(values)), key=lambda k: values[k], reverse=True)
-    climbs = [_Climb(search, _pairs()[k], seed * 31 + k) for k in order[:_STARTS] if values[k][0] >= 0.0]
-    if not climbs:
-        raise SlalomError("decisions.roles", list(search.scenario.decisions.roles), f"{RULE} needs prefill and decode")
+    climbs = [_Climb(search, pairs[k], seed * 31 + k) for k in order[:_STARTS] if values[k][0] >= 0.0]
     turn = 0
     while search.used < _RACE:
         climb = climbs[turn % len(climbs)]
@@ -199,48 +210,64 @@ def train_controller(
     requests: float = float("inf"),
     seed: int = 0,
     report: Report = lambda phase, done, note: None,
+) -> SearchResult:
+    """A controller of roles: :func:`tune_on_days` for the planner, chosen on validation days of full length.
+
+    :raises SlalomError: no drift to follow, or roles that the planner cannot use
+    """
+    return tune_on_days(RULE, scenario, seconds=seconds, requests=requests, seed=seed, report=report)
+
+
+def tune_on_days(
+    rule: str,
+    scenario: Scenario,
+    *,
+    seconds: float = float("inf"),
+    requests: float = float("inf"),
+    seed: int = 0,
+    report: Report = lambda phase, done, note: None,
     full_days: bool = True,
 ) -> SearchResult:
     """The best parameters found until ``seconds`` have passed or ``requests`` were simulated; one of them is finite.
 
+    :param rule: name of a rule with two or more numbers to tune
     :param report: called with (phase, share done, note)
     :param full_days: choose on validation days of full length; else of the length of training
     :return: ``knee``: goodput in every phase on validation days; ``score`` and ``default_score``: share of the worst
         phase at that rate, of the answer and of the rule's defaults
-    :raises SlalomError: no drift to follow, or roles that the planner cannot use
+    :raises SlalomError: no drift to follow, or a rule that does not fit
     """
     if not drifts(scenario):
         fix = "it needs decisions.reallocate and a workload of kind shift with a duration_s of half an hour or more"
         raise SlalomError("--algo controller", scenario.name, fix)
-    search = _Search(scenario, seconds, requests, report)
+    search = _Search(rule, scenario, seconds, requests, report)
     climbs = _race(search, seed)
     first, n = climbs[0], 0
     while search.used < 1.0 - _FINAL:
         best = first.generation(_TRAIN_SEED + 1000 * (seed + 1) + n)
         search.note("refine", (search.used - _RACE) / (1.0 - _FINAL - _RACE), best)
         n += 1
-    finalists = [first.answer, *(climb.answer for climb in climbs[1:]), registry.get(RULE).values(first.choices)]
+    finalists = [first.answer, *(climb.answer for climb in climbs[1:]), search.rule.values(first.choices)]
     final = scenario if full_days else search.scenario
-    rates = [_goodput(final, values, search.rate, report, k, len(finalists)) for k, values in enumerate(finalists)]
-    chosen = finalists[rates.index(max(rates))]
-    knee = max(rates)
-    scores = [_worst(final, values, knee) for values in (chosen, registry.get(RULE).values())]
+    rates = [_goodput(search, final, values, k / len(finalists)) for k, values in enumerate(finalists)]
+    chosen, knee = finalists[rates.index(max(rates))], max(rates)
+    scores = [_worst(search.rule, final, values, max(knee, 1e-3)) for values in (chosen, search.rule.values())]
     return SearchResult(
-        rule=RULE, values=chosen, knee=knee, default_score=scores[1], score=scores[0],
+        rule=rule, values=chosen, knee=knee, default_score=scores[1], score=scores[0],
         trials=search.days, requests=search.requests, seconds=round(time.monotonic() - search.begin, 2),
         sampler="CMA-ES on the worst phase",
     )  # fmt: skip
 
 
-def _goodput(scenario: Scenario, values: Values, near: float, report: Report, k: int, n: int) -> float:
+def _goodput(search: _Search, scenario: Scenario, values: Values, done: float) -> float:
     """Goodput in every phase, mean over validation days."""
-    policy = registry.get(RULE).bind(values, arena_of(scenario).setting)
+    policy = search.rule.bind(values, arena_of(scenario).setting)
     seeds = range(_VALID_SEED, _VALID_SEED + _VALID_SEEDS)
-    found = float(np.mean(phase_goodput(scenario, policy, seeds, start=near, split="valid")))
-    report("choose", (k + 1) / n, f"{found:.3g} req/s in every phase")
+    found = float(np.mean(phase_goodput(scenario, policy, seeds, start=search.rate, split="valid")))
+    search.report("choose", done, f"{found:.3g} req/s in every phase")
     return found
 
 
-def _worst(scenario: Scenario, values: Values, rate: float) -> float:
-    policy = registry.get(RULE).bind(values, arena_of(scenario).setting)
+def _worst(rule: Rule, scenario: Scenario, values: Values, rate: float) -> float:
+    policy = rule.bind(values, arena_of(scenario).setting)
     return worst(play_days(scenario, policy, rate, _VALID_SEED, "valid")[1])
