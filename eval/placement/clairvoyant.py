@@ -8,7 +8,8 @@ places them, so that the gap between the two is that of knowing.
 
 The search: compositions first, each kind of phase for itself on a stretch of its own arrivals, all at once or one after
 the other; then one number of the schedule at a time, at the largest rate that holds so far, as long as something gets
-better. It ends in a local optimum: the true ceiling may lie a little higher.
+better. Days of more than two hours are compressed for it (changes are counted from the beginning of a phase, so they
+mean the same in longer ones). It ends in a local optimum: the true ceiling may lie a little higher.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from policies.rule import BoundPolicy
 from policies.rules import linear_score
 from policies.rules.parts.planner import count_prefill
 from policies.rules.planner import mover
+from train.search.controller import practice
 
 __all__ = ["Leg", "clairvoyant", "followed"]
 
@@ -234,7 +236,7 @@ def clairvoyant(
         raise SlalomError("--clairvoyant", scenario.name, "its roles cannot change; allow decisions.reallocate")
     if len(scenario.profile_names()) > 1 or len(scenario.placements()) < 2:
         raise SlalomError("--clairvoyant", scenario.name, "it needs two instances or more, all of one profile")
-    search = _Search(scenario, 0, say)
+    search, full = _Search(practice(scenario), 0, say), _Search(scenario, 0, say)
     search.rate = rate or scenario.reference_rate
     usable, allowed = arena_of(scenario).setting.usable_roles, set(scenario.decisions.roles)
     sides = [r for r in (Role.DECODE, Role.MULTIPLEXED, Role.MIXED) if r in usable and r.name.lower() in allowed]
@@ -251,10 +253,10 @@ def clairvoyant(
         if found <= held * 1.002:
             break
         best, held = tried, found
-    search.rate = held
-    policy, tests = search.policy(best, held), range(seeds)
+    full.rate = held
+    policy, tests = full.policy(best, held), range(seeds)
     goodput = phase_goodput(scenario, policy, tests, start=held, target=goal)
-    run, shares = play_days(scenario, policy, min(goodput), 0, "test")
+    run, shares = play_days(scenario, policy, float(np.mean(goodput)), 0, "test")
     fixed = _fixed(scenario, search.n, best.side, best.order, tests, goal, held)
     return {
         "scenario": scenario.name,
@@ -263,7 +265,7 @@ def clairvoyant(
         "goodput": goodput,
         "side": best.side.name.lower(),
         "order": best.order.name.lower(),
-        "schedule": [{"at_s": at, "prefill": k} for at, k in best.timeline(*search.world(held))],
+        "schedule": [{"at_s": at, "prefill": k} for at, k in best.timeline(*full.world(held))],
         "role_changes": int(run.cluster["n_switches"]),
         "shares": [phase.share for phase in shares],
         "fixed": fixed,
@@ -275,10 +277,9 @@ def _fixed(
 ) -> dict[str, Any]:
     """The best fixed split on the same seeds, under the same dispatch."""
 
-    def goodput(k: int, seeds: Sequence[int], near: float) -> list[float]:
-        policy = followed([(0.0, k)], n, side, order)
-        return phase_goodput(scenario, policy, seeds, start=near, target=goal)
+    def goodput(on: Scenario, k: int, seeds: Sequence[int], near: float) -> list[float]:
+        return phase_goodput(on, followed([(0.0, k)], n, side, order), seeds, start=near, target=goal)
 
-    found = {k: goodput(k, tests[:1], start / 2)[0] for k in range(1, n)}
+    found = {k: goodput(practice(scenario), k, tests[:1], start / 2)[0] for k in range(1, n)}
     best = max(found, key=lambda k: found[k])
-    return {"prefill": best, "side": side.name.lower(), "goodput": goodput(best, tests, found[best] or 1.0)}
+    return {"prefill": best, "side": side.name.lower(), "goodput": goodput(scenario, best, tests, found[best] or 1.0)}
