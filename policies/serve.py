@@ -64,6 +64,10 @@ class Options:
     tpot_ms: float = option(100.0, "target of the time per output token", min=0.001, max=_DAY_MS)
     shed: bool = option(False, "the policy may refuse requests", "--shed")
     reallocate: bool = option(False, "the policy may change roles", "--reallocate")
+    at_once: int = option(1, "role changes under way at the same time", min=1)
+    hand_over: bool = option(
+        False, "a role change hands running decodes to other instances, it does not wait for their end", "--hand-over"
+    )
     tune: bool = option(False, "the policy may change chunk budget and SM split", "--tune")
     prefix_cache: bool = option(True, "reuse KV of equal beginnings")
     device: str = option("auto", "auto (CUDA if there is one), cpu or cuda")
@@ -231,7 +235,13 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
             share,
             classes=list(classes.values()),
             options=ClusterOptions(
-                shed=options.shed, reallocate=options.reallocate, tune=options.tune, roles=plain, hold=True
+                shed=options.shed,
+                reallocate=options.reallocate,
+                tune=options.tune,
+                roles=plain,
+                hold=True,
+                at_once=options.at_once,
+                hand_over=options.hand_over,
             ),
             links=[LinkSpec() for _ in specs],
             max_requests=options.max_requests,
