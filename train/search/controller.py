@@ -5,7 +5,7 @@
     refine    one day of training arrivals a generation, the same for all its members. What counts is the share within
               targets in the worst phase, at a rate that follows the leader up or down, so that it always lies where
               phases are about to fail
-    choose    the leaders and the rule as it is, by their goodput in every phase on validation days of full length
+    choose    among the leaders and the rule as it is, by the worst phase of validation days of full length
 
 Training compresses long days to two hours: phases keep their order, rates and mixes, and what role changes cost counts
 for more. Placement of prompts and decodes is the planner's and not searched here. :func:`tune_on_days` gives any rule
@@ -35,7 +35,7 @@ __all__ = ["CONTROLLER", "RULE", "drifts", "practice", "train_controller", "tune
 CONTROLLER, RULE = "controller", "planner"
 _LEAST_S, _LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
 _STARTS, _RACE = 2, 0.3  # pairs of choices that CMA-ES begins from; share of the budget until one is left
-_FINAL = 0.3  # share of the budget for the choice
+_FINAL = 0.25  # share of the budget for the choice
 _POPULATION, _SIGMA = 12, 0.12
 _ROOM = (0.87, 0.92)  # the rate falls when the leader's worst phase is below, and rises when it is above
 _FAR = (0.7, 0.96)  # and does so faster beyond these
@@ -44,7 +44,7 @@ _FALL = 0.8  # at first the rate falls by this factor until the rule holds it,
 _LOWEST = 0.05  # or it is this part of the reference rate
 _MEAN = 0.1  # weight of the mean over phases, so that ways out of a deadlock are seen
 _TRAIN_SEED, _VALID_SEED = 30_000, 1_000
-_VALID_SEEDS, _NEAR = 2, 0.03  # days and tolerance of the choice
+_VALID_SEEDS, _BEYOND, _NEAR = 2, 1.05, 0.03  # of the choice: days, rate, and tolerance of the goodput
 
 Report = Callable[[str, float, str], None]
 Values = dict[str, Value]
@@ -231,7 +231,7 @@ def tune_on_days(
     :param rule: name of a rule with two or more numbers to tune
     :param report: called with (phase, share done, note)
     :param full_days: choose on validation days of full length; else of the length of training
-    :return: ``knee``: goodput in every phase on validation days; ``score`` and ``default_score``: share of the worst
+    :return: ``knee``: goodput in every phase of a validation day; ``score`` and ``default_score``: share of the worst
         phase at that rate, of the answer and of the rule's defaults
     :raises SlalomError: no drift to follow, or a rule that does not fit
     """
@@ -247,8 +247,9 @@ def tune_on_days(
         n += 1
     finalists = [first.answer, *(climb.answer for climb in climbs[1:]), search.rule.values(first.choices)]
     final = scenario if full_days else search.scenario
-    rates = [_goodput(search, final, values, k / len(finalists)) for k, values in enumerate(finalists)]
-    chosen, knee = finalists[rates.index(max(rates))], max(rates)
+    found = [_value(search, final, values, k / len(finalists)) for k, values in enumerate(finalists)]
+    chosen = finalists[found.index(max(found))]
+    knee = _goodput(search, final, chosen)
     scores = [_worst(search.rule, final, values, max(knee, 1e-3)) for values in (chosen, search.rule.values())]
     return SearchResult(
         rule=rule, values=chosen, knee=knee, default_score=scores[1], score=scores[0],
@@ -257,13 +258,24 @@ def tune_on_days(
     )  # fmt: skip
 
 
-def _goodput(search: _Search, scenario: Scenario, values: Values, done: float) -> float:
-    """Goodput in every phase, mean over validation days."""
+def _value(search: _Search, scenario: Scenario, values: Values, done: float) -> float:
+    """What validation days are worth, a little beyond the rate of the search."""
+    policy, rate = search.rule.bind(values, arena_of(scenario).setting), _BEYOND * search.rate
+    found = []
+    for seed in range(_VALID_SEED, _VALID_SEED + _VALID_SEEDS):
+        _, phases = play_days(scenario, policy, rate, seed, "valid")
+        shares = [phase.share for phase in phases]
+        found.append(min(shares) + _MEAN * float(np.mean(shares)))
+    search.report("choose", done, f"worst phase {100 * worst(phases):.1f} % of a validation day at {rate:.3g} req/s")
+    return float(np.mean(found))
+
+
+def _goodput(search: _Search, scenario: Scenario, values: Values) -> float:
+    """Goodput in every phase of one validation day."""
     policy = search.rule.bind(values, arena_of(scenario).setting)
-    seeds = range(_VALID_SEED, _VALID_SEED + _VALID_SEEDS)
-    found = float(np.mean(phase_goodput(scenario, policy, seeds, start=search.rate, split="valid", tolerance=_NEAR)))
-    search.report("choose", done, f"{found:.3g} req/s in every phase")
-    return found
+    (rate,) = phase_goodput(scenario, policy, (_VALID_SEED,), start=search.rate, split="valid", tolerance=_NEAR)
+    search.report("choose", 1.0, f"{rate:.3g} req/s in every phase")
+    return rate
 
 
 def _worst(rule: Rule, scenario: Scenario, values: Values, rate: float) -> float:
