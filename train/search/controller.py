@@ -254,7 +254,7 @@ def tune_on_days(
     return SearchResult(
         rule=rule, values=chosen, knee=knee, default_score=scores[1], score=scores[0],
         trials=search.days, requests=search.requests, seconds=round(time.monotonic() - search.begin, 2),
-        sampler="CMA-ES on the worst phase",
+        sampler=CONTROLLER,
     )  # fmt: skip
 
 
