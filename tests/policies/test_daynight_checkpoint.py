@@ -1,4 +1,4 @@
-"""The shipped controller acts: it changes roles at the change of phases, on the surrogate and in the engine's runtime."""
+"""The shipped controller acts: it changes roles when phases change, on the surrogate and in the engine's runtime."""
 
 from __future__ import annotations
 
