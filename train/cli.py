@@ -122,7 +122,7 @@ def _decided(o: Options) -> Options:
     algo, budget = o.algo, o.budget
     if algo == "auto":
         from env.scenario import Scenario
-        from train.search.controller import drifts
+        from train.control.days import drifts
 
         algo = "controller" if o.rule == "auto" and drifts(Scenario.load(o.scenario)) else "ppo"
     if budget == "auto":

@@ -5,7 +5,7 @@
     select   base and the best snapshots again, on fresh ``valid`` windows  -> best/, result.json
 
 ``--algo direct`` stops after the first stage; so does ``--algo search``, which tunes one rule. Every stage resumes.
-``--algo controller`` has its own search (``train.search.controller``), which begins anew when it is resumed.
+``--algo controller`` has its own search (``train.control.days``), which begins anew when it is resumed.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from env.surrogate.arena import arena_of
 from train.budget import Budget
 from train.collect.workers import RayCollector
 from train.config import TrainConfig, load_config
+from train.control.stage import CONTROLLER, learn_controller
 from train.export import Publisher
 from train.folder import RunFolder
 from train.learn import learn, monitor_seeds
 from train.ppo.callbacks import Evaluation, JsonLog
 from train.ppo.judge import SimulatorJudge
+from train.ppo.selection import select
 from train.search.choose import AUTO, search_all
-from train.search.controller import CONTROLLER, train_controller
 from train.search.direct import rules_of
 from train.search.generalist import named, train_generalist
 from train.search.journal import Journal
 from train.search.rule import SearchResult, search_rule
 from train.search.space import Design
-from train.selection import select
 
 __all__ = ["Interrupted", "Request", "run", "run_or_read"]
 
@@ -149,12 +149,15 @@ def _stages(
     if request.algorithm == "generalist":
         return _generalist(request, scenario, config, folder, display)
     if request.algorithm == CONTROLLER:
-        return _controller(request, scenario, config, folder, display)
+        found = learn_controller(scenario, request.budget, request.seed, config, folder, display)
+        what = f"share in the worst phase of a validation day at {found.knee:.3g} req/s"
+        summary = {"checkpoint": str(folder.best), "base": asdict(found)}
+        return _finish(summary, folder, display, found.score, found.default_score, what)
     log = JsonLog(folder.root / "log.jsonl")
     _warm_up(scenario, config, request.rule, display)
     base = _base(request, scenario, config, folder, display, log)
     publisher = Publisher(scenario, base, config, request.seed)
-    summary: dict[str, Any] = {"checkpoint": str(folder.best), "base": asdict(base)}
+    summary = {"checkpoint": str(folder.best), "base": asdict(base)}
     if request.algorithm == "search":
         table = [{"policy": f"{base.rule} (tuned)", "score": base.score, "split": "valid"}]
         table.append({"policy": f"{base.rule} (defaults)", "score": base.default_score, "split": "valid"})
@@ -218,34 +221,6 @@ def _journal(
     if journal.anew:
         display.say("the search begins anew: it was begun by another version, and would not go on as it began")
     return journal
-
-
-def _controller(
-    request: Request, scenario: Scenario, config: TrainConfig, folder: RunFolder, display: Display
-) -> dict[str, Any]:
-    """A controller of roles: the planner's parameters, learned on days of training arrivals."""
-    shown = ""
-
-    def report(phase: str, done: float, note: str) -> None:
-        nonlocal shown
-        if phase != shown:
-            display.phase(phase)
-            shown = phase
-        display.update(done, note)
-
-    requests = request.budget.frames or float("inf")
-    found = train_controller(
-        scenario, seconds=request.budget.seconds, requests=requests, seed=request.seed, report=report
-    )
-    write_json(folder.base, asdict(found))
-    table = [
-        {"policy": "this controller", "score": round(found.score, 5), "split": "valid"},
-        {"policy": f"{found.rule} as it is", "score": round(found.default_score, 5), "split": "valid"},
-    ]
-    Publisher(scenario, found, config, request.seed).start(folder.best, table)
-    what = f"share in the worst phase of a validation day at {found.knee:.3g} req/s"
-    summary = {"checkpoint": str(folder.best), "base": asdict(found)}
-    return _finish(summary, folder, display, found.score, found.default_score, what)
 
 
 def _table(base: SearchResult) -> list[dict[str, Any]]:

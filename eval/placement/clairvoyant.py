@@ -37,7 +37,7 @@ from policies.rule import BoundPolicy
 from policies.rules import linear_score
 from policies.rules.parts.planner import count_prefill
 from policies.rules.planner import mover
-from train.search.controller import practice
+from train.control.days import practice
 
 __all__ = ["Leg", "clairvoyant", "followed"]
 

@@ -2,7 +2,7 @@
 
     python -m eval.studies.drift daynight-70b --policy checkpoints/policies/daynight-70b --out runs/drift
 
-Every rule gets the search of the controller (``train.search.controller.tune_on_days``) with the same budget, each fixed
+Every rule gets the search of the controller (``train.control.days.tune_on_days``) with the same budget, each fixed
 composition is tried, and ``plan-placement --clairvoyant`` gives the ceiling. All of them meet the same test days. The
 figure is goodput in every phase (``env.measure.phases``); ratios are of each day's figures, so what days have in common
 drops out, with a Student interval of 95 % over days. A study that was stopped goes on where it was.
@@ -34,7 +34,7 @@ from env.surrogate.simulate import bind_policy
 from eval.placement.clairvoyant import clairvoyant, followed
 from eval.report.plots_drift import roles_under_demand
 from policies.rule import BoundPolicy
-from train.search.controller import practice, tune_on_days
+from train.control.days import practice, tune_on_days
 
 __all__ = ["main", "paired", "study", "table"]
 

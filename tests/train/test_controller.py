@@ -14,8 +14,8 @@ from env.scenario import Scenario
 from policies import registry
 from policies.checkpoint.folder import load
 from train.budget import Budget
+from train.control.days import _Axis, _pairs, drifts, practice, train_controller, tune_on_days
 from train.run import Request, run
-from train.search.controller import _Axis, _pairs, drifts, practice, train_controller, tune_on_days
 
 
 @pytest.fixture(scope="module")
