@@ -64,6 +64,8 @@ class Options:
     tpot_ms: float = option(100.0, "target of the time per output token", min=0.001, max=_DAY_MS)
     shed: bool = option(False, "the policy may refuse requests", "--shed")
     reallocate: bool = option(False, "the policy may change roles", "--reallocate")
+    at_once: int = option(1, "role changes under way at the same time", min=1)
+    hand_over: bool = option(False, "a role change hands running decodes over instead of waiting", "--hand-over")
     tune: bool = option(False, "the policy may change chunk budget and SM split", "--tune")
     prefix_cache: bool = option(True, "reuse KV of equal beginnings")
     device: str = option("auto", "auto (CUDA if there is one), cpu or cuda")
@@ -223,6 +225,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
         raise
     on = place if workers is None else workers.workers[0].about["device"]
     plain = tuple(r for r in Role if r != Role.MULTIPLEXED or on != "cpu")
+    levers = {name: getattr(options, name) for name in ("shed", "reallocate", "tune", "at_once", "hand_over")}
 
     def state_of(specs: Sequence[InstanceSpec]) -> ClusterState:
         return build_state(
@@ -230,9 +233,7 @@ def build(options: Options) -> tuple[Engine, FastAPI]:
             profile,
             share,
             classes=list(classes.values()),
-            options=ClusterOptions(
-                shed=options.shed, reallocate=options.reallocate, tune=options.tune, roles=plain, hold=True
-            ),
+            options=ClusterOptions(roles=plain, hold=True, **levers),
             links=[LinkSpec() for _ in specs],
             max_requests=options.max_requests,
             prefix_cache=options.prefix_cache,

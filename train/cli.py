@@ -19,6 +19,7 @@ from engine.errors import SlalomError
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_BUDGET, _CONTROLLER_BUDGET = "2m", "15m"
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,13 @@ class Options:
     scenario: str = option("azure-conv-4xa100", "name of a shipped scenario, or a YAML file")
     env: str = option("surrogate", "where to practise: surrogate, or gpu: the real engine (needs --init)")
     init: Path | None = option(None, "checkpoint folder to go on from (with --env gpu: fine-tune it)")
-    algo: str = option("ppo", "ppo: a network on top of a direct search; direct: that search alone; search: one rule")
+    algo: str = option(
+        "auto",
+        "ppo: a network on top of a direct search; direct: that search alone; search: one rule; controller: when to "
+        "change roles; auto: controller where roles may follow a drift of hours, else ppo",
+    )
     rule: str = option("auto", "only this rule: searched (--algo search), or what ppo starts from; auto: all of them")
-    budget: str = option("2m", "wall time (90s, 2m, 1h) or frames (500k, 2M)")
+    budget: str = option("auto", "wall time (90s, 2m, 1h) or frames (500k, 2M); auto: 15m for a controller, else 2m")
     seed: int = option(0, "of everything random", min=0)
     out: Path | None = option(None, "run folder; default runs/SCENARIO-ALGO-SEED")
     resume: bool = option(False, "go on with the run in --out", "--resume")
@@ -65,7 +70,7 @@ def _tuned(options: Options) -> dict[str, Any]:
 
     if options.init is None:
         raise SlalomError("--init", options.init, "name the checkpoint that is to be fine-tuned on the engine")
-    seconds = parse_budget(options.budget).seconds
+    seconds = parse_budget(_BUDGET if options.budget == "auto" else options.budget).seconds
     return finetune(options.scenario, options.init, seconds, seed=options.seed, out=options.out)
 
 
@@ -86,8 +91,11 @@ def _learned(o: Options) -> dict[str, Any]:
             o, scenario=found.scenario, algo=found.algorithm, rule=found.rule, budget=found.budget, seed=found.seed,
             out=o.out or Path("runs") / Path(o.recipe).stem,
         )  # fmt: skip
-    if o.algo not in ("ppo", "direct", "search") and o.recipe is None:
-        raise SlalomError("--algo", o.algo, "choose ppo, direct or search")
+    if o.algo not in ("auto", "controller", "ppo", "direct", "search") and o.recipe is None:
+        raise SlalomError("--algo", o.algo, "choose auto, controller, direct, ppo or search")
+    if o.algo == "controller" and o.rule != "auto" and o.recipe is None:
+        raise SlalomError("--rule", o.rule, "a controller is learned for the planner; leave it out")
+    o = _decided(o)
     if o.algo == "direct" and o.rule != "auto":
         raise SlalomError("--rule", o.rule, "direct searches all rules; --rule belongs to --algo search or ppo")
     rule = "linear_score" if o.algo == "search" and o.rule == "auto" else o.rule
@@ -107,6 +115,19 @@ def _learned(o: Options) -> dict[str, Any]:
     except KeyboardInterrupt:  # outside learning, where each finished step is saved as it comes
         print("train-policy: stopped; go on with --resume", file=sys.stderr)
         raise typer.Exit(130) from None
+
+
+def _decided(o: Options) -> Options:
+    """With ``auto`` replaced: a controller where roles may follow a drift of hours, and the budget that takes."""
+    algo, budget = o.algo, o.budget
+    if algo == "auto":
+        from env.scenario import Scenario
+        from train.control.days import drifts
+
+        algo = "controller" if o.rule == "auto" and drifts(Scenario.load(o.scenario)) else "ppo"
+    if budget == "auto":
+        budget = _CONTROLLER_BUDGET if algo == "controller" else _BUDGET
+    return replace(o, algo=algo, budget=budget)
 
 
 def main() -> None:

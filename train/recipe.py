@@ -32,7 +32,7 @@ class Recipe(BaseModel):
 
     scenario: str
     also: tuple[str, ...] = ()
-    algorithm: Literal["ppo", "direct", "search", "generalist"]
+    algorithm: Literal["controller", "ppo", "direct", "search", "generalist"]
     rule: str = "auto"
     budget: str
     seed: int = 0

@@ -5,6 +5,7 @@
     select   base and the best snapshots again, on fresh ``valid`` windows  -> best/, result.json
 
 ``--algo direct`` stops after the first stage; so does ``--algo search``, which tunes one rule. Every stage resumes.
+``--algo controller`` has its own search (``train.control.days``), which begins anew when it is resumed.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from env.surrogate.arena import arena_of
 from train.budget import Budget
 from train.collect.workers import RayCollector
 from train.config import TrainConfig, load_config
+from train.control.stage import CONTROLLER, learn_controller
 from train.export import Publisher
 from train.folder import RunFolder
 from train.learn import learn, monitor_seeds
 from train.ppo.callbacks import Evaluation, JsonLog
 from train.ppo.judge import SimulatorJudge
+from train.ppo.selection import select
 from train.search.choose import AUTO, search_all
 from train.search.direct import rules_of
 from train.search.generalist import named, train_generalist
 from train.search.journal import Journal
 from train.search.rule import SearchResult, search_rule
 from train.search.space import Design
-from train.selection import select
 
 __all__ = ["Interrupted", "Request", "run", "run_or_read"]
 
@@ -66,7 +68,7 @@ class Request:
     """What ``train-policy`` was asked for.
 
     :param scenario: shipped name or YAML file
-    :param algorithm: ``ppo``, ``direct``, ``search`` or ``generalist``
+    :param algorithm: ``controller``, ``ppo``, ``direct``, ``search`` or ``generalist``
     :param rule: the searched rule, or the one PPO starts from; ``auto``: all of them, arrangements and scores
     :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
     :param also: further scenarios of a generalist, see :class:`train.recipe.Recipe`
@@ -146,11 +148,16 @@ def _stages(
 ) -> dict[str, Any]:
     if request.algorithm == "generalist":
         return _generalist(request, scenario, config, folder, display)
+    if request.algorithm == CONTROLLER:
+        found = learn_controller(scenario, request.budget, request.seed, config, folder, display)
+        what = f"share in the worst phase of a validation day at {found.knee:.3g} req/s"
+        summary = {"checkpoint": str(folder.best), "base": asdict(found)}
+        return _finish(summary, folder, display, found.score, found.default_score, what)
     log = JsonLog(folder.root / "log.jsonl")
     _warm_up(scenario, config, request.rule, display)
     base = _base(request, scenario, config, folder, display, log)
     publisher = Publisher(scenario, base, config, request.seed)
-    summary: dict[str, Any] = {"checkpoint": str(folder.best), "base": asdict(base)}
+    summary = {"checkpoint": str(folder.best), "base": asdict(base)}
     if request.algorithm == "search":
         table = [{"policy": f"{base.rule} (tuned)", "score": base.score, "split": "valid"}]
         table.append({"policy": f"{base.rule} (defaults)", "score": base.default_score, "split": "valid"})

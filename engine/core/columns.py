@@ -162,6 +162,7 @@ class Col(IntEnum):
     # least over the queued prompts of arrival + TTFT target − predicted end of prefill, this prompt in its place in
     # the queue; large when none waits. Prompts whose first token is out do not count.
     QUEUE_SLACK_S = 60
+    BECOMES = 61  # 1 + the role that a role change under way leads to; 0: none is
 
 
 N_CONTEXT = len(Ctx)

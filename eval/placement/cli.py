@@ -1,4 +1,5 @@
-"""``plan-placement``: how to arrange the GPUs of a scenario when nothing may move, or when the load shifts.
+"""``plan-placement``: how to arrange the GPUs of a scenario when nothing may move, when the load shifts, or for
+somebody who knows how it will.
 
 Progress goes to standard error, the result to standard output: a table and one line of reason, or with
 ``--json`` one JSON object and nothing else. Exit codes: 0 done, 2 bad input, 130 interrupted.
@@ -7,6 +8,7 @@ Progress goes to standard error, the result to standard output: a table and one 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -42,8 +44,21 @@ def place(
             rich_help_panel=_REPLANNING,
         ),
     ] = False,
+    knowing: Annotated[
+        bool,
+        typer.Option(
+            "--clairvoyant",
+            help="Instead: the best schedule of role changes for somebody who knows the phases of the workload, and "
+            "the rate that it holds in each: the ceiling for whoever has to find out.",
+            rich_help_panel=_REPLANNING,
+        ),
+    ] = False,
     rate: Annotated[
-        float | None, typer.Option(help="Requests per second (default: the scenario's).", rich_help_panel=_REPLANNING)
+        float | None,
+        typer.Option(
+            help="Requests per second; with --clairvoyant those it begins with (default: the scenario's).",
+            rich_help_panel=_REPLANNING,
+        ),
     ] = None,
     window: Annotated[
         float | None,
@@ -64,6 +79,8 @@ def place(
     Example: plan-placement --scenario distserve-13b-3xa100 --gpus 4 --out plan.json
 
     With --replan: DistServe's answer to a load that shifts. Example: plan-placement --scenario shift-pd-8xa100 --replan
+
+    With --clairvoyant: what knowing the shifts is worth. Example: plan-placement --scenario daynight-70b --clairvoyant
     """
     from engine.common.files import write_json
     from engine.common.provenance import commit
@@ -71,22 +88,33 @@ def place(
 
     if out is not None and os.path.isdir(out):
         raise SlalomError("--out", str(out), "this is a folder; name a file")
-    if again and gpus is not None:
-        raise SlalomError("--gpus", gpus, "leave it out with --replan: it splits the instances of the scenario")
-    if not again:
-        for name, value in (("--rate", rate), ("--window", window), ("--threshold", threshold)):
-            if value is not None:
-                raise SlalomError(name, value, "it needs --replan")
+    if again and knowing:
+        raise SlalomError("--clairvoyant", True, "give it or --replan, not both")
+    if (again or knowing) and gpus is not None:
+        fix = "leave it out with --replan and --clairvoyant: they split the instances of the scenario"
+        raise SlalomError("--gpus", gpus, fix)
+    if knowing and requests is not None:
+        raise SlalomError("--requests", requests, "leave it out with --clairvoyant: a run is an episode")
+    needs = (("--rate", rate, again or knowing), ("--window", window, again), ("--threshold", threshold, again))
+    for name, value, given in needs:
+        if value is not None and not given:
+            raise SlalomError(name, value, "it needs --replan" + (" or --clairvoyant" if name == "--rate" else ""))
     loaded = Scenario.load(scenario)
     common: dict[str, Any] = {
         "goal": goal, "n_requests": requests, "seeds": seeds, "say": lambda text: print(text, file=sys.stderr),
     }  # fmt: skip
+    text = _text
     try:
-        if again:
+        if knowing:
+            from eval.placement.clairvoyant import clairvoyant
+
+            del common["n_requests"]
+            result, text = clairvoyant(loaded, rate=rate, **common), schedule
+        elif again:
             from eval.placement.replan import replan
 
             limit = 0.2 if threshold is None else threshold
-            result = replan(loaded, rate=rate, window_s=window, threshold=limit, **common)
+            result, text = replan(loaded, rate=rate, window_s=window, threshold=limit, **common), timeline
         else:
             from eval.placement.placement import plan
 
@@ -98,7 +126,6 @@ def place(
     if out is not None:
         write_json(out, result)
         print(f"wrote {out}", file=sys.stderr)
-    text = timeline if again else _text
     print(json.dumps(result, allow_nan=False) if as_json else text(result))
 
 
@@ -166,6 +193,24 @@ def timeline(result: dict[str, Any]) -> str:
         f"profile's role switch): both are simulated. Not included: the search ({searched:.1f} s) and the reload of "
         "weights that another tensor parallelism would need (it stays as it is)."
     )
+    return "\n".join(lines)
+
+
+def schedule(result: dict[str, Any]) -> str:
+    """The result of :func:`eval.placement.clairvoyant.clairvoyant` to read."""
+    goal, fixed = 100 * result["goal"], result["fixed"]
+    held, kept = (sum(rates) / len(rates) for rates in (result["goodput"], fixed["goodput"]))
+    lines = [
+        f"{result['scenario']}: knowing the phases, {held:.3g} req/s with {goal:g} % within targets in each of them, "
+        f"{held / kept if kept else math.inf:.2f} times what the best fixed split holds ({kept:.3g}, "
+        f"{fixed['prefill']} prefill)",
+        f"{result['role_changes']} role changes an episode; instances that do not prefill only are {result['side']}, "
+        f"queues {result['order']}",
+        "        from  prefill only",
+    ]
+    lines += [f"{row['at_s']:10.0f} s  {row['prefill']}" for row in result["schedule"]]
+    shares = ", ".join(f"{100 * share:.1f}" for share in result["shares"])
+    lines.append(f"within targets, phase by phase, on the first test day at that rate: {shares} %")
     return "\n".join(lines)
 
 

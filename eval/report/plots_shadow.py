@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-__all__ = ["decisions", "timeline"]
+__all__ = ["HATCH", "ROLES", "decisions", "timeline"]
 
-_ROLES = {"prefill": "#56B4E9", "decode": "#E69F00", "mixed": "#999999", "multiplexed": "#CC79A7"}
-_HATCH = {"prefill": "", "decode": "//", "mixed": "..", "multiplexed": "xx"}
+ROLES = {"prefill": "#56B4E9", "decode": "#E69F00", "mixed": "#999999", "multiplexed": "#CC79A7"}
+HATCH = {"prefill": "", "decode": "//", "mixed": "..", "multiplexed": "xx"}
 _SUBJECT, _RIVAL = "#0072B2", "#D55E00"
 
 
@@ -38,14 +38,14 @@ def timeline(watched: Mapping[str, Any]) -> Figure:
     if roles:
         names = list(roles)
         stack = by_name["roles"].stackplot(
-            t["at_s"], *roles.values(), labels=names, step="post", colors=[_ROLES[n] for n in names], alpha=0.9
+            t["at_s"], *roles.values(), labels=names, step="post", colors=[ROLES[n] for n in names], alpha=0.9
         )
         for area, name in zip(stack, names, strict=True):
-            area.set(hatch=_HATCH[name], edgecolor="white", linewidth=0.0)
+            area.set(hatch=HATCH[name], edgecolor="white", linewidth=0.0)
         by_name["roles"].set(ylabel="instances", ylim=(0, None))
         by_name["roles"].legend(fontsize=8, frameon=True, ncols=len(names), loc="lower left")
     if shares:
-        by_name["sms"].step(t["at_s"], [100 * share for share in shares], where="post", color=_ROLES["multiplexed"])
+        by_name["sms"].step(t["at_s"], [100 * share for share in shares], where="post", color=ROLES["multiplexed"])
         by_name["sms"].set(ylabel="SMs of decode\n[%]", ylim=(0, 103))
     axes[-1].set(xlabel="simulated time [s]", xlim=(0, 2 * at[-1] - at[-2] if len(at) > 1 else None))
     return figure

@@ -23,7 +23,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.scenario import Scenario
 from eval.compare.headline import search_one
-from eval.studies.scoreboard import CHECKPOINTS, MOST_TRIALS
+from eval.studies.scoreboard import CHECKPOINTS, MOST_TRIALS, OPPONENTS
 from train.budget import parse_budget
 from train.search.levers import EVERY
 from train.search.tune import KNEE, knee_rate, tune
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--read", action="store_true", help="print what --out holds, simulate nothing")
     parser.add_argument("--out", type=Path, default=Path("runs/parts"))
     options = parser.parse_args(arguments)
-    known = sorted(path.name for path in CHECKPOINTS.glob("*") if path.name != "generalist")
+    known = sorted(path.name for path in CHECKPOINTS.glob("*") if path.name in OPPONENTS)
     rows: list[dict[str, Any]] = []
     try:
         for name in options.scenarios or known:

@@ -34,8 +34,9 @@ class BreakerConfig(_Strict):
 class RoleConfig(_Strict):
     """Bounds on what a policy may change about the instances.
 
-    ``min_prefill`` and ``min_decode`` instances stay able to do each; one change at a time, ``cooldown_s`` between two
-    and at most ``max_per_hour``; a change that is not seen done after ``verify_s`` is an alarm, and the last one."""
+    ``min_prefill`` and ``min_decode`` instances stay able to do each; ``cooldown_s`` between the beginnings of two
+    changes and at most ``max_per_hour``, as many at once as the scenario or server allows; a change that is not seen
+    done after ``verify_s`` is an alarm, and the last one."""
 
     min_prefill: Annotated[int, Field(ge=1)] = 1
     min_decode: Annotated[int, Field(ge=1)] = 1

@@ -55,12 +55,12 @@ class RoleGuard:
         self.results: Counter[tuple[str, str, str]] = Counter()  # from, to, result
         self.drain_s = 0.0
         self.halted = False
-        self.pending: Change | None = None
+        self.pending: list[Change] = []
         self._begun: deque[float] = deque(maxlen=max(config.max_per_hour, 1))
 
     def allows(self, now_s: float) -> bool:
-        """Whether a change may begin now."""
-        if self.pending is not None or self.halted or self.config.max_per_hour == 0:
+        """Whether a change may begin now: as many at once as the core allows, ``cooldown_s`` after the one before."""
+        if len(self.pending) >= int(self._state.cluster[0]["at_once"]) or self.halted or self.config.max_per_hour == 0:
             return False
         if self._begun and now_s - self._begun[-1] < self.config.cooldown_s:
             return False
@@ -71,31 +71,36 @@ class RoleGuard:
         """The guard let a change through."""
         old = Role(int(self._state.inst[instance]["role"]))
         switches = int(self._state.cluster[0]["n_switches"])
-        self.pending = Change(instance, old, Role(new), now_s, switches)
+        self.pending.append(Change(instance, old, Role(new), now_s, switches))
         self._begun.append(now_s)
 
     def check(self, now_s: float) -> Change | None:
-        """The change that has ended since the last call, well or not; None while there is none.
+        """A change that has ended since the last call, well or not; None while there is none.
 
         A change not seen done in time halts all further ones until :meth:`resume`.
         """
-        change = self.pending
-        if change is None:
-            return None
-        row, took = self._state.inst[change.instance], now_s - change.since_s
+        for change in self.pending:
+            result = self._result(change, now_s)
+            if result:
+                self.pending.remove(change)
+                return self._ended(change, result, now_s - change.since_s)
+        return None
+
+    def _result(self, change: Change, now_s: float) -> str:
+        """How the change ended; empty while it goes on."""
+        row = self._state.inst[change.instance]
         if row["target_role"] >= 0 or row["switching"]:
-            if took < self.config.verify_s:
-                return None
-            result = "timeout"
-        else:
-            counted = int(self._state.cluster[0]["n_switches"]) > change.switches
-            result = "done" if counted and row["role"] == change.new else "unverified"
-        self.pending = None
+            return "" if now_s - change.since_s < self.config.verify_s else "timeout"
+        counted = int(self._state.cluster[0]["n_switches"]) > change.switches
+        return "done" if counted and row["role"] == change.new else "unverified"
+
+    def _ended(self, change: Change, result: str, took: float) -> Change:
         self.results[change.old.name.lower(), change.new.name.lower(), result] += 1
         if result == "done":
             self.drain_s += took
         else:
             self.halted = True
+            row = self._state.inst[change.instance]
             _log.error(
                 "instance %d should be %s and is %s after %.1f s (%s): no further role changes",
                 change.instance, change.new.name.lower(), Role(int(row["role"])).name.lower(), took, result,

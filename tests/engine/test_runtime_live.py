@@ -10,7 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, Caller, engine_on, mixed, send, tables, until
+from live_cases import (
+    GREEDY,
+    KV,
+    MODEL,
+    PROMPTS,
+    TOKENIZER,
+    Caller,
+    FirstAllowed,
+    engine_on,
+    mixed,
+    send,
+    tables,
+    until,
+)
 from runtime_cases import RandomPolicy
 
 from engine.core.columns import Kind
@@ -297,6 +310,24 @@ def test_roles_change_while_serving(plain: list[list[int]]) -> None:
         until(lambda: int(engine.state.inst[0]["role"]) == Role.PREFILL)
         assert send(engine, PROMPTS[5]).wait().tokens == plain[5]
         assert (engine.state.req["state"] == RequestState.NEW).all()
+
+
+def test_running_decodes_are_handed_over_with_their_kv(plain: list[list[int]]) -> None:
+    """Answers that began on one instance end on others, token for token, and its role changes before they end."""
+    options = ClusterOptions(hand_over=True, at_once=2)
+    long = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    with engine_on(mixed(3), options=options) as engine:
+        calm = [send(engine, prompt, long).wait().tokens for prompt in PROMPTS[:3]]
+    with engine_on(mixed(3), options=options, policy=FirstAllowed()) as engine:  # all of them on instance 0
+        callers = [send(engine, prompt, long) for prompt in PROMPTS[:3]]
+        until(lambda: all(len(caller.tokens) > 3 for caller in callers))
+        engine.set_role(0, Role.PREFILL)
+        until(lambda: int(engine.state.inst[0]["role"]) == Role.PREFILL)
+        assert not any(caller.done.is_set() for caller in callers)
+        assert [caller.wait().tokens for caller in callers] == calm
+        assert int(engine.state.cluster[0]["n_migrated"]) == 3
+        assert int(engine.state.cluster[0]["n_preempted"]) == 0
+    assert [tokens[: len(short)] for tokens, short in zip(calm, plain, strict=False)] == plain[:3]
 
 
 def test_what_a_cpu_cannot_do_is_refused() -> None:

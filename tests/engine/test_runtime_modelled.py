@@ -127,6 +127,22 @@ def test_rules_have_the_timeline_of_the_surrogate(name: str) -> None:
     assert compared >= 6
 
 
+@pytest.mark.parametrize("policy", ["planner", "planner:side=multiplexed,start=0.8"])
+def test_a_planner_changes_roles_at_the_same_times_as_in_the_surrogate(policy: str) -> None:
+    """A day and a night of two minutes each, twice: decodes are handed over, several instances change at once."""
+    scenario = Scenario.load("daynight-70b").with_overrides({"workload.duration_s": 480.0, "control_interval_s": 0.5})
+    trace = build_trace(scenario, 4.0, 1920, 1, "test")
+    bound = bind_policy(policy, scenario)
+    ours, stepping, jumping = (arena_of(scenario).cluster(bound.arrangement, trace, horizon_s(trace)) for _ in range(3))
+    simulate(stepping, bound, trace.n_roots, False, {})
+    simulate(jumping, bound, trace.n_roots, True, {})
+    play(ours, bound, n_roots=trace.n_roots)
+    assert differences(ours, stepping) == []
+    assert differences(ours, jumping, but=COUNTS) == []
+    assert ours.cluster[0]["n_switches"] >= 8
+    assert ours.cluster[0]["n_finished"] == trace.n
+
+
 class Vandal(ModelledInstances):
     """Hangs up on requests and breaks transfers at random boundaries, as the live engine's callers may."""
 

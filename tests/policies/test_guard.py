@@ -234,7 +234,7 @@ def test_role_changes_are_bounded_cooled_down_and_verified() -> None:
     assert sum(done.values()) >= 3
     assert {result for _, _, result in done} == {"done"}
     assert sum(done.values()) <= int(state.req["finished"].max()) * 1e-12 / 0.5 + 1
-    assert int(state.cluster[0]["n_switches"]) == sum(done.values()) + (guard.roles.pending is not None)
+    assert int(state.cluster[0]["n_switches"]) == sum(done.values()) + len(guard.roles.pending)
     assert (state.inst["role"] != Role.PREFILL).sum() >= 2
     assert not guard.fallbacks
     loose, _ = guarded(Plain(toggles), cluster(600, reallocate=True), deadline_us=1e6, roles={"cooldown_s": 0.0})
@@ -276,6 +276,11 @@ def test_a_switch_that_did_not_happen_is_an_alarm_and_the_last_one(how: str) -> 
     assert not roles.allows(1e6)
     guard.thaw()
     assert roles.allows(1e6)
+    state.cluster["at_once"] = 2
+    roles.begins(0, int(Role.DECODE), 1e6)
+    assert roles.allows(1e6)
+    roles.begins(1, int(Role.DECODE), 1e6)
+    assert not roles.allows(1e6), "two at once"
     with pytest.raises(SlalomError, match="min_decode"):
         Guard(state, rule, rule, GuardConfig.load(roles={"min_decode": 4}))
 

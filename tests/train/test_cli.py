@@ -23,7 +23,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--env", "gpu"], "--init"),
         (["--init", "somewhere"], "--env gpu"),
         (["--env", "moon"], "use surrogate"),
-        (["--algo", "dqn"], "choose ppo, direct or search"),
+        (["--algo", "dqn"], "choose auto, controller, direct, ppo or search"),
         (["--budget", "soon"], "write a time"),
         (["--budget", "0s"], "write a time"),
         (["--algo", "direct", "--rule", "round_robin"], "belongs to --algo search"),

@@ -33,6 +33,7 @@ from train.search.space import Design, Space, offspring, random_design, reordere
 
 __all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
 
+_OWN = ("linear_score", "planner")  # have a search of their own
 _STRICT = (0.35, 0.95)  # least and greatest of the lowest, likewise; where the goodput at 99 % lies between
 _MODERATE = 0.7  # where it is while that goodput is not known, or none
 #: Successive halving: share of the designs still in, loads (times the knee; empty: the rates of the objective), seeds,
@@ -110,14 +111,14 @@ Incumbent = Callable[[float, Design], None]
 
 
 def rules_of(scenario: Scenario, among: Collection[str] | None = None) -> list[str]:
-    """Published rules that run in ``scenario`` as compiled code, the linear score left out.
+    """Published rules that run in ``scenario`` as compiled code; the linear score and the planner are none.
 
     :param among: these only
     """
     setting, found = arena_of(scenario).setting, []
     for name in registry.names():
         rule = registry.get(name)
-        if rule.python or name == "linear_score" or (among is not None and name not in among):
+        if rule.python or name in _OWN or (among is not None and name not in among):
             continue
         try:
             rule.bind({}, setting)

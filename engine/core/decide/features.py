@@ -36,7 +36,7 @@ _CLIP = 50.0
  _QUEUE_N, _RUN_N, _RUN_CTX, _OUTSTANDING, _FREE_BLOCKS, _TOTAL_BLOCKS, _CACHED_TOKENS, _TTFT_S, _WAIT_S,
  _PREFILL_S, _STEP_S, _STEP_WITH_S, _MIN_SLACK_S, _INBOUND_N, _INBOUND_TOKENS, _TRANSFER_S, _NEW_ROLE, _BUSY,
  _OUT_N, _CHUNK_TOKENS, _SPLIT, _PREFILLING, _PROFILE, _READY_N, _AHEAD_S,
- _QUEUE_SLACK_S) = (int(c) for c in Col)  # fmt: skip
+ _QUEUE_SLACK_S, _BECOMES) = (int(c) for c in Col)  # fmt: skip
 _C = tuple(int(c) for c in Ctx)
 (_SIZE, _AGE, _TPOT_TIGHTNESS, _LOAD_MEAN, _LOAD_MIN, _BATCH_MEAN, _KV_MEAN, _PREFILL_RHO, _DECODE_RHO,
  _PREFILL_SHARE, _DECODE_SHARE_C, _TTFT_OK, _TPOT_OK, _HELD, _PROMPT_RATIO, _EXPECTED_OUTPUT, _NOW_S, _KIND,
@@ -77,6 +77,7 @@ def _load_columns(s, i, row):
     row[_SPLIT] = inst.split
     row[_PREFILLING] = 1.0 if inst.started_n > 0 else 0.0
     row[_PROFILE] = inst.profile
+    row[_BECOMES] = 1.0 + inst.target_role
 
 
 @kernel

@@ -35,6 +35,7 @@ __all__ = [
     "SERIES",
     "TTFT",
     "adopt",
+    "count_prefill",
     "count_roles",
     "fit_fleet",
     "flip",
@@ -155,6 +156,18 @@ def count_roles(candidates):
 
 
 @kernel
+def count_prefill(candidates):
+    """Instances that prefill only once the role changes under way are done, among the rows of a REALLOCATE decision."""
+    n = 0
+    for k in range(candidates.shape[0]):
+        role, new = int(candidates[k, Col.ROLE]), int(candidates[k, Col.NEW_ROLE])
+        if candidates[k, Col.INSTANCE] >= 0.0 and new == (_DECODE if role == _PREFILL else _PREFILL):
+            after = int(candidates[k, Col.BECOMES]) - 1
+            n += 1 if (role if after < 0 else after) == _PREFILL else 0
+    return n
+
+
+@kernel
 def fit_fleet(n_p, n_d, n):
     """N_P of a fleet of ``n`` for a plan (N_P, N_D).
 
@@ -197,8 +210,8 @@ def flip(candidates, mask, role, new):
 
 @kernel
 def follow(candidates, mask, memory):
-    """One role change towards the target N_P; KEEP at the target, without one, or during a change."""
-    n_p, target = count_roles(candidates)[0], int(memory[_TARGET])
+    """One role change towards the target N_P; KEEP at the target, without one, or where the core allows none now."""
+    n_p, target = count_prefill(candidates), int(memory[_TARGET])
     row = -1
     if target > n_p:
         row = flip(candidates, mask, _DECODE, _PREFILL)

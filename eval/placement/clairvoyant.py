@@ -1,0 +1,285 @@
+"""The ceiling of a drifting workload: the best sequence of compositions for somebody who knows when it changes.
+
+A schedule says, for every phase of the workload (``env.measure.phases``), how many instances prefill only (the others
+take one further role), and when each of them changes: so many seconds before or after the phase begins. Phases of one
+kind (same rate and mix) that follow phases of one kind are treated alike. Every schedule is played on the surrogate,
+with what role changes cost: drains, hand-overs, the switch itself. Prompts and decodes are placed as the ``planner``
+places them, so that the gap between the two is that of knowing.
+
+The search: compositions first, each kind of phase for itself on a stretch of its own arrivals, all at once or one after
+the other; then one number of the schedule at a time, at the largest rate that holds so far, as long as something gets
+better. Days of more than two hours are compressed for it (changes are counted from the beginning of a phase, so they
+mean the same in longer ones). It ends in a local optimum: the true ceiling may lie a little higher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from engine.core.columns import Ctx, Kind, Need
+from engine.core.kinds import Batching, Order, Role
+from engine.core.policy import POLICY_SIGNATURE, InstancePlan
+from engine.errors import SlalomError
+from engine.jit.kernel import kernel
+from env.measure.metrics import outcomes
+from env.measure.phases import phase_goodput, phases_of, play_days
+from env.scenario import Scenario
+from env.surrogate.arena import arena_of, build_trace
+from env.surrogate.simulate import simulate
+from policies.common import hold, kind_of
+from policies.network.features import N_FEATURES
+from policies.rule import BoundPolicy
+from policies.rules import linear_score
+from policies.rules.parts.planner import count_prefill
+from policies.rules.planner import mover
+from train.control.days import practice
+
+__all__ = ["Leg", "clairvoyant", "followed"]
+
+_PREFILL = int(Role.PREFILL)
+_DISPATCH = len(Kind) * N_FEATURES
+_STARTS = ((0.0, 0.0, 0.0, 0.0), (0.0, 10.0, 30.0, 120.0))  # seconds after a phase begins; patterns to start from
+_MOVES = (-60.0, -15.0, -5.0, 5.0, 15.0, 60.0)  # seconds by which one change is tried sooner or later
+_SCALES = (0.5, 2.0)  # factors on all of them
+_STRETCH_S = 600.0  # of each kind of phase, on which compositions are compared
+_SKIPPED = 0.25  # of it, while queues fill
+_ROUNDS = 2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """How the fleet is composed in a phase, and how it gets there.
+
+    :param prefill: instances that prefill only
+    :param at_s: seconds after the phase begins (below 0: before) at which the first, second, ... of them changes; the
+        last entry counts for all further ones
+    """
+
+    prefill: int
+    at_s: tuple[float, ...] = (0.0,)
+
+
+@kernel(POLICY_SIGNATURE)
+def decide(context, candidates, mask, params, memory):
+    """``params``: weights of the score, the other role, number of plans, then each plan's time [s] and prefill
+    instances."""
+    if kind_of(context) != Kind.REALLOCATE:
+        return linear_score.decide(context, candidates, mask, params, memory)
+    wanted = params[_DISPATCH + 3]
+    for k in range(1, int(params[_DISPATCH + 1])):
+        if params[_DISPATCH + 2 + 2 * k] <= context[Ctx.NOW_S]:
+            wanted = params[_DISPATCH + 3 + 2 * k]
+    have = float(count_prefill(candidates))
+    row = -1
+    if wanted > have:
+        row = mover(candidates, mask, False, _PREFILL)
+    elif wanted < have:
+        row = mover(candidates, mask, True, int(params[_DISPATCH]))
+    return row if row >= 0 else hold(candidates, mask)
+
+
+def followed(timeline: Sequence[tuple[float, int]], n: int, side: Role, order: Order = Order.FCFS) -> BoundPolicy:
+    """The policy that follows ``timeline``.
+
+    :param timeline: (time in seconds, instances that prefill only), ascending; the first holds from the start
+    :param n: instances; those that do not prefill only are ``side``
+    :param order: of every prefill queue
+    """
+    weights = linear_score.weights(linear_score.RULE.values()).ravel()
+    batching = Batching.LAYERED if side == Role.MULTIPLEXED else None
+    first = timeline[0][1]
+    prefill = InstancePlan(role=Role.PREFILL, prefill_tokens=2048, order=int(order))
+    rest = replace(prefill, role=side, batching=batching)
+    return BoundPolicy(
+        name="clairvoyant",
+        decide=decide,
+        needs=int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS),
+        params=np.array([*weights, float(side), len(timeline), *(x for entry in timeline for x in entry)]),
+        memory=np.zeros(1),
+        arrangement=[prefill] * first + [rest] * (n - first),
+        values={},
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One leg for every kind of change: (kind of the phase before, kind of the phase); -1 before the first."""
+
+    legs: dict[tuple[int, int], Leg]
+    side: Role
+    order: Order
+
+    def timeline(self, phases: Sequence[tuple[float, float]], kinds: Sequence[int]) -> list[tuple[float, int]]:
+        """Phases may not overlap in their changes: what is later takes the place of what is left of the one before."""
+        first = self.legs[-1, kinds[0]].prefill
+        found, before, have = [(0.0, first)], kinds[0], first
+        for (start, _), kind in zip(phases[1:], kinds[1:], strict=True):
+            leg = self.legs[before, kind]
+            step = 1 if leg.prefill > have else -1
+            for j, k in enumerate(range(have + step, leg.prefill + step, step) if leg.prefill != have else ()):
+                found.append((max(start + leg.at_s[min(j, len(leg.at_s) - 1)], found[-1][0]), k))
+            before, have = kind, leg.prefill
+        return found
+
+
+def _kinds(meta: Sequence[dict[str, Any]], n: int) -> list[int]:
+    """Number of the kind of each of the first ``n`` phases: those of the same rate and weights are alike."""
+    seen: dict[str, int] = {}
+    return [seen.setdefault(repr((p["rate"], p["weights"])), len(seen)) for p in meta[:n]]
+
+
+class _Search:
+    def __init__(self, scenario: Scenario, seed: int, say: Say) -> None:
+        self.scenario, self.seed, self.say = scenario, seed, say
+        self.n = len(scenario.placements())
+        self.rate = scenario.reference_rate
+        self.runs = 0
+
+    def world(self, rate: float) -> tuple[list[tuple[float, float]], list[int]]:
+        """Phases at ``rate``, and their kinds."""
+        whole = int(np.ceil(rate * self.scenario.workload.natural_s))
+        trace = build_trace(self.scenario, rate, whole, self.seed, "test")
+        phases = phases_of(trace)
+        return phases, _kinds(trace.meta["phases"], len(phases))
+
+    def policy(self, plan: _Plan, rate: float) -> BoundPolicy:
+        return followed(plan.timeline(*self.world(rate)), self.n, plan.side, plan.order)
+
+    def value(self, plan: _Plan) -> float:
+        """Worst share of a phase; the mean of all, a hundredth of it, tells equals apart."""
+        _, found = play_days(self.scenario, self.policy(plan, self.rate), self.rate, self.seed, "test")
+        self.runs += 1
+        shares = [phase.share for phase in found]
+        return min(shares) + 0.01 * float(np.mean(shares))
+
+    def goodput(self, plan: _Plan, goal: float) -> float:
+        policy = self.policy(plan, self.rate)  # phases do not depend on the rate
+        (rate,) = phase_goodput(self.scenario, policy, (self.seed,), start=self.rate, target=goal)
+        return rate
+
+    def compositions(self, side: Role, order: Order) -> dict[int, int]:
+        """Prefill instances for each kind of phase, by a stretch of its arrivals served alone."""
+        phases, kinds = self.world(self.rate)
+        whole = int(np.ceil(self.rate * self.scenario.workload.natural_s))
+        trace = build_trace(self.scenario, self.rate, whole, self.seed, "test")
+        best = {}
+        for kind in dict.fromkeys(kinds):
+            start, end = phases[kinds.index(kind)]
+            middle = 0.5 * (start + end)
+            length = min(_STRETCH_S, end - start)
+            part = trace.slice_time(middle - 0.5 * length, middle + 0.5 * length)
+            shares = []
+            for k in range(1, self.n):
+                run = simulate(self.scenario, followed([(0.0, k)], self.n, side, order), rate=self.rate, trace=part)
+                self.runs += 1
+                shares.append(float(outcomes(run, warmup=_SKIPPED).good.mean()))
+            best[kind] = 1 + int(np.argmax(shares))
+        return best
+
+    def plans(self, side: Role, order: Order) -> list[_Plan]:
+        """Where the search begins: the compositions of each kind of phase, reached at once or step by step."""
+        best = self.compositions(side, order)
+        _, kinds = self.world(self.rate)
+        changes = dict.fromkeys(zip([-1, *kinds[:-1]], kinds, strict=True))
+        return [_Plan({c: Leg(best[c[1]], at) for c in changes}, side, order) for at in _STARTS]
+
+    def neighbours(self, plan: _Plan) -> Iterator[tuple[tuple[int, int], Leg]]:
+        """(change, another leg for it), one number off."""
+        for change, leg in plan.legs.items():
+            options = [replace(leg, prefill=leg.prefill + d) for d in (-1, 1)]
+            if change[0] >= 0:
+                options += [replace(leg, at_s=tuple(at * f for at in leg.at_s)) for f in _SCALES if any(leg.at_s)]
+                for j, by in product(range(len(leg.at_s)), _MOVES):
+                    at_s = tuple(sorted((*leg.at_s[:j], leg.at_s[j] + by, *leg.at_s[j + 1 :])))
+                    options.append(replace(leg, at_s=at_s))
+            yield from ((change, option) for option in options if 1 <= option.prefill < self.n)
+
+    def improve(self, plan: _Plan) -> _Plan:
+        """The best that single changes lead to from ``plan`` in one pass; each is kept at once."""
+        value, kept = self.value(plan), plan
+        for change, leg in self.neighbours(plan):
+            tried = replace(kept, legs=kept.legs | {change: leg})
+            found = self.value(tried)
+            if found > value + 1e-4:
+                value, kept = found, tried
+        self.say(f"{self.runs} runs: worst phase {100 * value:.1f} % at {self.rate:.3g} req/s")
+        return kept
+
+
+def clairvoyant(
+    scenario: Scenario,
+    *,
+    goal: float = 0.9,
+    seeds: int = 3,
+    rate: float | None = None,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """The best schedule found on test arrivals of the first seed, and what it holds on all of them.
+
+    :param goal: share of requests within targets in every phase
+    :param seeds: test seeds, from 0
+    :param rate: requests per second at which the search begins (None: the scenario's reference rate)
+    :return: JSON-ready: ``goodput`` per seed, ``schedule`` [{at_s, prefill}], ``side``, ``order``, ``role_changes``;
+        ``fixed``: the best fixed split under the same dispatch, per seed
+    :raises SlalomError: a scenario without phases or role changes, several profiles, or one instance
+    """
+    if not 0.0 < goal < 1.0:
+        raise SlalomError("goal", goal, "give a share of requests between 0 and 1, e.g. 0.9")
+    if not scenario.decisions.reallocate:
+        raise SlalomError("--clairvoyant", scenario.name, "its roles cannot change; allow decisions.reallocate")
+    if len(scenario.profile_names()) > 1 or len(scenario.placements()) < 2:
+        raise SlalomError("--clairvoyant", scenario.name, "it needs two instances or more, all of one profile")
+    search, full = _Search(practice(scenario), 0, say), _Search(scenario, 0, say)
+    search.rate = rate or scenario.reference_rate
+    usable, allowed = arena_of(scenario).setting.usable_roles, set(scenario.decisions.roles)
+    sides = [r for r in (Role.DECODE, Role.MULTIPLEXED, Role.MIXED) if r in usable and r.name.lower() in allowed]
+    starts = [p for side, order in product(sides, (Order.FCFS, Order.ON_TIME)) for p in search.plans(side, order)]
+    for _ in range(2):  # at a rate that tells them apart
+        best = max(starts, key=search.value)
+        held = search.goodput(best, goal)
+        search.rate = max(1.02 * held, 1e-3)
+    say(f"{best.side.name.lower()} beside prefill, queues {best.order.name.lower()}: {held:.3g} req/s to start from")
+    for _ in range(_ROUNDS):
+        search.rate = max(1.02 * held, 1e-3)
+        tried = search.improve(best)
+        found = search.goodput(tried, goal)
+        if found <= held * 1.002:
+            break
+        best, held = tried, found
+    full.rate = held
+    policy, tests = full.policy(best, held), range(seeds)
+    goodput = phase_goodput(scenario, policy, tests, start=held, target=goal)
+    run, shares = play_days(scenario, policy, float(np.mean(goodput)), 0, "test")
+    fixed = _fixed(scenario, search.n, best.side, best.order, tests, goal, held)
+    return {
+        "scenario": scenario.name,
+        "scenario_sha256": scenario.hash(),
+        "goal": goal,
+        "goodput": goodput,
+        "side": best.side.name.lower(),
+        "order": best.order.name.lower(),
+        "schedule": [{"at_s": at, "prefill": k} for at, k in best.timeline(*full.world(held))],
+        "role_changes": int(run.cluster["n_switches"]),
+        "shares": [phase.share for phase in shares],
+        "fixed": fixed,
+    }
+
+
+def _fixed(
+    scenario: Scenario, n: int, side: Role, order: Order, tests: Sequence[int], goal: float, start: float
+) -> dict[str, Any]:
+    """The best fixed split on the same seeds, under the same dispatch."""
+
+    def goodput(on: Scenario, k: int, seeds: Sequence[int], near: float) -> list[float]:
+        return phase_goodput(on, followed([(0.0, k)], n, side, order), seeds, start=near, target=goal)
+
+    found = {k: goodput(practice(scenario), k, tests[:1], start / 2)[0] for k in range(1, n)}
+    best = max(found, key=lambda k: found[k])
+    return {"prefill": best, "side": side.name.lower(), "goodput": goodput(scenario, best, tests, found[best] or 1.0)}

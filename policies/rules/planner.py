@@ -1,0 +1,238 @@
+"""A controller of roles with its own clock: it weighs what prefill and decode need, and commits to a composition.
+
+Every control tick, over control windows with averages of two speeds (``window_s`` and ``slow`` times that):
+
+    u   = rate · TTFT_prof(prompt)                              instances that arriving prompts keep busy
+    q   = queued prompt tokens · TTFT_prof(prompt) / prompt     seconds of prefill that wait
+    occ = Σ running and inbound sequences / b                   instances that decodes fill now,
+                                                                b = the largest batch within headroom · TPOT target
+    lit = rate · output · ITL_prof(b) / b                       instances that they will fill, by Little's law
+
+    P = prefill · (u_fast + trend · (u_fast − u_slow)) + backlog · q / TTFT_SLO
+        + ttft_risk · max(0, TTFT / TTFT_SLO − 1)
+    D = decode · max(occ + lead · (lit − occ), occ_share · occ) + tpot_risk · max(0, TPOT / TPOT_SLO − 1)
+
+Every ``interval_s``, unless committed: N_P is wanted where P + D fill the fleet of N, N · P / (P + D), or P and a share
+``spare`` of what is left. The composition changes when that is more than ½ + ``hysteresis`` away from it, and then not
+again for ``commit_s``. One instance a tick begins to move, the one with the least to hand over or to place anew. The
+others take ``side``: decode only, or both phases (multiplexed or mixed).
+
+DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0; Arrow's signals are the two risks alone.
+Prompts and decodes are placed by ``linear_score``; its weights are those of its defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.kinds import Batching, Order, Role
+from engine.core.policy import POLICY_SIGNATURE
+from engine.errors import SlalomError
+from engine.jit.kernel import kernel
+from policies.common import hold, kind_of
+from policies.network.features import N_FEATURES
+from policies.rule import InstancePlan, Param, Rule, Setting, Values
+from policies.rules import linear_score
+from policies.rules.parts.planner import count_prefill
+from policies.rules.parts.profile_tables import itl_prof, largest_batch, profile_block, tpot_slo, ttft_prof
+
+__all__ = ["RULE", "composition", "decide", "mover", "needs"]
+
+_PREFILL = int(Role.PREFILL)
+_DISPATCH = len(Kind) * N_FEATURES  # params: the score's weights come first
+(_INTERVAL, _WINDOW, _SLOW, _TREND, _P_GAIN, _D_GAIN, _BACKLOG, _LEAD, _OCC_SHARE, _HEADROOM, _TTFT_RISK, _TPOT_RISK,
+ _SPARE, _HYSTERESIS, _COMMIT, _SIDE, _TTFT_S, _TTFT_FACTOR) = range(_DISPATCH, _DISPATCH + 18)  # fmt: skip
+_TABLES = _DISPATCH + 18
+#: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, the target.
+_U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _TARGET = range(11)
+
+
+@kernel
+def _blend(memory, cell, value, weight):
+    memory[cell] += weight * (value - memory[cell])
+
+
+@kernel
+def _observe(context, params, memory):
+    """Take in the last control window; averages start as means of what was seen so far."""
+    span, rate, prompt = context[Ctx.WIN_SPAN_S], context[Ctx.WIN_RATE], context[Ctx.WIN_PROMPT]
+    first = memory[_SEEN] == 0.0
+    memory[_SEEN] += span
+    fast = max(1.0 - np.exp(-span / params[_WINDOW]), min(span / memory[_SEEN], 1.0))
+    slow = max(1.0 - np.exp(-span / (params[_WINDOW] * params[_SLOW])), min(span / memory[_SEEN], 1.0))
+    load = rate * ttft_prof(params, _TABLES, prompt) if prompt > 0.0 else 0.0
+    _blend(memory, _U, load, fast)
+    _blend(memory, _U_SLOW, load, slow)
+    _blend(memory, _RATE, rate, fast)
+    _blend(memory, _TTFT, context[Ctx.WIN_TTFT_S], fast)
+    if prompt > 0.0:
+        _blend(memory, _PROMPT, prompt, 1.0 if first else fast)
+    if context[Ctx.WIN_OUTPUT] > 0.0:
+        unknown = memory[_OUTPUT] == 0.0
+        _blend(memory, _OUTPUT, context[Ctx.WIN_OUTPUT], 1.0 if unknown else fast)
+        _blend(memory, _TPOT, context[Ctx.WIN_TPOT_S], 1.0 if unknown else fast)
+
+
+@kernel
+def _loads(candidates):
+    """(queued prompt tokens, sequences that decode or come to, their context tokens) of the fleet."""
+    queued, seats, tokens = 0.0, 0.0, 0.0
+    for k in range(candidates.shape[0]):
+        role, new = int(candidates[k, Col.ROLE]), int(candidates[k, Col.NEW_ROLE])
+        if candidates[k, Col.INSTANCE] >= 0.0 and new == (1 if role == 0 else 0):  # one row of each instance
+            queued += candidates[k, Col.QUEUE_TOKENS]
+            seats += candidates[k, Col.RUN_N] + candidates[k, Col.INBOUND_N]
+            tokens += candidates[k, Col.RUN_CTX] + candidates[k, Col.INBOUND_TOKENS]
+    return queued, seats, tokens
+
+
+@kernel
+def needs(context, candidates, params, memory):
+    """(P, D): instances that each phase needs, see the module docstring."""
+    queued, seats, tokens = _loads(candidates)
+    prompt = max(memory[_PROMPT], 1.0)
+    limit = max(params[_TTFT_S], params[_TTFT_FACTOR] * context[Ctx.ISOLATED_S], 1e-9)
+    wait = queued * ttft_prof(params, _TABLES, prompt) / prompt
+    p = params[_P_GAIN] * max(memory[_U] + params[_TREND] * (memory[_U] - memory[_U_SLOW]), 0.0)
+    p += params[_BACKLOG] * wait / limit + params[_TTFT_RISK] * max(memory[_TTFT] / limit - 1.0, 0.0)
+    target = tpot_slo(params, _TABLES)
+    mean = tokens / seats if seats > 0.0 else prompt + 0.5 * memory[_OUTPUT]
+    batch = largest_batch(params, _TABLES, mean, params[_HEADROOM] * target)
+    occupied = seats / batch
+    coming = memory[_RATE] * memory[_OUTPUT] * itl_prof(params, _TABLES, batch, mean) / batch
+    d = params[_D_GAIN] * max(occupied + params[_LEAD] * (coming - occupied), params[_OCC_SHARE] * occupied)
+    d += params[_TPOT_RISK] * max(memory[_TPOT] / target - 1.0, 0.0)
+    return p, d
+
+
+@kernel
+def composition(p, d, n, now, spare, hysteresis):
+    """Prefill instances of a fleet of ``n`` for the needs (P, D), ``now`` being what is."""
+    if p + d <= 0.0:
+        return now
+    left = n - p - d
+    wanted = p + spare * left if left >= 0.0 else n * p / (p + d)
+    if wanted > now + 0.5 + hysteresis:
+        now = np.ceil(wanted - 0.5)
+    elif wanted < now - 0.5 - hysteresis:
+        now = np.floor(wanted + 0.5)
+    return min(max(now, 1.0), n - 1.0)
+
+
+@kernel
+def mover(candidates, mask, out_of_prefill, new):
+    """Row that makes an instance ``new``, out of PREFILL or into it: the one with the least to lose; -1: none may."""
+    best, load = -1, np.inf
+    for k in range(candidates.shape[0]):
+        if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0 or int(candidates[k, Col.NEW_ROLE]) != new:
+            continue
+        here = candidates[k, Col.OUTSTANDING]
+        if (int(candidates[k, Col.ROLE]) == _PREFILL) == out_of_prefill and here < load:
+            best, load = k, here
+    return best
+
+
+@kernel
+def _reallocate(context, candidates, mask, params, memory):
+    span = context[Ctx.WIN_SPAN_S]
+    _observe(context, params, memory)
+    have = float(count_prefill(candidates))
+    memory[_CLOCK] += span
+    memory[_COMMITTED] = max(memory[_COMMITTED] - span, 0.0)
+    if memory[_TARGET] == 0.0:
+        memory[_TARGET] = have
+    if memory[_CLOCK] >= params[_INTERVAL] * (1.0 - 1e-6) and memory[_COMMITTED] == 0.0:
+        memory[_CLOCK] = 0.0
+        p, d = needs(context, candidates, params, memory)
+        wanted = composition(p, d, context[Ctx.N_INSTANCES], memory[_TARGET], params[_SPARE], params[_HYSTERESIS])
+        if wanted != memory[_TARGET]:
+            memory[_TARGET], memory[_COMMITTED] = wanted, params[_COMMIT]
+    row = -1
+    if memory[_TARGET] > have:
+        row = mover(candidates, mask, False, _PREFILL)
+    elif memory[_TARGET] < have:
+        row = mover(candidates, mask, True, int(params[_SIDE]))
+    return row if row >= 0 else hold(candidates, mask)
+
+
+@kernel(POLICY_SIGNATURE)
+def decide(context, candidates, mask, params, memory):
+    """``params``: weights of the score, the rule's own in declared order, TTFT target and factor, profile tables."""
+    if kind_of(context) == Kind.REALLOCATE:
+        return _reallocate(context, candidates, mask, params, memory)
+    return linear_score.decide(context, candidates, mask, params, memory)
+
+
+_SIDES = ("decode", "multiplexed", "mixed")
+_PARAMS = (
+    Param("interval_s", 1.0, 60.0, 5.0, log=True, doc="time between two looks at the composition"),
+    Param("window_s", 2.0, 300.0, 20.0, log=True, doc="time constant of the fast averages"),
+    Param("slow", 1.5, 20.0, 4.0, log=True, doc="that of the slow ones, as a multiple"),
+    Param("trend", 0.0, 3.0, 0.0, doc="how far the move of the prefill load is carried on"),
+    Param("prefill", 0.0, 4.0, 1.3, doc="instances for each that arriving prompts keep busy"),
+    Param("decode", 0.0, 4.0, 1.1, doc="instances for each that decodes fill"),
+    Param("backlog", 0.0, 2.0, 0.2, doc="instances for each TTFT target of queued prefill"),
+    Param("lead", 0.0, 1.5, 0.5, doc="0: decodes as they are; 1: as they will be by Little's law"),
+    Param("occ_share", 0.0, 1.0, 0.3, doc="share of the decodes there are that counts whatever is to come"),
+    Param("headroom", 0.3, 1.2, 0.9, doc="part of the TPOT target that a batch may take"),
+    Param("ttft_risk", 0.0, 4.0, 0.3, doc="instances for each TTFT target of mean TTFT beyond the target"),
+    Param("tpot_risk", 0.0, 4.0, 0.3, doc="instances for each TPOT target of mean TPOT beyond the target"),
+    Param("spare", 0.0, 1.0, 0.5, doc="share for prefill of the instances that nobody needs"),
+    Param("hysteresis", 0.0, 1.5, 0.2, doc="instances by which a composition must be off, beyond a half"),
+    Param("commit_s", 0.0, 300.0, 10.0, doc="time that a composition holds at least"),
+    Param("side", default="decode", choices=_SIDES, doc="role of the instances that do not prefill only"),
+)
+_LAYOUT = (
+    Param("start", 0.0, 1.0, 0.5, doc="share of instances that start as prefill (each side at least 1)"),
+    Param("prefill_tokens", 256, 16384, 2048, log=True, integer=True, doc="token budget of a prefill batch"),
+    Param("chunk_tokens", 64, 8192, 512, log=True, integer=True, doc="step budget of mixed instances"),
+    Param("order", default="fcfs", choices=("fcfs", "on_time"), doc="of the prefill queues"),
+)
+_ORDERS = {"fcfs": Order.FCFS, "on_time": Order.ON_TIME}
+
+
+def _prepare(values: Values, setting: Setting) -> np.ndarray:
+    """The score's defaults, the values, the targets of the class that is tightest in TTFT, the profile's tables.
+
+    :raises SlalomError: nobody asks for role changes, or there is one instance only
+    """
+    if Kind.REALLOCATE not in setting.kinds:
+        raise SlalomError(
+            "planner: decisions.reallocate", False, "it plans role changes; allow them, or choose another"
+        )
+    if setting.n_instances < 2:
+        raise SlalomError("planner: instances", setting.n_instances, "it needs two or more")
+    tight = min(setting.classes, key=lambda c: (c.ttft_s, c.ttft_factor))
+    own = [p.number(values[p.name]) for p in _PARAMS[:-1]]
+    side = float(Role[str(values["side"]).upper()])
+    dispatch = linear_score.weights(linear_score.RULE.values()).ravel()
+    return np.concatenate([dispatch, own, [side, tight.ttft_s, tight.ttft_factor], profile_block(setting)])
+
+
+def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:
+    n, side = setting.n_instances, Role[str(values["side"]).upper()]
+    plan = InstancePlan(
+        prefill_tokens=int(values["prefill_tokens"]),
+        chunk_tokens=int(values["chunk_tokens"]),
+        order=int(_ORDERS[str(values["order"])]),
+    )
+    first = min(max(round(float(values["start"]) * n), 1), n - 1)
+    batching = Batching.LAYERED if side == Role.MULTIPLEXED else None
+    rest = replace(plan, role=side, batching=batching)
+    return [replace(plan, role=Role.PREFILL)] * first + [rest] * (n - first)
+
+
+RULE = Rule(
+    name="planner",
+    doc="a composition of roles from what prefill and decode need, with hysteresis and commitment",
+    source="this project; DYN-SLA's equations and Arrow's signals (arXiv 2511.20982, 2505.11916) are special cases",
+    decide=decide,
+    needs=Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS,
+    memory_size=_TARGET + 1,
+    params=(*_PARAMS, *_LAYOUT),
+    prepare=_prepare,
+    arrange=_arrange,
+)

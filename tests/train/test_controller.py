@@ -1,0 +1,95 @@
+"""The controller: who gets one, that its search repeats itself, and that it becomes a checkpoint that acts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import train.cli as cli
+from engine.errors import SlalomError
+from env.measure.phases import play_days
+from env.scenario import Scenario
+from policies import registry
+from policies.checkpoint.folder import load
+from train.budget import Budget
+from train.control.days import _Axis, _pairs, drifts, practice, train_controller, tune_on_days
+from train.run import Request, run
+
+
+@pytest.fixture(scope="module")
+def small() -> Scenario:
+    """Three instances, half-hour days of four phases, two roles."""
+    changes = {
+        "cluster.0.count": 1, "cluster.1.count": 2, "reference_rate": 2.0, "workload.duration_s": 1800.0,
+        "decisions.roles": ["prefill", "decode"],
+    }  # fmt: skip
+    return Scenario.load("daynight-70b-30min").with_overrides(changes)
+
+
+def test_a_controller_is_for_drifts_of_hours() -> None:
+    day = Scenario.load("daynight-70b")
+    assert [drifts(Scenario.load(n)) for n in ("daynight-70b", "surprise-70b", "shift-pd-8xa100")] == [
+        True,
+        True,
+        False,
+    ]
+    assert not drifts(day.with_overrides({"decisions": {}}))
+    for scenario in ("shift-pd-8xa100", "azure-conv-4xa100"):
+        with pytest.raises(SlalomError, match="half an hour or more"):
+            train_controller(Scenario.load(scenario), requests=1)
+    assert practice(day).workload.natural_s == 7200.0
+    short = Scenario.load("daynight-70b-30min")
+    assert practice(short) is short
+
+
+def test_defaults_of_the_command_see_the_drift() -> None:
+    for scenario, rule, expected in (
+        ("daynight-70b", "auto", ("controller", "15m")),
+        ("daynight-70b", "arrow", ("ppo", "2m")),
+        ("azure-conv-4xa100", "auto", ("ppo", "2m")),
+    ):
+        decided = cli._decided(cli.Options(scenario=scenario, rule=rule))
+        assert (decided.algo, decided.budget) == expected
+    kept = cli.Options(scenario="daynight-70b", algo="direct", budget="1h")
+    assert cli._decided(kept) == kept
+    with pytest.raises(SlalomError, match="leave it out"):
+        cli._learned(cli.Options(scenario="daynight-70b", algo="controller", rule="arrow"))
+
+
+def test_axes_go_there_and_back() -> None:
+    for param in registry.get("planner").params:
+        if param.choices is None:
+            axis = _Axis(param)
+            assert axis.value(0.0) == param.low
+            assert axis.value(1.0) == param.high
+            assert axis.value(axis.place(param.default)) == pytest.approx(param.default)
+    assert len(_pairs(registry.get("planner"))) == 6
+
+
+def test_the_search_repeats_itself_and_leaves_out_what_is_not_allowed(small: Scenario) -> None:
+    found = [train_controller(small, requests=60_000, seed=1) for _ in range(2)]
+    assert replace(found[0], seconds=0.0) == replace(found[1], seconds=0.0)
+    assert {result.values["side"] for result in found} == {"decode"}
+    assert all(result.knee > 1.5 for result in found)
+
+
+def test_it_becomes_a_checkpoint_that_changes_roles(small: Scenario, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(small.to_yaml())
+    summary = run(Request(str(path), "controller", "auto", Budget(frames=40_000), out=tmp_path / "run"))
+    loaded = load(tmp_path / "run" / "best")
+    assert (loaded.manifest.kind, loaded.manifest.rule.name) == ("rule", "planner")
+    assert summary["base"]["sampler"] == "controller"
+    day, phases = play_days(small, str(loaded.folder), 1.5, 0, "test")
+    assert day.cluster["n_switches"] >= 3
+    assert len(phases) == 4
+
+
+def test_any_rule_gets_the_same_search(small: Scenario) -> None:
+    arrow = tune_on_days("arrow", small, requests=40_000, full_days=False)
+    assert arrow.rule == "arrow"
+    assert arrow.values != registry.get("arrow").values()
+    with pytest.raises(SlalomError, match="muxwise needs others"):
+        tune_on_days("muxwise", small, requests=10_000)
