@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from socket import socket
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from engine.live.engine import Engine
     from engine.live.guard import Guard
+    from engine.server.door import Limits
     from engine.workers.pool import Workers
 
 __all__ = ["Options", "app", "build", "main"]
@@ -129,8 +131,23 @@ def find_policy(spec: str, state: ClusterState) -> Policy:
     return load_policy(spec, Setting.of_state(state))
 
 
+class GuardOptions(Protocol):
+    """What ``serve`` and ``route`` let a user say about the guard."""
+
+    @property
+    def fallback(self) -> str: ...
+    @property
+    def deadline_us(self) -> float: ...
+    @property
+    def advisory(self) -> bool: ...
+    @property
+    def guard_config(self) -> str: ...
+    @property
+    def decision_log(self) -> str: ...
+
+
 def find_guard(
-    options: Options, state: ClusterState, policy: Policy, *, log: bool = True, classes: Sequence[str] = ()
+    options: GuardOptions, state: ClusterState, policy: Policy, *, log: bool = True, classes: Sequence[str] = ()
 ) -> Guard:
     """The guard that the options ask for, around ``policy``.
 
@@ -348,16 +365,11 @@ def serve(options: Options) -> None:
     /dashboard shows it live, /metrics counts it, and clients on this machine may change policy, roles and mode under
     /admin.
     """
-    import uvicorn
-
-    from engine.server.door import Limits, configure, room_for
     from engine.server.ending import reserve
     from engine.server.keys import find_key
 
     find_key(options.api_key, options.api_key_file)  # said before the model is loaded
-    limits = Limits(
-        room_for(options.max_connections), options.header_timeout_s, options.body_timeout_s, options.idle_timeout_s
-    )
+    limits = limits_of(options)
     door = reserve(options.host, options.port)
     port = door.getsockname()[1]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -366,10 +378,30 @@ def serve(options: Options) -> None:
         engine, application = build(options)
     where = f"http://{options.host}:{port}"
     print(f"serving {options.model} on {where} with policy {engine.runtime.policy.name}", file=sys.stderr)
+    run_server(application, door, options.drain_s, limits)
+
+
+def limits_of(options: Any) -> Limits:
+    """What a connection may take, by the options of ``serve`` or ``route``.
+
+    :raises SlalomError: the machine does not allow so many connections
+    """
+    from engine.server.door import Limits, room_for
+
+    seconds = options.header_timeout_s, options.body_timeout_s, options.idle_timeout_s
+    return Limits(room_for(options.max_connections), *seconds)
+
+
+def run_server(application: FastAPI, door: socket, drain_s: float, limits: Limits) -> None:
+    """Serve ``application`` on a reserved address until somebody stops it."""
+    import uvicorn
+
+    from engine.server.door import configure
+
     # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
     signal.signal(signal.SIGTERM, _done)
     # By the end of the timeout those that are cut off have heard so.
-    last = int(options.drain_s) + 6
+    last = int(drain_s) + 6
     config = configure(application, limits, timeout_graceful_shutdown=last)
     server = uvicorn.Server(config)
     application.state.server = server  # open dashboards end when it does

@@ -317,6 +317,7 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
         "machine": machine(),
         "tuning": tuning,
         "scenario_yaml": scenario.to_yaml(),
+        "poor_fits": scenario.poor_fits(),
     }
 
 
