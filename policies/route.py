@@ -47,6 +47,7 @@ class Options:
     kv_tokens: int = option(0, "KV capacity of an engine, tokens; 0: what it says, else 131072", min=0, max=2**31 - 1)
     max_batch: int = option(0, "sequences that an engine runs at once; 0: what it says, else 256", min=0, max=65536)
     chunk_tokens: int = option(_CHUNK_TOKENS, "prompt tokens that an engine computes in a step", min=16, max=2**30)
+    prefix_cache: bool = option(True, "engines reuse KV of equal beginnings: prefer who has it")
     max_requests: int = same(serve.Options, "max_requests")
     ttft_ms: float = same(serve.Options, "ttft_ms")
     tpot_ms: float = same(serve.Options, "tpot_ms")
@@ -149,7 +150,7 @@ def build(options: Options) -> tuple[Router, FastAPI]:
             classes=list(classes.values()),
             options=ClusterOptions(shed=options.shed, roles=(Role.MIXED,), hold=True),
             max_requests=options.max_requests,
-            prefix_cache=False,
+            prefix_cache=options.prefix_cache,
         )
 
     specs = _specs(options, engines)
@@ -164,7 +165,7 @@ def build(options: Options) -> tuple[Router, FastAPI]:
     state = state_of(specs)
     guard = serve.find_guard(options, state, policy)
     patience = Patience(options.health_s, options.health_timeout_s, options.stall_s, options.outage_s)
-    fleet = Fleet([engine.url for engine in engines], patience)
+    fleet = Fleet([(engine.url, engine.keeps) for engine in engines], patience)
     router = Router(state, policy, fleet, guard=guard).start()
     application = create_router_app(
         router,

@@ -92,7 +92,7 @@ class _Stream:
 class _Engine:
     def __init__(self, facts: EngineFacts) -> None:
         self._facts, self._random = facts, random.SystemRandom()  # no prompt twice: it would be in the prefix cache
-        self._client = client_of(facts.url)
+        self._client = client_of(facts.url, facts.keeps)
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -24,6 +24,7 @@ class EngineFacts:
     :param kv_tokens: its KV capacity
     :param max_batch: sequences that it runs at once
     :param context: tokens of its longest request
+    :param keeps: a connection to it may be used again (llama.cpp hangs up after a stream without a word)
     :param counts: it can count tokens in every chunk of a stream (``continuous_usage_stats``)
     """
 
@@ -32,6 +33,7 @@ class EngineFacts:
     kv_tokens: int | None = None
     max_batch: int | None = None
     context: int | None = None
+    keeps: bool = True
     counts: bool = False
 
 
@@ -58,8 +60,9 @@ def discover(url: str) -> EngineFacts:
         kv_tokens = context * max_batch if context else None
     elif metrics.status_code == 200:
         kv_tokens = _vllm_cache(metrics.text)
-    counts = card.get("owned_by") in ("vllm", "slalom")
-    return EngineFacts(url, str(card["id"]), kv_tokens, max_batch, context, counts)
+    owner = card.get("owned_by")
+    keeps, counts = owner != "llamacpp", owner in ("vllm", "slalom")
+    return EngineFacts(url, str(card["id"]), kv_tokens, max_batch, context, keeps, counts)
 
 
 def _json(client: httpx.Client, path: str) -> dict[str, Any]:

@@ -53,12 +53,12 @@ class EngineReport:
 
 
 class Fleet:
-    """:param urls: of the engines, by instance
+    """:param engines: address of each, by instance, and whether a connection to it may be used again
     :ivar out: no engine has answered for ``outage_s``
     """
 
-    def __init__(self, urls: Sequence[str], patience: Patience | None = None) -> None:
-        self._urls, self._patience = urls, patience or Patience()
+    def __init__(self, engines: Sequence[tuple[str, bool]], patience: Patience | None = None) -> None:
+        self._addresses, self._patience = engines, patience or Patience()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.lengths = Lengths()
         self.engines: list[Upstream] = []
@@ -75,7 +75,8 @@ class Fleet:
         self._loop = asyncio.get_running_loop()
         reports = Reports(lambda seen: self.hear(seen))
         self.engines = [
-            Upstream(i, url, reports, self._troubled, self._busy, self._learn) for i, url in enumerate(self._urls)
+            Upstream(i, url, keeps, reports, self._troubled, self._busy, self._learn)
+            for i, (url, keeps) in enumerate(self._addresses)
         ]
         self._watchers = [self._loop.create_task(self._watch(engine)) for engine in self.engines]
 

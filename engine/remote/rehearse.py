@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
 from engine.live.clock import WallClock
@@ -33,12 +35,12 @@ class _Echo(Fleet):
 
 def rehearse(state: ClusterState, policy: Policy, guard: Guard | None, timeout_s: float = 300.0) -> None:
     """Route two requests on a scratch ``state``: one is answered, one is taken back and hung up on."""
-    fleet = _Echo([""] * len(state.inst))
+    fleet = _Echo([("", False)] * len(state.inst))
     router = Router(state, policy, fleet, guard=guard).start()
 
     def begin(answered: bool) -> RemoteRequest:
-        options: dict[str, Any] = {"n_letters": 64, "ids": None, "headers": {}, "whole": True, "strip_usage": True}
-        return router.submit("", {"answered": answered}, **options)
+        options: dict[str, Any] = {"n_letters": 64, "tokens": np.arange(32), "known": True, "headers": {}}
+        return router.submit("", {"answered": answered}, whole=True, strip_usage=True, **options)
 
     def settle(step: Callable[[], Any]) -> None:
         router.call(step, timeout_s)

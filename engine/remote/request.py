@@ -67,7 +67,7 @@ class RemoteRequest(Ticket):
     """``options`` as :class:`engine.live.request.Ticket`.
 
     :param n_prompt: tokens of the prompt, counted or guessed
-    :param ids: its token ids where they are known
+    :param tokens: its token ids, or what tells prompts apart that begin alike, int64
     :param path: where engines take it; ``body`` as it goes there, which always asks for a stream
     :param whole: its client wants the answer in one piece
     :param strip_usage: its client did not ask for the usage that the stream will carry
@@ -76,7 +76,7 @@ class RemoteRequest(Ticket):
     def __init__(
         self,
         n_prompt: int,
-        ids: list[int] | None,
+        tokens: np.ndarray,
         sink: Callable[[Delta], None],
         *,
         path: str,
@@ -87,8 +87,7 @@ class RemoteRequest(Ticket):
         **options: int,
     ) -> None:
         super().__init__(n_prompt, _NO_LIMIT, sink, **options)
-        if ids is not None:
-            self.tokens = np.asarray(ids, np.int64)
+        self.tokens = tokens
         self.path, self.body, self.headers = path, body, headers
         self.whole, self.strip_usage = whole, strip_usage
         # The scheduler's:

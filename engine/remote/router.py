@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
 from engine.errors import PromptTooLong, SlalomError
@@ -58,7 +60,8 @@ class Router(Scheduler):
         body: dict[str, Any],
         *,
         n_letters: int,
-        ids: list[int] | None,
+        tokens: np.ndarray,
+        known: bool,
         headers: Mapping[str, str],
         whole: bool,
         strip_usage: bool,
@@ -70,7 +73,8 @@ class Router(Scheduler):
         """Hand in a request; what comes of it is in its ``answer``. In the event loop of the fleet.
 
         :param path: where engines take it; ``body`` as it goes there
-        :param n_letters: characters of its prompt, from which its tokens are guessed where ``ids`` is None
+        :param n_letters: characters of its prompt, from which its tokens are guessed where they are not ``known``
+        :param tokens: its token ids, or :func:`engine.remote.lengths.marks` of it
         :param whole: the client wants the answer in one piece; ``strip_usage``: and in a stream no usage
         :param ttft_s: own target, that of the class if not given; ``tpot_s`` likewise
         :param priority: prompts of a lower value are handed on first
@@ -80,12 +84,12 @@ class Router(Scheduler):
         """
         if not 0 <= cls < len(self.state.cls):
             raise SlalomError("class", cls, f"classes go from 0 to {len(self.state.cls) - 1}")
-        if ids is not None and len(ids) >= self.max_tokens:
-            raise PromptTooLong("prompt", f"{len(ids)} tokens", self.max_tokens)
+        if known and len(tokens) >= self.max_tokens:
+            raise PromptTooLong("prompt", f"{len(tokens)} tokens", self.max_tokens)
         guess = self.fleet.lengths.guess(n_letters, chat="messages" in body)
         request = RemoteRequest(
-            len(ids) if ids is not None else min(guess, self.max_tokens - 1),
-            ids,
+            len(tokens) if known else min(guess, self.max_tokens - 1),
+            tokens,
             lambda delta: self._tell(request, delta),
             path=path,
             body=body,
@@ -97,7 +101,7 @@ class Router(Scheduler):
             tpot_slo=target_ticks("tpot", tpot_s),
             priority=priority,
         )
-        request.letters = 0 if ids is not None else n_letters
+        request.letters = 0 if known else n_letters
         self._hand_in(request)
         return request
 

@@ -22,6 +22,8 @@ __all__ = ["Attempt", "Upstream", "client_of"]
 
 _log = logging.getLogger("slalom.remote")
 _CONNECT_S = 5.0
+#: Servers hang up on idle connections, after 5 s and more, and a request must not meet that.
+_KEPT_S = 2.0
 _BUSY = (429, 503)
 #: Requests in the engine, running or waiting, by the names of vLLM, llama.cpp and SGLang.
 _REQUESTS = re.compile(
@@ -31,16 +33,16 @@ _REQUESTS = re.compile(
 )
 
 
-def client_of(url: str) -> httpx.AsyncClient:
-    """A connection to the engine at ``url`` for each request.
+def client_of(url: str, keeps: bool) -> httpx.AsyncClient:
+    """Connections to the engine at ``url``, as many as there are requests.
 
-    None is used again: llama.cpp hangs up after a stream without a word, and a request that meets that may or may not
-    have been taken.
+    :param keeps: one is used again soon after; else there is one for each request
     """
+    kept = 256 if keeps else 0
     return httpx.AsyncClient(
         base_url=url,
         timeout=httpx.Timeout(None, connect=_CONNECT_S),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=_KEPT_S),
         trust_env=False,
         headers={"accept-encoding": "identity"},
     )
@@ -68,7 +70,8 @@ class Attempt:
 
 
 class Upstream:
-    """:param troubled: hears when a connection fails; ``busy`` when the engine refuses, with its Retry-After in seconds
+    """:param keeps: see :func:`client_of`
+    :param troubled: hears when a connection fails; ``busy`` when the engine refuses, with its Retry-After in seconds
     :ivar attempts: under way
     :ivar heard: when anything came from the engine, seconds of ``time.monotonic``
     :ivar reported: requests that it said it has, by ``/metrics``; None where it does not say
@@ -78,6 +81,7 @@ class Upstream:
         self,
         index: int,
         url: str,
+        keeps: bool,
         reports: Reports,
         troubled: Callable[[Upstream, str], None],
         busy: Callable[[Upstream, float], None],
@@ -85,7 +89,7 @@ class Upstream:
     ) -> None:
         self.index, self.url = index, url.rstrip("/")
         self._reports, self._troubled, self._busy, self._learn = reports, troubled, busy, learn
-        self._client = client_of(self.url)
+        self._client = client_of(self.url, keeps)
         self.attempts: set[Attempt] = set()
         self.heard = time.monotonic()
         self.away = False

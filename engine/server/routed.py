@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from engine.core.policy import Policy
 from engine.errors import SlalomError
-from engine.remote.lengths import letters, token_ids
+from engine.remote.lengths import letters, marks, token_ids
 from engine.remote.request import RemoteRequest
 from engine.remote.router import Router
 from engine.server.base import base_app
@@ -127,7 +128,8 @@ async def _answer(router: Router, model: str, http: Request, field: str, counts:
         http.url.path,
         sent,
         n_letters=letters(prompt) + letters(body.get("tools")),
-        ids=ids,
+        tokens=marks(prompt) if ids is None else np.asarray(ids, np.int64),
+        known=ids is not None,
         headers={name: http.headers[name] for name in _PASSED_ON if name in http.headers},
         whole=not body.get("stream"),
         strip_usage=strip,

@@ -14,7 +14,9 @@ import pytest
 from audit import recount
 from remote_cases import Mock, Routed, all_at_once, mocks, routed, until
 
+from engine.errors import SlalomError
 from eval.benchmarks.mock_engine import text_of
+from policies.route import Options, build
 
 N = 12
 
@@ -166,6 +168,45 @@ def test_a_slow_client_holds_up_neither_its_engine_nor_others(pair: tuple[list[M
     text = read.decode()
     assert text.count('"finish_reason": null') + text.count('"finish_reason": "length"') == 900
     assert text.count("[DONE]") == 1
+
+
+def test_a_conversation_goes_where_its_past_is() -> None:
+    with mocks(2) as engines, routed(engines, policy="predicted_ttft") as router:
+        first = {"role": "user", "content": "word " * 800}
+        router.client.post("/v1/chat/completions", json={"messages": [first], "max_tokens": 2})
+        home = [engine.set()["begun"] for engine in engines].index(1)
+        for _ in range(3):
+            turn = {"messages": [first, {"role": "user", "content": "more"}], "max_tokens": 2}
+            router.client.post("/v1/chat/completions", json=turn)
+        assert engines[home].set()["begun"] == 4
+        assert router.metrics()['vllm:prefix_cache_hits_total{engine="0",model_name="mock"}'] > 2000
+
+
+def test_an_operator_changes_policy_and_mode_and_no_roles(pair: tuple[list[Mock], Routed]) -> None:
+    _, router = pair
+    for path, change in (("policy", {"policy": "round_robin"}), ("mode", {"mode": "advisory"})):
+        assert router.client.post(f"/admin/{path}", json=change).status_code == 200
+        assert router.client.post("/v1/completions", json=body(0)).status_code == 200
+    assert router.client.post("/admin/role", json={"instance": 0, "role": "decode"}).status_code == 400
+    state = router.client.get("/admin/state").json()
+    assert (state["policy"]["name"], state["guard"]["mode"], len(state["instances"])) == ("round_robin", "advisory", 2)
+    router.client.post("/admin/mode", json={"mode": "active"})
+    assert len(router.client.get("/dashboard/state").json()["instances"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"engines": ""}, "--engines"),
+        ({"engines": "http://a,http://a"}, "--engines"),
+        ({"engines": "localhost:8000"}, "--engines"),
+        ({"engines": "http://127.0.0.1:9"}, "--engines"),
+        ({"engines": "http://127.0.0.1:9", "order": "lifo"}, "--order"),
+    ],
+)
+def test_bad_options_are_one_line(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(SlalomError, match=says):
+        build(Options(**options))
 
 
 # -- when engines fail

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.remote.lengths import Lengths, letters, token_ids
+from engine.remote.lengths import Lengths, letters, marks, token_ids
 from engine.remote.stream import Splitter, Whole, n_tokens, payload
 
 
@@ -98,3 +98,14 @@ def test_prompts_of_token_ids_have_a_known_length() -> None:
     assert token_ids([1, 2, 3]) == token_ids([[1, 2, 3]]) == [1, 2, 3]
     assert [token_ids(x) for x in ("text", ["text"], [], [[1], [2]], [True, 2], None)] == [None] * 6
     assert letters([{"role": "user", "content": [{"type": "text", "text": "abc"}]}]) == len("user") + len("text") + 3
+
+
+def test_prompts_that_begin_alike_have_equal_marks_as_far_as_that() -> None:
+    chat = [{"role": "user", "content": "x" * 40}]
+    longer = [*chat, {"role": "assistant", "content": "ä"}, {"role": "user", "content": "y"}]
+    common = len(marks(chat))
+    assert common == (len("user") + 1 + 40 + 1) // 4
+    assert marks(longer)[:common].tolist() == marks(chat).tolist()
+    assert marks([{"role": "user", "content": "z" + "x" * 39}])[:3].tolist() != marks(chat)[:3].tolist()
+    assert len(marks("")) == 0
+    assert marks("\ud800 a lone half of a pair").dtype == "int64"
