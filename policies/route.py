@@ -163,7 +163,7 @@ def build(options: Options) -> tuple[Router, FastAPI]:
     scratch = serve.find_policy(options.policy, small)
     rehearse(small, scratch, serve.find_guard(options, small, scratch, log=False))
     state = state_of(specs)
-    guard = serve.find_guard(options, state, policy)
+    guard = serve.find_guard(options, state, policy, classes=list(classes))
     patience = Patience(options.health_s, options.health_timeout_s, options.stall_s, options.outage_s)
     fleet = Fleet([(engine.url, engine.keeps) for engine in engines], patience)
     router = Router(state, policy, fleet, guard=guard).start()

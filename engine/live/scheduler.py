@@ -150,7 +150,7 @@ class Scheduler:
         """Raise where ``request`` is not taken, and have it booked. Under the door's lock."""
         if self.accepting and self._open.n < len(self.state.req):
             return
-        reason = OVERLOADED if self.accepting else UNAVAILABLE if self.is_dead else DRAINING
+        reason = OVERLOADED if self.accepting else UNAVAILABLE if self.is_dead or self._accepting else DRAINING
         away = TurnedAway(request.number, request.cls, reason)
         if not self._thread.is_alive():  # nobody else books anything any more
             self.instances.on_refused(away)

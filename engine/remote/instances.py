@@ -97,13 +97,21 @@ class RemoteInstances(RequestBook[RemoteRequest]):
             if self._state.req["state"][r] == _PREFILLING:
                 observed.book_first_token(self._words, r, now)
                 fresh -= 1
+                self._tell_first(request)
             observed.book_tokens(self._words, r, fresh, now)
         if report.end == End.DONE:
             observed.book_end(self._words, r, max(report.total, request.counted, 1), now)
+            self._tell_first(request)
         elif report.end in (End.REFUSED, End.LOST):
             self._again(request, report.end)
         elif report.end != End.NONE:
             self.doom(request, ABORT if report.end == End.REJECTED else ERROR)
+
+    def _tell_first(self, request: RemoteRequest) -> None:
+        """Its first token is out: of several attempts only one counts."""
+        if not request.begun:
+            request.begun = True
+            self._booked(self.on_first, request, self._state.req[request.slot])
 
     def _again(self, request: RemoteRequest, why: End) -> None:
         """Place ``request`` anew: nobody has got anything of it."""

@@ -94,6 +94,7 @@ class RemoteRequest(Ticket):
         self.attempt = 0  # the number of the one under way; what others report does not count
         self.engine = -1  # where that runs
         self.counted = 0  # tokens booked
+        self.begun = False  # its first token was booked
         self.failures = 0
         self.reason: str | None = None  # the engine's finish reason
         # The event loop's:

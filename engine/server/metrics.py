@@ -24,9 +24,9 @@ from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
 from engine.kernels import compilations
 from engine.latency.evaluate import TICKS_PER_S
+from engine.live.book import RequestBook
 from engine.live.door import TurnedAway
 from engine.live.fate import DRAINING, OVERLOADED, UNAVAILABLE
-from engine.live.instances import LiveInstances
 from engine.live.request import ABORT, ERROR, SHED, UNPLACEABLE, Ticket
 from engine.live.scheduler import Scheduler
 from engine.model.stopping import Finish
@@ -69,7 +69,7 @@ class Metrics:
         self._generated = self._histogram("vllm:request_generation_tokens", "Generated tokens.", _TOKENS)
         self._subscribe(engine.instances)
 
-    def _subscribe(self, instances: LiveInstances) -> None:
+    def _subscribe(self, instances: RequestBook[Any]) -> None:
         """Hear of requests, after whoever listens already."""
         before_first, before_end, before_refused = instances.on_first, instances.on_end, instances.on_refused
 

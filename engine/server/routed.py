@@ -29,6 +29,8 @@ __all__ = ["create_router_app"]
 _CLIENT_GONE = 499  # nobody reads it; for the access log
 #: Headers of a client that engines get: their key, and what follows a request through a fleet.
 _PASSED_ON = ("authorization", "traceparent", "tracestate", "x-request-id")
+#: Header of an answer: what its request is called in the decision log.
+_ID = "x-slalom-id"
 #: Fields of a body that are ours.
 _OURS = ("slo_class", "priority")
 
@@ -141,6 +143,7 @@ async def _answer(router: Router, model: str, http: Request, field: str, counts:
     gone = asyncio.ensure_future(hung_up(http))
     coming = asyncio.ensure_future(request.answer.next())
     streaming = False
+    named = {_ID: request.id}
     try:
         await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not coming.done():
@@ -148,9 +151,10 @@ async def _answer(router: Router, model: str, http: Request, field: str, counts:
         reply = request.answer.reply
         if coming.result():
             streaming = True
-            return StreamingResponse(_events(router, request, coming.result()), media_type="text/event-stream")
+            events = _events(router, request, coming.result())
+            return StreamingResponse(events, media_type="text/event-stream", headers=named)
         if reply is not None:
-            return Response(reply.body, reply.status, headers=dict(reply.headers))
+            return Response(reply.body, reply.status, headers=dict(reply.headers) | named)
         return _unanswered(request.answer.failure)
     finally:
         coming.cancel()

@@ -101,7 +101,7 @@ def test_targets_of_headers_are_checked_and_book_misses(pair: tuple[list[Mock], 
     before = router.client.get("/dashboard/state").json()["classes"][0]["ended"]
     assert router.client.post("/v1/completions", json=body(0), headers={"x-slo-ttft-ms": "0.01"}).status_code == 200
     until(lambda: router.client.get("/dashboard/state").json()["classes"][0]["ended"] == before + 1)
-    assert router.metrics()['slalom:slo_attainment_ratio{class="0",metric="ttft"}'] < 1.0
+    assert router.metrics()['slalom:slo_attainment_ratio{class="default",metric="ttft"}'] < 1.0
 
 
 def test_the_books_follow_every_token(pair: tuple[list[Mock], Routed]) -> None:
