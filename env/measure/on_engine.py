@@ -10,7 +10,7 @@ import numpy as np
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import arranged, bound, point_of
 
-__all__ = ["engine_facts", "measure", "open_park"]
+__all__ = ["engine_facts", "measure", "measure_remote", "open_park"]
 
 
 @cache
@@ -62,3 +62,16 @@ def measure(
     n, split = settings.n_requests, settings.split
     run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, park=park)
     return point_of(run, contender, rate, seed, settings, {"backend": "gpu", "engine": engine_facts(run)})
+
+
+def measure_remote(
+    scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, *, engines: Any
+) -> Point:
+    """As :func:`env.measure.evaluator.measure`, on engines of others (:class:`engine.remote.discover.EngineFacts`)."""
+    from env.live.remote import replay
+
+    scenario = arranged(scenario, contender)
+    policy = bound(scenario, contender)
+    n, split = settings.n_requests, settings.split
+    run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, engines=engines)
+    return point_of(run, contender, rate, seed, settings, {"backend": "remote", "engine": engine_facts(run)})
