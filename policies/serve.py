@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from socket import socket
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -27,7 +27,7 @@ from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.jit.kernel import is_warm
 from engine.jit.warm import told
-from policies.guard.build import build_guard
+from policies.guard.build import GuardOptions, build_guard
 from policies.load import load_policy
 from policies.setting import Setting
 
@@ -129,21 +129,6 @@ def find_policy(spec: str, state: ClusterState) -> Policy:
     :raises SlalomError: unknown, or a checkpoint that does not pass its checks
     """
     return load_policy(spec, Setting.of_state(state))
-
-
-class GuardOptions(Protocol):
-    """What ``serve`` and ``route`` let a user say about the guard."""
-
-    @property
-    def fallback(self) -> str: ...
-    @property
-    def deadline_us(self) -> float: ...
-    @property
-    def advisory(self) -> bool: ...
-    @property
-    def guard_config(self) -> str: ...
-    @property
-    def decision_log(self) -> str: ...
 
 
 def find_guard(
