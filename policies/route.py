@@ -48,6 +48,9 @@ class Options:
     max_batch: int = option(0, "sequences that an engine runs at once; 0: what it says, else 256", min=0, max=65536)
     chunk_tokens: int = option(_CHUNK_TOKENS, "prompt tokens that an engine computes in a step", min=16, max=2**30)
     prefix_cache: bool = option(True, "engines reuse KV of equal beginnings: prefer who has it")
+    engine_deadlines: bool = option(
+        False, "send deadlines as priority (vLLM: --scheduling-policy priority)", "--engine-deadlines"
+    )
     max_requests: int = same(serve.Options, "max_requests")
     ttft_ms: float = same(serve.Options, "ttft_ms")
     tpot_ms: float = same(serve.Options, "tpot_ms")
@@ -171,6 +174,7 @@ def build(options: Options) -> tuple[Router, FastAPI]:
         router,
         engines[0].model,
         counts=all(engine.counts for engine in engines),
+        deadlines=options.engine_deadlines,
         classes=list(classes),
         load_policy=lambda spec: serve.find_policy(spec, state),
         drain_s=options.drain_s,

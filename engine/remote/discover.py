@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import httpx
 
 from engine.errors import SlalomError
 
-__all__ = ["EngineFacts", "discover"]
+__all__ = ["EngineFacts", "discover", "own_key"]
 
 _TIMEOUT_S = 5.0
 _CACHE = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
@@ -37,6 +38,12 @@ class EngineFacts:
     counts: bool = False
 
 
+def own_key() -> dict[str, str]:
+    """The header with the key in ``SLALOM_ENGINE_KEY``, for engines that ask for one; a client's own key wins."""
+    key = os.environ.get("SLALOM_ENGINE_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 def discover(url: str) -> EngineFacts:
     """Ask the engine at ``url``.
 
@@ -45,7 +52,7 @@ def discover(url: str) -> EngineFacts:
     if not url.startswith(("http://", "https://")):
         raise SlalomError("--engines", url, "give addresses such as http://host:8000")
     try:
-        with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT_S, trust_env=False) as client:
+        with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT_S, trust_env=False, headers=own_key()) as client:
             models = _json(client, "/v1/models")
             card = models["data"][0]
             props = _json(client, "/props")

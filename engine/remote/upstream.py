@@ -14,6 +14,7 @@ import httpx
 import orjson
 
 from engine.live.clock import WallClock
+from engine.remote.discover import own_key
 from engine.remote.reports import End, Report, Reports
 from engine.remote.request import RemoteRequest, Reply
 from engine.remote.stream import Splitter, Whole, asks_usage_only, n_tokens, payload
@@ -34,7 +35,7 @@ _REQUESTS = re.compile(
 
 
 def client_of(url: str, keeps: bool) -> httpx.AsyncClient:
-    """Connections to the engine at ``url``, as many as there are requests.
+    """Connections to the engine at ``url``, as many as there are requests; with our key, where we have one.
 
     :param keeps: one is used again soon after; else there is one for each request
     """
@@ -44,7 +45,7 @@ def client_of(url: str, keeps: bool) -> httpx.AsyncClient:
         timeout=httpx.Timeout(None, connect=_CONNECT_S),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=_KEPT_S),
         trust_env=False,
-        headers={"accept-encoding": "identity"},
+        headers={"accept-encoding": "identity", **own_key()},
     )
 
 
@@ -135,6 +136,8 @@ class Upstream:
             self.heard = time.monotonic()
             if response.status_code != 200:
                 return self._refused(request, response, await response.aread())
+            if "text/event-stream" not in response.headers.get("content-type", ""):
+                return self._whole(attempt, response, await response.aread())
             passed = _Passing(attempt)
             splitter = Splitter()
             async for data in response.aiter_raw():
@@ -153,6 +156,17 @@ class Upstream:
         if passed.usage:
             self._learn(request, passed.usage)
         return passed.end()
+
+    def _whole(self, attempt: Attempt, response: httpx.Response, body: bytes) -> End:
+        """It does not stream: the answer as it is, and its tokens by its own count."""
+        answer = orjson.loads(body)
+        usage = answer.get("usage") or {}
+        attempt.total = max(int(usage.get("completion_tokens", 1)), 1)
+        attempt.request.reason = (answer.get("choices") or [{}])[0].get("finish_reason") or "length"
+        self._learn(attempt.request, usage)
+        kind = response.headers.get("content-type", "application/json")
+        attempt.request.answer.end(Reply(200, body, {"content-type": kind}))
+        return End.DONE
 
     def _refused(self, request: RemoteRequest, response: httpx.Response, body: bytes) -> End:
         status = response.status_code

@@ -40,6 +40,7 @@ def create_router_app(
     model: str,
     *,
     counts: bool = False,
+    deadlines: bool = False,
     classes: Sequence[str] = ("default",),
     load_policy: Callable[[str], Policy] | None = None,
     drain_s: float = 30.0,
@@ -49,6 +50,7 @@ def create_router_app(
 
     :param model: name that the engines know, for requests that bring none
     :param counts: the engines can count tokens in every chunk (``continuous_usage_stats``)
+    :param deadlines: the engines start prompts by ``priority``, and get the time when a first token is due as such
     :param classes: names of the cluster's SLO classes, in order; requests that name none belong to the first
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
@@ -73,11 +75,11 @@ def create_router_app(
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        return await _answer(router, model, http, "prompt", counts)
+        return await _answer(router, model, http, "prompt", counts, deadlines)
 
     @app.post("/v1/chat/completions")
     async def chat(http: Request) -> Response:
-        return await _answer(router, model, http, "messages", counts)
+        return await _answer(router, model, http, "messages", counts, deadlines)
 
     return app
 
@@ -117,7 +119,7 @@ def _for_engines(body: dict[str, Any], model: str, counts: bool) -> tuple[dict[s
     return sent | {"model": body.get("model") or model, "stream": True, "stream_options": options}, not asked
 
 
-async def _answer(router: Router, model: str, http: Request, field: str, counts: bool) -> Response:
+async def _answer(router: Router, model: str, http: Request, field: str, counts: bool, deadlines: bool) -> Response:
     """Route one request. The status is known once its first token, or its end, is."""
     body = await _body_of(http)
     prompt = body.get(field)
@@ -126,6 +128,10 @@ async def _answer(router: Router, model: str, http: Request, field: str, counts:
         raise SlalomError(field, prompt if not prompt else f"{len(prompt)} prompts", "send one request for each prompt")
     sent, strip = _for_engines(body, model, counts)
     targets = targets_of(http.headers)
+    cls = class_of(http.headers, _class_field(body), http.app.state.classes)
+    if deadlines:
+        in_s = targets.ttft_s or float(router.state.cls[cls]["ttft_s"])
+        sent["priority"] = round(1e3 * (time.time() + in_s))
     request = router.submit(
         http.url.path,
         sent,
@@ -135,7 +141,7 @@ async def _answer(router: Router, model: str, http: Request, field: str, counts:
         headers={name: http.headers[name] for name in _PASSED_ON if name in http.headers},
         whole=not body.get("stream"),
         strip_usage=strip,
-        cls=class_of(http.headers, _class_field(body), http.app.state.classes),
+        cls=cls,
         ttft_s=targets.ttft_s,
         tpot_s=targets.tpot_s,
         priority=_priority_of(body),

@@ -34,9 +34,17 @@ class MockEngine:
     """The ASGI application."""
 
     def __init__(self, prefill_s: float, token_s: float) -> None:
-        self.set = {"prefill_s": prefill_s, "token_s": token_s, "refuse": False, "break_at": 0, "status": 503}
+        self.set = {
+            "prefill_s": prefill_s,
+            "token_s": token_s,
+            "refuse": False,
+            "break_at": 0,
+            "status": 503,
+            "whole": False,
+        }
         self.seen = {"begun": 0, "ended": 0, "hung_up": 0, "refused": 0, "most_running": 0, "wrong": 0}
         self.order: list[Any] = []  # prompts, as they began
+        self.last: dict[str, Any] = {}  # what else the last one brought
         self.running = 0
         self.prefilling = asyncio.Lock()
 
@@ -52,7 +60,9 @@ class MockEngine:
         path = scope["path"]
         if path == "/control":
             self.set |= json.loads(body or b"{}")
-            await _json(send, 200, self.set | self.seen | {"running": self.running, "order": self.order})
+            await _json(
+                send, 200, self.set | self.seen | {"running": self.running, "order": self.order, "last": self.last}
+            )
         elif path == "/health":
             await _json(send, 200, {})
         elif path == "/v1/models":
@@ -61,11 +71,11 @@ class MockEngine:
             text = f'# TYPE x gauge\nvllm:num_requests_running{{model_name="m"}} {self.running}.0\n'
             await _answer(send, 200, b"text/plain", text.encode())
         elif path in ("/v1/completions", "/v1/chat/completions"):
-            await self.generate(json.loads(body), receive, send, chat="chat" in path)
+            await self.generate(json.loads(body), dict(scope["headers"]), receive, send, chat="chat" in path)
         else:
             await _json(send, 404, {"error": {"message": "no such path", "code": 404}})
 
-    async def generate(self, body: dict[str, Any], receive: Any, send: Any, *, chat: bool) -> None:
+    async def generate(self, body: dict[str, Any], headers: Any, receive: Any, send: Any, *, chat: bool) -> None:
         """Answer one request, until its client hangs up."""
         prompt = body.get("messages" if chat else "prompt")
         if self.set["refuse"]:
@@ -78,6 +88,7 @@ class MockEngine:
             return
         self.seen["begun"] += 1
         self.order.append(prompt)
+        self.last = {"priority": body.get("priority"), "authorization": headers.get(b"authorization", b"").decode()}
         self.running += 1
         self.seen["most_running"] = max(self.seen["most_running"], self.running)
         work = asyncio.ensure_future(self.work(body, prompt, send, chat))
@@ -97,7 +108,7 @@ class MockEngine:
             await asyncio.sleep(float(self.set["prefill_s"]))
         words = text_of(prompt, n).split(" ")[1:]
         head = {"id": "mock-1", "object": "chat.completion.chunk" if chat else "text_completion", "model": MODEL}
-        stream = bool(body.get("stream"))
+        stream = bool(body.get("stream")) and not self.set["whole"]
         counts = {"prompt_tokens": max(len(json.dumps(prompt)) // 4, 1), "completion_tokens": n}
         usage = counts | {"total_tokens": sum(counts.values())}
         if not stream:

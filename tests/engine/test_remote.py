@@ -110,14 +110,18 @@ def test_the_books_follow_every_token(pair: tuple[list[Mock], Routed]) -> None:
     begun = threading.Event()
 
     def look() -> None:
-        until(lambda: int(state.inst["run_n"].sum()) == 16)
+        until(lambda: int(state.inst["run_n"].sum()) >= 8)
         for _ in range(20):
             router.router.call(lambda: recount(state))
             time.sleep(0.002)
         begun.set()
 
     tokens = int(state.cluster[0]["tokens_out"])
+    for engine in engines:
+        engine.set(token_s=0.05)  # all of them run at once, however busy this machine is
     answers = all_at_once(router.url, [body(k, max_tokens=40) for k in range(16)], look)
+    for engine in engines:
+        engine.set(token_s=0.005)
     assert begun.is_set()
     assert [answer.json()["choices"][0]["text"] for _, answer in answers] == [
         text_of(f"prompt {k}", 40) for k in range(16)
@@ -209,6 +213,46 @@ def test_bad_options_are_one_line(options: dict[str, Any], says: str) -> None:
         build(Options(**options))
 
 
+def test_engines_get_deadlines_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLALOM_ENGINE_KEY", "ours")
+    with mocks(1) as engines, routed(engines, engine_deadlines=True) as router:
+        begin = time.time()
+        router.client.post("/v1/completions", json=body(0, priority=-3), headers={"x-slo-ttft-ms": "60000"})
+        last = engines[0].set()["last"]
+        assert begin + 60 <= 1e-3 * last["priority"] <= time.time() + 60
+        assert last["authorization"] == "Bearer ours"
+        router.client.post("/v1/completions", json=body(0), headers={"authorization": "Bearer theirs"})
+        assert engines[0].set()["last"]["authorization"] == "Bearer theirs"
+
+
+def test_an_engine_that_does_not_stream_is_passed_on_whole(pair: tuple[list[Mock], Routed]) -> None:
+    engines, router = pair
+    for engine in engines:
+        engine.set(whole=True)
+    try:
+        tokens = int(router.router.state.cluster[0]["tokens_out"])
+        own = engines[0].client.post("/v1/completions", json=body(0)).json()
+        assert router.client.post("/v1/completions", json=body(0)).json() == own
+        until(lambda: router.router.n_open == 0)
+        assert int(router.router.state.cluster[0]["tokens_out"]) - tokens == N
+    finally:
+        for engine in engines:
+            engine.set(whole=False)
+
+
+def test_an_open_stream_ends_well_when_the_server_is_told_to_stop() -> None:
+    with mocks(1, token_s=0.01) as engines:
+        router = Routed([engines[0].url])
+        state = router.router.state
+
+        def stop() -> None:
+            until(lambda: int(state.inst["run_n"].sum()) == 1)
+            router.server.should_exit = True
+
+        assert check_all(all_at_once(router.url, [body(0, max_tokens=60, stream=True)], stop), 1, tokens=60) == 0
+        router.close()
+
+
 # -- when engines fail
 
 
@@ -229,7 +273,7 @@ def check_all(answers: list[Any], n: int, tokens: int = N) -> int:
 
 
 def test_an_engine_killed_under_load_loses_and_doubles_nothing() -> None:
-    with mocks(2, prefill_s=0.02, token_s=0.01) as engines, routed(engines) as router:
+    with mocks(2, prefill_s=0.02, token_s=0.03) as engines, routed(engines) as router:
         state = router.router.state
 
         def kill() -> None:
@@ -251,7 +295,7 @@ def test_an_engine_killed_under_load_loses_and_doubles_nothing() -> None:
 
 
 def test_an_engine_that_stops_answering_is_ejected_and_comes_back() -> None:
-    with mocks(2, prefill_s=0.02, token_s=0.01) as engines, routed(engines) as router:
+    with mocks(2, prefill_s=0.02, token_s=0.03) as engines, routed(engines) as router:
         state = router.router.state
 
         def pause() -> None:

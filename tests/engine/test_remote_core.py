@@ -126,6 +126,20 @@ def test_predictions_see_the_prompts_under_way_and_the_time_that_passed() -> Non
     assert wait_s() < 0.5 * own  # half a decode step
 
 
+def test_an_engine_that_is_late_still_has_the_prompts_behind_the_first() -> None:
+    desk = Desk(1)
+    context, candidates, mask = desk.rows
+    for r in range(2):
+        desk.arrive(r, 100)
+    desk.settle()
+    desk.arrive(2, 100)
+    loop.ask(desk.words, desk.now, 7, context, candidates, mask)
+    at_once = float(candidates[0, int(Col.WAIT_S)])
+    desk.now += 100 * TICKS_PER_S  # much longer than both were to take
+    loop.ask(desk.words, desk.now, 7, context, candidates, mask)
+    assert float(candidates[0, int(Col.WAIT_S)]) == pytest.approx(0.5 * at_once, rel=1e-6)
+
+
 @pytest.mark.parametrize("order", [Order.FCFS, Order.SHORTEST, Order.ON_TIME])
 def test_the_books_agree_with_a_recount_after_everything_that_can_be_seen(order: Order) -> None:
     desk, dice = Desk(3, order=order), random.Random(int(order))
