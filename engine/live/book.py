@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -85,6 +86,10 @@ class RequestBook(ABC, Generic[T]):
 
     @abstractmethod
     def is_over(self) -> bool: ...
+
+    def without_graph(self) -> Counter[str]:
+        """Steps that were launched one by one where graphs were asked for, by reason; where there are any graphs."""
+        return Counter()
 
     @abstractmethod
     def stop(self, timeout_s: float = 5.0) -> bool:

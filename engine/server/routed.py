@@ -54,6 +54,7 @@ def create_router_app(
     :param classes: names of the cluster's SLO classes, in order; requests that name none belong to the first
     :param load_policy: finds a policy for ``POST /admin/policy``; without it that route refuses
     :param drain_s: open requests get this long to end at shutdown
+    :param api_key: what clients must carry, see :mod:`engine.server.keys`; empty: nothing
     """
 
     @asynccontextmanager
@@ -65,6 +66,7 @@ def create_router_app(
     app, metrics = base_app(
         router, model, inside, classes=classes, load_policy=load_policy, drain_s=drain_s, api_key=api_key
     )
+    passed_on = _PASSED_ON[1:] if api_key else _PASSED_ON  # who knows our key need not know theirs
     metrics.registry.register(EngineMetrics(router))
     card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "slalom"}
     card |= {"max_model_len": router.max_tokens}
@@ -75,11 +77,11 @@ def create_router_app(
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        return await _answer(router, model, http, "prompt", counts, deadlines)
+        return await _answer(router, model, http, "prompt", counts, deadlines, passed_on)
 
     @app.post("/v1/chat/completions")
     async def chat(http: Request) -> Response:
-        return await _answer(router, model, http, "messages", counts, deadlines)
+        return await _answer(router, model, http, "messages", counts, deadlines, passed_on)
 
     return app
 
@@ -119,7 +121,15 @@ def _for_engines(body: dict[str, Any], model: str, counts: bool) -> tuple[dict[s
     return sent | {"model": body.get("model") or model, "stream": True, "stream_options": options}, not asked
 
 
-async def _answer(router: Router, model: str, http: Request, field: str, counts: bool, deadlines: bool) -> Response:
+async def _answer(
+    router: Router,
+    model: str,
+    http: Request,
+    field: str,
+    counts: bool,
+    deadlines: bool,
+    passed_on: Sequence[str],
+) -> Response:
     """Route one request. The status is known once its first token, or its end, is."""
     body = await _body_of(http)
     prompt = body.get(field)
@@ -138,7 +148,7 @@ async def _answer(router: Router, model: str, http: Request, field: str, counts:
         n_letters=letters(prompt) + letters(body.get("tools")),
         tokens=marks(prompt) if ids is None else np.asarray(ids, np.int64),
         known=ids is not None,
-        headers={name: http.headers[name] for name in _PASSED_ON if name in http.headers},
+        headers={name: http.headers[name] for name in passed_on if name in http.headers},
         whole=not body.get("stream"),
         strip_usage=strip,
         cls=cls,

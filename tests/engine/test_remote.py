@@ -225,6 +225,14 @@ def test_engines_get_deadlines_and_keys(monkeypatch: pytest.MonkeyPatch) -> None
         assert engines[0].set()["last"]["authorization"] == "Bearer theirs"
 
 
+def test_a_key_of_the_router_stays_here() -> None:
+    with mocks(1) as engines, routed(engines, api_key="a-key-of-the-router") as router:
+        assert router.client.post("/v1/completions", json=body(0)).status_code == 401
+        router.client.headers["authorization"] = "Bearer a-key-of-the-router"
+        assert router.client.post("/v1/completions", json=body(0)).status_code == 200
+        assert engines[0].set()["last"]["authorization"] == ""
+
+
 def test_an_engine_that_does_not_stream_is_passed_on_whole(pair: tuple[list[Mock], Routed]) -> None:
     engines, router = pair
     for engine in engines:
