@@ -211,9 +211,10 @@ def route(options: Options) -> None:
     """
     from engine.server.ending import reserve
     from engine.server.keys import find_key
+    from engine.server.running import limits_of, run_server
 
     find_key(options.api_key, options.api_key_file)
-    limits = serve.limits_of(options)
+    limits = limits_of(options)
     door = reserve(options.host, options.port)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
@@ -223,7 +224,7 @@ def route(options: Options) -> None:
     where = f"http://{options.host}:{door.getsockname()[1]}"
     n = len(router.state.inst)
     print(f"routing to {n} engines on {where} with policy {router.runtime.policy.name}", file=sys.stderr)
-    serve.run_server(application, door, options.drain_s, limits)
+    run_server(application, door, options.drain_s, limits)
 
 
 def main() -> None:

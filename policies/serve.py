@@ -7,13 +7,10 @@ Heavy imports wait until the options are known to be good.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from socket import socket
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 
     from engine.live.engine import Engine
     from engine.live.guard import Guard
-    from engine.server.door import Limits
     from engine.workers.pool import Workers
 
 __all__ = ["Options", "app", "build", "main"]
@@ -352,6 +348,7 @@ def serve(options: Options) -> None:
     """
     from engine.server.ending import reserve
     from engine.server.keys import find_key
+    from engine.server.running import limits_of, run_server
 
     find_key(options.api_key, options.api_key_file)  # said before the model is loaded
     limits = limits_of(options)
@@ -364,39 +361,6 @@ def serve(options: Options) -> None:
     where = f"http://{options.host}:{port}"
     print(f"serving {options.model} on {where} with policy {engine.runtime.policy.name}", file=sys.stderr)
     run_server(application, door, options.drain_s, limits)
-
-
-def limits_of(options: Any) -> Limits:
-    """What a connection may take, by the options of ``serve`` or ``route``.
-
-    :raises SlalomError: the machine does not allow so many connections
-    """
-    from engine.server.door import Limits, room_for
-
-    seconds = options.header_timeout_s, options.body_timeout_s, options.idle_timeout_s
-    return Limits(room_for(options.max_connections), *seconds)
-
-
-def run_server(application: FastAPI, door: socket, drain_s: float, limits: Limits) -> None:
-    """Serve ``application`` on a reserved address until somebody stops it."""
-    import uvicorn
-
-    from engine.server.door import configure
-
-    # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
-    signal.signal(signal.SIGTERM, _done)
-    # By the end of the timeout those that are cut off have heard so.
-    last = int(drain_s) + 6
-    config = configure(application, limits, timeout_graceful_shutdown=last)
-    server = uvicorn.Server(config)
-    application.state.server = server  # open dashboards end when it does
-    server.run(sockets=[door])
-    if not server.started:
-        sys.exit(3)  # it has said why
-
-
-def _done(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
 
 
 def main() -> None:
