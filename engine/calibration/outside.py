@@ -34,6 +34,7 @@ _GAPS = 6  # decode steps of a point
 _ENOUGH = 3 * MIN_POINTS  # points of a kind, before a small error is believed
 _SIZES = 9  # prompt lengths to begin with
 _REPEATS = 3
+_OVERTIME = 5.0  # budgets more, where the points would be too few to fit
 
 
 def _answer(bs: int) -> int:
@@ -247,16 +248,24 @@ class _Campaign:
         await self._ramp(self._limits.max_batch, 16)
         while True:
             errors = {kind: held_out(self.found, kind) for kind in ("prefill", "decode")}
-            few = {kind: sum(m.point.kind == kind for m in self.found) < _ENOUGH for kind in errors}
+            few = {kind: self._n(kind) < _ENOUGH for kind in errors}
             if not any(few.values()) and max(errors.values()) <= self._limits.error:
                 return "the held-out error is small enough"
-            if self._left_s <= 0:
+            if self._left_s <= 0 and (not self._too_few or self._left_s <= -_OVERTIME * self._limits.budget_s):
                 return "the time is up"
             worst = max(errors, key=lambda kind: (few[kind], errors[kind]))
             if worst == "prefill":
                 await self._prefill(self._doubtful())
             else:
                 await self._ramp(self._random.randint(2, self._limits.max_batch), self._context())
+
+    def _n(self, kind: Kind) -> int:
+        return sum(m.point.kind == kind for m in self.found)
+
+    @property
+    def _too_few(self) -> bool:
+        """Whether there are not even the points that a fit needs: then the time is exceeded."""
+        return min(self._n("prefill"), self._n("decode")) < MIN_POINTS
 
     def _tell(self, what: str) -> None:
         self._say(1.0 - self._left_s / self._limits.budget_s, what)
@@ -267,7 +276,7 @@ class _Campaign:
 
     async def _ramp(self, bs: int, prompt: int) -> None:
         self._tell(f"{bs} streams of {prompt} tokens")
-        until = time.perf_counter() + max(self._left_s, 0.1 * self._limits.budget_s)
+        until = time.perf_counter() + max(self._left_s, (1.0 if self._too_few else 0.1) * self._limits.budget_s)
         self.found += await self._engine.ramp(bs, prompt, until)
 
     def _longest(self) -> int:
