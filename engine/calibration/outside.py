@@ -259,7 +259,7 @@ class _Campaign:
             else:
                 await self._ramp(self._random.randint(2, self._limits.max_batch), self._context())
 
-    def _n(self, kind: Kind) -> int:
+    def _n(self, kind: str) -> int:
         return sum(m.point.kind == kind for m in self.found)
 
     @property
