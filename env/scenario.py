@@ -183,6 +183,15 @@ class Scenario(Section):
         """The profiles of :meth:`profile_names`."""
         return tuple(Profile.load(name) for name in self.profile_names())
 
+    def poor_fits(self) -> list[str]:
+        """A sentence for every profile that misses what its fit has not seen by more than it may."""
+        return [
+            f"The latency profile {p.name} is a poor fit: held out, it misses prefill by "
+            f"{100 * p.fit.prefill_mape:.0f} % and decode by {100 * p.fit.decode_mape:.0f} %."
+            for p in self.load_profiles()
+            if p.fit is not None and p.is_poor
+        ]
+
     def placements(self) -> tuple[Placement, ...]:
         """Every instance, in the order of the cluster's groups."""
         return tuple(self._place(self.load_profiles()))

@@ -28,6 +28,7 @@ NAMES = {
     "rules": "microseconds per decision of every rule, compiled, 16 instances",
     "ray": "rollout rate of two Ray nodes on this machine against one",
     "startup": "seconds of a small eval-policy command, cold and warm",
+    "route": "what the router adds to TTFT and token gaps at 8 streams, and 500 streams through it; a mock engine",
     "scheduling": "microseconds of the live scheduler per iteration at batch 64, and of a placement on 16 instances",
     "attack": "200 streams for --minutes, half of them beside a client that sends all that is wrong; 1 if any fails",
     "soak": "random faults on live and modelled instances for --minutes; exit code 1 if anything is lost or leaks",

@@ -40,7 +40,10 @@ class Options:
         None, "Rule, rule:param=value, checkpoint folder, static_plan (the best fixed arrangement, searched), or "
         "'all'. Repeat to compare.",
     )  # fmt: skip
-    env: str = option("surrogate", "Where policies run: surrogate, or gpu: the real engine (on a CPU without one).")
+    env: str = option(
+        "surrogate", "Where policies run: surrogate, gpu: the real engine (on a CPU without one), or remote: --engines."
+    )
+    engines: str = option("", "With --env remote: addresses of engines of others, one for each instance: URL,URL.")
     model: str = option("", "With --env gpu: model to serve; default: that of the scenario's profile.")
     fidelity: bool = option(False, "Run surrogate and engine beside each other and compare them.", "--fidelity")
     loads: str = option("0.5,0.65,0.8", "With --fidelity: loads as shares of the median goodput of the policies.")
@@ -94,8 +97,12 @@ def evaluate(options: Options) -> None:
     if not o.scenario or not o.policy:
         missing = "--policy" if o.scenario else "--scenario"
         raise SlalomError(missing, None, "give --scenario and --policy, or --reproduce")
-    if o.env not in ("surrogate", "gpu"):
-        raise SlalomError("--env", o.env, "use surrogate or gpu")
+    if o.env not in ("surrogate", "gpu", "remote"):
+        raise SlalomError("--env", o.env, "use surrogate, gpu or remote")
+    if (o.env == "remote") != bool(o.engines):
+        raise SlalomError("--engines", o.engines, "give it with --env remote, and only then")
+    if o.fidelity and o.env == "remote":
+        raise SlalomError("--fidelity", True, "compares our own engine: leave out --env remote")
     if o.fidelity:
         from eval.fidelity.fidelity import command
 
@@ -135,12 +142,13 @@ def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> Non
         out=o.out,
         ray=o.ray,
         slo_scale=o.slo_scale,
-        backend="gpu" if o.env == "gpu" else "surrogate",
+        backend=o.env,  # type: ignore[arg-type]
+        engines=tuple(url.strip() for url in o.engines.split(",") if url.strip()),
         model=o.model,
         sustained=o.rates is None and o.env == "surrogate",
     )
     console = Console(stderr=True)
-    if o.env == "gpu" and o.rates is None:
+    if o.env != "surrogate" and o.rates is None:
         told = "sustained goodput needs 20 minutes of arrivals per rate and seed, in real time on an engine"
         console.print(f"{told}: classic goodput is measured instead", highlight=False)
     with _kept("points", o.out), Display() as display:
@@ -159,7 +167,7 @@ def _compare_on_many(o: Options, scenarios: list[str], policies: list[str]) -> N
     """Every policy on every scenario, see ``eval.compare.table``."""
     if o.rates is not None:
         raise SlalomError("--rates", o.rates, "several scenarios have no rate in common; leave it out")
-    if o.env == "gpu":
+    if o.env != "surrogate":
         raise SlalomError("--env", o.env, "the engine serves one scenario at a time: name one")
     from rich.console import Console
     from rich.table import Table

@@ -2,7 +2,7 @@
 
 A rule of ours is a file with a line ``RULE = Rule(...)``, named like the file. Files are looked at as
 text, because importing a rule compiles it. Another package adds one through the entry-point group
-``slalom.policies``; its entry is a :class:`Rule` or a plain class, see ``policies.python``.
+``slalom.policies``; its entry is a :class:`Rule` or a plain class, see ``policies.rules.parts.python``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def get(name: str) -> Rule:
         raise SlalomError(f"policy {name}", entry.value, f"its package does not load: {error!r}") from error
     if isinstance(found, Rule):
         return found
-    from policies.python import python_rule
+    from policies.rules.parts.python import python_rule
 
     return python_rule(found, name)
 

@@ -7,12 +7,10 @@ Heavy imports wait until the options are known to be good.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -26,7 +24,7 @@ from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.jit.kernel import is_warm
 from engine.jit.warm import told
-from policies.guard.build import build_guard
+from policies.guard.build import GuardOptions, build_guard
 from policies.load import load_policy
 from policies.setting import Setting
 
@@ -132,7 +130,7 @@ def find_policy(spec: str, state: ClusterState) -> Policy:
 
 
 def find_guard(
-    options: Options, state: ClusterState, policy: Policy, *, log: bool = True, classes: Sequence[str] = ()
+    options: GuardOptions, state: ClusterState, policy: Policy, *, log: bool = True, classes: Sequence[str] = ()
 ) -> Guard:
     """The guard that the options ask for, around ``policy``.
 
@@ -349,16 +347,12 @@ def serve(options: Options) -> None:
     /dashboard shows it live, /metrics counts it, and clients on this machine may change policy, roles and mode under
     /admin.
     """
-    import uvicorn
-
-    from engine.server.door import Limits, configure, room_for
     from engine.server.ending import reserve
     from engine.server.keys import find_key
+    from engine.server.running import limits_of, run_server
 
     find_key(options.api_key, options.api_key_file)  # said before the model is loaded
-    limits = Limits(
-        room_for(options.max_connections), options.header_timeout_s, options.body_timeout_s, options.idle_timeout_s
-    )
+    limits = limits_of(options)
     door = reserve(options.host, options.port)
     port = door.getsockname()[1]
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -367,20 +361,7 @@ def serve(options: Options) -> None:
         engine, application = build(options)
     where = f"http://{options.host}:{port}"
     print(f"serving {options.model} on {where} with policy {engine.runtime.policy.name}", file=sys.stderr)
-    # The server stops cleanly on SIGTERM and then raises it once more: by then it means "done", not "killed".
-    signal.signal(signal.SIGTERM, _done)
-    # By the end of the timeout those that are cut off have heard so.
-    last = int(options.drain_s) + 6
-    config = configure(application, limits, timeout_graceful_shutdown=last)
-    server = uvicorn.Server(config)
-    application.state.server = server  # open dashboards end when it does
-    server.run(sockets=[door])
-    if not server.started:
-        sys.exit(3)  # it has said why
-
-
-def _done(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
+    run_server(application, door, options.drain_s, limits)
 
 
 def main() -> None:

@@ -236,7 +236,6 @@ def _instances(b: _Books, members: dict[int, list[int]]) -> None:
         assert link["tokens"] == sum(q["computed"] - q["dst_cached"] for q in on), f"link {k}: tokens"
         assert not link["busy"] or on
     assert b.c["moving_roles"] == sum(1 for inst in b.inst if inst["target_role"] >= 0)
-    assert b.c["n_preempted"] == sum(i["preempted"] for i in b.inst) == sum(q["n_preempt"] for q in b.req)
     assert b.c["steps"] == sum(i["steps"] for i in b.inst)
 
 
@@ -261,6 +260,7 @@ def _stamps(b: _Books, now: int) -> None:
 
 
 def _counters(b: _Books) -> None:
+    assert b.c["n_preempted"] == sum(i["preempted"] for i in b.inst) == sum(q["n_preempt"] for q in b.req)
     sent = [q for q in b.req if q["state"] != S.NEW]
     ended = Counter(q["state"] for q in sent if q["state"] >= S.FINISHED)
     c = b.c
@@ -324,6 +324,15 @@ def check(state: ClusterState, sim: Sim) -> None:
     _counters(b)
     _sessions(b)
     _events(sim)
+
+
+def recount(state: ClusterState) -> None:
+    """What must hold of requests, blocks and instances, whoever drives the cluster."""
+    b = _Books(state)
+    members = _places(b)
+    _blocks(b)
+    _pools(b)
+    _instances(b, members)
 
 
 def check_end(state: ClusterState, sim: Sim) -> None:

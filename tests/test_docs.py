@@ -28,6 +28,7 @@ PAGE_OF = {
     "explain-policy": "policies",
     "serve": "serving",
     "serve-worker": "serving",
+    "route": "remote",
 }
 
 

@@ -47,9 +47,9 @@ def test_every_bullet_of_the_walk_is_a_step() -> None:
     assert len(bullets) == len(steps(WALK)), "write `- `file` `name`: what happens there`"
 
 
-def test_the_three_walks_are_there() -> None:
+def test_the_four_walks_are_there() -> None:
     parts = re.split(r"^## ", WALK, flags=re.MULTILINE)[1:]
-    assert len(parts) == 3
+    assert len(parts) == 4
     assert all(len(steps(part)) >= 10 for part in parts)
 
 

@@ -46,6 +46,9 @@ class Options:
     storage: str | None = option(
         None, "where the search keeps its trials: a journal file or postgresql://...; default in OUT"
     )
+    accept_poor_fit: bool = option(
+        False, "train also on a latency profile with a held-out error above 10 %", "--accept-poor-fit"
+    )
     recipe: str | None = option(None, "train a shipped checkpoint again: sets all of the above but --out")
     as_json: bool = option(False, "print the result as JSON on stdout", "--json")
 
@@ -71,7 +74,18 @@ def _tuned(options: Options) -> dict[str, Any]:
     if options.init is None:
         raise SlalomError("--init", options.init, "name the checkpoint that is to be fine-tuned on the engine")
     seconds = parse_budget(_BUDGET if options.budget == "auto" else options.budget).seconds
+    _check_fits(options)
     return finetune(options.scenario, options.init, seconds, seed=options.seed, out=options.out)
+
+
+def _check_fits(o: Options) -> None:
+    """:raises SlalomError: a latency profile of the scenario is a poor fit, and nobody said that this is known"""
+    from env.scenario import Scenario
+
+    poor = [] if o.accept_poor_fit else Scenario.load(o.scenario).poor_fits()
+    if poor:
+        fix = "calibrate on a quiet machine, or say --accept-poor-fit"
+        raise SlalomError("--scenario", f"{o.scenario}: {poor[0]}", fix)
 
 
 def _learned(o: Options) -> dict[str, Any]:
@@ -100,6 +114,7 @@ def _learned(o: Options) -> dict[str, Any]:
         raise SlalomError("--rule", o.rule, "direct searches all rules; --rule belongs to --algo search or ppo")
     rule = "linear_score" if o.algo == "search" and o.rule == "auto" else o.rule
     spent = parse_budget(o.budget)
+    _check_fits(o)
 
     from train.run import Interrupted, Request, run
 

@@ -116,12 +116,17 @@ class Publisher:
             name=f"{self.scenario.name}-{'ppo' if learned else self.base.sampler.lower()}-{self.seed}",
             scenario=self.scenario.name,
             scenario_sha256=self.scenario.hash(),
-            training=training | learned,
+            training=training | learned | self._poor_fits(),
             evaluation=evaluation,
             bounds=bounds,
             arrangement=None if own else self.base.design.arrangement(self._setting),
             fidelity=self._fidelity(),
         )
+
+    def _poor_fits(self) -> dict[str, Any]:
+        """For the model card: whether what it was trained on is known badly."""
+        found = self.scenario.poor_fits()
+        return {"poor_fit": " ".join(found)} if found else {}
 
     def _fidelity(self) -> dict[str, Any]:
         """How near surrogate and engine were where that was measured; by profile where there are several."""

@@ -15,12 +15,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-__all__ = ["option", "takes"]
+__all__ = ["option", "same", "takes"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,13 @@ def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
     """
     given = {} if default is ... else {"default": default}
     return field(**given, metadata={"option": typer.Option(*names, help=help, **limits)})
+
+
+def same(options: type, name: str) -> Any:
+    """A field that is the one called ``name`` of another options class: what two commands share is declared once."""
+    other = next(each for each in fields(options) if each.name == name)
+    given = {} if other.default is MISSING else {"default": other.default}
+    return field(**given, metadata=other.metadata)
 
 
 def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

@@ -15,6 +15,7 @@ from engine.core.durations import step_ticks as _step_ticks
 from engine.core.durations import transfer_ticks
 from engine.core.events.handover import pull, start_link, transfer_done
 from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
+from engine.core.events.observed import hand_on
 from engine.core.events.roles import end_role_change, hand_out, role_change_ready
 from engine.core.kinds import LaneKind
 from engine.core.lists import (
@@ -82,6 +83,11 @@ def answer(words, kind, subject, action, now):
 def _kick(s, i, now, started, n):
     """Pull KV, change role and start idle lanes of instance ``i``; appends event slots to ``started[n:]``."""
     lanes = 2 * s.cluster[0].n_instances
+    if s.inst[i].remote == 1:
+        if hand_on(s, i, now) > 0:
+            started[n] = 2 * i
+            n += 1
+        return n
     if s.lists[inbound_of(i), 2] > 0 and s.inst[i].switching == 0 and s.inst[i].lost == 0:
         pull(s, i)
         link = s.inst[i].link

@@ -63,6 +63,7 @@ class InstanceSpec:
     watermark: float = 0.01  # vLLM V1: 0
     whole_prompt: bool = False  # vLLM: scheduler_reserve_full_isl
     pause_preempt: bool = False  # vLLM V1: True
+    remote: bool = False  # an engine of others, in front of which Slalom only routes
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _instances(specs: Sequence[InstanceSpec]) -> np.ndarray:
         for name in (
             "role", "pool", "profile", "gpu", "link", "batching", "chunk_tokens", "prefill_tokens",
             "max_batch", "max_prefills", "max_ctx", "rotate", "split", "layer_tokens", "stand_aside", "order",
-            "headroom", "watermark", "whole_prompt", "pause_preempt",
+            "headroom", "watermark", "whole_prompt", "pause_preempt", "remote",
         ):  # fmt: skip
             record[name] = getattr(spec, name)
         record["table_n"] = len(spec.table)

@@ -120,7 +120,8 @@ INSTANCE = np.dtype(
         ("role", np.int32),
         ("target_role", np.int32),  # -1 unless a role change is under way
         ("switching", np.int32),  # 1 while the switch itself (after the drain) is paid for
-        ("lost", np.int32),  # 1: its thread or process is gone; nothing is given to it any more
+        # 1: its thread or process is gone; nothing is given to it any more. 2: it does not answer now and may come back
+        ("lost", np.int32),
         ("gpu", np.int32),
         ("pool", np.int32),
         ("link", np.int32),  # ingress link that KV for this instance travels on
@@ -171,6 +172,7 @@ INSTANCE = np.dtype(
         ("dirty", np.int32),  # something changed that may let an idle lane start
         ("steps", np.int64),
         ("preempted", np.int64),
+        ("remote", np.int32),  # 1: an engine of others that runs by itself, see engine.core.events.observed
     ],
     align=True,
 )

@@ -26,6 +26,7 @@ from engine.latency import evaluate
 from engine.latency.evaluate import MAX_KNOTS, PROFILE, SHARE
 
 __all__ = [
+    "POOR_FIT",
     "FitError",
     "Profile",
     "Provenance",
@@ -39,6 +40,8 @@ __all__ = [
 
 #: Published constants are rounded; a measured time this much below the roofline is still believed.
 ROOFLINE_TOLERANCE = 0.01
+#: Held-out error above which a profile is no ground to learn or decide on.
+POOR_FIT = 0.10
 _LONGEST_STEP_S = 3600.0
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -192,6 +195,11 @@ class Profile(Strict):
     roofline: Roofline
     fit: FitError | None = None
     fidelity: dict[str, float | int | str] | None = None
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether the fit misses what it has not seen by more than :data:`POOR_FIT`: decisions by it are guesses."""
+        return self.fit is not None and max(self.fit.prefill_mape, self.fit.decode_mape) > POOR_FIT
 
     @model_validator(mode="after")
     def _check(self) -> Profile:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from engine.core import loop
 from engine.core.events import interrupt
-from engine.core.kinds import LaneKind, RequestState
-from engine.core.setup import blank_requests
+from engine.core.kinds import LaneKind
 from engine.core.state import NEVER, ClusterState
 from engine.latency.evaluate import to_ticks
+from engine.live.book import RequestBook
 from engine.live.clock import WallClock
-from engine.live.door import TurnedAway
 from engine.live.hosts import Host, InstanceLost
-from engine.live.request import ERROR, SHED, UNPLACEABLE, Delta, Request
+from engine.live.request import ERROR, Request
 from engine.live.runtime import Runtime
 from engine.live.steps import LaneRunner, Step, StepResult
 from engine.live.transfer import Mover, Transfer, TransferState, Transport
@@ -32,10 +29,6 @@ __all__ = ["LiveInstances"]
 _log = logging.getLogger("slalom.instance")
 #: A request whose KV could not be moved this often ends with an error.
 _MOST_TRANSFER_FAILURES = 3
-
-
-def _nobody(delta: Delta) -> None:
-    """The sink of a request that has ended."""
 
 
 class _Lane:
@@ -66,7 +59,7 @@ class _Lane:
             self._report(result)
 
 
-class LiveInstances:
+class LiveInstances(RequestBook[Request]):
     """Everything of a cluster that computes or copies. All methods but :meth:`stop` belong to the loop's thread.
 
     :param hosts: one for each instance; those of instances on one pool have the same
@@ -84,16 +77,8 @@ class LiveInstances:
         salt: int,
         timeout_s: float = 10.0,
     ) -> None:
-        self._state, self._clock = state, clock
-        self._hosts, self._pools = hosts, [host.pool for host in hosts]
-        slots = len(state.req)
-        self.requests: list[Request | None] = [None] * slots
-        self._free = list(range(slots - 1, -1, -1))
-        self._blank = blank_requests(1)
-        self._hash_room = len(state.hashes) // slots
-        self._salt, self._hash_tokens = np.uint64(salt), int(state.cluster[0]["hash_tokens"])
-        self._hashed = state.req["hash_n"]  # a view: how many prefix hashes each request has
-        self._n_done = state.cluster["n_done"]  # a view, too: reading a record takes several times as long
+        super().__init__(state, clock, salt=salt)
+        self.hosts, self._pools = hosts, [host.pool for host in hosts]
         self._width = max(int(p["n_blocks"]) for p in state.pool)
         self._steps: list[Step | None] = [None] * (2 * len(hosts))  # in flight, by lane
         self._lanes = [self._lane(i, l, host) for i, host in enumerate(hosts) for l in range(2)]
@@ -103,28 +88,15 @@ class LiveInstances:
         self._timeout = to_ticks(timeout_s)
         self._moving: dict[int, tuple[Transfer, int]] = {}  # by link: what is on it, and whose KV (slot)
         self._quarantine: dict[Transfer, tuple[int, int, int]] = {}  # lost ones: instance, last block, blocks
-        self._doomed: set[Request] = set()
-        self.lost: set[int] = set()  # instances whose thread or process is gone
-        self._deltas: list[tuple[Request, Delta]] = []
-        self._seen_done = 0
-        self.transfer_failures = 0
-        self.closing = False
-        self.after_step: Callable[[], None] = lambda: None
-        self.on_gone: Callable[[], None] = lambda: None  # a request has heard its last
-        self.on_refused: Callable[[TurnedAway], None] = lambda request: None  # somebody was not even taken in
-        self.on_first: Callable[[Request, np.void], None] = lambda request, record: None  # its first token is out
-        self.on_end: Callable[[Request, np.void, str], None] = lambda request, record, finish: None
 
     def _lane(self, i: int, l: int, host: Host) -> _Lane:
         work = LaneRunner(host.executor(l), self._state, self.requests, self._width)
         return _Lane(f"instance-{i}-lane-{l}", work, partial(self._clock.post, 2 * i + l))
 
     def attach(self, runtime: Runtime) -> None:
-        """Work for ``runtime``, which must be kept by whoever made it."""
-        # Not a reference: in a cycle the KV pools of a closed engine would stay until a full garbage collection.
-        self._runtime = weakref.proxy(runtime)
-        self._words, self._slots = runtime.words, runtime.slots
-        for i, host in enumerate(self._hosts):
+        """See :class:`RequestBook`; and hear of the end of hosts."""
+        super().attach(runtime)
+        for i, host in enumerate(self.hosts):
             host.watch(partial(self._hear_of_loss, i))
 
     def _hear_of_loss(self, i: int, error: Exception) -> None:
@@ -132,80 +104,13 @@ class LiveInstances:
         self._clock.post(self._slots.arrival, partial(self.lose, i, error))
 
     def stop(self, timeout_s: float = 5.0) -> bool:
-        """End every thread, lanes first; False when one did not end in time. After the loop has ended."""
+        """End every thread, lanes first, then the hosts; False when one did not end in time. After the loop."""
         ended = [lane.stop(timeout_s) for lane in self._lanes] + [mover.stop(timeout_s) for mover in self._movers]
-        return all(ended)
-
-    # -- requests ------------------------------------------------------------------------------------------
-
-    def arrives(self, outcome: Callable[[], Any]) -> None:
-        """Carry out what another thread asked for."""
-        try:
-            outcome()
-        except Exception:  # whoever asked may have been wrong; the others are served
-            _log.exception("something asked from outside failed")
-
-    def admit(self, request: Request) -> None:
-        """Give a new request a slot and let it arrive; there must be a free one."""
-        if request.doomed is not None:
-            self._tell_end(request, request.doomed)
-            return
-        r = request.slot = self._free.pop()
-        try:
-            self._fill_in(r, request)
-        except Exception:  # something in it that no check knows: it ends alone
-            _log.exception("request %s cannot be taken in", request.id)
-            self.requests[r] = None
-            self._state.req[r : r + 1] = self._blank
-            self._free.append(r)
-            self._tell_end(request, ERROR)
-            self.on_refused(TurnedAway(request.number, request.cls, ERROR))
-            return
-        loop.begin(self._words, r, max(self._clock.ticks(request.handed_in), 0))
-
-    def _fill_in(self, r: int, request: Request) -> None:
-        """Write ``request`` into slot ``r``."""
-        self.requests[r] = request
-        self._state.req[r : r + 1] = self._blank
-        record = self._state.req[r]
-        record["prompt"], record["output"] = request.n_prompt, request.params.max_tokens
-        record["cls"], record["ttft_slo"], record["tpot_slo"] = request.cls, request.ttft_slo, request.tpot_slo
-        record["hash_off"], record["priority"] = r * self._hash_room, request.priority
-        self._hash(request, request.n_prompt)
-        request.due = request.n_prompt  # its first token is something to book
-
-    def doom(self, request: Request, reason: str) -> None:
-        """End ``request`` from outside: at once, or when what is in flight with it has ended."""
-        if request.ended or request.doomed is not None:
-            return
-        request.doomed = reason
-        if request.slot >= 0:
-            self._doomed.add(request)
-            self._sweep()
-
-    def doom_all(self, reason: str) -> None:
-        """:meth:`doom` every request that is here."""
-        for request in [r for r in self.requests if r is not None]:
-            self.doom(request, reason)
-
-    def _sweep(self) -> None:
-        """End the doomed that nothing in flight holds any more."""
-        for request in list(self._doomed):
-            if interrupt.abort(self._words, request.slot, self._clock.now):
-                self._doomed.remove(request)
-
-    def _hash(self, request: Request, tokens: int) -> None:
-        """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
-        size = self._hash_tokens
-        request.due = (tokens // size + 1) * size if size else NEVER
-        if size == 0:
-            return
-        first, last = int(self._hashed[request.slot]), tokens // size
-        if last > first:
-            begin = request.slot * self._hash_room
-            room = self._state.hashes[begin : begin + self._hash_room]
-            loop.chain_hashes(request.tokens, size, self._salt, first, last, room)
-            self._hashed[request.slot] = last
+        if not all(ended):
+            return False
+        for host in self.hosts:
+            host.close()
+        return True
 
     # -- steps ---------------------------------------------------------------------------------------------
 
@@ -323,70 +228,6 @@ class LiveInstances:
     def start_switch(self, i: int) -> None:
         """Lanes and pools serve any role, so a drained instance has nothing left to do."""
         self._clock.post(self._slots.switches + i)
-
-    # -- what callers hear ---------------------------------------------------------------------------------
-
-    def settled(self) -> None:
-        for request, delta in self._deltas:
-            if request.doomed is None and not self.heard(request, delta):
-                self.doom(request, ERROR)
-        self._deltas.clear()
-        done = int(self._n_done[0])
-        if done != self._seen_done:
-            self._seen_done = done
-            self._part_with_ended()
-        try:
-            self.after_step()
-        except Exception:  # the event loop it wakes may have ended
-            _log.exception("what a step gave could not be passed on")
-
-    def _part_with_ended(self) -> None:
-        """Tell the callers of requests that ended, and free their slots."""
-        ended = np.flatnonzero(self._state.req["state"] >= RequestState.FINISHED).tolist()
-        for r in ended:
-            request, record = self.requests[r], self._state.req[r]
-            if request is None:
-                continue
-            finish = ""  # its last token has said it
-            if request.doomed is not None:
-                finish = request.doomed
-            elif record["state"] == RequestState.SHED:
-                finish = SHED
-            elif record["state"] == RequestState.FAILED:
-                finish = UNPLACEABLE
-            request.cached_tokens = int(record["cached"])
-            self._booked(self.on_end, request, record, finish)
-            self.requests[r] = None
-            self._doomed.discard(request)
-            self._free.append(r)
-            self._state.req[r : r + 1] = self._blank
-            self._tell_end(request, finish)
-
-    def _tell_end(self, request: Request, finish: str) -> None:
-        request.ended = True
-        if finish:
-            self.heard(request, Delta(None, "", finish))
-        request.sink = _nobody  # whoever listens may hold the request, and need not for ever
-        self.on_gone()
-
-    @staticmethod
-    def _booked(book: Callable[..., None], request: Request, *what: Any) -> None:
-        """Metrics and logs are no reason to stop serving."""
-        try:
-            book(request, *what)
-        except Exception:
-            _log.exception("what became of request %s could not be booked", request.id)
-
-    @staticmethod
-    def heard(request: Request, delta: Delta) -> bool:
-        """Tell the caller of ``request``; False when that fails, and then it is told nothing more."""
-        try:
-            request.sink(delta)
-        except Exception:
-            _log.exception("whoever listens to request %s failed", request.id)
-            request.sink = _nobody
-            return False
-        return True
 
     def is_over(self) -> bool:
         """Closed, and nothing is left to do."""

@@ -14,9 +14,10 @@ from engine.model.sampling import Logprobs, SamplingParams
 from engine.model.stopping import Generation
 from engine.model.tokenizer import Tokenizer
 
-__all__ = ["ABORT", "ERROR", "SHED", "UNPLACEABLE", "Delta", "Request"]
+__all__ = ["ABORT", "ERROR", "SHED", "UNPLACEABLE", "Delta", "Request", "Ticket"]
 
 _numbers = itertools.count(1)
+_UNKNOWN = np.zeros(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -37,13 +38,55 @@ class Delta:
     logprobs: Logprobs | None = None
 
 
-class Request:
-    """:param prompt: token ids
-    :param params: ``max_tokens`` is cut to what the engine can hold
+class Ticket:
+    """What a scheduler's book knows of a request, wherever it is computed.
+
+    :param n_prompt: tokens of the prompt
+    :param max_tokens: tokens that it gives at most
     :param sink: receives every :class:`Delta`, in the engine's thread; must not block
     :param cls: SLO class
     :param ttft_slo: own TTFT target in ticks, 0 for that of the class; ``tpot_slo`` likewise
     :param priority: prompts of a lower value start first
+    """
+
+    def __init__(
+        self,
+        n_prompt: int,
+        max_tokens: int,
+        sink: Callable[[Delta], None],
+        *,
+        cls: int = 0,
+        ttft_slo: int = 0,
+        tpot_slo: int = 0,
+        priority: int = 0,
+    ) -> None:
+        self.number = next(_numbers)
+        self.n_prompt, self.max_tokens, self.sink, self.cls = n_prompt, max_tokens, sink, cls
+        self.ttft_slo, self.tpot_slo, self.priority = ttft_slo, tpot_slo, priority
+        self.tokens = _UNKNOWN  # token ids, as far as they are known
+        self.handed_in = 0  # when, a stamp of the engine's clock
+        self.slot = -1  # its record in the cluster while it is there
+        self.doomed: str | None = None  # why it is being ended from outside
+        self.due = 0  # with more tokens than this there is something to do: a prefix hash to make, or it has ended
+        self.cached_tokens = 0  # of the prompt, found in the prefix cache
+        self.ended = False
+
+    @property
+    def id(self) -> str:
+        """What clients see, unique across processes: 17 of them later, ``1f3a9c02-17``."""
+        return f"{SERVER}-{self.number}"
+
+    @property
+    def finish(self) -> str | None:
+        """Why its own output ended (stop or length), None while it goes on."""
+        raise NotImplementedError
+
+
+class Request(Ticket):
+    """A request to a model here. ``options`` as :class:`Ticket`.
+
+    :param prompt: token ids
+    :param params: ``max_tokens`` is cut to what the engine can hold
     :param form: that the answer is to have, at its beginning
     """
 
@@ -54,36 +97,21 @@ class Request:
         tokenizer: Tokenizer,
         sink: Callable[[Delta], None],
         *,
-        cls: int = 0,
-        ttft_slo: int = 0,
-        tpot_slo: int = 0,
-        priority: int = 0,
         form: Progress | None = None,
+        **options: int,
     ) -> None:
-        self.number = next(_numbers)
+        super().__init__(len(prompt), params.max_tokens, sink, **options)
         self._form = form
         self._plain = form is None and not params.penalises  # what was said does not matter to what comes next
         if not self._plain:  # counts of its own: callers use their parameters again
             params = replace(params, counts={}, allowed=None if form is None else form.allowed)
-        self.params, self.sink, self.cls = params, sink, cls
-        self.ttft_slo, self.tpot_slo, self.priority = ttft_slo, tpot_slo, priority
-        self.n_prompt = self.n_tokens = len(prompt)
+        self.params = params
+        self.n_tokens = len(prompt)
         self.tokens = np.zeros(len(prompt) + params.max_tokens, np.int64)
         self.tokens[: len(prompt)] = prompt
         self.newest = -1  # its last token so far, which its next decode step computes
-        self.handed_in = 0  # when, a stamp of the engine's clock
-        self.slot = -1  # its record in the cluster while it is there
-        self.doomed: str | None = None  # why it is being ended from outside
         self.transfer_failures = 0
-        self.due = 0  # with more tokens than this there is something to do: a prefix hash to make, or it has ended
-        self.cached_tokens = 0  # of the prompt, found in the prefix cache
-        self.ended = False
         self._generation = Generation(params, tokenizer)
-
-    @property
-    def id(self) -> str:
-        """What clients see, unique across processes: 17 of them later, ``1f3a9c02-17``."""
-        return f"{SERVER}-{self.number}"
 
     @property
     def finish(self) -> str | None:

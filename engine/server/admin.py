@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from engine.core.kinds import Role
 from engine.core.policy import Policy
 from engine.errors import SlalomError
-from engine.live.engine import Engine
+from engine.live.scheduler import Scheduler
 from engine.server.keys import check_local
 from engine.server.view import state_of
 
@@ -50,7 +50,7 @@ def _told(what: str) -> Iterator[None]:
     _log.info("%s", what)
 
 
-def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy] | None) -> None:
+def add_admin(app: FastAPI, engine: Scheduler, load_policy: Callable[[str], Policy] | None) -> None:
     """Add the routes under ``/admin``."""
     local = [Depends(check_local)]
 
@@ -102,7 +102,7 @@ def add_admin(app: FastAPI, engine: Engine, load_policy: Callable[[str], Policy]
         return engine.call(lambda: _describe(engine))
 
 
-def _guard(engine: Engine) -> dict[str, Any] | None:
+def _guard(engine: Scheduler) -> dict[str, Any] | None:
     guard = engine.runtime.guard
     if guard is None:
         return None
@@ -112,7 +112,7 @@ def _guard(engine: Engine) -> dict[str, Any] | None:
     return {name: getattr(report, name) for name in names} | {"drift": drift}
 
 
-def _describe(engine: Engine) -> dict[str, Any]:
+def _describe(engine: Scheduler) -> dict[str, Any]:
     """The cluster as plain data. A role change shows as ``target_role`` until it is done and counts in ``switches``."""
     state = engine.state
     roles = [r.name.lower() for r in Role]

@@ -11,25 +11,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
 
 from engine.core.policy import Policy
-from engine.errors import PromptTooLong, SlalomError
-from engine.live.engine import Engine, Overloaded, Unavailable
-from engine.live.request import ABORT, SHED, UNPLACEABLE, Delta
+from engine.live.engine import Engine
+from engine.live.request import Delta
 from engine.model.forms import Progress
-from engine.server.admin import add_admin
-from engine.server.dashboard import add_dashboard
-from engine.server.door import quiet_accepting
-from engine.server.ending import say_goodbye
-from engine.server.keys import KeyCheck
-from engine.server.limits import BodyLimit, most_bytes
-from engine.server.metrics import Metrics
+from engine.server.base import NoSuchModel, base_app
 from engine.server.prompts import Prompts
-from engine.server.protocol import ChatRequest, CompletionRequest, Usage, class_of, error_body, targets_of
+from engine.server.protocol import ChatRequest, CompletionRequest, Usage, class_of, targets_of
+from engine.server.refusals import failure, hung_up, refusal
 from engine.server.shape import Shape
 from engine.server.streams import Mailroom, Stream, unanswered
 
@@ -39,7 +30,6 @@ _log = logging.getLogger("slalom.server")
 _DEFAULT_CHAT_TOKENS = 512
 _DEFAULT_TOKENS = 16  # OpenAI's default for plain completions
 _CLIENT_GONE = 499  # nobody reads it; for the access log
-_RETRY_AFTER = {"Retry-After": "1"}
 _LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
@@ -60,40 +50,21 @@ def create_app(
     :param drain_s: open requests get this long to end at shutdown
     :param api_key: what clients must carry, see :mod:`engine.server.keys`; empty: nothing
     """
-    metrics, prompts = Metrics(engine, model, classes), Prompts(engine.tokenizer, engine.max_tokens, engine.vocab_size)
+    prompts = Prompts(engine.tokenizer, engine.max_tokens, engine.vocab_size)
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        quiet_accepting(asyncio.get_running_loop())
-        app.state.mailroom, app.state.classes = Mailroom(engine, asyncio.get_running_loop()), list(classes)
-        ending = asyncio.create_task(say_goodbye(engine, app.state, drain_s))
+    async def inside(app: FastAPI) -> AsyncIterator[None]:
+        app.state.mailroom = Mailroom(engine, asyncio.get_running_loop())
         yield
-        ending.cancel()
-        await asyncio.to_thread(engine.close, drain_s)
         prompts.close()
 
-    app = FastAPI(title="Slalom", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BodyLimit, most=most_bytes(engine.max_tokens))
-    if api_key:
-        app.add_middleware(KeyCheck, key=api_key)  # added last, asked first
-    _add_errors(app, engine)
-    add_admin(app, engine, load_policy)
-    add_dashboard(app, engine, model, metrics.met)
-
-    @app.api_route("/health", methods=["GET", "HEAD"])
-    async def health() -> Response:  # in the event loop: no queue for threads delays it
-        return Response(status_code=200 if engine.accepting else 503)
-
-    @app.api_route("/metrics", methods=["GET", "HEAD"])  # AIPerf probes with HEAD
-    def scrape() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
+    app, _ = base_app(engine, model, inside, classes=classes, load_policy=load_policy, drain_s=drain_s, api_key=api_key)
     card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "slalom"}
     card |= {"max_model_len": engine.max_tokens}
 
     def check_model(name: str | None) -> None:
         if name and name != model:
-            raise _NoSuchModel(name)
+            raise NoSuchModel(name)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -123,49 +94,6 @@ def create_app(
     return app
 
 
-class _NoSuchModel(Exception):
-    """The model that a request names is not the one served here."""
-
-
-def _add_errors(app: FastAPI, engine: Engine) -> None:
-    bad = "invalid_request_error"
-
-    @app.exception_handler(SlalomError)
-    async def bad_value(_: Request, error: SlalomError) -> JSONResponse:
-        code: int | str = "context_length_exceeded" if isinstance(error, PromptTooLong) else 400
-        return JSONResponse(error_body(str(error), bad, code, error.field), 400)
-
-    @app.exception_handler(_NoSuchModel)
-    async def no_such_model(_: Request, error: _NoSuchModel) -> JSONResponse:
-        text = f"model: {str(error)[:200]!r} is not served here; /v1/models says what is"
-        return JSONResponse(error_body(text, bad, "model_not_found", "model"), 404)
-
-    @app.exception_handler(RequestValidationError)
-    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        ours = first.get("ctx", {}).get("error")
-        if isinstance(ours, SlalomError):
-            return JSONResponse(error_body(str(ours), bad, 400, ours.field), 400)
-        where = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        field = next((str(part) for part in first["loc"][1:]), None)
-        return JSONResponse(error_body(f"{where}: {first['msg']}", bad, 400, field), 400)
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        """No such route or method, a body that is no JSON: what the framework itself refuses."""
-        body = error_body(str(error.detail), bad, error.status_code)
-        return JSONResponse(body, error.status_code, headers=error.headers)
-
-    @app.exception_handler(Overloaded)
-    def overloaded(_: Request, error: Overloaded) -> JSONResponse:
-        return JSONResponse(error_body(str(error), "overloaded", 429), 429, headers=_RETRY_AFTER)
-
-    @app.exception_handler(Unavailable)
-    def unavailable(_: Request, error: Unavailable) -> JSONResponse:
-        again = {} if engine.is_dead else _RETRY_AFTER
-        return JSONResponse(error_body(str(error), "unavailable", 503), 503, headers=again)
-
-
 async def _answer(
     engine: Engine,
     model: str,
@@ -184,7 +112,7 @@ async def _answer(
     assert stream.request is not None
     echo = _echoed(body, engine)
     shape = Shape(stream.request.id, model, engine.tokenizer, chat=chat, echo=echo)
-    gone = asyncio.ensure_future(_hung_up(http))
+    gone = asyncio.ensure_future(hung_up(http))
     try:
         first = await _or_hang_up(stream, gone)
         if first is not None and body.stream and not unanswered(first):
@@ -194,7 +122,7 @@ async def _answer(
             deltas.append(delta)
             if delta.finish is not None:
                 usage = _usage(stream)
-                return _refusal(delta) if unanswered(delta) else JSONResponse(shape.whole(deltas, usage))
+                return refusal(delta.finish) if unanswered(delta) else JSONResponse(shape.whole(deltas, usage))
             delta = await _or_hang_up(stream, gone)
         return Response(status_code=_CLIENT_GONE)
     except BaseException:
@@ -212,12 +140,6 @@ def _echoed(body: CompletionRequest | ChatRequest, engine: Engine) -> str:
     return prompt if isinstance(prompt, str) else engine.tokenizer.decode(prompt)
 
 
-async def _hung_up(http: Request) -> None:
-    """Returns when the client has closed its connection (its request was read before)."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _or_hang_up(stream: Stream, gone: asyncio.Future[None]) -> Delta | None:
     """The next delta; None, and the request is aborted, when the client hung up first."""
     coming = asyncio.ensure_future(stream.next())
@@ -230,25 +152,6 @@ async def _or_hang_up(stream: Stream, gone: asyncio.Future[None]) -> Delta | Non
         return None
     finally:
         coming.cancel()
-
-
-def _refusal(delta: Delta) -> JSONResponse:
-    """The answer to a request that ended without one."""
-    if delta.finish == SHED:
-        body = error_body("the request was shed: its targets cannot be met now", "overloaded", 429)
-        return JSONResponse(body, 429, headers=_RETRY_AFTER)
-    if delta.finish == UNPLACEABLE:
-        body = error_body("no instance can hold this request", "unavailable", 503)
-        return JSONResponse(body, 503, headers=_RETRY_AFTER)
-    body = _failure(delta)
-    return JSONResponse(body, int(body["error"]["code"]))
-
-
-def _failure(delta: Delta) -> dict[str, Any]:
-    """What is said of a request that ended before its time."""
-    if delta.finish == ABORT:
-        return error_body("the engine is shutting down", "unavailable", 503)
-    return error_body("the request failed in the engine", "server_error", 500)
 
 
 def _usage(stream: Stream) -> Usage:
@@ -269,7 +172,7 @@ async def _events(
     try:
         async for delta in stream.rest(first):
             if unanswered(delta):
-                yield _event(_failure(delta))
+                yield _event(failure(delta.finish))
                 yield "data: [DONE]\n\n"
                 return
             # One for each token, also where its text waits for the next: clients count events.

@@ -11,7 +11,7 @@ import orjson
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from engine.live.engine import Engine
+from engine.live.scheduler import Scheduler
 from engine.server.view import Attainment, view
 
 __all__ = ["add_dashboard"]
@@ -21,7 +21,7 @@ _UNATTENDED = 10  # events
 _PAGE = Path(__file__).with_name("dashboard.html")
 
 
-def add_dashboard(app: FastAPI, engine: Engine, model: str, met: Attainment) -> None:
+def add_dashboard(app: FastAPI, engine: Scheduler, model: str, met: Attainment) -> None:
     """Add ``/dashboard``, ``/dashboard/state`` (JSON, once) and ``/dashboard/events`` (every second)."""
     page = _PAGE.read_text(encoding="utf-8")
 

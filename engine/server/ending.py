@@ -8,7 +8,7 @@ import socket
 from typing import Any
 
 from engine.errors import SlalomError
-from engine.live.engine import Engine
+from engine.live.scheduler import Scheduler
 
 __all__ = ["reserve", "say_goodbye"]
 
@@ -37,7 +37,7 @@ def reserve(host: str, port: int) -> socket.socket:
     return found
 
 
-async def say_goodbye(engine: Engine, state: Any, drain_s: float) -> None:
+async def say_goodbye(engine: Scheduler, state: Any, drain_s: float) -> None:
     """Once the server is told to stop: no new request, and ``drain_s`` later those still open end with an answer.
 
     :param state: of the application; where it names no ``server`` there is nothing to watch

@@ -24,11 +24,11 @@ from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
 from engine.kernels import compilations
 from engine.latency.evaluate import TICKS_PER_S
+from engine.live.book import RequestBook
 from engine.live.door import TurnedAway
-from engine.live.engine import Engine
 from engine.live.fate import DRAINING, OVERLOADED, UNAVAILABLE
-from engine.live.instances import LiveInstances
-from engine.live.request import ABORT, ERROR, SHED, UNPLACEABLE, Request
+from engine.live.request import ABORT, ERROR, SHED, UNPLACEABLE, Ticket
+from engine.live.scheduler import Scheduler
 from engine.model.stopping import Finish
 from engine.server.guard_metrics import guard_metrics
 from engine.server.view import STATES, Attainment, sm_shares, state_of
@@ -48,7 +48,7 @@ class Metrics:
     :param classes: names of the SLO classes
     """
 
-    def __init__(self, engine: Engine, model: str, classes: Sequence[str]) -> None:
+    def __init__(self, engine: Scheduler, model: str, classes: Sequence[str]) -> None:
         self._engine, self._model = engine, model
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -69,15 +69,15 @@ class Metrics:
         self._generated = self._histogram("vllm:request_generation_tokens", "Generated tokens.", _TOKENS)
         self._subscribe(engine.instances)
 
-    def _subscribe(self, instances: LiveInstances) -> None:
+    def _subscribe(self, instances: RequestBook[Any]) -> None:
         """Hear of requests, after whoever listens already."""
         before_first, before_end, before_refused = instances.on_first, instances.on_end, instances.on_refused
 
-        def on_first(request: Request, record: np.void) -> None:
+        def on_first(request: Ticket, record: np.void) -> None:
             before_first(request, record)
             self.observe_first(request, record)
 
-        def on_end(request: Request, record: np.void, finish: str) -> None:
+        def on_end(request: Ticket, record: np.void, finish: str) -> None:
             before_end(request, record, finish)
             self.observe(request, record, finish)
 
@@ -91,7 +91,7 @@ class Metrics:
         family = Histogram(name, text, ["model_name", "engine"], buckets=buckets, registry=self.registry)
         return family.labels(self._model, "0")
 
-    def observe_first(self, request: Request, record: np.void) -> None:
+    def observe_first(self, request: Ticket, record: np.void) -> None:
         """The first token of a request is out. Called in the scheduler's thread, as are the other two."""
         arrival, first, started = (int(record[name]) for name in ("arrival", "first_token", "prefill_start"))
         self._prompt_tokens += request.n_prompt
@@ -100,7 +100,7 @@ class Metrics:
         self._queue.observe((started - arrival) / TICKS_PER_S)
         self._prefill.observe((first - started) / TICKS_PER_S)
 
-    def observe(self, request: Request, record: np.void, finish: str) -> None:
+    def observe(self, request: Ticket, record: np.void, finish: str) -> None:
         """A request ended. One that was cut off has a length, but no latency of a whole answer."""
         reason = finish or request.finish or str(Finish.LENGTH)
         self._ends[reason] = self._ends.get(reason, 0) + 1

@@ -15,8 +15,8 @@ import numpy as np
 from engine.core.kinds import Role
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, queue_of, ready_of
 from engine.core.state import ClusterState
-from engine.live.engine import Engine
 from engine.live.fate import Fate, fate_of, fate_of_refused
+from engine.live.scheduler import Scheduler
 
 __all__ = ["STATES", "Attainment", "sm_shares", "state_of", "view"]
 
@@ -91,7 +91,7 @@ def sm_shares(state: ClusterState, i: int) -> tuple[float, float]:
     return 1.0 - decode, decode
 
 
-def view(engine: Engine, met: Attainment, recent: int = 40) -> dict[str, Any]:
+def view(engine: Scheduler, met: Attainment, recent: int = 40) -> dict[str, Any]:
     """Everything the dashboard shows."""
     state, runtime = engine.state, engine.runtime
     cluster = state.cluster[0]

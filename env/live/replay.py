@@ -9,7 +9,6 @@ a fast engine. Not yet verified on a GPU.
 from __future__ import annotations
 
 import gc
-import heapq
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +22,17 @@ import torch
 
 from engine.calibration.bench import warm_up
 from engine.calibration.probe import StepProbe, StepTrace
-from engine.core.kinds import RequestState
 from engine.core.policy import Policy
-from engine.core.setup import InstanceSpec, blank_requests
+from engine.core.setup import InstanceSpec
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import Engine, build_state
-from engine.live.request import ABORT, Delta, Request
+from engine.live.request import ABORT, Delta, Ticket
 from engine.model import SamplingParams, load_model, load_tokenizer
+from env.live.client import Client, from_zero, targets_of
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of, build_trace, check_classes, requests_of
+from env.surrogate.arena import arena_of, build_trace, check_classes
 from env.surrogate.simulate import RunResult, bind_policy
 from env.workload import Trace
 
@@ -41,7 +40,10 @@ __all__ = ["DRAIN_S", "EngineRun", "Park", "park_of", "replay"]
 
 #: Seconds that requests still open at the last arrival are given, unless the caller says otherwise.
 DRAIN_S = 60.0
-_LEAD_S = 0.02
+
+
+def _ignore(delta: Delta) -> None:
+    """Nobody listens: the engine's own stamps are the record."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,90 +110,6 @@ def model_of(scenario: Scenario) -> tuple[str, str]:
     return profile.model, profile.engine.rsplit(", ", 1)[-1]
 
 
-class _Client:
-    """Sends the requests of a trace at their times and keeps the record of each that ended."""
-
-    def __init__(self, trace: Trace, vocabulary: int) -> None:
-        self._trace = trace
-        self.records = blank_requests(trace.n)
-        template = requests_of(trace)
-        for name in ("prompt", "output", "cls", "ttft_slo", "tpot_slo"):
-            self.records[name] = template[name]
-        self.lag_s = np.full(trace.n, np.nan)
-        self._row: dict[int, int] = {}  # request number -> row
-        self._turns: list[tuple[int, int]] = []  # follow-up turns by due time, ns of the clock on the wall
-        self._changed = threading.Condition()
-        self._open = 0
-        self._prompts = [_tokens(trace, r, vocabulary) for r in range(trace.n)]
-
-    def ended(self, request: Request, record: np.void, finish: str) -> None:
-        """The engine is done with ``request`` (its thread)."""
-        now = time.perf_counter_ns()
-        with self._changed:
-            row = self._row.pop(request.number)
-            self.records[row] = record
-            if finish == ABORT:
-                self.records[row]["state"] = RequestState.RUNNING  # it was still open when the run ended
-            elif record["state"] == RequestState.FINISHED and self._trace.next_turn[row] >= 0:
-                think = int(self._trace.think_s[row] * 1e9)
-                heapq.heappush(self._turns, (now + think, int(self._trace.next_turn[row])))
-            self._open -= 1
-            self._changed.notify()
-
-    def send_all(self, engine: Engine, drain_s: float) -> None:
-        """Send everything in time and wait for the answers, at most ``drain_s`` after the last arrival."""
-        engine.instances.on_end = self.ended
-        begin = time.perf_counter_ns() + int(_LEAD_S * 1e9)
-        roots = [(begin + int(s * 1e9), r) for r, s in enumerate(self._trace.arrival_s[: self._trace.n_roots])]
-        sent, give_up = 0, roots[-1][0] + int(drain_s * 1e9)
-        while True:
-            with self._changed:
-                due = [roots[sent]] if sent < len(roots) else []
-                if self._turns:
-                    due.append(self._turns[0])
-                if (not due and self._open == 0) or time.perf_counter_ns() > give_up:
-                    return
-                when, row = min(due, default=(give_up, -1))
-                wait_s = (when - time.perf_counter_ns()) * 1e-9
-                if wait_s > 0:
-                    self._changed.wait(min(wait_s, 0.5))
-                    continue
-                if self._turns and self._turns[0] == (when, row):
-                    heapq.heappop(self._turns)
-                else:
-                    sent += 1
-            self._send(engine, row, when)
-
-    def _send(self, engine: Engine, row: int, when_ns: int) -> None:
-        trace = self._trace
-        output = int(trace.output[row])
-        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-        ttft_s, tpot_s = (float(v[row]) if np.isfinite(v[row]) else None for v in (trace.ttft_s, trace.tpot_s))
-        with self._changed:  # ``ended`` waits until the request's row is known
-            request = engine.submit(
-                self._prompts[row], params, _ignore, cls=int(trace.cls[row]), ttft_s=ttft_s, tpot_s=tpot_s
-            )
-            self.lag_s[row] = (time.perf_counter_ns() - when_ns) * 1e-9
-            self._row[request.number] = row
-            self._open += 1
-
-
-def _ignore(delta: Delta) -> None:
-    """Nobody listens: the engine's own stamps are the record."""
-
-
-def _tokens(trace: Trace, row: int, vocabulary: int) -> list[int]:
-    """A prompt of the right length whose blocks agree with those of other rows where the trace says so."""
-    n, size = int(trace.prompt[row]), trace.hash_tokens
-    tokens = np.random.default_rng([7, row]).integers(1, vocabulary, n)
-    if size:
-        start = int(trace.hash_start[row])
-        for k in range(min(int(trace.hash_n[row]), n // size)):
-            seed = int(trace.hashes[start + k])
-            tokens[k * size : (k + 1) * size] = np.random.default_rng(seed).integers(1, vocabulary, size)
-    return [int(t) for t in tokens]
-
-
 def engine_state(scenario: Scenario, specs: Sequence[InstanceSpec], n_requests: int, hashing: bool) -> ClusterState:
     """The scenario's cluster as a live engine's: slots for requests that come and go."""
     arena = arena_of(scenario)
@@ -249,7 +167,13 @@ def replay(
     engine = Engine(park.model, park.tokenizer, state, bound)
     check_fits(trace, engine)
     probe = StepProbe(engine)
-    client = _Client(trace, engine.vocab_size)
+    client = Client(trace, engine.vocab_size)
+    engine.instances.on_end = client.ended
+
+    def send(row: int, prompt: list[int]) -> Ticket:
+        params = SamplingParams(temperature=0.0, max_tokens=int(trace.output[row]), ignore_eos=True)
+        return engine.submit(prompt, params, _ignore, cls=int(trace.cls[row]), **targets_of(trace, row))
+
     watch(engine)
     gc.collect()
     gc.freeze()
@@ -258,7 +182,7 @@ def replay(
     zero = engine.clock.read()
     try:
         engine.start()
-        client.send_all(engine, drain_s)
+        client.send_all(send, drain_s)
         with suppress(Exception):
             engine.call(lambda: engine.instances.doom_all(ABORT))
     finally:
@@ -269,21 +193,13 @@ def replay(
         raise RuntimeError("the engine failed while it replayed the scenario") from engine.failure
     end = engine.clock.read()
     return EngineRun(
-        req=_from_zero(client.records, zero), cluster=state.cluster[0], inst=state.inst, cls=state.cls, itl=state.itl,
+        req=from_zero(client.records, zero), cluster=state.cluster[0], inst=state.inst, cls=state.cls, itl=state.itl,
         class_names=tuple(c.name for c in scenario.classes), n_gpus=scenario.n_gpus(),
         duration_s=(end - zero) / TICKS_PER_S, wall_s=time.perf_counter() - begin,
         decisions=sum(decided.values()), events=len(probe.steps), rate=rate, seed=seed, policy=bound.name,
         scenario=scenario.name, device=park.name, lag_s=client.lag_s, steps=tuple(probe.steps),
         transfers=tuple(probe.transfers),
     )  # fmt: skip
-
-
-def _from_zero(records: np.ndarray, zero: int) -> np.ndarray:
-    """Stamps counted from the start of the run, as the surrogate's are."""
-    for name in ("arrival", "placed", "prefill_start", "first_token", "last_token", "finished"):
-        happened = records[name] >= 0
-        records[name][happened] -= zero
-    return records
 
 
 _SCRATCHED: set[tuple[str, str]] = set()

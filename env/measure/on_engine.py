@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import arranged, bound, point_of
 
-__all__ = ["engine_facts", "measure", "open_park"]
+__all__ = ["engine_facts", "measure", "measure_remote", "on_park", "on_remote", "open_park"]
 
 
 @cache
@@ -62,3 +63,34 @@ def measure(
     n, split = settings.n_requests, settings.split
     run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, park=park)
     return point_of(run, contender, rate, seed, settings, {"backend": "gpu", "engine": engine_facts(run)})
+
+
+def measure_remote(
+    scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, *, engines: Any
+) -> Point:
+    """As :func:`env.measure.evaluator.measure`, on engines of others (:class:`engine.remote.discover.EngineFacts`)."""
+    from env.live.remote import replay
+
+    scenario = arranged(scenario, contender)
+    policy = bound(scenario, contender)
+    n, split = settings.n_requests, settings.split
+    run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, engines=engines)
+    return point_of(run, contender, rate, seed, settings, {"backend": "remote", "engine": engine_facts(run)})
+
+
+def on_remote(urls: Sequence[str]) -> dict[str, Any]:
+    """How an evaluator measures on the engines at ``urls``.
+
+    :raises SlalomError: one of them does not answer
+    """
+    from engine.remote.discover import discover
+
+    engines = [discover(url) for url in urls]
+    return {"measure": partial(measure_remote, engines=engines), "label": f"remote {engines}"}
+
+
+def on_park(scenario: Any, model: str, note: Callable[[str], None]) -> dict[str, Any]:
+    """How an evaluator measures on our engine; ``note`` hears on which."""
+    park = park_for(scenario, model)
+    note(f"engine: {park.name}")
+    return {"measure": partial(measure, park=park), "label": park.name}

@@ -28,7 +28,8 @@ from engine.core.state import NEVER, ClusterState
 from engine.errors import SlalomError
 from engine.lanes.cpu import CpuDevice
 from engine.live.clock import VirtualClock
-from engine.live.engine import Engine, Overloaded, Unavailable, build_state
+from engine.live.door import Overloaded, Unavailable
+from engine.live.engine import Engine, build_state
 from engine.live.hosts import LocalExecutor, LocalHost, local_hosts
 from engine.live.integrity import faults
 from engine.live.modelled import ModelledInstances
@@ -45,8 +46,7 @@ __all__ = ["run"]
 
 _KV = 1024
 _ROUND_S = 15.0
-_DRAIN_S = 60.0
-_OPEN = 24  # requests at once
+_DRAIN_S, _OPEN = 60.0, 24  # seconds; requests at once
 _SHAPES = 70  # beyond 64 rows nothing is kept
 _ROUNDS = 60  # in a short run; a long one has longer rounds, and more of them
 _MOST_GROWTH_MB = 0.1  # of resident memory, with every engine built and closed

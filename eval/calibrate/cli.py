@@ -64,6 +64,7 @@ class Options:
     max_context: int = option(1024, "Longest context of a sequence.", min=32)
     shares: str = option("auto", "Parts of the device with a row of their own: auto, none, or SMs or cores a,b,c.")
     kv_tokens: int = option(0, "KV capacity of an instance; 0: what fits.", min=0)
+    engine: str = option("", "Time somebody else's running engine at this address instead, from outside.")
     from_requests: Path | None = option(None, "Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
     engine_config: Path | None = option(None, "With --from-requests: that engine's settings, JSON or YAML.")
     time_unit: str = option("", "With --from-requests: unit of its times: s, ms, us, ns; default: seconds.")
@@ -83,6 +84,13 @@ def calibrate(options: Options) -> None:
     seconds = parse_seconds(options.budget)
     if options.out.suffix != ".json":
         raise SlalomError("--out", str(options.out), "name the profile's file, ending in .json")
+    if options.engine:
+        from engine.calibration.outside import Limits
+        from eval.calibrate.remote import command as time_engine
+
+        limits = Limits(seconds, options.error, options.max_tokens, options.max_batch)
+        time_engine(options.engine, options.out, limits, options.as_json)
+        return
     if options.from_requests is not None:
         from eval.calibrate.from_requests import command
 

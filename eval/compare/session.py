@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +76,7 @@ class Request:
     :param slo_scale: what the TTFT and TPOT targets of ``scenario`` were multiplied by (see :func:`scaled`); told only
     :param targets: shares of requests at which goodput is searched, in ascending order
     :param knee_rules: the best goodput of these at their defaults says at which rates rules are tuned
-    :param backend: simulate, or replay on the real engine in real time
+    :param backend: simulate, or replay in real time on our engine or on ``engines`` (addresses)
     :param model: that the engine serves; that of the scenario's profile if empty
     :param sustained: lead with sustained goodput (see ``eval.sustained``); only where goodput is searched by simulating
     """
@@ -94,7 +93,8 @@ class Request:
     slo_scale: float = 1.0
     targets: tuple[float, ...] = TARGETS
     knee_rules: tuple[str, ...] = ("least_tokens",)
-    backend: Literal["surrogate", "gpu"] = "surrogate"
+    backend: Literal["surrogate", "gpu", "remote"] = "surrogate"
+    engines: tuple[str, ...] = ()
     model: str = ""
     prune: bool = False
     sustained: bool = False
@@ -284,15 +284,15 @@ def _engine(request: Request, watcher: Watcher) -> dict[str, Any]:
     """How points are measured when not by the surrogate: on one engine, one after the other."""
     if request.backend == "surrogate":
         return {}
-    from env.measure.on_engine import measure, park_for
+    from env.measure.on_engine import on_park, on_remote
 
     if request.ray is not None:
-        raise SlalomError("--ray", request.ray, "the engine runs on this machine: leave it out with --env gpu")
+        raise SlalomError("--ray", request.ray, "engines are driven from this machine: leave it out")
     if request.jobs > 1:
-        raise SlalomError("--jobs", request.jobs, "runs on the engine share this machine: leave it at 1")
-    park = park_for(request.scenario, request.model)
-    watcher.note(f"engine: {park.name}")
-    return {"measure": partial(measure, park=park), "label": park.name}
+        raise SlalomError("--jobs", request.jobs, "one run at a time on an engine: leave it at 1")
+    if request.backend == "remote":
+        return on_remote(request.engines)
+    return on_park(request.scenario, request.model, watcher.note)
 
 
 def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any]]) -> dict[str, Any]:
@@ -317,6 +317,7 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
         "machine": machine(),
         "tuning": tuning,
         "scenario_yaml": scenario.to_yaml(),
+        "poor_fits": scenario.poor_fits(),
     }
 
 

@@ -295,7 +295,11 @@ def run_table(
 
 def _about(name: str, found: dict[str, Any]) -> dict[str, Any]:
     scenario = Scenario.load(name)
-    facts = {"name": scenario.name, "description": scenario.description, "regime": scenario.regime}
+    facts = {
+        "name": scenario.name,
+        "description": " ".join([scenario.description, *scenario.poor_fits()]),
+        "regime": scenario.regime,
+    }
     return facts | {"gpus": scenario.n_gpus(), "reference_rate": scenario.reference_rate, **found}
 
 

@@ -62,7 +62,8 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
     order = ranking(result)
     goodput = result["mode"] == "goodput"
     best = order[0]
-    sentences = [*_empty(result), _opening(result, best), *_price(result, best), *reasons(result)]
+    poor = result["settings"].get("poor_fits", [])
+    sentences = [*poor, *_empty(result), _opening(result, best), *_price(result, best), *reasons(result)]
     line = _goodput_line if goodput else _attainment_line
     learned = [p for p in order if is_learned(p)]
     for place, subject in enumerate(learned or [best]):

@@ -74,7 +74,7 @@ def engine_tokens(rig: Rig, cases: Cases) -> dict[str, Any]:
         expected = expected or said
         if said != expected:
             raise AssertionError(f"{mode}: other tokens than in the first mode")
-        lanes = [host.lanes.describe() for host in engine._hosts]
+        lanes = [host.lanes.describe() for host in engine.instances.hosts]
         without = [dict(lane.runner.executor.without_graph) for lane in engine.instances._lanes]
         return {"ready_s": ready, "lanes": lanes, "without_graph": without}
 

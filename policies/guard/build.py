@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
@@ -16,7 +16,22 @@ from policies.guard.snapshot import is_ours
 from policies.load import load_policy
 from policies.setting import Setting
 
-__all__ = ["build_guard"]
+__all__ = ["GuardOptions", "build_guard"]
+
+
+class GuardOptions(Protocol):
+    """What ``serve`` and ``route`` let a user say about the guard."""
+
+    @property
+    def fallback(self) -> str: ...
+    @property
+    def deadline_us(self) -> float: ...
+    @property
+    def advisory(self) -> bool: ...
+    @property
+    def guard_config(self) -> str: ...
+    @property
+    def decision_log(self) -> str: ...
 
 
 def build_guard(

@@ -13,7 +13,7 @@ from live_cases import GREEDY, KV, PROMPTS, FirstAllowed, engine_on, mixed, send
 from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec
 from engine.errors import SlalomError
-from engine.live.engine import Unavailable
+from engine.live.door import Unavailable
 from engine.live.transfer import CopyTransport, Transfer, TransferState
 from engine.model import ModelRunner
 

@@ -31,7 +31,8 @@ from engine.core.kinds import Batching, RequestState, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass
 from engine.errors import SlalomError
 from engine.live.clock import WallClock
-from engine.live.engine import Engine, Overloaded, Unavailable, build_state
+from engine.live.door import Overloaded, Unavailable
+from engine.live.engine import Engine, build_state
 from engine.live.steps import LaneRunner
 from engine.model import Batch, KVPool, ModelRunner, SamplingParams, Span
 
@@ -352,7 +353,7 @@ def test_the_memory_of_a_closed_engine_comes_back_without_a_garbage_collection(p
         with engine_on(mixed(2)) as engine:
             callers = [send(engine, prompt) for prompt in PROMPTS]
             assert [caller.wait().tokens for caller in callers] == plain
-            pools = [weakref.ref(host.pool) for host in engine._hosts]
+            pools = [weakref.ref(host.pool) for host in engine.instances.hosts]
             requests = [weakref.ref(caller.request) for caller in callers]
         del engine, callers
         assert not any(ref() for ref in pools + requests)

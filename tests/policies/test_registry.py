@@ -93,7 +93,7 @@ def test_a_plain_class_decides_and_is_reset_with_its_memory() -> None:
     rows = instances({"RUN_N": 3}, {"RUN_N": 1}, {"RUN_N": 2})
     assert [choose(policy, PLACE, rows), choose(policy, PLACE, rows, 1)] == [1, 2]
     assert policy.python
-    from policies.python import _objects
+    from policies.rules.parts.python import _objects
 
     assert _objects[int(policy.params[0])].seen == 2
     policy.memory[:] = 0.0

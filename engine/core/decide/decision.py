@@ -70,7 +70,7 @@ def next_decision(s, now):
     while r >= 0:
         size = s.cluster[0].block_tokens
         for i in range(s.cluster[0].n_instances):
-            if s.inst[i].lost == 0 and blocks_for(s.req[r].target + 1, size) <= s.pool[s.inst[i].pool].n_blocks:
+            if s.inst[i].lost != 1 and blocks_for(s.req[r].target + 1, size) <= s.pool[s.inst[i].pool].n_blocks:
                 return _PLACE_PREFILL, r
         remove(s.lists, s.req, PLACING, r)
         end_request(s, r, now, _FAILED)

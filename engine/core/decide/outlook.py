@@ -45,7 +45,11 @@ def residual_s(s, i, now):
         p = s.inst[i].profile
         return 0.5 * decode_s(s.profile[p], s.share[p, lane.share], running_ctx(s, i), lane.bs)
     predicted = predict_step(s, i, l)
-    rest = max(predicted - (now - lane.start) * 1e-12, 0.0)
+    passed = (now - lane.start) * 1e-12
+    if s.inst[i].remote == 1 and lane.work > 0:
+        # An engine that is slower than predicted has not begun with the prompts behind the first.
+        passed = min(passed, predicted * s.req[s.prefills[i, 0]].work / lane.work)
+    rest = max(predicted - passed, 0.0)
     layers = s.profile[s.inst[i].profile].n_layers
     if lane.layer_to > lane.layer_from and lane.layer_to < layers:
         rest += predicted * (layers - lane.layer_to) / (lane.layer_to - lane.layer_from)

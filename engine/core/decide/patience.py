@@ -31,7 +31,7 @@ _PLACING = int(RequestState.PLACING)
 @kernel
 def fits(s, i, r):
     """Whether instance ``i`` may be given request ``r`` for prefill at all."""
-    if s.inst[i].target_role >= 0 or s.inst[i].lost == 1:
+    if s.inst[i].target_role >= 0 or s.inst[i].lost != 0:
         return False
     return blocks_for(s.req[r].target + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
 
@@ -40,7 +40,7 @@ def fits(s, i, r):
 def is_idle(s, i):
     """Whether instance ``i`` prefills by its role and has nothing to do."""
     inst = s.inst[i]
-    if inst.role == _DECODE or inst.target_role >= 0 or inst.lost == 1:
+    if inst.role == _DECODE or inst.target_role >= 0 or inst.lost != 0:
         return False
     if s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE or inst.run_n > 0:
         return False

@@ -18,7 +18,17 @@ from engine.core.state import NEVER as _NEVER
 from engine.core.state import attach
 from engine.jit.kernel import kernel
 
-__all__ = ["abort", "evacuate", "fail_transfer", "lose", "release_blocks", "request_role"]
+__all__ = [
+    "abort",
+    "detach",
+    "evacuate",
+    "fail_transfer",
+    "leave_running",
+    "lose",
+    "release_blocks",
+    "request_role",
+    "start_over",
+]
 
 _PREFILL, _MIXED = int(Role.PREFILL), int(Role.MIXED)
 _K_IDLE, _K_DECODE, _K_FUSED = int(LaneKind.IDLE), int(LaneKind.DECODE), int(LaneKind.FUSED)
@@ -36,7 +46,7 @@ def _leave_source(s, r):
 
 
 @kernel
-def _leave_running(s, i, r):
+def leave_running(s, i, r):
     kept = 0
     for slot in range(s.inst[i].run_n):
         other = s.run[i, slot]
@@ -76,7 +86,7 @@ def _decoding(s, i):
 
 
 @kernel
-def _detach(s, r):
+def detach(s, r):
     """Take request ``r`` out of whatever list or set it is in, and off its blocks.
 
     :return: False while a step or transfer in flight uses its blocks
@@ -116,12 +126,12 @@ def _detach(s, r):
         remove(s.lists, s.req, ready_of(i), r)
         _leave_source(s, r)
     else:
-        _leave_running(s, i, r)
+        leave_running(s, i, r)
     return True
 
 
 @kernel
-def _start_over(s, r):
+def start_over(s, r):
     """Request ``r``, which holds nothing any more, is placed anew and recomputed."""
     req = s.req[r]
     req.computed = 0
@@ -143,7 +153,7 @@ def abort(words, r, now):
     state = s.req[r].state
     if state == _NEW or state >= _FINISHED:
         return True
-    if not _detach(s, r):
+    if not detach(s, r):
         return False
     end_request(s, r, now, _FAILED)
     return True
@@ -214,8 +224,8 @@ def evacuate(words, i):
             req.state = _HANDOVER
             req.dest = -1
             push_back(s.lists, s.req, HANDOVER, r)
-        elif (req.inst == i or (req.state == _MOVING and req.dest == i)) and _detach(s, r):
-            _start_over(s, r)
+        elif (req.inst == i or (req.state == _MOVING and req.dest == i)) and detach(s, r):
+            start_over(s, r)
             n += 1
     return n
 
@@ -235,7 +245,7 @@ def fail_transfer(words, link, keep):
         tail, blocks = req.dst_tail, req.dst_blocks
         req.dst_tail, req.dst_blocks = -1, 0
     _leave_link(s, r, link)
-    _start_over(s, r)
+    start_over(s, r)
     s.link[link].busy = 0
     return tail, blocks, start_link(s, link)
 

@@ -35,6 +35,7 @@ __all__ = [
     "book_decode",
     "close_window",
     "complete_prefill",
+    "complete_prompt",
     "hold",
     "place",
     "set_targets",
@@ -298,27 +299,31 @@ def _emit_from_prefill(s, i, r, now):
 
 
 @kernel
+def complete_prompt(s, i, r, now):
+    """Book the tokens of request ``r`` that the step of instance ``i`` which just ended has computed."""
+    req = s.req[r]
+    before = req.computed
+    rest = req.target - before
+    done = req.sched
+    work = req.work if done == rest else req.work * done // rest
+    req.work -= work
+    req.computed = before + done
+    req.sched = 0
+    req.state = _WAITING
+    s.inst[i].queue_work -= work
+    s.inst[i].queue_tokens -= done
+    s.inst[i].held_tokens += done
+    publish(s, s.inst[i].pool, r, before, req.computed)
+    if req.computed >= req.target:
+        _emit_from_prefill(s, i, r, now)
+
+
+@kernel
 def complete_prefill(s, i, l, now):
     """Book the prompts of the step (or last slice) that lane (i, l) just ended."""
     lane = s.lane[i, l]
-    p = s.inst[i].pool
     for k in range(lane.n_prefills):
-        r = s.prefills[i, k]
-        req = s.req[r]
-        before = req.computed
-        rest = req.target - before
-        done = req.sched
-        work = req.work if done == rest else req.work * done // rest
-        req.work -= work
-        req.computed = before + done
-        req.sched = 0
-        req.state = _WAITING
-        s.inst[i].queue_work -= work
-        s.inst[i].queue_tokens -= done
-        s.inst[i].held_tokens += done
-        publish(s, p, r, before, req.computed)
-        if req.computed >= req.target:
-            _emit_from_prefill(s, i, r, now)
+        complete_prompt(s, i, s.prefills[i, k], now)
     lane.n_prefills = 0
 
 

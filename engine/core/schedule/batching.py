@@ -27,7 +27,7 @@ from engine.core.schedule.prompts import admit_alone, plan_queue, take
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, prefill_s, to_ticks
 
-__all__ = ["plan_lane"]
+__all__ = ["join_ready", "plan_lane"]
 
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
@@ -40,7 +40,7 @@ _ON_TIME = int(Order.ON_TIME)
 
 
 @kernel
-def _join_ready(s, i):
+def join_ready(s, i):
     """Move requests whose KV is here into the running set, as far as its limits allow."""
     k = ready_of(i)
     while s.lists[k, 2] > 0 and s.inst[i].run_n < s.inst[i].max_batch:
@@ -210,7 +210,7 @@ def _plan_decode_beside(s, i, now):
     """Lane 1 of a MULTIPLEXED instance: a decode step, on its share while prefill runs."""
     lane = s.lane[i, 1]
     _clear_lane(lane, now)
-    _join_ready(s, i)
+    join_ready(s, i)
     secure_decode(s, i, now)
     if s.inst[i].run_n == 0:
         return
@@ -281,13 +281,13 @@ def _plan_mixed(s, i, now):
     if s.inst[i].rotate == 1:
         _line_up(s, i)
     else:
-        _join_ready(s, i)
+        join_ready(s, i)
     if s.inst[i].batching == _PREFILL_FIRST and s.lists[queue_of(i), 2] > 0:
         if plan_queue(s, i, 0, s.inst[i].prefill_tokens, False, s.inst[i].max_prefills, now) > 0:
             lane.kind = _K_PREFILL
             return
     if s.inst[i].rotate == 1:
-        _join_ready(s, i)
+        join_ready(s, i)
     before = s.inst[i].preempted
     secure_decode(s, i, now)
     _take_running(s, i, 0)
@@ -314,7 +314,7 @@ def _plan_decode(s, i, now):
     lane.share = whole_device(s, i)
     if s.inst[i].rotate == 1:
         _line_up(s, i)
-    _join_ready(s, i)
+    join_ready(s, i)
     waiting = s.lists[queue_of(i), 2] > 0
     if waiting and (s.inst[i].decode_turn == 0 or s.inst[i].run_n == 0):
         if plan_queue(s, i, 1, 1, False, 1, now) > 0:

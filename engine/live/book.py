@@ -1,0 +1,235 @@
+"""The book of requests that a scheduler's loop keeps: slots, arrivals, ends from outside, and who is told what."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from engine.core import loop
+from engine.core.events import interrupt
+from engine.core.kinds import RequestState
+from engine.core.setup import blank_requests
+from engine.core.state import NEVER, ClusterState
+from engine.live.clock import WallClock
+from engine.live.door import TurnedAway
+from engine.live.request import ERROR, SHED, UNPLACEABLE, Delta, Ticket
+from engine.live.runtime import Runtime
+
+__all__ = ["RequestBook"]
+
+_log = logging.getLogger("slalom.instance")
+T = TypeVar("T", bound=Ticket)
+
+
+def _nobody(delta: Delta) -> None:
+    """The sink of a request that has ended."""
+
+
+class RequestBook(ABC, Generic[T]):
+    """What the instances of a live cluster share, wherever they compute. Everything belongs to the loop's thread.
+
+    :param salt: of the prefix hashes
+    :ivar requests: by slot
+    :ivar lost: instances that will never compute again
+    """
+
+    def __init__(self, state: ClusterState, clock: WallClock, *, salt: int) -> None:
+        self._state, self._clock = state, clock
+        slots = len(state.req)
+        self.requests: list[T | None] = [None] * slots
+        self._free = list(range(slots - 1, -1, -1))
+        self._blank = blank_requests(1)
+        self._hash_room = len(state.hashes) // slots
+        self._salt, self._hash_tokens = np.uint64(salt), int(state.cluster[0]["hash_tokens"])
+        self._hashed = state.req["hash_n"]  # a view: how many prefix hashes each request has
+        self._n_done = state.cluster["n_done"]  # a view, too: reading a record takes several times as long
+        self._doomed: set[T] = set()
+        self.lost: set[int] = set()
+        self._deltas: list[tuple[T, Delta]] = []
+        self._seen_done = 0
+        self.transfer_failures = 0
+        self.closing = False
+        self.after_step: Callable[[], None] = lambda: None
+        self.on_gone: Callable[[], None] = lambda: None  # a request has heard its last
+        self.on_refused: Callable[[TurnedAway], None] = lambda request: None  # somebody was not even taken in
+        self.on_first: Callable[[T, np.void], None] = lambda request, record: None  # its first token is out
+        self.on_end: Callable[[T, np.void, str], None] = lambda request, record, finish: None
+
+    def attach(self, runtime: Runtime) -> None:
+        """Work for ``runtime``, which must be kept by whoever made it."""
+        # Not a reference: in a cycle the KV pools of a closed engine would stay until a full garbage collection.
+        self._runtime = weakref.proxy(runtime)
+        self._words, self._slots = runtime.words, runtime.slots
+
+    # What an :class:`engine.live.runtime.Instances` does beside:
+
+    @abstractmethod
+    def start_lane(self, i: int, l: int) -> None: ...
+
+    @abstractmethod
+    def start_link(self, link: int) -> None: ...
+
+    @abstractmethod
+    def start_switch(self, i: int) -> None: ...
+
+    @abstractmethod
+    def lane_ends(self, i: int, l: int, outcome: Any) -> None: ...
+
+    @abstractmethod
+    def link_ends(self, link: int, outcome: Any) -> None: ...
+
+    @abstractmethod
+    def is_over(self) -> bool: ...
+
+    def without_graph(self) -> Counter[str]:
+        """Steps that were launched one by one where graphs were asked for, by reason; where there are any graphs."""
+        return Counter()
+
+    @abstractmethod
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """End what computes, after the loop has ended; False when it did not end in time."""
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    def arrives(self, outcome: Callable[[], Any]) -> None:
+        """Carry out what another thread asked for."""
+        try:
+            outcome()
+        except Exception:  # whoever asked may have been wrong; the others are served
+            _log.exception("something asked from outside failed")
+
+    def admit(self, request: T) -> None:
+        """Give a new request a slot and let it arrive; there must be a free one."""
+        if request.doomed is not None:
+            self._tell_end(request, request.doomed)
+            return
+        r = request.slot = self._free.pop()
+        try:
+            self._fill_in(r, request)
+        except Exception:  # something in it that no check knows: it ends alone
+            _log.exception("request %s cannot be taken in", request.id)
+            self.requests[r] = None
+            self._state.req[r : r + 1] = self._blank
+            self._free.append(r)
+            self._tell_end(request, ERROR)
+            self.on_refused(TurnedAway(request.number, request.cls, ERROR))
+            return
+        loop.begin(self._words, r, max(self._clock.ticks(request.handed_in), 0))
+
+    def _fill_in(self, r: int, request: T) -> None:
+        """Write ``request`` into slot ``r``."""
+        self.requests[r] = request
+        self._state.req[r : r + 1] = self._blank
+        record = self._state.req[r]
+        record["prompt"], record["output"] = request.n_prompt, request.max_tokens
+        record["cls"], record["ttft_slo"], record["tpot_slo"] = request.cls, request.ttft_slo, request.tpot_slo
+        record["hash_off"], record["priority"] = r * self._hash_room, request.priority
+        self._hash(request, request.n_prompt)
+        request.due = request.n_prompt  # its first token is something to book
+
+    def doom(self, request: T, reason: str) -> None:
+        """End ``request`` from outside: at once, or when what is in flight with it has ended."""
+        if request.ended or request.doomed is not None:
+            return
+        request.doomed = reason
+        if request.slot >= 0:
+            self._doomed.add(request)
+            self._sweep()
+
+    def doom_all(self, reason: str) -> None:
+        """:meth:`doom` every request that is here."""
+        for request in [r for r in self.requests if r is not None]:
+            self.doom(request, reason)
+
+    def _sweep(self) -> None:
+        """End the doomed that nothing in flight holds any more."""
+        for request in list(self._doomed):
+            if self._abort(request):
+                self._doomed.remove(request)
+
+    def _abort(self, request: T) -> bool:
+        """End ``request`` in the cluster; False while something in flight uses its blocks."""
+        return bool(interrupt.abort(self._words, request.slot, self._clock.now))
+
+    def _hash(self, request: T, tokens: int) -> None:
+        """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
+        size = self._hash_tokens
+        request.due = (tokens // size + 1) * size if size else NEVER
+        if size == 0:
+            return
+        first, last = int(self._hashed[request.slot]), min(tokens, len(request.tokens)) // size
+        if last > first:
+            begin = request.slot * self._hash_room
+            room = self._state.hashes[begin : begin + self._hash_room]
+            loop.chain_hashes(request.tokens, size, self._salt, first, last, room)
+            self._hashed[request.slot] = last
+
+    # -- what callers hear ---------------------------------------------------------------------------------
+
+    def settled(self) -> None:
+        for request, delta in self._deltas:
+            if request.doomed is None and not self.heard(request, delta):
+                self.doom(request, ERROR)
+        self._deltas.clear()
+        done = int(self._n_done[0])
+        if done != self._seen_done:
+            self._seen_done = done
+            self._part_with_ended()
+        try:
+            self.after_step()
+        except Exception:  # the event loop it wakes may have ended
+            _log.exception("what a step gave could not be passed on")
+
+    def _part_with_ended(self) -> None:
+        """Tell the callers of requests that ended, and free their slots."""
+        ended = np.flatnonzero(self._state.req["state"] >= RequestState.FINISHED).tolist()
+        for r in ended:
+            request, record = self.requests[r], self._state.req[r]
+            if request is None:
+                continue
+            finish = ""  # its last token has said it
+            if request.doomed is not None:
+                finish = request.doomed
+            elif record["state"] == RequestState.SHED:
+                finish = SHED
+            elif record["state"] == RequestState.FAILED:
+                finish = UNPLACEABLE
+            request.cached_tokens = int(record["cached"])
+            self._booked(self.on_end, request, record, finish)
+            self.requests[r] = None
+            self._doomed.discard(request)
+            self._free.append(r)
+            self._state.req[r : r + 1] = self._blank
+            self._tell_end(request, finish)
+
+    def _tell_end(self, request: T, finish: str) -> None:
+        request.ended = True
+        if finish:
+            self.heard(request, Delta(None, "", finish))
+        request.sink = _nobody  # whoever listens may hold the request, and need not for ever
+        self.on_gone()
+
+    @staticmethod
+    def _booked(book: Callable[..., None], request: T, *what: Any) -> None:
+        """Metrics and logs are no reason to stop serving."""
+        try:
+            book(request, *what)
+        except Exception:
+            _log.exception("what became of request %s could not be booked", request.id)
+
+    @staticmethod
+    def heard(request: T, delta: Delta) -> bool:
+        """Tell the caller of ``request``; False when that fails, and then it is told nothing more."""
+        try:
+            request.sink(delta)
+        except Exception:
+            _log.exception("whoever listens to request %s failed", request.id)
+            request.sink = _nobody
+            return False
+        return True

@@ -1,0 +1,281 @@
+"""One engine of others, over HTTP: sends it a request and passes on what comes, in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import httpx
+import orjson
+
+from engine.live.clock import WallClock
+from engine.remote.discover import own_key
+from engine.remote.reports import End, Report, Reports
+from engine.remote.request import RemoteRequest, Reply
+from engine.remote.stream import Splitter, Whole, asks_usage_only, n_tokens, payload
+
+__all__ = ["Attempt", "Upstream", "client_of"]
+
+_log = logging.getLogger("slalom.remote")
+_CONNECT_S = 5.0
+#: Servers hang up on idle connections, after 5 s and more, and a request must not meet that.
+_KEPT_S = 2.0
+_BUSY = (429, 503)
+#: Requests in the engine, running or waiting, by the names of vLLM, llama.cpp and SGLang.
+_REQUESTS = re.compile(
+    rb"^(?:vllm:num_requests_(?:running|waiting)|llamacpp:requests_(?:processing|deferred)"
+    rb"|sglang:num_(?:running|queue)_reqs)(?:\{[^}]*\})? ([0-9.eE+]+)$",
+    re.MULTILINE,
+)
+
+
+def client_of(url: str, keeps: bool) -> httpx.AsyncClient:
+    """Connections to the engine at ``url``, as many as there are requests; with our key, where we have one.
+
+    :param keeps: one is used again soon after; else there is one for each request
+    """
+    kept = 256 if keeps else 0
+    return httpx.AsyncClient(
+        base_url=url,
+        timeout=httpx.Timeout(None, connect=_CONNECT_S),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=_KEPT_S),
+        trust_env=False,
+        headers={"accept-encoding": "identity", **own_key()},
+    )
+
+
+class Attempt:
+    """A request at an engine. ``number`` tells it from others at the same request."""
+
+    def __init__(self, request: RemoteRequest, number: int) -> None:
+        self.request, self.number = request, number
+        self.total = 0  # tokens so far
+        self.heard = time.monotonic()
+        self._task: asyncio.Task[None] | None = None
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin."""
+        self._task = asyncio.get_running_loop().create_task(work)
+        self.request.cancel = self.cancel
+
+    def cancel(self) -> None:
+        """Hang up on the engine; once, since a second time would disturb the first."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+
+
+class Upstream:
+    """:param keeps: see :func:`client_of`
+    :param troubled: hears when a connection fails; ``busy`` when the engine refuses, with its Retry-After in seconds
+    :ivar attempts: under way
+    :ivar heard: when anything came from the engine, seconds of ``time.monotonic``
+    :ivar reported: requests that it said it has, by ``/metrics``; None where it does not say
+    """
+
+    def __init__(
+        self,
+        index: int,
+        url: str,
+        keeps: bool,
+        reports: Reports,
+        troubled: Callable[[Upstream, str], None],
+        busy: Callable[[Upstream, float], None],
+        learn: Callable[[RemoteRequest, dict[str, Any]], None],
+    ) -> None:
+        self.index, self.url = index, url.rstrip("/")
+        self._reports, self._troubled, self._busy, self._learn = reports, troubled, busy, learn
+        self._client = client_of(self.url, keeps)
+        self.attempts: set[Attempt] = set()
+        self.heard = time.monotonic()
+        self.away = False
+        self.ejections = self.refusals = 0
+        self.reported: float | None = None
+        self.disagreement: float | None = None
+
+    def begin(self, request: RemoteRequest, number: int) -> None:
+        """Send ``request``; what comes of it goes to its answer and into the reports."""
+        attempt = Attempt(request, number)
+        request.reason = None
+        self.attempts.add(attempt)
+        attempt.run(self._attempt(attempt))
+
+    async def _attempt(self, attempt: Attempt) -> None:
+        end = End.LOST
+        try:
+            end = await self._relay(attempt)
+        except httpx.HTTPError as error:
+            end = End.BROKEN if attempt.request.told else End.LOST
+            self._troubled(self, repr(error))
+        except Exception:  # an answer that is none: the request fails, the router goes on
+            _log.exception("engine %d: request %d", self.index, attempt.request.number)
+            end = End.BROKEN
+        finally:
+            self.attempts.discard(attempt)
+        self._report(attempt, end)
+
+    def give_up(self, attempt: Attempt) -> None:
+        """The engine is away: try the request elsewhere, or end it where its client has got a part."""
+        attempt.cancel()
+        self._report(attempt, End.BROKEN if attempt.request.told else End.LOST)
+
+    def _report(self, attempt: Attempt, end: End = End.NONE, *, urgent: bool = True) -> None:
+        report = Report(attempt.request, attempt.number, attempt.total, WallClock.stamp(), end)
+        self._reports.put(report, urgent=urgent)
+
+    async def _relay(self, attempt: Attempt) -> End:
+        request = attempt.request
+        content = orjson.dumps(request.body)
+        headers = {"content-type": "application/json", **request.headers}
+        async with self._client.stream("POST", request.path, content=content, headers=headers) as response:
+            self.heard = time.monotonic()
+            if response.status_code != 200:
+                return self._refused(request, response, await response.aread())
+            if "text/event-stream" not in response.headers.get("content-type", ""):
+                return self._whole(attempt, response, await response.aread())
+            passed = _Passing(attempt)
+            splitter = Splitter()
+            async for data in response.aiter_raw():
+                self.heard = attempt.heard = time.monotonic()
+                before = attempt.total
+                for event in splitter.push(data):
+                    passed.take(event)
+                passed.flush()
+                if attempt.total > before and not passed.done:
+                    self._report(attempt, urgent=before == 0)
+                if passed.done:
+                    break
+            else:
+                if not passed.finished:
+                    raise httpx.RemoteProtocolError("the stream ended before its answer did")
+        if passed.usage:
+            self._learn(request, passed.usage)
+        return passed.end()
+
+    def _whole(self, attempt: Attempt, response: httpx.Response, body: bytes) -> End:
+        """It does not stream: the answer as it is, and its tokens by its own count."""
+        answer = orjson.loads(body)
+        usage = answer.get("usage") or {}
+        attempt.total = max(int(usage.get("completion_tokens", 1)), 1)
+        attempt.request.reason = (answer.get("choices") or [{}])[0].get("finish_reason") or "length"
+        self._learn(attempt.request, usage)
+        kind = response.headers.get("content-type", "application/json")
+        attempt.request.answer.end(Reply(200, body, {"content-type": kind}))
+        return End.DONE
+
+    def _refused(self, request: RemoteRequest, response: httpx.Response, body: bytes) -> End:
+        status = response.status_code
+        if status in _BUSY:
+            self.refusals += 1
+            try:
+                after = float(response.headers.get("retry-after", 0.5))
+            except ValueError:  # a date
+                after = 1.0
+            self._busy(self, after)
+            return End.REFUSED
+        if status >= 500:
+            _log.warning("engine %d answered %d: %s", self.index, status, body[:200])
+            return End.LOST
+        kind = response.headers.get("content-type", "application/json")
+        request.answer.end(Reply(status, body, {"content-type": kind}))
+        return End.REJECTED
+
+    # -- what it says about itself ---------------------------------------------------------------------------
+
+    async def healthy(self, timeout_s: float) -> bool:
+        """Whether it answers."""
+        with contextlib.suppress(httpx.HTTPError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                found = await self._client.get("/health")
+                if found.status_code == 404:
+                    found = await self._client.get("/v1/models")
+                self.heard = time.monotonic()
+                return found.status_code == 200
+        return False
+
+    async def compare(self, timeout_s: float) -> None:
+        """Read how many requests it says it has, beside how many we know of."""
+        before = len(self.attempts)
+        with contextlib.suppress(httpx.HTTPError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                found = await self._client.get("/metrics")
+            counts = _REQUESTS.findall(found.content)
+            if found.status_code == 200 and counts:
+                self.reported = sum(map(float, counts))
+                self.disagreement = self.reported - 0.5 * (before + len(self.attempts))
+
+    async def close(self) -> None:
+        """Hang up."""
+        for attempt in list(self.attempts):
+            attempt.cancel()
+        await self._client.aclose()
+
+
+class _Passing:
+    """Passes the events of one attempt on: to a stream as they are, or into a whole.
+
+    A stream begins with the first token: until then nothing is told, and the request may go elsewhere.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt, self._request = attempt, attempt.request
+        self._whole = Whole(chat="messages" in attempt.request.body) if attempt.request.whole else None
+        self._parts: list[bytes] = []
+        self.usage: dict[str, Any] | None = None
+        self.finished = self.done = self._failed = False
+
+    def take(self, event: bytes) -> None:
+        """One event."""
+        data = payload(event)
+        if data is None:
+            return
+        if data == b"[DONE]":
+            self.done = self.finished = True
+            self._parts.append(b"data: [DONE]\n\n")
+            return
+        chunk = orjson.loads(data)
+        if "error" in chunk:
+            self._failed = self.finished = True
+            self._parts.append(event + b"\n\n")
+            return
+        self._attempt.total = n_tokens(chunk, self._attempt.total)
+        for choice in chunk.get("choices") or ():
+            if choice.get("finish_reason"):
+                self.finished, self._request.reason = True, choice["finish_reason"]
+        usage = chunk.get("usage")
+        self.usage = usage or self.usage
+        if self._whole is not None:
+            self._whole.push(chunk)
+        elif usage and self._request.strip_usage:
+            if not asks_usage_only(chunk):
+                del chunk["usage"]
+                self._parts.append(b"data: " + orjson.dumps(chunk) + b"\n\n")
+        else:
+            self._parts.append(event + b"\n\n")
+
+    def flush(self) -> None:
+        """Let the client have what has come, once there is a token."""
+        if self._whole is not None or not self._parts or (self._failed and not self._request.told):
+            return
+        if self._attempt.total > 0 or self.finished:
+            self._request.told = True
+            self._request.answer.put(b"".join(self._parts))
+            self._parts.clear()
+
+    def end(self) -> End:
+        """The answer is complete."""
+        if self._failed and self._request.told:
+            self._request.answer.end()  # the engine has said what is wrong
+            return End.BROKEN
+        if self._failed:
+            return End.LOST
+        if self._whole is not None:
+            self._request.answer.end(Reply(200, self._whole.body(), {"content-type": "application/json"}))
+        else:
+            self._request.answer.end()
+        return End.DONE

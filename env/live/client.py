@@ -1,0 +1,115 @@
+"""The client of a run in real time: sends requests at their times, whether or not others were answered."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engine.core.kinds import RequestState
+from engine.core.setup import blank_requests
+from engine.live.request import ABORT, Ticket
+from env.surrogate.arena import requests_of
+from env.workload import Trace
+
+__all__ = ["Client", "Send", "from_zero", "targets_of"]
+
+_LEAD_S = 0.02
+Send = Callable[[int, list[int]], Ticket]
+
+
+class Client:
+    """Sends the requests of a trace at their times and keeps the record of each that ended."""
+
+    def __init__(self, trace: Trace, vocabulary: int) -> None:
+        self._trace = trace
+        self.records = blank_requests(trace.n)
+        template = requests_of(trace)
+        for name in ("prompt", "output", "cls", "ttft_slo", "tpot_slo"):
+            self.records[name] = template[name]
+        self.lag_s = np.full(trace.n, np.nan)
+        self._row: dict[int, int] = {}  # request number -> row
+        self._turns: list[tuple[int, int]] = []  # follow-up turns by due time, ns of the clock on the wall
+        self._changed = threading.Condition()
+        self._open = 0
+        self._prompts = [_tokens(trace, r, vocabulary) for r in range(trace.n)]
+
+    def ended(self, request: Ticket, record: np.void, finish: str) -> None:
+        """The engine is done with ``request`` (its thread)."""
+        now = time.perf_counter_ns()
+        with self._changed:
+            row = self._row.pop(request.number)
+            self.records[row] = record
+            if finish == ABORT:
+                self.records[row]["state"] = RequestState.RUNNING  # it was still open when the run ended
+            elif record["state"] == RequestState.FINISHED and self._trace.next_turn[row] >= 0:
+                think = int(self._trace.think_s[row] * 1e9)
+                heapq.heappush(self._turns, (now + think, int(self._trace.next_turn[row])))
+            self._open -= 1
+            self._changed.notify()
+
+    def send_all(self, send: Send, drain_s: float) -> None:
+        """Send everything in time and wait for the answers, at most ``drain_s`` after the last arrival.
+
+        :param send: hands in the request of a row with a prompt; its end must come to :meth:`ended`
+        """
+        begin = time.perf_counter_ns() + int(_LEAD_S * 1e9)
+        roots = [(begin + int(s * 1e9), r) for r, s in enumerate(self._trace.arrival_s[: self._trace.n_roots])]
+        sent, give_up = 0, roots[-1][0] + int(drain_s * 1e9)
+        while True:
+            with self._changed:
+                due = [roots[sent]] if sent < len(roots) else []
+                if self._turns:
+                    due.append(self._turns[0])
+                if (not due and self._open == 0) or time.perf_counter_ns() > give_up:
+                    return
+                when, row = min(due, default=(give_up, -1))
+                wait_s = (when - time.perf_counter_ns()) * 1e-9
+                if wait_s > 0:
+                    self._changed.wait(min(wait_s, 0.5))
+                    continue
+                if self._turns and self._turns[0] == (when, row):
+                    heapq.heappop(self._turns)
+                else:
+                    sent += 1
+            self._send(send, row, when)
+
+    def _send(self, send: Send, row: int, when_ns: int) -> None:
+        with self._changed:  # ``ended`` waits until the request's row is known
+            request = send(row, self._prompts[row])
+            self.lag_s[row] = (time.perf_counter_ns() - when_ns) * 1e-9
+            self._row[request.number] = row
+            self._open += 1
+
+
+def _tokens(trace: Trace, row: int, vocabulary: int) -> list[int]:
+    """A prompt of the right length whose blocks agree with those of other rows where the trace says so."""
+    n, size = int(trace.prompt[row]), trace.hash_tokens
+    tokens = np.random.default_rng([7, row]).integers(1, vocabulary, n)
+    if size:
+        start = int(trace.hash_start[row])
+        for k in range(min(int(trace.hash_n[row]), n // size)):
+            seed = int(trace.hashes[start + k])
+            tokens[k * size : (k + 1) * size] = np.random.default_rng(seed).integers(1, vocabulary, size)
+    return [int(t) for t in tokens]
+
+
+def from_zero(records: np.ndarray, zero: int) -> np.ndarray:
+    """Stamps counted from the start of the run, as the surrogate's are."""
+    for name in ("arrival", "placed", "prefill_start", "first_token", "last_token", "finished"):
+        happened = records[name] >= 0
+        records[name][happened] -= zero
+    return records
+
+
+def targets_of(trace: Trace, row: int) -> dict[str, Any]:
+    """The request's own targets, seconds; None for those of its class."""
+    ttft, tpot = trace.ttft_s[row], trace.tpot_s[row]
+    return {
+        "ttft_s": float(ttft) if np.isfinite(ttft) else None,
+        "tpot_s": float(tpot) if np.isfinite(tpot) else None,
+    }

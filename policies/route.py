@@ -1,0 +1,240 @@
+"""``route``: an OpenAI-compatible router whose requests a policy dispatches to engines that others wrote."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from engine.common.options import option, same, takes
+from engine.core.kinds import Batching, Order, Role
+from engine.core.policy import InstancePlan
+from engine.core.setup import ClusterOptions, InstanceSpec
+from engine.core.state import ClusterState
+from engine.errors import SlalomError
+from engine.jit.kernel import is_warm
+from engine.jit.warm import told
+from policies import serve
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from engine.remote.discover import EngineFacts
+    from engine.remote.router import Router
+
+__all__ = ["Options", "app", "build", "main"]
+
+_log = logging.getLogger("slalom.route")
+_KV_TOKENS, _MAX_BATCH = 2**17, 256  # where neither the user nor the engine says
+_CHUNK_TOKENS = 2048
+_MEASURE_S, _MEASURE_TOKENS, _MEASURE_BATCH = 10.0, 512, 8  # at the start
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Who is routed to, and how. What :class:`policies.serve.Options` has too means the same."""
+
+    engines: str = option(..., "addresses of OpenAI-compatible engines: URL,URL,...")
+    policy: str = same(serve.Options, "policy")
+    profile: str = option("", "latency profile of one engine, name or path; default: measured at start, some seconds")
+    order: str = option("", "who is handed on first: fcfs, shortest or on_time; default: the policy's, else fcfs")
+    kv_tokens: int = option(0, "KV capacity of an engine, tokens; 0: what it says, else 131072", min=0, max=2**31 - 1)
+    max_batch: int = option(0, "sequences that an engine runs at once; 0: what it says, else 256", min=0, max=65536)
+    chunk_tokens: int = option(_CHUNK_TOKENS, "prompt tokens that an engine computes in a step", min=16, max=2**30)
+    prefix_cache: bool = option(True, "engines reuse KV of equal beginnings: prefer who has it")
+    engine_deadlines: bool = option(
+        False, "send deadlines as priority (vLLM: --scheduling-policy priority)", "--engine-deadlines"
+    )
+    max_requests: int = same(serve.Options, "max_requests")
+    ttft_ms: float = same(serve.Options, "ttft_ms")
+    tpot_ms: float = same(serve.Options, "tpot_ms")
+    classes: str = same(serve.Options, "classes")
+    shed: bool = same(serve.Options, "shed")
+    host: str = same(serve.Options, "host")
+    port: int = same(serve.Options, "port")
+    max_connections: int = same(serve.Options, "max_connections")
+    header_timeout_s: float = same(serve.Options, "header_timeout_s")
+    body_timeout_s: float = same(serve.Options, "body_timeout_s")
+    idle_timeout_s: float = same(serve.Options, "idle_timeout_s")
+    api_key: str = same(serve.Options, "api_key")
+    api_key_file: str = same(serve.Options, "api_key_file")
+    drain_s: float = same(serve.Options, "drain_s")
+    fallback: str = same(serve.Options, "fallback")
+    deadline_us: float = same(serve.Options, "deadline_us")
+    advisory: bool = same(serve.Options, "advisory")
+    guard_config: str = same(serve.Options, "guard_config")
+    decision_log: str = same(serve.Options, "decision_log")
+    health_s: float = option(1.0, "seconds between two looks at a silent engine", min=0.05, max=3600)
+    health_timeout_s: float = option(3.0, "it may take that long to answer one", min=0.05, max=3600)
+    stall_s: float = option(30.0, "an ejected engine's streams may be silent for so long", min=0.1, max=86_400)
+    outage_s: float = option(10.0, "requests wait so long while no engine answers", min=0.1, max=86_400)
+
+
+def _order(options: Options, policy_order: int | None) -> int:
+    if not options.order:
+        return int(Order.FCFS if policy_order is None else policy_order)
+    known = {"fcfs": Order.FCFS, "shortest": Order.SHORTEST, "on_time": Order.ON_TIME}
+    if options.order not in known:
+        raise SlalomError("--order", options.order, f"use {', '.join(known)}")
+    return int(known[options.order])
+
+
+def _specs(options: Options, engines: Sequence[EngineFacts]) -> list[InstanceSpec]:
+    """One instance for each engine: it batches in chunks, as engines do, and keeps nothing back."""
+    return [
+        InstanceSpec(
+            role=Role.MIXED,
+            pool=i,
+            gpu=i,
+            kv_tokens=options.kv_tokens or engine.kv_tokens or _KV_TOKENS,
+            batching=Batching.CHUNKED,
+            chunk_tokens=options.chunk_tokens,
+            max_batch=options.max_batch or engine.max_batch or _MAX_BATCH,
+            watermark=0.0,
+            remote=True,
+        )
+        for i, engine in enumerate(engines)
+    ]
+
+
+def find_engines(urls: str) -> list[EngineFacts]:
+    """What the engines say. One that does not answer now is taken to be like the first that does.
+
+    :raises SlalomError: none answers, or one is named twice
+    """
+    from engine.remote.discover import discover
+
+    names = [url.strip().rstrip("/") for url in urls.split(",") if url.strip()]
+    if not names or len(set(names)) != len(names):
+        raise SlalomError("--engines", urls, "name each engine once: URL,URL,...")
+    found: dict[str, EngineFacts] = {}
+    last: SlalomError | None = None
+    for name in names:
+        try:
+            found[name] = discover(name)
+        except SlalomError as error:
+            last = error
+            _log.warning("%s", error)
+    if last is not None and not found:
+        raise last
+    first = next(iter(found.values()))
+    return [found.get(name) or replace(first, url=name) for name in names]
+
+
+def build(options: Options) -> tuple[Router, FastAPI]:
+    """Ask the engines, find the policy and start the router.
+
+    :return: the running router and its application
+    :raises SlalomError: an option that cannot be had, or no engine answers
+    """
+    _order(options, None)
+    engines = find_engines(options.engines)
+    from engine.live.engine import build_state
+    from engine.remote.fleet import Fleet, Patience
+    from engine.remote.rehearse import rehearse
+    from engine.remote.router import Router
+    from engine.server.keys import find_key
+    from engine.server.routed import create_router_app
+
+    classes = serve.load_classes(options.classes, options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)
+    profile, share = _profile(options, engines)
+
+    def state_of(specs: Sequence[InstanceSpec]) -> ClusterState:
+        return build_state(
+            specs,
+            profile,
+            share,
+            classes=list(classes.values()),
+            options=ClusterOptions(shed=options.shed, roles=(Role.MIXED,), hold=True),
+            max_requests=options.max_requests,
+            prefix_cache=options.prefix_cache,
+        )
+
+    specs = _specs(options, engines)
+    state = state_of(specs)
+    policy = serve.find_policy(options.policy, state)
+    plans = policy.arrangement or [InstancePlan()] * len(specs)
+    specs = [replace(spec, order=_order(options, plan.order)) for spec, plan in zip(specs, plans, strict=True)]
+    _log.info("warming up: code is compiled where it is new")
+    small = state_of(specs)
+    scratch = serve.find_policy(options.policy, small)
+    rehearse(small, scratch, serve.find_guard(options, small, scratch, log=False))
+    state = state_of(specs)
+    guard = serve.find_guard(options, state, policy, classes=list(classes))
+    patience = Patience(options.health_s, options.health_timeout_s, options.stall_s, options.outage_s)
+    fleet = Fleet([(engine.url, engine.keeps) for engine in engines], patience)
+    router = Router(state, policy, fleet, guard=guard).start()
+    application = create_router_app(
+        router,
+        engines[0].model,
+        counts=all(engine.counts for engine in engines),
+        deadlines=options.engine_deadlines,
+        classes=list(classes),
+        load_policy=lambda spec: serve.find_policy(spec, state),
+        drain_s=options.drain_s,
+        api_key=find_key(options.api_key, options.api_key_file),
+    )
+    return router, application
+
+
+def _profile(options: Options, engines: Sequence[EngineFacts]) -> tuple[Any, Any]:
+    """What predictions are made with; where none is named, timed on the first engine, which should be idle."""
+    from engine.latency import Profile, pack
+
+    if options.profile:
+        return pack([Profile.load(options.profile)])
+    from engine.calibration.from_outside import profile_of
+    from engine.calibration.outside import Limits, measure
+
+    _log.info("timing %s (--profile names a profile instead)", engines[0].url)
+    limits = Limits(_MEASURE_S, 0.1, _MEASURE_TOKENS, _MEASURE_BATCH).within(engines[0])
+    measured, _ = measure(engines[0], limits)
+    found = profile_of(measured, engines[0], limits, "at-start")
+    assert found.fit is not None
+    errors = 100 * found.fit.prefill_mape, 100 * found.fit.decode_mape
+    _log.info("held out, it misses prefill by %.0f %%, decode by %.0f %%; calibrate --engine does better", *errors)
+    return pack([found])
+
+
+@app.command()
+@takes(Options)
+def route(options: Options) -> None:
+    """Route requests for /v1/completions and /v1/chat/completions to ENGINES, dispatched by POLICY behind a guard.
+
+    /dashboard shows it live, /metrics counts it, and clients on this machine may change policy and mode under /admin.
+    """
+    from engine.server.ending import reserve
+    from engine.server.keys import find_key
+    from engine.server.running import limits_of, run_server
+
+    find_key(options.api_key, options.api_key_file)
+    limits = limits_of(options)
+    door = reserve(options.host, options.port)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
+    cold = not is_warm("engine.core.loop")
+    with told("compiling the scheduling core for this machine, once") if cold else nullcontext():
+        router, application = build(options)
+    where = f"http://{options.host}:{door.getsockname()[1]}"
+    n = len(router.state.inst)
+    print(f"routing to {n} engines on {where} with policy {router.runtime.policy.name}", file=sys.stderr)
+    run_server(application, door, options.drain_s, limits)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except SlalomError as error:
+        print(f"route: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
