@@ -33,6 +33,9 @@ class Scenario:
     def load_profiles(self) -> tuple:
         return ()
 
+    def poor_fits(self) -> list:
+        return []
+
     def to_yaml(self) -> str:
         return f"capacity: {self.capacity}"
 
