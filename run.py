@@ -115,7 +115,7 @@ def main_job(arguments: list[str]) -> None:
     call(
         BIN / "eval-policy", "--env", "surrogate", "--scenario", SCENARIO,
         *policies, "--policy", OUT / "learned" / "best", "--goodput",
-        "--tune-requests", EFFORT, "--only-tuned", "--jobs", "2", *resumed(OUT / "compare"), **common,
+        "--tune-requests", EFFORT, "--jobs", "2", *resumed(OUT / "compare"), **common,
     )  # fmt: skip
     print(f"report: {OUT / 'compare' / 'report.html'}")
 
