@@ -155,6 +155,10 @@ class SloClass(Section):
         return self
 
 
+#: Fields of :class:`Decisions` that say how roles change.
+ROLE_CHANGES = ("reallocate", "roles", "start_roles", "at_once", "drain")
+
+
 class Decisions(Section):
     """Which levers a policy holds.
 

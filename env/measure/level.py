@@ -31,7 +31,7 @@ from env.measure.metrics import Outcomes, outcomes
 from env.measure.sustained import DEFINITION, QUANTILES, backlog_of
 from env.surrogate.simulate import simulate
 
-__all__ = ["level_of", "mean_level", "measure_level", "run_length"]
+__all__ = ["level_of", "longest_run", "mean_level", "measure_level", "run_length", "turns_of"]
 
 _NEAR = 0.8  # of the longest wait allowed: from here on waits cost, since a longer run would show longer ones
 _DOUBLING = 0.1  # what each doubling of the longest wait costs from there
@@ -50,9 +50,11 @@ def level_of(run: Any, *, tail_factor: float, warmup: float = 0.05, slack: float
     :param tail_factor: longest wait allowed, in TTFT targets
     :param warmup: share of arrivals left out at the start
     """
-    found = outcomes(run, warmup=warmup)
-    r = run.req[found.rows]
-    good = found.good
+    return _level(run, outcomes(run, warmup=warmup), tail_factor, slack)
+
+
+def _level(run: Any, found: Outcomes, tail_factor: float, slack: float = DEFINITION.slack) -> float:
+    r, good = run.req[found.rows], found.good
     level = min(float(good.mean()), _worst_group(r, good) + slack)
     return level - _cost_of_waits(r, found, tail_factor) - _cost_of_growth(run.req, r)
 
@@ -90,9 +92,9 @@ def _cost_of_waits(r: np.ndarray, found: Outcomes, tail_factor: float) -> float:
 def measure_level(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
     """A point that knows its level and nothing else beside what was sent and in time: searches measure thousands."""
     run = simulated(scenario, contender, rate, seed, settings)
-    found = level_of(run, tail_factor=scenario.tail_factor, warmup=settings.warmup)
-    good = outcomes(run, warmup=settings.warmup).good
-    return Point(rate, seed, {"level": found}, [len(good)], [int(good.sum())])
+    found = outcomes(run, warmup=settings.warmup)
+    level = _level(run, found, scenario.tail_factor)
+    return Point(rate, seed, {"level": level}, [len(found.rows)], [int(found.good.sum())])
 
 
 def mean_level(
@@ -133,27 +135,40 @@ def _least(key: str) -> tuple[float, float]:
     run = simulate(scenario, "least_tokens", rate=scenario.reference_rate, n_requests=_PROBED, split="train")
     longest = scenario.tail_factor * float(np.quantile(run.req["ttft_slo"], 0.9)) / TICKS_PER_S
     seconds = max(min(_WAITS * longest, DEFINITION.seconds), scenario.workload.natural_s)
-    trace = scenario.workload.build(scenario.reference_rate, 500, 0, "train")
-    return seconds, float(trace.n / trace.n_roots)
+    return seconds, turns_of(scenario)
 
 
 @lru_cache(maxsize=64)
 def _most(key: str, split: Split) -> int:
     """The longest run that the workload gives, in requests; a recorded trace ends."""
-    workload, rate = _KNOWN[key].workload, _KNOWN[key].reference_rate
+    return longest_run(_KNOWN[key], _KNOWN[key].reference_rate, _LONGEST, (0,), split)
+
+
+def turns_of(scenario: Any) -> float:
+    """Requests that come of one arrival: more than one where the workload has sessions."""
+    trace = scenario.workload.build(scenario.reference_rate, 500, 0, "train")
+    return float(trace.n / trace.n_roots)
+
+
+def longest_run(scenario: Any, rate: float, n: int, seeds: Sequence[int], split: Split, least: int = 1) -> int:
+    """The longest run, at most ``n`` requests, that the workload gives every seed; a recorded trace ends.
+
+    :raises SlalomError: the workload is refused for something else than its length
+    """
 
     def gives(n: int) -> bool:
         try:
-            workload.build(rate, n, 0, split)
+            for seed in seeds:
+                scenario.workload.build(rate, n, seed, split)
         except SlalomError as error:
             if not error.field.startswith("trace"):
                 raise
             return False
         return True
 
-    low, high = 1, _LONGEST
-    if gives(high):
-        return high
+    if gives(n):
+        return n
+    low, high = least, n
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if gives(middle) else (low, middle)

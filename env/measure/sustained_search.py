@@ -34,6 +34,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import Evaluator, arranged, bound, measure
 from env.measure.goodput import TARGETS
+from env.measure.level import longest_run, turns_of
 from env.measure.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
 from env.measure.sustained_stop import easy, hopeless, margin
 
@@ -147,7 +148,7 @@ class Search:
         self._most: int | None = None
         self._trusting = mode == "sequential"
         begin, before = time.perf_counter(), evaluator.simulated_requests
-        self.turns = self._turns()
+        self.turns = turns_of(evaluator.scenario)
         natural_s = evaluator.scenario.workload.natural_s
         self._length: dict[str, Any] = {"turns": self.turns, "natural_s": natural_s, "definition": definition}
         self.lone_s = self._lone()
@@ -168,33 +169,10 @@ class Search:
         except SlalomError as error:
             if self._most is not None or not error.field.startswith("trace"):
                 raise
-            self._most = self._longest(rate, settings.n_requests)
+            scenario, given = self.evaluator.scenario, self.evaluator.settings
+            self._most = longest_run(scenario, rate, settings.n_requests, self.seeds, given.split, given.n_blocks)
             return self._samples(rate, seeds, settings, who)
         return [Sample(**p.metrics["sustained"]) for p in points]
-
-    def _longest(self, rate: float, n: int) -> int:
-        """The longest run that the trace gives every seed, in requests."""
-        scenario = self.evaluator.scenario
-
-        def gives(n: int) -> bool:
-            try:
-                for seed in self.seeds:
-                    scenario.workload.build(rate, n, seed, self.evaluator.settings.split)
-            except SlalomError:
-                return False
-            return True
-
-        low, high = self.evaluator.settings.n_blocks, n
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if gives(middle) else (low, middle)
-        return low
-
-    def _turns(self) -> float:
-        """Requests that come of one arrival: more than one where the workload has sessions."""
-        scenario = self.evaluator.scenario
-        trace = scenario.workload.build(scenario.reference_rate, 500, 0, "train")
-        return float(trace.n / trace.n_roots)
 
     def _lone(self) -> float:
         """P90 of the time in the system of requests that come one at a time, seconds."""

@@ -22,6 +22,7 @@ from engine.common.files import read_json, write_json
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.scenario import Scenario
+from env.sections import ROLE_CHANGES
 from eval.compare.headline import search_one
 from eval.studies.scoreboard import CHECKPOINTS, MOST_TRIALS, OPPONENTS
 from train.budget import parse_budget
@@ -32,7 +33,7 @@ __all__ = ["main", "parts_of", "table"]
 
 _RULE = "predicted_ttft"
 _TARGETS = (0.9, 0.95, 0.99)
-_ROLE_CHANGES = ("reallocate", "roles", "start_roles", "at_once", "drain", "tune")
+_STILL = (*ROLE_CHANGES, "tune")
 
 
 def parts_of(name: str, requests: float) -> Iterator[tuple[str, Any, Contender]]:
@@ -55,7 +56,7 @@ def parts_of(name: str, requests: float) -> Iterator[tuple[str, Any, Contender]]
         told = ", ".join(f"{key.removeprefix('lever.')} {value}" for key, value in found.levers.items())
         yield f"{text} ({told})", scenario, Contender(_RULE, found.values, tuned=True, plans=found.plans)
     asked = scenario.decisions.model_dump(mode="json")
-    still = scenario.with_overrides({"decisions": {k: v for k, v in asked.items() if k not in _ROLE_CHANGES}})
+    still = scenario.with_overrides({"decisions": {k: v for k, v in asked.items() if k not in _STILL}})
     checkpoint = Contender(str(CHECKPOINTS / name))
     yield "+ learned score (the checkpoint without role changes and TUNE)", still, checkpoint
     yield "+ role changes and TUNE (the checkpoint)", scenario, checkpoint

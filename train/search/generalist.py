@@ -18,6 +18,7 @@ from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
 from env.scenario import Scenario
+from env.sections import ROLE_CHANGES
 from env.surrogate.arena import arena_of
 from train.search.fitness import Fitness
 from train.search.journal import Journal, Remembered
@@ -28,7 +29,6 @@ __all__ = ["generalist_design", "named", "sized", "train_generalist"]
 _DRAWN = 3  # scenarios of one generation
 _LOADS = ((0.8, 1.1), (0.97, 1.2), (0.4, 1.05))
 _SEED, _KNEE_EVERY = 40_000, 25
-_ROLES = ("reallocate", "roles", "start_roles", "at_once", "drain")  # levers of role changes, which no size keeps
 
 Report = Callable[[str, float, str], None]
 
@@ -48,7 +48,9 @@ def sized(scenario: Scenario, n: int) -> Scenario:
     groups = [scenario.cluster[0].model_dump(mode="json") | {"count": n, "role": "mixed", "batching": "chunked"}]
     rates = {"low": scenario.rates.low * n / before / 4, "high": scenario.rates.high * n / before * 4}
     changes = {"cluster": groups, "rates": rates, "reference_rate": scenario.reference_rate * n / before}
-    levers = {name: value for name, value in scenario.decisions.model_dump(mode="json").items() if name not in _ROLES}
+    levers = {
+        name: value for name, value in scenario.decisions.model_dump(mode="json").items() if name not in ROLE_CHANGES
+    }
     return scenario.with_overrides(changes | {"decisions": levers})
 
 

@@ -17,6 +17,7 @@ from policies import registry
 from policies.rule import Param, Value
 from policies.setting import Setting
 from train.search.arrange import composed
+from train.search.space import scaled
 
 __all__ = ["EVERY", "OWN", "Levers", "label"]
 
@@ -25,7 +26,6 @@ EVERY = ("roles", "order", "chunk_tokens", "prefill_tokens", "headroom")
 OWN = "own"  # of the rule, or of the scenario where the rule arranges nothing
 _ORDERS = {"fcfs": Order.FCFS, "shortest": Order.SHORTEST, "on_time": Order.ON_TIME}
 _FACTOR = {"chunk_tokens": 4.0, "prefill_tokens": 4.0, "headroom": 1.5}
-_LIMITS = {"chunk_tokens": (64, 65536), "prefill_tokens": (64, 65536), "headroom": (0.1, 2.0)}
 
 
 class Levers:
@@ -70,21 +70,11 @@ class Levers:
         own = registry.get(self._rule).bind(values, self._setting).arrangement if roles == OWN else None
         plans: Sequence[InstancePlan] = self._compositions.get(roles, own or self._scenarios())
         changes: dict[str, Any] = {} if order == OWN else {"order": int(_ORDERS[order])}
-        return [replace(plan, **changes, **_scaled(plan, levers)) for plan in plans]
+        factors = {name: float(levers[f"lever.{name}"]) for name in _FACTOR}
+        return [replace(plan, **changes, **scaled(plan, factors)) for plan in plans]
 
     def _scenarios(self) -> list[InstancePlan]:
         return [InstancePlan()] * self._setting.n_instances
-
-
-def _scaled(plan: InstancePlan, levers: Mapping[str, Value]) -> dict[str, Any]:
-    """Budgets that the plan has, times their factors."""
-    changes: dict[str, Any] = {}
-    for name, (low, high) in _LIMITS.items():
-        value = getattr(plan, name)
-        if value is not None:
-            scaled = min(max(value * float(levers[f"lever.{name}"]), low), high)
-            changes[name] = scaled if name == "headroom" else round(scaled)
-    return changes
 
 
 def label(plans: Sequence[InstancePlan]) -> str:

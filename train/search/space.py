@@ -7,7 +7,7 @@ whatever the search starts from is one of its points.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ __all__ = [
     "random_design",
     "random_values",
     "reordered",
+    "scaled",
     "varied",
 ]
 
@@ -174,10 +175,11 @@ class Space:
         if self.start is None:
             return None
         factors = {c.plan: 2.0 ** (c.step * x) for c, x in zip(self.coordinates, theta, strict=True) if c.plan}
-        return [replace(plan, **_scaled(plan, factors)) for plan in self.start]
+        return [replace(plan, **scaled(plan, factors)) for plan in self.start]
 
 
-def _scaled(plan: InstancePlan, factors: dict[str, float]) -> dict[str, Any]:
+def scaled(plan: InstancePlan, factors: Mapping[str, float]) -> dict[str, Any]:
+    """The budgets that ``plan`` has, times their factors, within their limits."""
     changes: dict[str, Any] = {}
     for name, factor in factors.items():
         value = getattr(plan, name)
@@ -314,7 +316,7 @@ def varied(design: Design, rng: np.random.Generator) -> Design:
         factors = {name: 2.0 ** rng.normal(0.0, spread) for name, spread in spreads.items()}
         order = int(rng.choice(ORDERS)) if rng.random() < 0.2 else None
         plans = tuple(
-            replace(p, **_scaled(p, factors), order=p.order if order is None or p.order is None else order)
+            replace(p, **scaled(p, factors), order=p.order if order is None or p.order is None else order)
             for p in plans
         )
     return Design(design.rule, values, plans)
