@@ -92,6 +92,12 @@ class Display:
             else:
                 self.beat()
 
+    def report(self, stage: str, done: float, note: str = "") -> None:
+        """:meth:`update` of ``stage``, which begins where another was under way."""
+        if stage != self._name:
+            self.phase(stage)
+        self.update(done, note)
+
     def beat(self) -> None:
         """Say where things stand if the last word is ``quiet_s`` seconds old."""
         with self._lock:

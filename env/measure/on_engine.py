@@ -58,11 +58,7 @@ def measure(
     """As :func:`env.measure.evaluator.measure`, on the engine of ``park``."""
     from env.live.replay import replay
 
-    scenario = arranged(scenario, contender)
-    policy = bound(scenario, contender)
-    n, split = settings.n_requests, settings.split
-    run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, park=park)
-    return point_of(run, contender, rate, seed, settings, {"backend": "gpu", "engine": engine_facts(run)})
+    return _measured(partial(replay, park=park), "gpu", scenario, contender, rate, seed, settings)
 
 
 def measure_remote(
@@ -71,11 +67,19 @@ def measure_remote(
     """As :func:`env.measure.evaluator.measure`, on engines of others (:class:`engine.remote.discover.EngineFacts`)."""
     from env.live.remote import replay
 
+    return _measured(partial(replay, engines=engines), "remote", scenario, contender, rate, seed, settings)
+
+
+def _measured(
+    replay: Callable[..., Any], backend: str, scenario: Any, contender: Contender, rate: float, seed: int,
+    settings: PointSettings,
+) -> Point:  # fmt: skip
+    """The point of one run, played by ``replay`` on what it was given."""
     scenario = arranged(scenario, contender)
     policy = bound(scenario, contender)
     n, split = settings.n_requests, settings.split
-    run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, engines=engines)
-    return point_of(run, contender, rate, seed, settings, {"backend": "remote", "engine": engine_facts(run)})
+    run = replay(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split)
+    return point_of(run, contender, rate, seed, settings, {"backend": backend, "engine": engine_facts(run)})
 
 
 def on_remote(urls: Sequence[str]) -> dict[str, Any]:

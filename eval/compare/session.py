@@ -328,11 +328,11 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
         return []
     from eval.compare.static import TRIALS, search_static
     from train.search.levers import EVERY
-    from train.search.tune import KNEE, tune
+    from train.search.tune import KNEE, best_knee, tune
 
     pool, width = _pool(request)
     watcher.phase("knee", None)
-    knee = _knee(request)
+    knee = best_knee(request.scenario, request.settings, request.knee_rules)
     rates = tuple(factor * knee for factor in KNEE)
     found = []
     for contender in asked:
@@ -358,26 +358,6 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
         if stored is not None:
             write_json(stored, entry, sealed=True)
         found.append(entry)
-    return found
-
-
-def _knee(request: Request) -> float:
-    """The best knee of ``request.knee_rules``; a rule without one (it does not fit, or never meets 90 %) is no help.
-
-    :raises SlalomError: none of them has one
-    """
-    from train.search.tune import knee_rate
-
-    found, refusal = 0.0, None
-    for rule in request.knee_rules:
-        try:
-            start = found or request.scenario.reference_rate
-            found = max(found, knee_rate(request.scenario, request.settings, policy=rule, start=start))
-        except SlalomError as error:
-            refusal = error
-    if found == 0.0:
-        assert refusal is not None
-        raise refusal
     return found
 
 

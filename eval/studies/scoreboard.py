@@ -37,7 +37,7 @@ from eval.compare.session import MOST_TRIALS, Request, Watcher, contenders_of, e
 from eval.studies.scoretable import TARGETS, table, told
 from train.search.direct import rules_of
 from train.search.levers import EVERY
-from train.search.tune import KNEE, knee_rate, tune
+from train.search.tune import KNEE, best_knee, tune
 
 __all__ = [
     "CHECKPOINTS",
@@ -230,7 +230,7 @@ def screen(name: str, requests: float = _SCREENED) -> list[tuple[str, float, dic
     """
     scenario = Scenario.load(name)
     settings = PointSettings(n_requests=scenario.n_requests)
-    knee = max(_knee_or_none(scenario, settings, rule) for rule in KNEE_RULES)
+    knee = best_knee(scenario, settings, KNEE_RULES)
     found = []
     for rule in rules_of(scenario):
         rates = [factor * knee for factor in KNEE]
@@ -241,13 +241,6 @@ def screen(name: str, requests: float = _SCREENED) -> list[tuple[str, float, dic
         found.append((rule, best.rates[2], dict(best.levers)))
         print(f"{name}: {rule} {best.rates[2]:.2f}/s, {best.levers}", file=sys.stderr, flush=True)
     return sorted(found, key=lambda entry: -entry[1])
-
-
-def _knee_or_none(scenario: Scenario, settings: PointSettings, rule: str) -> float:
-    try:
-        return knee_rate(scenario, settings, policy=rule, start=scenario.reference_rate)
-    except SlalomError:  # it does not fit, or holds nothing
-        return 0.0
 
 
 def _request(name: str, out: Path, effort: Effort) -> tuple[Request, Lines]:

@@ -24,17 +24,8 @@ def learn_controller(
 
     :raises SlalomError: no drift to follow, or roles that the planner cannot use
     """
-    shown = ""
-
-    def report(phase: str, done: float, note: str) -> None:
-        nonlocal shown
-        if phase != shown:
-            display.phase(phase)
-            shown = phase
-        display.update(done, note)
-
     requests = budget.frames or float("inf")
-    found = train_controller(scenario, seconds=budget.seconds, requests=requests, seed=seed, report=report)
+    found = train_controller(scenario, seconds=budget.seconds, requests=requests, seed=seed, report=display.report)
     write_json(folder.base, asdict(found))
     table = [
         {"policy": "this controller", "score": round(found.score, 5), "split": "valid"},

@@ -65,15 +65,6 @@ def search_all(
     """
     share = 1.0 if alone else config.direct_share
     requests: float = config.direct_requests or (budget.frames if alone and budget.frames else float("inf"))
-    phase = ""
-
-    def report(name: str, done: float, note: str) -> None:
-        nonlocal phase
-        if name != phase:
-            display.phase(name)
-            phase = name
-        display.update(done, note)
-
     if requests == float("inf") and budget.seconds == float("inf"):
         requests = 2.0 * (budget.frames or 0)  # ppo with a budget in frames: two simulated requests a frame
     seconds = budget.seconds * share * (1.0 - _RANKING_SHARE) if requests == float("inf") else float("inf")
@@ -86,8 +77,8 @@ def search_all(
         rules=config.rules,
     )
     found = direct_search(
-        scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=report, on_incumbent=on_incumbent,
-        journal=journal,
+        scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=display.report,
+        on_incumbent=on_incumbent, journal=journal,
     )  # fmt: skip
     begin = time.monotonic()
     display.phase("choose")

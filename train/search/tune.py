@@ -33,7 +33,7 @@ from train.search.levers import Levers
 from train.search.trials import Budget, Drawn, Objective, Study, Subject, distinct_best
 from train.search.tuned import Finalist, TuneResult
 
-__all__ = ["KNEE", "MANNER", "VALID_SEED", "knee_rate", "tune"]
+__all__ = ["KNEE", "MANNER", "VALID_SEED", "best_knee", "knee_rate", "tune"]
 
 #: Rates of the objective as multiples of the knee, while nothing is known of where 99 % are held.
 KNEE = tuple(rates_between(0.7, 1.0))
@@ -65,6 +65,23 @@ def knee_rate(
     if rate <= 0.0:
         raise SlalomError("scenario", policy, "its targets are met at no rate; loosen them or change the cluster")
     return rate
+
+
+def best_knee(scenario: Any, settings: PointSettings, rules: Sequence[str]) -> float:
+    """The best knee of ``rules``; one without a knee (it does not fit, or never has a level of 90 %) is no help.
+
+    :raises SlalomError: none of them has one
+    """
+    found, refusal = 0.0, None
+    for rule in rules:
+        try:
+            found = max(found, knee_rate(scenario, settings, policy=rule, start=found or scenario.reference_rate))
+        except SlalomError as error:
+            refusal = error
+    if found == 0.0:
+        assert refusal is not None
+        raise refusal
+    return found
 
 
 def tune(
