@@ -32,8 +32,8 @@ def policy_sha256(contender: Contender) -> str:
     parts += [contender.cluster] if contender.cluster else []
     parts += [{"plans": contender.plans}] if contender.plans else []
     digest = hashlib.sha256(json.dumps(parts).encode())
-    folder = Path(contender.policy)
-    if os.path.isdir(folder):  # unlike Path.is_dir, answers False for a spec longer than a file name
+    if os.path.isdir(contender.policy):  # not Path.is_dir: "" is no folder, nor is a spec longer than a file name
+        folder = Path(contender.policy)
         digest = hashlib.sha256(json.dumps(sorted(contender.values.items())).encode())
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             digest.update(path.relative_to(folder).as_posix().encode())

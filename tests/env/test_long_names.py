@@ -77,3 +77,10 @@ def test_a_name_that_no_file_can_have_is_one_line(what: str, name: str, tmp_path
 
 def test_a_rule_with_forty_parameters_has_a_digest() -> None:
     assert policy_sha256(Contender(LONG)) != policy_sha256(Contender(LONG + "1"))
+
+
+def test_no_name_is_not_the_folder_in_which_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = policy_sha256(Contender(""))
+    (tmp_path / "another").write_text("of somebody else")
+    assert policy_sha256(Contender("")) == before
