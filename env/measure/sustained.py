@@ -9,7 +9,9 @@ and 50 times the P90 of a lone request's time in the system, in every seed's run
 * (c) the backlog has no trend, and the rate is below the stability limit;
 * (d) every SLO class and every fifth of the prompts by length reaches the target less 10 points.
 
-Sustained goodput is the largest such rate. Clause (a) alone, over runs as long, gives the *classic* goodput.
+Sustained goodput is the largest such rate; where single waits alone fail rates above it, four in a row must fail (the
+grid has steps of one percent), since a wait may spoil a rate and none above it. Clause (a) alone, over runs as long,
+gives the *classic* goodput.
 
 The test of trend: requests in the system, averaged over 24 blocks of each run; Mann and Kendall's count of rising
 pairs of blocks, with Hamed and Rao's correction of its variance for correlation (of order one, like an AR(1)), added up

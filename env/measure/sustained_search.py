@@ -47,6 +47,7 @@ _UP = 1.06
 _LONE_REQUESTS = 400
 _PLAIN = "predicted_ttft"  # the rule that tells what an arrangement can do
 _ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
+_ABOVE = 4  # rates that must fail in a row where only waits fail them
 _SATURATED = 0.97  # who serves less than this part of what is sent is saturated
 
 
@@ -101,6 +102,10 @@ class Found:
             "above": self.above.as_dict() if self.above else None,
             "fails_above": self.above.failed if self.above else "",
         }
+
+
+def _by_a_wait(verdict: Verdict) -> bool:
+    return all(clause.letter == "b" for clause in verdict.clauses if not clause.met)
 
 
 class Goal(NamedTuple):
@@ -285,10 +290,27 @@ class Search:
             elif high is None or high - low > 1:
                 self.verdict(self._between(low, high, goal), goal)
             elif self.verdict(low, goal, final=True).met:
+                if (beyond := self._beyond(high, goal)) is not None:
+                    self.verdict(beyond, goal, final=True)
+                    continue
                 return Found(goal.target, self.rate_of(low), self._verdicts[low, goal], self._verdicts[high, goal])
             else:  # one run had passed what all runs fail: rates below are not taken for held on such a word again
                 self._trusting = False
                 self._verdicts = {at: v for at, v in self._verdicts.items() if not (v.met and v.early)}
+
+    def _beyond(self, high: int, goal: Goal) -> int | None:
+        """A rate above the failing ``high`` that has to be asked as well; None: there is none.
+
+        Attainment falls as the rate rises; a single wait may fail a rate and none above it. So that the answer does
+        not depend on where the search came from, ``_ABOVE`` in a row must fail above it, or one by more than a wait.
+        """
+        for index in range(high, high + _ABOVE):
+            known = self._verdicts.get((index, goal))
+            if known is None:
+                return index
+            if not _by_a_wait(known):
+                return None
+        return None
 
     def _first(self) -> float:
         """The first rate asked; a plain bisection knows no more than the scenario's bracket."""

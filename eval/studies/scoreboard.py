@@ -12,7 +12,8 @@ Each opponent is searched with as many simulated requests as the checkpoint's wh
 (``train.search.tune``, so on the training split, ranked on validation windows), with the levers that the learned policy
 has: arrangement, queue order, chunks, SM shares. Then all meet the same test windows. ``OPPONENTS`` are the two best
 published rules of ``--screen`` on azure-conv, mooncake, rag-prefix and classes, of the table of all rules elsewhere
-(``eval-policy --scenario all --policy all --tune 25``); beside them stands ``static_plan``.
+(``eval-policy --scenario all --policy all --tune 25``), and least predicted TTFT where that is as strong with these
+levers; beside them stands ``static_plan``.
 
 With scaled targets the opponents are searched anew under them; the checkpoint is the shipped one, which has never met
 them. The screening is that of the unscaled targets.
@@ -55,12 +56,12 @@ __all__ = [
 
 CHECKPOINTS = ROOT / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
-    "azure-conv-4xa100": ("dyn_load", "splitwise"),
+    "azure-conv-4xa100": ("dyn_load", "splitwise", "predicted_ttft"),
     "mooncake-pd-8xh100": ("llmd_latency", "muxwise"),
     "creation-pd-4xa100": ("llmd_latency", "chunked"),
     "tiny-4xa100": ("tropical_code", "tropical"),
     "rag-prefix-4xa100": ("sglang_cache_aware", "muxwise"),
-    "azure-code-mux-4xa100": ("tropical", "dopd_code"),
+    "azure-code-mux-4xa100": ("tropical", "dopd_code", "predicted_ttft"),
     "shift-pd-8xa100": ("lodestar", "muxwise"),
     "classes-6xa100": ("splitwise", "predicted_ttft"),
 }

@@ -1,5 +1,6 @@
 """Sustained goodput: each clause fails by name, the test of trend keeps its level, queueing theory gives the answer."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,8 @@ from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
-from env.measure.sustained import DEFINITION, Sample, backlog_trend, judge, sample_of
-from env.measure.sustained_search import Search, measure_sustained, run_settings
+from env.measure.sustained import DEFINITION, Clause, Sample, Verdict, backlog_trend, judge, sample_of
+from env.measure.sustained_search import Goal, Search, measure_sustained, run_settings
 from env.scenario import Scenario
 
 
@@ -213,6 +214,36 @@ def test_plain_bisection_gives_the_same_answer_for_more_requests(server, found):
     for quick, full in zip(found.found, plain.found, strict=True):
         assert quick.rate == pytest.approx(full.rate, rel=0.02)
     assert plain.simulated_requests > found.simulated_requests
+
+
+class Told(Search):
+    """A search whose verdicts are given: per place of the grid the letter of the clause that fails; none: held."""
+
+    def __init__(self, fails, first):
+        self._fails, self._start, self.asked = fails, first, list[int]()
+        self._runs, self._verdicts, self.mode, self._step, self.limit = {}, {}, "sequential", math.log1p(0.01), 5.0
+
+    def _first(self):
+        return self.rate_of(self._start) * 1.001
+
+    def verdict(self, index, goal, final=False):
+        self.asked.append(index)
+        letter = self._fails(index)
+        clause = Clause(letter or "a", "", 0.0, 0.0, not letter)
+        self._verdicts[index, goal] = Verdict(self.rate_of(index), goal.target, (clause,), 3, 0, 0.0)
+        return self._verdicts[index, goal]
+
+    def answer(self):
+        return self._index(self._find(Goal(0.9)).rate * 1.001)
+
+
+@pytest.mark.parametrize("first", [50, 101, 104, 105])
+def test_where_single_waits_fail_the_answer_does_not_depend_on_where_the_search_begins(first):
+    waits = Told(lambda k: "" if k <= 100 or k == 104 else "b", first)
+    assert waits.answer() == 104
+    steep = Told(lambda k: "" if k <= 100 else ("b" if k == 101 else "a"), first)
+    assert steep.answer() == 100
+    assert not {103, 104} <= set(steep.asked)  # who fails by attainment is not asked again further up
 
 
 def test_request_goodput_agrees_with_the_headline(server, found):
