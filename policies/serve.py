@@ -86,7 +86,7 @@ class Options:
     decision_log: str = option("", "write one JSON line a decision to this file")
     classes: str = option("", "YAML file (a scenario, for example) with SLO classes; x-slo-class names one")
     workers: str = option("", "processes that hold the instances: a number to start here, or HOST:PORT,HOST:PORT")
-    kv_transport: str = option("gloo", "KV between workers: gloo or nccl")
+    kv_transport: str = option("wire", "KV between workers: wire, or nccl on one machine")
     transfer_timeout_s: float = option(
         10.0, "a KV transfer may take that long in each of its states", min=0.01, max=86_400
     )

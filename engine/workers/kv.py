@@ -4,18 +4,20 @@ Each link of a receiver keeps one connection to each sender, and with it one byt
 are opened together and closed together on the first error, so a peer that died takes nothing but its own pair along,
 and the next transfer starts with a fresh one. Every wait has an end.
 
-Pipes: ``gloo`` (torch.distributed on CPU sockets, for any device, GPU tensors through host memory) and ``nccl``
-(torch.distributed between GPUs). What touches a GPU here is not yet verified on GPU.
+Pipes: ``wire`` (the pair's own connection, on which both have proved to know the key; for any device, GPU tensors
+through host memory) and ``nccl`` (torch.distributed between GPUs of one machine). NCCL's sockets and the store in which
+its two ends find each other ask for no key, so they stay on loopback. What touches a GPU here is not yet verified on
+GPU.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
+from ipaddress import ip_address
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -25,12 +27,13 @@ from torch import Tensor
 
 from engine.errors import SlalomError
 from engine.model.kv import KVPool
-from engine.workers.wire import ask, connect, receive, send
+from engine.workers.wire import ask, connect, fill, pour, receive, send
 
 __all__ = ["PIPES", "Pipe", "Puller", "check_pipe", "serve_pulls"]
 
 #: Blocks that travel together; also what is staged at both ends.
 _CHUNK = 64
+_LOOPBACK = "127.0.0.1"
 
 
 class Pipe(Protocol):
@@ -49,54 +52,95 @@ class Pipe(Protocol):
         ...
 
 
-class _GroupPipe:
-    """A torch.distributed process group of two; the sender is rank 0."""
+class _WirePipe:
+    """Bytes over the pair's connection, between its messages."""
 
-    def __init__(self, backend: str, store: dist.Store, rank: int, host: str, timeout_s: float) -> None:
-        self._other, self._on_host = 1 - rank, backend == "gloo"
-        kind: Any = dist.ProcessGroupGloo if self._on_host else dist.ProcessGroupNCCL
-        options = kind._Options() if self._on_host else kind.Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        if self._on_host:
-            options._devices = [kind.create_device(hostname=host)]
-        else:
-            # A timeout must end the waiting thread, not the process.
-            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-        self._group = kind(store, rank, 2, options)
+    def __init__(self, connection: Connection, rank: int, timeout_s: float) -> None:
+        self._connection = connection
 
     def send(self, tensor: Tensor, timeout_s: float) -> None:
-        staged = tensor.cpu() if self._on_host else tensor
-        self._group.send([staged], self._other, 0).wait(timedelta(seconds=timeout_s))
-        self._fence()
+        pour(self._connection, _bytes_of(tensor.cpu()), timeout_s)
 
     def receive(self, tensor: Tensor, timeout_s: float) -> None:
-        staged = torch.empty_like(tensor, device="cpu") if self._on_host and tensor.is_cuda else tensor
-        self._group.recv([staged], self._other, 0).wait(timedelta(seconds=timeout_s))
+        staged = torch.empty_like(tensor, device="cpu") if tensor.is_cuda else tensor
+        fill(self._connection, _bytes_of(staged), timeout_s)
         if staged is not tensor:
             tensor.copy_(staged)
-        self._fence()
-
-    def _fence(self) -> None:
-        if not self._on_host:
             torch.cuda.current_stream().synchronize()
+
+    def close(self) -> None:
+        return  # the pair closes its connection
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of the host."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class _NcclPipe:
+    """A torch.distributed process group of two; the sender is rank 0 and keeps the store."""
+
+    def __init__(self, connection: Connection, rank: int, timeout_s: float) -> None:
+        wait = timedelta(seconds=timeout_s)
+        if rank == 0:
+            store = _store(wait)
+            send(connection, {"store": store.port})
+        else:
+            port = receive(connection, timeout_s)["store"]
+            store = dist.TCPStore(_LOOPBACK, port, is_master=False, timeout=wait)
+        kind: Any = dist.ProcessGroupNCCL
+        options = kind.Options()
+        options._timeout = wait
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a timeout must end the waiting thread, not the process
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        self._other, self._group = 1 - rank, kind(store, rank, 2, options)
+
+    def send(self, tensor: Tensor, timeout_s: float) -> None:
+        self._group.send([tensor], self._other, 0).wait(timedelta(seconds=timeout_s))
+        torch.cuda.current_stream().synchronize()
+
+    def receive(self, tensor: Tensor, timeout_s: float) -> None:
+        self._group.recv([tensor], self._other, 0).wait(timedelta(seconds=timeout_s))
+        torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
         del self._group
 
 
-#: By name: from (store shared by the two, rank, own address, seconds to open) to a path. The sender is rank 0.
-PIPES: dict[str, Callable[[dist.Store, int, str, float], Pipe]] = {
-    "gloo": partial(_GroupPipe, "gloo"),
-    "nccl": partial(_GroupPipe, "nccl"),
-}
+def _store(timeout: timedelta) -> dist.TCPStore:
+    """Where the two ends of a pair find each other. Left to itself it listens on every interface."""
+    line = socket.create_server((_LOOPBACK, 0))
+    port = line.getsockname()[1]
+    return dist.TCPStore(
+        _LOOPBACK, port, is_master=True, wait_for_workers=False, timeout=timeout, use_libuv=False,
+        master_listen_fd=line.detach(),
+    )  # fmt: skip
 
 
-def check_pipe(name: str) -> None:
-    """:raises SlalomError: no such pipe, or what it needs is not here"""
+#: By name: from (the pair's connection, rank, seconds to open) to a path. The sender is rank 0.
+PIPES: dict[str, Callable[[Connection, int, float], Pipe]] = {"wire": _WirePipe, "nccl": _NcclPipe}
+
+
+def check_pipe(name: str, hosts: Sequence[str] = ()) -> None:
+    """:param hosts: of the workers that it is to join
+
+    :raises SlalomError: no such pipe, what it needs is not here, or it would be open to whoever reaches the hosts
+    """
     if name not in PIPES:
         raise SlalomError("--kv-transport", name, f"use one of {', '.join(PIPES)}")
-    if name == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
-        raise SlalomError("--kv-transport", name, "this machine has no GPU with NCCL; use gloo")
+    if name != "nccl":
+        return
+    if any(not _is_loopback(host) for host in hosts):
+        raise SlalomError("--kv-transport", name, "NCCL asks for no key: use wire, or workers on 127.0.0.1")
+    if not (dist.is_nccl_available() and torch.cuda.is_available()):
+        raise SlalomError("--kv-transport", name, "this machine has no GPU with NCCL; use wire")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _gather(pool: KVPool, blocks: Sequence[int]) -> Tensor:
@@ -116,14 +160,12 @@ def _scatter(pool: KVPool, blocks: Sequence[int], parts: Tensor) -> None:
 class _Pair:
     """The receiver's end of one pair."""
 
-    def __init__(self, sender: tuple[str, int], epoch: str, pipe: str, host: str, timeout_s: float) -> None:
-        name = uuid.uuid4().hex
+    def __init__(self, sender: tuple[str, int], epoch: str, pipe: str, timeout_s: float) -> None:
         self._connection = connect(sender)
         try:
-            opening = {"do": "serve_pulls", "epoch": epoch, "name": name, "pipe": pipe, "timeout_s": timeout_s}
-            answer = ask(self._connection, opening, timeout_s)
-            store = dist.TCPStore(sender[0], answer["store"], is_master=False, timeout=timedelta(seconds=timeout_s))
-            self._pipe = PIPES[pipe](dist.PrefixStore(name, store), 1, host, timeout_s)
+            opening = {"do": "serve_pulls", "epoch": epoch, "pipe": pipe, "timeout_s": timeout_s}
+            ask(self._connection, opening, timeout_s)
+            self._pipe = PIPES[pipe](self._connection, 1, timeout_s)
         except BaseException:
             self._connection.close()
             raise
@@ -148,11 +190,11 @@ class _Pair:
 class Puller:
     """Pulls KV into the pools of this process, one transfer at a time (that of one link).
 
-    :param host: address of this process for its peers
+    :param pipe: a name of :data:`PIPES`
     """
 
-    def __init__(self, pipe: str, host: str) -> None:
-        self._pipe, self._host = pipe, host
+    def __init__(self, pipe: str) -> None:
+        self._pipe = pipe
         self._pairs: dict[tuple[tuple[str, int], str], _Pair] = {}
 
     def fetch(
@@ -169,7 +211,7 @@ class Puller:
         until, peer = time.monotonic() + timeout_s, (sender, epoch)
         try:
             if peer not in self._pairs:
-                self._pairs[peer] = _Pair(sender, epoch, self._pipe, self._host, timeout_s)
+                self._pairs[peer] = _Pair(sender, epoch, self._pipe, timeout_s)
             self._pairs[peer].fetch(source, pool, blocks, until)
         except BaseException:
             if peer in self._pairs:
@@ -182,16 +224,14 @@ class Puller:
             self._pairs.popitem()[1].close()
 
 
-def serve_pulls(
-    connection: Connection, opening: dict[str, Any], pools: dict[int, KVPool], store: dist.TCPStore, host: str
-) -> None:
+def serve_pulls(connection: Connection, opening: dict[str, Any], pools: dict[int, KVPool]) -> None:
     """The sender's end of one pair, until the receiver hangs up: answers each question with the blocks it names.
 
     :param opening: the receiver's first message
-    :param store: lives in this process, and the receiver's process connects to it to find the pair
     """
-    send(connection, {"store": store.port})
-    path = PIPES[opening["pipe"]](dist.PrefixStore(opening["name"], store), 0, host, opening["timeout_s"])
+    make = PIPES[opening["pipe"]]
+    send(connection, {})
+    path = make(connection, 0, opening["timeout_s"])
     try:
         while True:
             wanted = receive(connection)

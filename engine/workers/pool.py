@@ -232,7 +232,7 @@ class Workers:
         self,
         workers: Sequence[RemoteWorker],
         *,
-        pipe: str = "gloo",
+        pipe: str = "wire",
         transfer_timeout_s: float = 10.0,
         step_timeout_s: float = 120.0,
     ) -> None:
@@ -248,7 +248,7 @@ class Workers:
 
         :raises SlalomError: one of them did not come up; it has said why
         """
-        check_pipe(options.get("pipe", "gloo"))
+        check_pipe(options.get("pipe", "wire"))
         os.environ.setdefault(KEY, secrets.token_hex())
         begun: list[subprocess.Popen[str]] = []
         try:
@@ -279,11 +279,12 @@ class Workers:
 
         :raises SlalomError: one cannot be reached
         """
-        check_pipe(options.get("pipe", "gloo"))
+        places = [parse_address(text) for text in addresses]
+        check_pipe(options.get("pipe", "wire"), [host for host, _ in places])
         workers: list[RemoteWorker] = []
-        for text in addresses:
+        for text, place in zip(addresses, places, strict=True):
             try:
-                workers.append(RemoteWorker(parse_address(text)))
+                workers.append(RemoteWorker(place))
             except (EOFError, OSError, RuntimeError, AuthenticationError) as error:
                 for worker in workers:  # others may have them
                     worker.close()

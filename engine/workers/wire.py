@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
@@ -19,7 +21,10 @@ from engine.kernels import Spans
 from engine.model.sampling import SamplingParams
 from engine.workers.lease import Disowned
 
-__all__ = ["KEY", "admit", "ask", "connect", "listen", "parse_address", "receive", "send", "step_from", "step_message"]
+__all__ = [
+    "KEY", "admit", "ask", "connect", "fill", "listen", "parse_address", "pour", "receive", "send", "step_from",
+    "step_message",
+]  # fmt: skip
 
 #: Environment variable with the secret that all processes of an engine share.
 KEY = "SLALOM_KEY"
@@ -94,6 +99,41 @@ def receive(connection: Connection, timeout_s: float | None = None) -> dict[str,
     if not isinstance(message, dict):
         raise SlalomError("message", message, "send an object")
     return message
+
+
+def pour(connection: Connection, data: memoryview, timeout_s: float) -> None:
+    """Send bytes that are no message; the other side knows how many and calls :func:`fill`.
+
+    :raises TimeoutError: they were not taken in ``timeout_s`` seconds; ``OSError``: the other side is gone
+    """
+    until = time.monotonic() + timeout_s
+    with socket.socket(fileno=os.dup(connection.fileno())) as line:
+        while len(data):
+            if not _ready(line.fileno(), select.POLLOUT, until):
+                raise TimeoutError(f"time-out: not all was taken within {timeout_s:g} s")
+            data = data[line.send(data, socket.MSG_DONTWAIT) :]
+
+
+def fill(connection: Connection, data: memoryview, timeout_s: float) -> None:
+    """Fill ``data`` with what the other side pours.
+
+    :raises TimeoutError: it did not come in ``timeout_s`` seconds; ``EOFError`` or ``OSError``: the other side is gone
+    """
+    until = time.monotonic() + timeout_s
+    while len(data):
+        if not _ready(connection.fileno(), select.POLLIN, until):
+            raise TimeoutError(f"time-out: not all came within {timeout_s:g} s")
+        came = os.readv(connection.fileno(), [data])
+        if not came:
+            raise EOFError
+        data = data[came:]
+
+
+def _ready(line: int, event: int, until: float) -> bool:
+    """Wait for ``event`` on a descriptor until then; False when it does not come."""
+    poll = select.poll()
+    poll.register(line, event)
+    return bool(poll.poll(max(until - time.monotonic(), 0.0) * 1e3))
 
 
 def ask(connection: Connection, message: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import typer
 
 from engine.calibration.quick import measure
@@ -43,19 +40,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 class Worker:
     """Answers the questions of one ``serve`` and of its other workers, a thread for each connection.
 
-    :param host: this process's address for its peers
     :param make: a capturer of graphs for each lane; None: every launch by the host
     """
 
-    def __init__(
-        self, model: Llama, eos_ids: frozenset[int], host: str, make: Callable[[], Capturer] | None = None
-    ) -> None:
-        self._model, self._eos_ids, self._host, self._make = model, eos_ids, host, make
+    def __init__(self, model: Llama, eos_ids: frozenset[int], make: Callable[[], Capturer] | None = None) -> None:
+        self._model, self._eos_ids, self._make = model, eos_ids, make
         weights = model.embed.weight
         self._device = make_device(weights.device.type, weights.device.index or 0)
         self._pools: dict[int, KVPool] = {}
         self._lease = Lease()
-        self._store = _store(host)
         self._strangers = threading.Semaphore(_STRANGERS)
 
     def welcome(self, connection: Connection) -> None:
@@ -93,11 +86,11 @@ class Worker:
                     send(connection, {"disowned": str(error)})
                     continue
                 if do == "serve_pulls":
-                    serve_pulls(connection, message, self._pools, self._store, self._host)
+                    serve_pulls(connection, message, self._pools)
                     return
                 try:
                     if do == "fetch":
-                        puller = puller or Puller(message["pipe"], self._host)
+                        puller = puller or Puller(message["pipe"])
                         answer = self._fetch(puller, message)
                     elif do == "lane":
                         lane = self._lane(message)
@@ -187,7 +180,7 @@ def work(
     loaded = load_model(model, device=place, dtype=kind, kernels=kernels)
     index = loaded.embed.weight.device.index or 0
     make = partial(CudaCapturer, index) if place.startswith("cuda") and not eager else None
-    worker = Worker(loaded, eos_ids, address[0], make)
+    worker = Worker(loaded, eos_ids, make)
     if once:
         threading.Thread(target=_end_with_input, daemon=True).start()
     print(json.dumps({"listening": listener.address}), flush=True)
@@ -199,16 +192,6 @@ def work(
             time.sleep(1.0)
             continue
         worker.welcome(connection)
-
-
-def _store(host: str) -> dist.TCPStore:
-    """Where the two ends of a pair find each other. It listens on ``host`` alone; left to itself on every interface."""
-    line = socket.create_server((host, 0))
-    port = line.getsockname()[1]
-    return dist.TCPStore(
-        host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60), use_libuv=False,
-        master_listen_fd=line.detach(),
-    )  # fmt: skip
 
 
 def _end_with_input() -> None:

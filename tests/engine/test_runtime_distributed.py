@@ -1,4 +1,4 @@
-"""Instances in other processes: same tokens, KV pulled over gloo, nothing lost when one is killed or stopped."""
+"""Instances in other processes: same tokens, KV pulled over the wire, nothing lost when one is killed or stopped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import AuthenticationError
+from datetime import timedelta
+from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, engine_on, mixed, send, until
@@ -32,7 +34,7 @@ from engine.workers import kv as kv
 from engine.workers.kv import Puller, check_pipe
 from engine.workers.lease import Disowned, Lease
 from engine.workers.pool import Workers
-from engine.workers.wire import KEY, ask, connect, listen, parse_address, step_from, step_message
+from engine.workers.wire import KEY, ask, connect, fill, listen, parse_address, pour, step_from, step_message
 from engine.workers.worker import Worker
 
 LONG = replace(GREEDY, max_tokens=60)
@@ -57,7 +59,7 @@ class InThread(Worker):
     """A worker in threads of this process: everything but the process is real."""
 
     def __init__(self, make: Callable[[], Capturer] | None = None) -> None:
-        super().__init__(MODEL, TOKENIZER.eos_ids, "127.0.0.1", make)
+        super().__init__(MODEL, TOKENIZER.eos_ids, make)
         self._listener = listen(("127.0.0.1", 0))
         self.address = self._listener.address
         threading.Thread(target=self._accept, daemon=True).start()
@@ -92,7 +94,7 @@ def served_by(workers: Workers, specs: Sequence[InstanceSpec], timeout_s: float 
     assert (engine.state.pool["free"] == engine.state.pool["n_blocks"]).all()
 
 
-def test_requests_migrated_over_gloo_give_the_same_tokens(expected: list[list[int]]) -> None:
+def test_requests_migrated_over_the_wire_give_the_same_tokens(expected: list[list[int]]) -> None:
     with served_by(Workers.join([InThread().text(), InThread().text()]), PD) as engine:
         callers = [send(engine, prompt, LONG) for prompt in PROMPTS * 2]
         assert [caller.wait().tokens for caller in callers] == expected * 2
@@ -178,12 +180,12 @@ def test_a_sender_that_says_nothing_costs_a_timeout_and_the_next_pull_a_new_pair
         monkeypatch.setattr("engine.workers.worker.serve_pulls", stall(kv.serve_pulls))
     elif state == "while it opens":
         monkeypatch.setitem(
-            kv.PIPES, "gloo",
-            lambda store, rank, *rest: (stall(REAL) if rank == 0 else REAL)(store, rank, *rest),
+            kv.PIPES, "wire",
+            lambda connection, rank, *rest: (stall(REAL) if rank == 0 else REAL)(connection, rank, *rest),
         )  # fmt: skip
     else:
         monkeypatch.setattr(kv, "_gather", stall(kv._gather))
-    puller, pairs = Puller("gloo", "127.0.0.1"), [(k, 99 - k) for k in range(100)]
+    puller, pairs = Puller("wire"), [(k, 99 - k) for k in range(100)]
     with pytest.raises(Exception, match=r"(?i)time|answer"):
         puller.fetch(sender.address, epoch, 0, target, pairs, 0.5)
     assert not awoken, "it waited for the sender"
@@ -195,7 +197,7 @@ def test_a_sender_that_says_nothing_costs_a_timeout_and_the_next_pull_a_new_pair
     puller.close()
 
 
-REAL = kv.PIPES["gloo"]
+REAL = kv.PIPES["wire"]
 
 
 def test_pulls_that_break_are_recomputed(expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +228,9 @@ def test_what_cannot_be_joined_is_refused() -> None:
         check_pipe("pigeon")
     if not torch.cuda.is_available():
         with pytest.raises(SlalomError, match="no GPU"):
-            check_pipe("nccl")
+            check_pipe("nccl", ["127.0.0.3", "localhost", "::1"])
+    with pytest.raises(SlalomError, match="NCCL asks for no key"):
+        Workers.join([worker.text(), "192.0.2.1:7001"], pipe="nccl")
     with pytest.raises(AuthenticationError):
         Client(worker.address, authkey=b"another secret")
 
@@ -282,12 +286,33 @@ def test_a_lease_runs_out_only_when_somebody_else_wants_it() -> None:
     assert lease.give_back(yours)
 
 
-def test_the_store_listens_on_the_given_address_only() -> None:
-    port = InThread()._store.port
+def test_the_store_of_nccl_listens_on_loopback_only() -> None:
+    store = kv._store(timedelta(seconds=5))
     tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
     lines = [line.split() for path in tables for line in path.read_text().splitlines()[1:]]
     listening = {line[1] for line in lines if line[3] == "0A"}  # TCP_LISTEN
-    assert {place for place in listening if place.endswith(f":{port:04X}")} == {f"0100007F:{port:04X}"}
+    assert {place for place in listening if place.endswith(f":{store.port:04X}")} == {f"0100007F:{store.port:04X}"}
+
+
+def test_bytes_between_messages_arrive_whole_or_time_runs_out() -> None:
+    ours, theirs = Pipe()
+    sent = np.random.default_rng(0).bytes(3_000_000)  # more than a socket holds
+    came = bytearray(len(sent))
+    taker = threading.Thread(target=lambda: (fill(theirs, memoryview(came), 20.0), theirs.send_bytes(b"next")))
+    taker.start()
+    pour(ours, memoryview(sent), 20.0)
+    taker.join()
+    assert came == sent
+    assert ours.recv_bytes() == b"next"
+    with pytest.raises(TimeoutError):
+        pour(ours, memoryview(sent), 0.05)  # nobody takes it
+    while theirs.poll(0):
+        fill(theirs, memoryview(came)[:1], 1.0)
+    with pytest.raises(TimeoutError):
+        fill(theirs, memoryview(came), 0.05)
+    ours.close()
+    with pytest.raises(EOFError):
+        fill(theirs, memoryview(came), 20.0)
 
 
 def test_callers_that_prove_nothing_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,10 +35,10 @@ MESSAGES: dict[str, dict[str, Any]] = {
         "params": [json.loads(json.dumps(step_message(None, (0, 4), [GREEDY], [0])))["params"][0]], "steps": [0],
     },
     "fetch": {
-        "do": "fetch", "pipe": "gloo", "sender": None, "sender_epoch": "x", "from": 0, "to": 0, "blocks": [[1, 2]],
+        "do": "fetch", "pipe": "wire", "sender": None, "sender_epoch": "x", "from": 0, "to": 0, "blocks": [[1, 2]],
         "timeout_s": 0.1,
     },
-    "serve_pulls": {"do": "serve_pulls", "name": "x", "pipe": "none", "timeout_s": 0.1},
+    "serve_pulls": {"do": "serve_pulls", "pipe": "none", "timeout_s": 0.1},
 }  # fmt: skip
 HANDSHAKE = b"\0\0\0\x14#WELCOME#" + b"x" * 11 + b"\0\0\0\x0c" + b'{"do":"own"}'
 
