@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -20,6 +21,7 @@ import numba
 from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
+from engine.errors import SlalomError
 from engine.jit import sources
 from engine.jit.parts import PART, Compiler, rebuilt
 
@@ -37,9 +39,13 @@ def _usable(folder: Path) -> bool:
 
 
 def _cache_dir() -> Path:
-    override = os.environ.get("SLALOM_CACHE_DIR") or os.environ.get("NUMBA_CACHE_DIR")
-    if override:
-        return Path(override)
+    """:raises SlalomError: the folder that the environment names may be written by others"""
+    for name in ("SLALOM_CACHE_DIR", "NUMBA_CACHE_DIR"):
+        if override := os.environ.get(name):
+            if not _usable(Path(override)):
+                fix = "name a folder that is yours and that nobody else can write (chmod 700): code is run from it"
+                raise SlalomError(name, override, fix)
+            return Path(override)
     base = Path(os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")))
     shared = Path(tempfile.gettempdir()) / f"slalom-cache-{os.getuid()}"
     for folder in (base / "slalom", shared):
@@ -48,7 +54,11 @@ def _cache_dir() -> Path:
     return Path(tempfile.mkdtemp(prefix="slalom-cache-"))
 
 
-CACHE_DIR = _cache_dir()
+try:
+    CACHE_DIR = _cache_dir()
+except SlalomError as error:  # modules are still being read: no command is there to make one line of it
+    print(f"slalom: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 @cache

@@ -12,7 +12,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from ipaddress import ip_address
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Any
 
 from engine.errors import SlalomError
@@ -74,7 +77,7 @@ def connect(address: str, *, cores: int | None = None) -> None:
 
     :param address: ``auto``, ``HOST:PORT`` of a head node, or ``ray://HOST:PORT``
     :param cores: workers to start where ``auto`` finds no cluster; None: one per core
-    :raises SlalomError: Ray is not installed, or nobody answers at the address
+    :raises SlalomError: Ray is not installed, or nobody answers at the address, or Ray would be open to other machines
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without GPUs sees what it saw
@@ -85,13 +88,46 @@ def connect(address: str, *, cores: int | None = None) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with _loopback() if address == "auto" else nullcontext():
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
+            if address != "auto":
+                fix = "start the head node first (ray start --head), or use auto"
+                raise SlalomError("--ray", address, f"{_first_line(error)}; {fix}") from error
+            ray.init(num_cpus=cores or os.cpu_count(), include_dashboard=False, **quiet)
+            _lock_up(ray)
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Whatever Ray starts here listens on loopback, and is found there.
+
+    It would listen on every interface, and who reaches it may run code. No option says "loopback": Ray turns 127.0.0.1
+    into an address that others reach, but on systems where it makes no clusters. It is told that this is one.
+    """
+    from ray._private import ray_constants
+
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, TimeoutError, RuntimeError) as error:
-        if address != "auto":
-            fix = "start the head node first (ray start --head), or use auto"
-            raise SlalomError("--ray", address, f"{_first_line(error)}; {fix}") from error
-        ray.init(num_cpus=cores or os.cpu_count(), include_dashboard=False, **quiet)
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _lock_up(ray: Any) -> None:
+    """See that what was started here is this user's alone.
+
+    :raises SlalomError: it listens where others reach it
+    """
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.chmod(0o600)  # Ray leaves it as the umask says, and it opens the ports to who can read it
+    found = ray.util.get_node_ip_address()
+    if not ip_address(found).is_loopback:
+        ray.shutdown()
+        fix = "this version of Ray cannot be kept on 127.0.0.1: start one yourself (ray start --head) and name it"
+        raise SlalomError("--ray", found, fix)
 
 
 def cores() -> int:

@@ -81,6 +81,25 @@ def test_a_cache_that_others_may_write_is_not_used(tmp_path: Path) -> None:
     assert not _usable(tmp_path / "file" / "below")
 
 
+@pytest.mark.parametrize("name", ["SLALOM_CACHE_DIR", "NUMBA_CACHE_DIR"])
+def test_a_named_cache_that_others_may_write_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from engine.jit.kernel import CACHE_DIR; print(CACHE_DIR)"]
+    mine = tmp_path / "mine"
+    surroundings = os.environ | {"SLALOM_CACHE_DIR": "", "PYTHONPATH": str(sources.ROOT), name: str(mine)}
+    for mode, code in ((None, 0), (0o755, 0), (0o770, 2), (0o707, 2)):
+        if mode is not None:
+            mine.chmod(mode)
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        if code:
+            assert done.stderr == (
+                f"slalom: {name}: got '{mine}'; name a folder that is yours and that nobody else can write "
+                "(chmod 700): code is run from it\n"
+            )
+        else:
+            assert done.stdout == f"{mine}\n"
+
+
 _attach = make_attach("Box", [("number", np.int32, 1), ("words", np.int64, 2)])
 
 

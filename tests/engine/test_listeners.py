@@ -1,4 +1,4 @@
-"""What listens where: every socket of ``serve`` and ``serve-worker`` in their modes, found as a port scan would.
+"""What listens where: every socket of ``serve``, its workers, ``route`` and Ray, found as a port scan would.
 
 By default nothing can be reached from another machine. What ``docs/security.md`` says of addresses that can be is
 tested with further loopback addresses in the place of such ones.
@@ -18,9 +18,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import deliver_challenge
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
+from remote_cases import mocks
 
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
@@ -55,7 +57,8 @@ def address_of(text: str) -> tuple[str, int]:
     host, port = text.split(":")
     raw = b"".join(bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8))
     address: IPv4Address | IPv6Address = ip_address(raw)
-    return str(address), int(port, 16)
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return str(mapped or address), int(port, 16)
 
 
 def listeners(root: int) -> set[tuple[str, int]]:
@@ -80,7 +83,8 @@ def listeners(root: int) -> set[tuple[str, int]]:
 def started(*command: str, says: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A command that runs, and what it said once it was ready."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, *(() if command[0].endswith(".py") else ("-m",)), *command], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1", KEY: "only for these tests"},
     )  # fmt: skip
     try:
@@ -119,7 +123,9 @@ def serving(*options: str) -> Iterator[tuple[int, int]]:
 
 def ask(port: int, host: str = "127.0.0.1") -> None:
     url, headers = f"http://{host}:{port}/v1/completions", {"authorization": f"Bearer {SECRET}"}
-    answers = [httpx.post(url, json=BODY, headers=headers, trust_env=False, timeout=60.0) for _ in range(2)]
+    transport = httpx.HTTPTransport(retries=6)  # the address is said a moment before the door opens
+    with httpx.Client(transport=transport, headers=headers, timeout=60.0, trust_env=False) as client:
+        answers = [client.post(url, json=BODY) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200]
 
 
@@ -148,6 +154,60 @@ def test_addresses_of_their_own_are_listened_on_and_no_others() -> None:
         for process, address in (first, second):  # KV has moved, by the one door that asks for the key
             assert listeners(process) == {parse_address(address)}
         assert httpx.get(f"http://127.0.0.4:{port}/metrics", trust_env=False, timeout=60.0).status_code == 401
+
+
+def test_the_router_has_one_door_and_it_is_of_this_machine() -> None:
+    with mocks(1) as engines:
+        arguments = ("--engines", engines[0].url, "--profile", "smollm2-cpu", "--port", "0")
+        with started("policies.route", *arguments, says="routing") as (process, line):
+            found = re.search(r"http://127.0.0.1:(\d+)", line)
+            assert found is not None, line
+            ask(int(found.group(1)))
+            assert listeners(process.pid) == {("127.0.0.1", int(found.group(1)))}
+
+
+RAY = """
+import sys
+from env.measure.pool import RayExecutor, connect
+connect("auto", cores=1)
+import ray
+assert RayExecutor().submit(abs, -7).result() == 7
+print("computing at", ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+SECOND = """
+from env.measure.pool import RayExecutor, connect
+connect("auto")
+assert RayExecutor().submit(abs, -7).result() == 7
+import ray
+print(ray.get_runtime_context().gcs_address)
+"""
+
+
+@pytest.mark.slow
+def test_ray_that_we_start_is_of_this_machine_and_asks_for_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    script = tmp_path / "script.py"
+    script.write_text(RAY)
+    with TemporaryDirectory() as short, ExitStack() as stack:  # Ray's sockets have no room for a long path
+        for name, value in {"HOME": tmp_path, "RAY_TMPDIR": short, "RAY_ADDRESS": "", "PYTHONPATH": ROOT}.items():
+            monkeypatch.setenv(name, str(value))
+        process, line = stack.enter_context(started(str(script), says="computing"))
+        found = listeners(process.pid)
+        assert len(found) > 3
+        assert {host for host, _ in found} == {"127.0.0.1"}
+        token = tmp_path / ".ray" / "auth_token"
+        assert token.stat().st_mode & 0o777 == 0o600
+        at = line.split()[-1]
+        joining = [sys.executable, "-c", SECOND]
+        done = subprocess.run(joining, capture_output=True, text=True)
+        assert done.stdout == at + "\n", done.stderr
+        strange = os.environ | {"RAY_AUTH_MODE": "disabled"}  # it asks without the token
+        with suppress(subprocess.TimeoutExpired):  # it is refused, and goes on asking
+            done = subprocess.run(joining, env=strange, capture_output=True, text=True, timeout=40.0)
+            assert at not in done.stdout
 
 
 def test_without_workers_there_is_one_door_and_it_is_of_this_machine() -> None:
