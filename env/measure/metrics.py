@@ -20,10 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.core.kinds import RequestState
+from engine.core.origin import STAMPS
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
-__all__ = ["Outcomes", "absolute_s", "block_counts", "detailed", "histogram_stats", "outcomes", "summarize"]
+__all__ = [
+    "Outcomes", "absolute_s", "block_counts", "detailed", "histogram_stats", "on_one_clock", "outcomes", "summarize",
+]  # fmt: skip
 
 PERCENTILES = (90, 95, 99)
 
@@ -90,6 +93,20 @@ def absolute_s(run: Any, stamp: str) -> NDArray[np.float64]:
     seconds: NDArray[np.float64] = run.req[stamp] / TICKS_PER_S
     origin_s = getattr(run, "origin_s", None)
     return seconds if origin_s is None else origin_s + seconds
+
+
+def on_one_clock(run: Any) -> tuple[NDArray[Any], float]:
+    """The requests of a run with all stamps counted from its beginning, and units in a second.
+
+    :return: ``run.req`` and ticks; of a run whose origin moved, a copy in nanoseconds, which last for centuries
+    """
+    if getattr(run, "origin_s", None) is None:
+        return run.req, float(TICKS_PER_S)
+    req = run.req.copy()
+    for stamp in STAMPS:
+        since = np.rint(absolute_s(run, stamp) * 1e9).astype(np.int64)
+        req[stamp] = np.where(req[stamp] >= 0, since, req[stamp])
+    return req, 1e9
 
 
 def block_counts(found: Outcomes, n_blocks: int) -> tuple[list[int], list[int]]:

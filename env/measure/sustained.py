@@ -31,9 +31,8 @@ from numpy.typing import NDArray
 from scipy.stats import norm, theilslopes
 
 from engine.core.kinds import RequestState
-from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
-from env.measure.metrics import Outcomes, block_counts, outcomes
+from env.measure.metrics import Outcomes, block_counts, on_one_clock, outcomes
 
 __all__ = [
     "DEFINITION",
@@ -135,14 +134,11 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
 
     :param run: a ``RunResult``
     :param warmup: share of arrivals left out at the start
-    :raises SlalomError: a run of more than 49 days, in which nothing is sustained but patience
     """
-    if getattr(run, "origin_s", None) is not None:
-        fix = "sustained goodput is measured in runs of at most 49 days; ask for a higher rate"
-        raise SlalomError("rate", run.rate, fix)
     found = outcomes(run, warmup=warmup)
     r = run.req[found.rows]
-    first, last = int(r["arrival"][0]), int(r["arrival"][-1])
+    req, per_s = on_one_clock(run)
+    first, last = (int(req["arrival"][found.rows[k]]) for k in (0, -1))
     started = r["first_token"] >= 0
     gone = (r["state"] == RequestState.SHED) | (r["state"] == RequestState.FAILED)
     refused = gone & ~started
@@ -150,11 +146,12 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
     wait = np.where(started, r["first_token"] - r["arrival"], 0).astype(np.float64)
     block_sent, block_good = block_counts(found, 20)
     lengths, edges = _by_length(r["prompt"], found.good)
-    offered = len(r) / max((last - first) / TICKS_PER_S, 1e-9)
+    span_s = (last - first) / per_s
+    offered = len(r) / max(span_s, 1e-9)
     return Sample(
         rate=float(run.rate),
         seed=int(run.seed),
-        span_s=(last - first) / TICKS_PER_S,
+        span_s=span_s,
         sent=len(r),
         good=int(found.good.sum()),
         block_sent=block_sent,
@@ -168,9 +165,9 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
         classes=_by_class(run, found),
         lengths=lengths,
         length_edges=edges,
-        backlog=backlog_of(run.req, first, last).tolist(),
+        backlog=backlog_of(req, first, last).tolist(),
         offered=offered,
-        served=offered * _work_done(run.req, first, last),
+        served=offered * _work_done(req, first, last),
         simulated=found.sent_total,
     )
 

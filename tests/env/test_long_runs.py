@@ -13,7 +13,7 @@ from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.metrics import absolute_s, detailed, summarize
-from env.measure.sustained import sample_of
+from env.measure.sustained import judge, sample_of
 from env.scenario import Scenario
 from env.surrogate import simulate as module
 from env.surrogate.arena import build_trace
@@ -131,8 +131,27 @@ def test_whoever_reads_stamps_of_a_long_run_counts_them_from_their_origin(scenar
     run = simulate(scenario, "least_tokens", rate=1.0, trace=trace)
     np.testing.assert_allclose(absolute_s(run, "arrival"), trace.arrival_s, atol=1e-6)
     assert detailed(run)["start_times"] == pytest.approx(trace.arrival_s.tolist())
-    with pytest.raises(SlalomError, match="49 days"):
-        sample_of(run, warmup=0.0)
+
+
+def test_sustained_goodput_of_months_has_the_clauses_of_the_same_run_in_one_stretch(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = requests(40.0, n=400, output=2000)
+    whole = simulate(scenario, "least_tokens", rate=1.0, trace=trace, slowdown=2e3)
+    monkeypatch.setattr("env.surrogate.simulate.is_long", lambda trace: True)
+    parts = simulate(scenario, "least_tokens", rate=1.0, trace=trace, slowdown=2e3)
+    assert len(np.unique(parts.origin_s)) >= 2
+    one, other = (sample_of(run, warmup=0.1).as_dict() for run in (parts, whole))
+    assert one["span_s"] > 35 * DAY_S
+    assert max(one["backlog"]) > 0.5
+    assert one.pop("classes") == other.pop("classes")
+    for name, value in other.items():
+        assert np.ravel(one[name]) == pytest.approx(np.ravel(value), rel=1e-6), name
+    monkeypatch.undo()
+    year = sample_of(simulate(scenario, "least_tokens", rate=1.0, trace=requests(365.0)), warmup=0.0)
+    assert year.span_s == pytest.approx(365.0 * DAY_S)
+    assert year.good == year.sent == 40
+    assert judge([year], 0.9, tail_factor=10.0, limit=1.0, lone_s=1.0).met
 
 
 def test_a_run_of_eleven_years_is_refused_with_the_limit(scenario: Scenario) -> None:
