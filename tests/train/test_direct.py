@@ -22,7 +22,7 @@ from train.ppo.learner import DispatchPPO
 from train.recipe import load_recipe, recipe_names
 from train.run import Request, run
 from train.search.direct import DirectConfig, direct_search
-from train.search.fitness import merged
+from train.search.fitness import Fitness, merged
 from train.search.generalist import named, train_generalist
 from train.search.space import Design, Space, offspring, random_design, reordered, varied
 
@@ -69,6 +69,15 @@ def test_what_is_missed_at_moderate_load_counts_as_much_as_at_the_knee() -> None
     assert merged([1.0, 1.0]) == pytest.approx(1.0)
     assert merged([0.9]) == pytest.approx(0.9)
     assert merged([0.2, 0.3]) < merged([0.25, 0.3])
+
+
+def test_a_rule_that_does_not_fit_scores_nothing_and_what_is_wrong_with_the_workload_is_said() -> None:
+    alone = Scenario.load("tiny-4xa100").with_overrides({"cluster.0.count": 1})
+    fitness = Fitness(alone, arena_of(alone).setting)
+    assert fitness.score(Design("splitwise"), [5.0], (0,), 50) == 0.0  # it needs two instances
+    assert fitness.score(Design("least_tokens"), [5.0], (0,), 50, waits=False) > 0.5
+    with pytest.raises(SlalomError, match="rate"):
+        fitness.score(Design("least_tokens"), [-1.0], (0,), 50, waits=False)
 
 
 def test_random_designs_and_their_neighbours_run_or_are_refused() -> None:

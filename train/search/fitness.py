@@ -85,12 +85,13 @@ class Fitness:
         """Mean over seeds, :func:`merged` over rates; 0 where the rule does not fit the scenario.
 
         :param waits: False: a first look, in runs too short for starvation to show
+        :raises SlalomError: what is wrong with the scenario or its workload: no design is to blame for that
         """
         try:
             policy = design.bind(self.setting)
-            cells = [[self.level(policy, rate, seed, n, waits) for seed in seeds] for rate in rates]
         except SlalomError:
             return 0.0
+        cells = [[self.level(policy, rate, seed, n, waits) for seed in seeds] for rate in rates]
         return merged([sum(row) / len(row) for row in cells])
 
     def knee(
@@ -99,6 +100,7 @@ class Fitness:
         """The largest rate with a level of 90 %, requests per second; 0 where there is none.
 
         :param waits: as in :meth:`score`
+        :raises SlalomError: as in :meth:`score`
         """
         try:
             policy = design.bind(self.setting)
