@@ -68,7 +68,7 @@ class Options:
     prefix_cache: bool = option(True, "reuse KV of equal beginnings")
     device: str = option("auto", "auto (CUDA if there is one), cpu or cuda")
     dtype: str = option("auto", "auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16")
-    kernels: str = option("auto", "auto, torch or triton")
+    kernels: str = option("auto", "auto, torch, triton or flashinfer")
     eager: bool = option(False, "launch every kernel, no CUDA graphs", "--eager")
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "0: any free one", min=0, max=65535)

@@ -7,7 +7,7 @@ kernels (what a GPU runs); :func:`make_kernels` picks one by name. `batch` descr
 from __future__ import annotations
 
 from engine.kernels.base import Kernels
-from engine.kernels.batch import Batch, Span, Spans
+from engine.kernels.batch import Batch, Scored, Span, Spans
 from engine.kernels.registry import KERNELS, make_kernels
 
-__all__ = ["KERNELS", "Batch", "Kernels", "Span", "Spans", "make_kernels"]
+__all__ = ["KERNELS", "Batch", "Kernels", "Scored", "Span", "Spans", "make_kernels"]

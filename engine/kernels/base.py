@@ -25,6 +25,8 @@ class Kernels(ABC):
     name: ClassVar[str]
     #: Whether what a pass launches depends on nothing but its shapes, so that it can be captured in a graph.
     replayable: ClassVar[bool] = False
+    #: Passes of a sequence with so many rows meet every variant that serving needs.
+    warm_rows: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64, 128)
 
     def tiling(self, max_query: int, heads: tuple[int, int, int], element_bytes: int, sm_count: int) -> Tiling | None:
         """How :meth:`attend` cuts a pass whose longest sequence has ``max_query`` rows; None: it keeps no work list.

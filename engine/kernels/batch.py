@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.kernels.packing import upload
 from engine.kernels.work import Tiling, Work, work_list
 
-__all__ = ["Batch", "Span", "Spans"]
+__all__ = ["Batch", "Scored", "Span", "Spans"]
 
 _COLUMNS = ("tokens", "positions", "query_starts", "context_lens", "block_tables", "slots", "sample_rows")
 
@@ -33,6 +33,19 @@ class Span(NamedTuple):
     sample: bool = True
 
 
+class Scored(NamedTuple):
+    """Tokens of a prompt whose log-probabilities somebody wants.
+
+    :param span: which sequence of the pass
+    :param top: how many of the likeliest tokens to name beside each
+    :param tokens: those that follow the first rows of the span, one for each row
+    """
+
+    span: int
+    top: int
+    tokens: Sequence[int]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Spans:
     """Several :class:`Span` as columns: S sequences in order, T tokens. What the scheduler writes and a lane reads.
@@ -48,6 +61,7 @@ class Spans:
     n_blocks: np.ndarray  # int32 (S,)
     blocks: np.ndarray  # int32 (S, W)
     prompts: int = 0  # the first so many sequences compute a part of their prompt, be it of one token
+    scored: Sequence[Scored] = ()
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -85,7 +99,10 @@ class Spans:
         begin, one = int(self.counts[:k].sum()), slice(k, k + 1)
         tokens = self.tokens[begin : begin + int(self.counts[k])]
         counts, starts, sample = self.counts[one], self.starts[one], self.sample[one]
-        return Spans(tokens, counts, starts, sample, self.n_blocks[one], self.blocks[one], int(k < self.prompts))
+        scored = [wanted._replace(span=0) for wanted in self.scored if wanted.span == k]
+        return Spans(
+            tokens, counts, starts, sample, self.n_blocks[one], self.blocks[one], int(k < self.prompts), scored
+        )
 
     @property
     def width(self) -> int:

@@ -161,7 +161,7 @@ class RequestBook(ABC, Generic[T]):
         """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
         size = self._hash_tokens
         request.due = (tokens // size + 1) * size if size else NEVER
-        if size == 0:
+        if size == 0 or not request.reuses:
             return
         first, last = int(self._hashed[request.slot]), min(tokens, len(request.tokens)) // size
         if last > first:

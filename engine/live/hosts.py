@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from engine.core.state import ClusterState
-from engine.kernels import Batch, Spans
+from engine.kernels import Batch, Scored, Spans
 from engine.lanes.base import WHOLE, Device, Lane
 from engine.lanes.partitions import Lanes, lanes_of, make_device, partition_of
 from engine.live.graphs import CHUNKS, Capturer, CudaCapturer, LaneGraphs, Replay, decode_buckets
@@ -29,10 +29,12 @@ class Executor(Protocol):
     """Runs the steps of one lane, one after the other, wherever the weights are.
 
     :ivar logprobs: of the last step's tokens, one for each; empty where nobody asked
+    :ivar prompt_logprobs: for each :class:`engine.kernels.Scored` of its spans, of the tokens that it names
     """
 
     n_layers: int
     logprobs: Sequence[Logprobs | None]
+    prompt_logprobs: Sequence[Sequence[Logprobs]]
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """Which partition of the device the step in lane (i, l) runs on; asked when the step starts."""
@@ -85,6 +87,7 @@ class _Pass(NamedTuple):
     batch: Batch
     carry: Carry
     lane: Lane
+    scored: Sequence[Scored]
 
 
 class LocalExecutor:
@@ -101,6 +104,7 @@ class LocalExecutor:
         self._runner, self.n_layers = runner, runner.n_layers
         self._lanes, self._l, self._graphs = lanes, l, graphs or {}
         self.logprobs: Sequence[Logprobs | None] = ()
+        self.prompt_logprobs: Sequence[Sequence[Logprobs]] = ()
         self._on: Lane | None = None  # where the step before ran
         self._passes: list[_Pass | None] = []  # under way; None: a slice of it failed
         self.without_graph: Counter[str] = Counter()
@@ -124,7 +128,7 @@ class LocalExecutor:
     ) -> list[int]:
         """See :class:`Executor`."""
         lane = self._lanes.lane(self._l, partition)
-        aside, self.logprobs = len(self._passes) - (0 if spans else 1), ()
+        aside, self.logprobs, self.prompt_logprobs = len(self._passes) - (0 if spans else 1), (), ()
         try:
             with lane.open():
                 if self._on is not None and self._on is not lane:
@@ -150,30 +154,32 @@ class LocalExecutor:
         lane: Lane,
     ) -> Tensor | None:
         if spans is not None:
-            replay = self._replay(spans, partition) if layers == (0, self.n_layers) else None
+            whole = layers == (0, self.n_layers) and not spans.scored  # graphs keep what is sampled, no more
+            replay = self._replay(spans, partition) if whole else None
             if replay is not None:
                 if replay.logits is not None:
                     return self._choose(replay.logits, params, steps)
                 assert replay.carry is not None
                 return self._choose(self._runner.logits(replay.batch, replay.carry), params, steps) if params else None
-            batch, carry = self._runner.batch(spans, sm_count=lane.size), None
+            batch, carry, scored = self._runner.batch(spans, sm_count=lane.size), None, spans.scored
         else:
             begun = self._passes.pop() if self._passes else None
             if begun is None:
                 raise RuntimeError("the slice of layers before this one failed")
-            batch, carry = begun.batch, begun.carry
+            batch, carry, scored = begun.batch, begun.carry, begun.scored
             if begun.lane is not lane:
                 lane.keep(carry.hidden, carry.residual)
         carry = self._runner.run_layers(batch, layers, carry)
         if layers[1] < self.n_layers:
-            self._passes.append(_Pass(batch, carry, lane))
+            self._passes.append(_Pass(batch, carry, lane, scored))
             return None
+        self.prompt_logprobs = [self._runner.logprobs(batch, carry, wanted) for wanted in scored]
         return self._choose(self._runner.logits(batch, carry), params, steps) if params else None
 
     def _choose(self, logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
         tokens = self._runner.choose(logits, params, steps)
         if any(p.logprobs is not None for p in params):
-            self.logprobs = logprobs_of(logits, tokens, params)
+            self.logprobs = logprobs_of(logits, tokens, [p.logprobs for p in params])
         return tokens
 
     def _replay(self, spans: Spans, partition: int) -> Replay | None:

@@ -70,6 +70,7 @@ class Ticket:
         self.due = 0  # with more tokens than this there is something to do: a prefix hash to make, or it has ended
         self.cached_tokens = 0  # of the prompt, found in the prefix cache
         self.ended = False
+        self.reuses = True  # KV of an equal beginning will do
 
     @property
     def id(self) -> str:
@@ -112,6 +113,9 @@ class Request(Ticket):
         self.newest = -1  # its last token so far, which its next decode step computes
         self.transfer_failures = 0
         self._generation = Generation(params, tokenizer)
+        self.reuses = params.prompt_logprobs is None
+        #: What the model thought of each token of the prompt, where the request asked; nothing of the first.
+        self.prompt_logprobs: list[Logprobs | None] = [None] * (0 if self.reuses else len(prompt))
 
     @property
     def finish(self) -> str | None:
@@ -131,6 +135,10 @@ class Request(Ticket):
             return Delta(token, text, None, logprobs)
         self.due = -1
         return Delta(token, text, str(finish), logprobs)
+
+    def scored(self, start: int, count: int) -> list[int]:
+        """Tokens of the prompt that follow ``count`` others, and whose log-probabilities the request wants."""
+        return [] if self.reuses else self.tokens[start + 1 : min(start + count + 1, self.n_prompt)].tolist()
 
     def _note(self, token: int) -> str:
         """Keep what the choice of the next token depends on; text that this has made certain."""

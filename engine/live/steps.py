@@ -18,7 +18,7 @@ import numpy as np
 from engine.core import loop
 from engine.core.state import ClusterState
 from engine.jit.rows import addresses
-from engine.kernels import Spans
+from engine.kernels import Scored, Spans
 from engine.lanes.base import WHOLE
 from engine.live.hosts import Executor, InstanceLost
 from engine.live.request import Delta, Request
@@ -104,7 +104,16 @@ class LaneRunner:
         if begin > 0:
             return Step(None, requests, layers, partition)
         tokens = self._tokens(requests, prompts, starts, counts)
-        return Step(Spans(tokens, counts, starts, sample, n_blocks, blocks, prompts), requests, layers, partition)
+        scored = self._scored(requests[:prompts], starts, counts)
+        spans = Spans(tokens, counts, starts, sample, n_blocks, blocks, prompts, scored)
+        return Step(spans, requests, layers, partition)
+
+    @staticmethod
+    def _scored(prompts: list[Request], starts: np.ndarray, counts: np.ndarray) -> Sequence[Scored]:
+        """What the model is to say of prompts, of which a step computes these chunks."""
+        asking = [k for k, request in enumerate(prompts) if not request.reuses]
+        found = [(k, prompts[k].scored(int(starts[k]), int(counts[k]))) for k in asking]
+        return [Scored(k, prompts[k].params.prompt_logprobs or 0, tokens) for k, tokens in found if tokens]
 
     @staticmethod
     def _tokens(requests: list[Request], prompts: int, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -142,6 +151,8 @@ class LaneRunner:
             if len(begun.requests) == 1:
                 return StepResult([], failed=[(begun.requests[0], error)])
             return self._one_by_one(begun, step.partition)
+        if last:
+            self._keep_scores(begun.spans, begun.requests)
         return self._hand_out(zip(sampling, tokens, self._logprobs(tokens), strict=True), [])
 
     def _one_by_one(self, begun: _Pass, partition: int) -> StepResult:
@@ -160,8 +171,14 @@ class LaneRunner:
             except Exception as error:
                 failed.append((request, error))
             else:
+                self._keep_scores(spans, [request])
                 found.extend((request, *token) for token in zip(tokens, self._logprobs(tokens), strict=True))
         return self._hand_out(found, failed)
+
+    def _keep_scores(self, spans: Spans, requests: Sequence[Request]) -> None:
+        for wanted, scores in zip(spans.scored, self.executor.prompt_logprobs, strict=True):
+            first = int(spans.starts[wanted.span]) + 1
+            requests[wanted.span].prompt_logprobs[first : first + len(scores)] = scores
 
     def _logprobs(self, tokens: Sequence[int]) -> Iterable[Logprobs | None]:
         """Of the tokens of the step that has just ended, one for each."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from engine.kernels import Batch, Span, Spans
+from engine.kernels import Batch, Scored, Span, Spans
 from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
-from engine.model.sampling import SamplingParams, choose_tokens
+from engine.model.sampling import Logprobs, SamplingParams, choose_tokens, logprobs_of
 
 __all__ = ["ModelRunner"]
+
+_SCORED_AT_ONCE = 128  # rows of logits that are in memory together
 
 
 class ModelRunner:
@@ -46,6 +49,18 @@ class ModelRunner:
         return self.model.logits(carry, batch)
 
     @torch.inference_mode()
+    def logprobs(self, batch: Batch, carry: Carry, wanted: Scored) -> list[Logprobs]:
+        """What the model thought of tokens of a prompt, see :class:`Scored`; ``carry`` is that of the last layer."""
+        found: list[Logprobs] = []
+        begin = sum(batch.query_tokens[: wanted.span])
+        for k in range(0, len(wanted.tokens), _SCORED_AT_ONCE):
+            tokens = torch.tensor(wanted.tokens[k : k + _SCORED_AT_ONCE], device=self.device)
+            rows = torch.arange(begin + k, begin + k + len(tokens), device=self.device)
+            logits = self.model.logits(carry, replace(batch, sample_rows=rows))
+            found += [one for one in logprobs_of(logits, tokens, [wanted.top] * len(tokens)) if one is not None]
+        return found
+
+    @torch.inference_mode()
     def choose(self, logits: Tensor, params: Sequence[SamplingParams], steps: Sequence[int]) -> Tensor:
         """The next token of each sampling row, int64 [R], still on the device.
 
@@ -65,7 +80,7 @@ class ModelRunner:
         :param sm_count: of the whole device
         """
         blocks = [0] * (4096 // self.pool.block_tokens)
-        for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+        for rows in self.model.kernels.warm_rows:
             start = len(blocks) * self.pool.block_tokens - rows
             batch = self.batch([Span([0] * rows, start, blocks)], sm_count=sm_count)
             batch.slots.fill_(-1)

@@ -40,6 +40,7 @@ class SamplingParams:
     :param counts: how often each token is in the answer, kept by whoever generates it
     :param allowed: bit k of it says whether token k may come next, kept by whoever generates it; None: all may
     :param logprobs: also say the log-probability of each token and of this many likeliest ones; None: do not
+    :param prompt_logprobs: the same of the prompt's tokens, all but the first; its KV is computed, never found
     :param seed: fixes the draws: the same seed draws the same numbers whatever else is in the batch; 64 bits
     :param stop: up to 64 strings that end the output (not part of it), of 4096 characters together
     :param stop_token_ids: up to 256 tokens that end the output (their text is not part of it)
@@ -59,6 +60,7 @@ class SamplingParams:
     counts: dict[int, int] = field(default_factory=dict, compare=False)
     allowed: bytearray | None = field(default=None, compare=False)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     seed: int = field(default_factory=lambda: secrets.randbits(63))
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -77,6 +79,7 @@ class SamplingParams:
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "from -2 to 2"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "from -2 to 2"),
             ("logprobs", 0 <= (self.logprobs or 0) <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
+            ("prompt_logprobs", 0 <= (self.prompt_logprobs or 0) <= MOST_LOGPROBS, f"from 0 to {MOST_LOGPROBS}"),
             ("seed", -(2**63) <= self.seed < 2**64, "a number of at most 64 bits"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
             ("stop", all(self.stop), "stop strings must not be empty"),
@@ -159,18 +162,21 @@ def _of_form(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     return logits
 
 
-def logprobs_of(logits: Tensor, tokens: Tensor, params: Sequence[SamplingParams]) -> list[Logprobs | None]:
-    """What the model thought of ``tokens`` [R], for the rows that ask; ``logits`` [R, vocab] as the model gave them."""
-    found: list[Logprobs | None] = [None] * len(params)
-    rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+def logprobs_of(logits: Tensor, tokens: Tensor, tops: Sequence[int | None]) -> list[Logprobs | None]:
+    """What the model thought of ``tokens`` [R], for the rows that ask; ``logits`` [R, vocab] as the model gave them.
+
+    :param tops: how many of the likeliest tokens each row names; None: it does not ask
+    """
+    found: list[Logprobs | None] = [None] * len(tops)
+    rows = [row for row, top in enumerate(tops) if top is not None]
     if not rows:
         return found
     at = torch.tensor(rows, device=logits.device)
     logs = logits[at].float().log_softmax(-1).clamp_min(_LEAST_LOGPROB)
     own = logs.gather(1, tokens[at].unsqueeze(1)).squeeze(1).tolist()
-    best, order = logs.topk(min(max(params[row].logprobs or 0 for row in rows), logs.shape[1]), sorted=True)
+    best, order = logs.topk(min(max(tops[row] or 0 for row in rows), logs.shape[1]), sorted=True)
     for row, log, values, ids in zip(rows, own, best.tolist(), order.tolist(), strict=True):
-        n = params[row].logprobs or 0
+        n = tops[row] or 0
         found[row] = Logprobs(log, tuple(zip(ids[:n], values[:n], strict=True)))
     return found
 

@@ -111,10 +111,12 @@ async def _answer(
     stream.submit(tokens, params, targets_of(http.headers), cls=cls, priority=body.priority, form=form)
     assert stream.request is not None
     echo = _echoed(body, engine)
-    shape = Shape(stream.request.id, model, engine.tokenizer, chat=chat, echo=echo)
+    shape = Shape(stream.request, model, engine.tokenizer, chat=chat, echo=echo)
     gone = asyncio.ensure_future(hung_up(http))
     try:
         first = await _or_hang_up(stream, gone)
+        if body.max_tokens == 0 and first is not None and not unanswered(first):  # the prompt alone was wanted
+            first, stream.n_tokens = Delta(None, "", "length"), 0
         if first is not None and body.stream and not unanswered(first):
             return StreamingResponse(_events(stream, first, shape, body), media_type="text/event-stream")
         deltas, delta = [], first

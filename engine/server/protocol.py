@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -125,15 +126,23 @@ class CompletionRequest(_Generate):
     """``POST /v1/completions``: a text, its token ids, or a list with one of them."""
 
     prompt: str | list[int] | _Few[str] | _Few[list[int]]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS, strict=True)] | Literal[False] | None = None
     echo: bool = False
 
     def wanted_logprobs(self) -> int | None:
-        """As in the base class; those of an echoed prompt are not kept."""
-        wanted = None if self.logprobs is False else self.logprobs
-        if self.echo and wanted is not None:
-            raise SlalomError("echo", True, "logprobs are those of the answer: leave one of the two out")
-        return wanted
+        """As in the base class; with ``echo`` those of the prompt's tokens come first."""
+        return None if self.logprobs is False else self.logprobs
+
+    def sampling(self, default_tokens: int) -> SamplingParams:
+        """As in the base class.
+
+        :raises SlalomError: as there, or no token is asked for and no echo either
+        """
+        if self.max_tokens == 0 and not self.echo:
+            raise SlalomError("max_tokens", 0, "ask for a token at least, or for the prompt with echo")
+        params = super().sampling(default_tokens if self.max_tokens is None else 1)
+        return replace(params, prompt_logprobs=params.logprobs) if self.echo else params
 
     def only_prompt(self) -> str | list[int]:
         """The one prompt.

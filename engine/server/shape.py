@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from engine.live.request import Delta
+from engine.live.request import Delta, Request
+from engine.model.sampling import Logprobs
 from engine.model.tokenizer import Tokenizer
 from engine.server.protocol import Usage
 
@@ -16,16 +17,16 @@ __all__ = ["Shape"]
 class Shape:
     """The JSON of one kind of answer.
 
-    :param request: its id
+    :param request: what is answered
     :param chat: chat completion, else plain completion
     :param echo: stands before the text of a plain completion
     """
 
-    def __init__(self, request: str, model: str, tokenizer: Tokenizer, *, chat: bool, echo: str = "") -> None:
-        self._chat, self._echo, self._tokenizer = chat, echo, tokenizer
+    def __init__(self, request: Request, model: str, tokenizer: Tokenizer, *, chat: bool, echo: str = "") -> None:
+        self._chat, self._echo, self._tokenizer, self._request = chat, echo, tokenizer, request
         self._offset = 0  # of the next token's text in that of all tokens
         self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request}",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request.id}",
             "created": int(time.time()),
             "model": model,
         }
@@ -33,7 +34,7 @@ class Shape:
     def chunk(self, delta: Delta, *, first: bool = False) -> dict[str, Any]:
         """One event of a stream."""
         text = delta.text if self._chat or not first else self._echo + delta.text
-        logprobs = self._logprobs([delta])
+        logprobs = self._logprobs([delta], self._prompt() if first else [])
         if self._chat:
             content = ({"role": "assistant"} if first else {}) | {"content": text}
             choice: dict[str, Any] = {"index": 0, "delta": content, "logprobs": logprobs, "finish_reason": delta.finish}
@@ -48,19 +49,30 @@ class Shape:
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> dict[str, Any]:
         """The answer of a request that does not stream."""
         text = "".join(delta.text for delta in deltas)
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(deltas), "finish_reason": deltas[-1].finish}
+        logprobs = self._logprobs(deltas, self._prompt())
+        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": deltas[-1].finish}
         choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": self._echo + text}
         return self._head | {"object": self._kind(""), "choices": [choice], "usage": usage.body()}
 
-    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """Of the tokens in ``deltas``, in the words of this kind of answer; None where they have none."""
-        scored = [(delta.token, delta.logprobs) for delta in deltas if delta.token is not None and delta.logprobs]
+    def _prompt(self) -> list[tuple[int, Logprobs | None]]:
+        """The prompt's tokens and what the model thought of them, where the request asked."""
+        return list(zip(self._request.tokens.tolist(), self._request.prompt_logprobs, strict=False))
+
+    def _logprobs(
+        self, deltas: Sequence[Delta], prompt: Sequence[tuple[int, Logprobs | None]]
+    ) -> dict[str, Any] | None:
+        """Of ``prompt`` and the tokens in ``deltas``, in the words of this kind of answer; None where they have none.
+
+        Of a prompt's first token nothing is known.
+        """
+        said = [(delta.token, delta.logprobs) for delta in deltas if delta.token is not None and delta.logprobs]
+        scored = [*prompt, *said]
         if not scored:
             return None
         if self._chat:
             each = [
                 self._named(token, found.token) | {"top_logprobs": [self._named(*other) for other in found.top]}
-                for token, found in scored
+                for token, found in said
             ]
             return {"content": each}
         texts = [self._text(token) for token, _ in scored]
@@ -70,10 +82,12 @@ class Shape:
             self._offset += len(text)
         return {
             "text_offset": offsets,
-            "token_logprobs": [found.token for _, found in scored],
+            "token_logprobs": [found and found.token for _, found in scored],
             "tokens": texts,
             "top_logprobs": [
-                {self._text(other): log for other, log in ((token, found.token), *found.top)} if found.top else None
+                {self._text(other): log for other, log in ((token, found.token), *found.top)}
+                if found and found.top
+                else None
                 for token, found in scored
             ],
         }

@@ -31,11 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.core.kinds import Role
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.kernels import Spans
-from engine.lanes.base import WHOLE
+from engine.lanes.partitions import Cuts, cuts_of, partition_of
 from engine.latency.evaluate import PROFILE, SHARE
 from engine.live.hosts import GraphSizes, InstanceLost
 from engine.live.transfer import Transfer
@@ -120,23 +119,25 @@ class RemotePool:
 
 
 class RemoteExecutor:
-    """An :class:`engine.live.hosts.Executor` that asks a worker; on the whole device, SM partitions are not passed
-    on."""
+    """An :class:`engine.live.hosts.Executor` that asks a worker, which cuts its device as ``cuts`` says."""
 
-    def __init__(self, worker: RemoteWorker, pool: int, l: int, timeout_s: float, graphs: GraphSizes) -> None:
-        self._worker, self._timeout_s = worker, timeout_s
+    def __init__(
+        self, worker: RemoteWorker, i: int, pool: int, l: int, timeout_s: float, graphs: GraphSizes, cuts: Cuts
+    ) -> None:
+        self._worker, self._timeout_s, self._cuts = worker, timeout_s, cuts
         self._connection = connect(worker.address)
         self.logprobs: Sequence[Logprobs | None] = ()
-        opening = {"do": "lane", "lane": l, "pool": pool, "graphs": list(graphs), "epoch": worker.epoch}
+        self.prompt_logprobs: Sequence[Sequence[Logprobs]] = ()
+        opening = {"do": "lane", "instance": i, "lane": l, "pool": pool, "graphs": list(graphs), "sizes": cuts.sizes}
         try:
-            self.n_layers: int = ask(self._connection, opening, _START_S)["n_layers"]
-        except RuntimeError as error:  # a graph that cannot be captured, say; the worker has said what to do
+            self.n_layers: int = ask(self._connection, opening | {"epoch": worker.epoch}, _START_S)["n_layers"]
+        except RuntimeError as error:  # a partition or graph that cannot be had, say; the worker has said what to do
             host, port = worker.address
             raise SlalomError(f"worker {host}:{port}", f"lane {l}", str(error)) from error
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         """See :class:`engine.live.hosts.Executor`."""
-        return WHOLE
+        return partition_of(state, self._cuts, i, l)
 
     def run(
         self,
@@ -148,27 +149,36 @@ class RemoteExecutor:
     ) -> list[int]:
         """See :class:`engine.live.hosts.Executor`."""
         try:
-            message = step_message(spans, layers, params, steps) | {"epoch": self._worker.epoch}
+            message = step_message(spans, layers, params, steps)
+            message |= {"epoch": self._worker.epoch, "partition": partition}
             answer = ask(self._connection, message, self._timeout_s)
         except (EOFError, OSError) as error:
             lost = InstanceLost(f"worker {self._worker.address[0]}:{self._worker.address[1]}: {error or 'gone'}")
             self._worker.lose(lost)
             raise lost from error
-        self.logprobs = [p and Logprobs(p[0], tuple((token, log) for token, log in p[1])) for p in answer["logprobs"]]
+        self.logprobs = [p and _logprobs(p) for p in answer["logprobs"]]
+        self.prompt_logprobs = [[_logprobs(p) for p in scored] for scored in answer["prompts"]]
         tokens: list[int] = answer["tokens"]
         return tokens
+
+
+def _logprobs(found: Sequence[Any]) -> Logprobs:
+    """As JSON gives it."""
+    return Logprobs(found[0], tuple((token, log) for token, log in found[1]))
 
 
 class RemoteHost:
     """A :class:`engine.live.hosts.Host` in a worker."""
 
-    def __init__(self, worker: RemoteWorker, pool: int, step_timeout_s: float, graphs: GraphSizes) -> None:
-        self._worker, self._timeout_s, self._graphs = worker, step_timeout_s, graphs
+    def __init__(
+        self, worker: RemoteWorker, i: int, pool: int, step_timeout_s: float, graphs: GraphSizes, cuts: Cuts
+    ) -> None:
+        self._worker, self._i, self._timeout_s, self._graphs, self._cuts = worker, i, step_timeout_s, graphs, cuts
         self.pool = RemotePool(worker, pool)
 
     def executor(self, l: int) -> RemoteExecutor:
         """See :class:`engine.live.hosts.Host`."""
-        return RemoteExecutor(self._worker, self.pool.index, l, self._timeout_s, self._graphs)
+        return RemoteExecutor(self._worker, self._i, self.pool.index, l, self._timeout_s, self._graphs, self._cuts)
 
     def watch(self, gone: Callable[[Exception], None]) -> None:
         """See :class:`engine.live.hosts.Host`."""
@@ -315,24 +325,22 @@ class Workers:
         """Make the KV pools of ``state`` in the workers: an instance lives in the worker that its ``gpu`` names.
 
         :param max_tokens: of the longest request, for the graphs of a GPU; what the pools hold if not given
-        :raises SlalomError: instances of one pool in different workers, or SM partitions asked for
+        :raises SlalomError: instances of one pool in different workers
         """
         homes: dict[int, int] = {}
         for i, instance in enumerate(state.inst):
             pool, home = int(instance["pool"]), int(instance["gpu"])
             if homes.setdefault(pool, home) != home:
                 raise SlalomError(f"instances[{i}].pool", pool, "instances on one pool must be in one worker")
-            shares = int(state.profile[instance["profile"]]["n_shares"])
-            if instance["role"] == Role.MULTIPLEXED and shares > 1:
-                fix = "SM partitions are not passed on to workers; serve in one process, or use another role"
-                raise SlalomError(f"instances[{i}].role", "multiplexed", fix)
         for k, worker in enumerate(self.workers):
             blocks = {str(p): int(state.pool[p]["n_blocks"]) for p, home in homes.items() if home == k}
             worker.ask({"do": "pools", "blocks": blocks, "block_tokens": int(state.cluster[0]["block_tokens"])})
             worker.guard()
-        homes_of = [(self.workers[int(x["gpu"])], int(x["pool"])) for x in state.inst]
         graphs = GraphSizes.of(state, max_tokens)
-        return [RemoteHost(worker, pool, self._step_timeout_s, graphs) for worker, pool in homes_of]
+        return [
+            RemoteHost(self.workers[int(x["gpu"])], i, int(x["pool"]), self._step_timeout_s, graphs, cuts)
+            for i, (x, cuts) in enumerate(zip(state.inst, cuts_of(state), strict=True))
+        ]
 
     def close(self) -> None:
         """End those that we started."""

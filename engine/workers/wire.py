@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.common.documents import json_of
 from engine.errors import SlalomError
-from engine.kernels import Spans
+from engine.kernels import Scored, Spans
 from engine.model.sampling import SamplingParams
 from engine.workers.lease import Disowned
 
@@ -164,6 +164,7 @@ def step_message(
         "do": "step",
         "spans": columns,
         "prompts": prompts,
+        "scored": [] if spans is None else spans.scored,
         "layers": layers,
         "params": [asdict(p) | {"allowed": p.allowed and p.allowed.hex()} for p in params],
         "steps": list(steps),
@@ -190,7 +191,8 @@ def step_from(message: dict[str, Any]) -> tuple[Spans | None, tuple[int, int], l
         tokens, counts, starts, sample, n_blocks = arrays
         blocks = np.zeros((len(n_blocks), n_blocks.max()), np.int32)
         blocks[_used(n_blocks)] = used
-        spans = Spans(tokens, counts, starts, sample, n_blocks, blocks, message["prompts"])
+        scored = [Scored(*wanted) for wanted in message["scored"]]
+        spans = Spans(tokens, counts, starts, sample, n_blocks, blocks, message["prompts"], scored)
     return spans, (first, last), params, message["steps"]
 
 

@@ -48,6 +48,9 @@ class Worker:
         weights = model.embed.weight
         self._device = make_device(weights.device.type, weights.device.index or 0)
         self._pools: dict[int, KVPool] = {}
+        #: By instance and cuts: its two lanes, and those of a later owner, share partitions.
+        self._lanes: dict[tuple[int, ...], Lanes] = {}
+        self._cutting = threading.Lock()
         self._lease = Lease()
         self._strangers = threading.Semaphore(_STRANGERS)
 
@@ -96,7 +99,8 @@ class Worker:
                         lane = self._lane(message)
                         answer = {"n_layers": lane.n_layers}
                     elif do == "step" and lane is not None:
-                        answer = {"tokens": lane.run(*step_from(message)), "logprobs": lane.logprobs}
+                        tokens = lane.run(*step_from(message), message["partition"])
+                        answer = {"tokens": tokens, "logprobs": lane.logprobs, "prompts": lane.prompt_logprobs}
                     else:
                         answer = self._administer(message)
                 except Exception as error:  # told to whoever asked; the next question may be answered again
@@ -137,7 +141,11 @@ class Worker:
 
     def _lane(self, message: dict[str, Any]) -> LocalExecutor:
         runner = ModelRunner(self._model, self._pools[message["pool"]], eos_ids=self._eos_ids)
-        lanes, l = Lanes(self._device, [self._device.total]), message["lane"]
+        l, cut = message["lane"], (message["instance"], *message["sizes"])
+        with self._cutting:
+            if cut not in self._lanes:
+                self._lanes[cut] = Lanes(self._device, message["sizes"])
+            lanes = self._lanes[cut]
         if self._make is None:
             return LocalExecutor(runner, lanes, l)
         runner.warm(self._device.total)
@@ -165,7 +173,7 @@ def work(
     dtype: Annotated[
         str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16; as serve's")
     ] = "auto",
-    kernels: Annotated[str, typer.Option(help="auto, torch or triton")] = "auto",
+    kernels: Annotated[str, typer.Option(help="auto, torch, triton or flashinfer")] = "auto",
     eager: Annotated[bool, typer.Option("--eager", help="launch every kernel, no CUDA graphs")] = False,
     once: Annotated[bool, typer.Option("--once", help="end when standard input does")] = False,
 ) -> None:

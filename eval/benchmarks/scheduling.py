@@ -43,6 +43,7 @@ class _Still:
 
     n_layers = 1
     logprobs: Sequence[Any] = ()
+    prompt_logprobs: Sequence[Any] = ()
 
     def partition(self, state: ClusterState, i: int, l: int) -> int:
         return -1

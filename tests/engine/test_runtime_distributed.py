@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, cores, engine_on, mixed, send, until
 from runtime_cases import tables
 from test_graphs import Rerun
+from test_lanes import CORES, needs_two_cores
 
-from engine.core.kinds import Role
+from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.errors import SlalomError
 from engine.kernels.compiled import CompiledKernels
 from engine.live.engine import Engine, build_state
 from engine.live.graphs import Capturer
+from engine.live.hosts import LocalExecutor
 from engine.model import KVPool, SamplingParams, open_checkpoint
 from engine.workers import kv as kv
 from engine.workers.kv import Puller, check_pipe
@@ -73,11 +75,13 @@ class InThread(Worker):
 
 
 @contextmanager
-def served_by(workers: Workers, specs: Sequence[InstanceSpec], timeout_s: float = 10.0) -> Iterator[Engine]:
+def served_by(
+    workers: Workers, specs: Sequence[InstanceSpec], timeout_s: float = 10.0, tables_of: Callable[[], Any] = tables
+) -> Iterator[Engine]:
     checkpoint = open_checkpoint("dummy:tiny")
     workers.check(checkpoint.config, "float32")
     state = build_state(
-        specs, *tables(), classes=[SloClass(1.0, 0.1)], links=[LinkSpec() for _ in specs], max_requests=32,
+        specs, *tables_of(), classes=[SloClass(1.0, 0.1)], links=[LinkSpec() for _ in specs], max_requests=32,
         prefix_cache=False,
     )  # fmt: skip
     engine = Engine(
@@ -122,6 +126,37 @@ def test_workers_replay_and_one_that_cannot_capture_says_so_in_one_line(
     with pytest.raises(SlalomError, match=said), served_by(broken, [replace(PD[0], role=Role.MIXED)]):
         pass
     broken.close()
+
+
+@needs_two_cores
+def test_a_worker_cuts_its_device_as_the_profile_says(
+    expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: set[tuple[int, int, frozenset[int]]] = set()
+    run = LocalExecutor._run
+
+    def watched(self: LocalExecutor, *args: Any) -> Any:
+        bound.add((self._l, args[4], frozenset(os.sched_getaffinity(0))))
+        return run(self, *args)
+
+    monkeypatch.setattr(LocalExecutor, "_run", watched)
+    specs = mixed(role=Role.MULTIPLEXED, batching=Batching.LAYERED, chunk_tokens=24, split=0)
+    worker = InThread()
+    for _ in range(2):  # a later owner uses the same parts
+        with served_by(Workers.join([worker.text()]), specs, tables_of=cores(len(CORES))) as engine:
+            first = send(engine, PROMPTS[0], LONG)
+            until(lambda first=first: len(first.tokens) > 2)
+            others = [send(engine, prompt, LONG) for prompt in PROMPTS[1:]]
+            assert [caller.wait().tokens for caller in (first, *others)] == expected
+        until(lambda: worker._lease._epoch is None, 20.0)
+    assert (0, 0, frozenset(CORES[:-1])) in bound, "prefill ran on its part"
+    assert (1, 0, frozenset(CORES[-1:])) in bound, "decode ran on its part"
+    assert len(worker._lanes) == 1
+    other = Workers.join([worker.text()])
+    said, more = rf"worker 127.0.0.1:\d+: got 'lane 0'.*this device has {len(CORES)}", cores(len(CORES) + 1)
+    with pytest.raises(SlalomError, match=said), served_by(other, specs, tables_of=more):
+        pass
+    other.close()
 
 
 def test_eager_workers_are_started_eager(monkeypatch: pytest.MonkeyPatch) -> None:

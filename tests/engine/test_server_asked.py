@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -30,12 +32,17 @@ def streamed(served: Served, path: str, body: dict[str, Any]) -> list[dict[str, 
         return [chunk["choices"][0] for chunk in events(response)]
 
 
-def forward(prompt: list[int]) -> torch.Tensor:
-    """log-probabilities of what follows ``prompt``, by the model itself."""
+def every(prompt: list[int]) -> torch.Tensor:
+    """log-probabilities of what follows each beginning of ``prompt``, by the model itself."""
     model = load_model("dummy:tiny")
     runner = ModelRunner(model, KVPool(model.config, blocks=32))
     batch = runner.batch([Span(prompt, 0, list(range(len(prompt) // 16 + 1)))])
-    return runner.logits(batch, runner.run_layers(batch, (0, runner.n_layers)))[0].log_softmax(-1)
+    batch = replace(batch, sample_rows=torch.arange(len(prompt)))
+    return runner.logits(batch, runner.run_layers(batch, (0, runner.n_layers))).log_softmax(-1)
+
+
+def forward(prompt: list[int]) -> torch.Tensor:
+    return every(prompt)[-1]
 
 
 def test_logprobs_of_a_completion_are_the_model_s(served: Served) -> None:
@@ -118,13 +125,80 @@ def test_a_prompt_is_echoed_as_text(served: Served) -> None:
         assert "".join(c["text"] for c in chunks) == PROMPT + answer
 
 
+def check_scores(server: Served, n: int) -> None:
+    """Of the prompt's tokens and of the answer's, as a harness that scores texts asks for them."""
+    tokenizer = server.engine.tokenizer
+    prompt = tokenizer.encode(PROMPT * 40)[:n]
+    body = {"prompt": [prompt], "max_tokens": 2, "temperature": 0, "logprobs": 2, "echo": True, "ignore_eos": True}
+    answers = [server.post(PLAIN, body | {"echo": False, "logprobs": 0}) for _ in range(2)]  # the prefix is cached
+    said = answers[0].json()["choices"][0]["logprobs"]["tokens"]
+    whole = server.post(PLAIN, body).json()
+    found = whole["choices"][0]["logprobs"]
+    assert whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert found["tokens"] == [tokenizer.token_bytes(k).decode(errors="replace") for k in prompt] + said
+    logs = every(prompt)
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    assert len(found["token_logprobs"]) == n + 2
+    assert found["token_logprobs"][1:n] == pytest.approx(logs[range(n - 1), prompt[1:]].tolist(), abs=1e-3)
+    assert max(found["top_logprobs"][n - 1].values()) == pytest.approx(logs[n - 2].max().item(), abs=1e-3)
+    assert found["text_offset"][-1] == len("".join(found["tokens"][:-1]))
+    chunks = streamed(server, PLAIN, body)
+    assert [t for c in chunks for t in c["logprobs"]["tokens"]] == found["tokens"]
+    nothing = server.post(PLAIN, body | {"max_tokens": 0}).json()
+    (choice,) = nothing["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (tokenizer.decode(prompt), "length")
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(found["token_logprobs"][:n], abs=1e-3)
+    assert (nothing["usage"]["completion_tokens"], nothing["usage"]["prompt_tokens"]) == (0, n)
+    (only,) = streamed(server, PLAIN, body | {"max_tokens": 0})
+    assert only["logprobs"]["tokens"] == found["tokens"][:n]
+
+
+@pytest.mark.parametrize("n", [40, 300])
+def test_logprobs_of_an_echoed_prompt_are_the_model_s(served: Served, n: int) -> None:
+    check_scores(served, n)  # 300 are more than one chunk
+
+
+def test_logprobs_of_a_prompt_whose_layers_run_in_slices() -> None:
+    server = Served(roles="multiplexed", chunk_tokens=64)
+    try:
+        check_scores(server, 150)
+    finally:
+        server.close()
+
+
+def test_a_prompt_is_scored_alone_where_its_step_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = ModelRunner.logprobs
+    failures = [RuntimeError("out of memory")]
+
+    def fails_once(self: ModelRunner, batch: Any, *more: Any) -> Any:
+        if failures and batch.n_seqs > 1:
+            raise failures.pop()
+        return scored(self, batch, *more)
+
+    monkeypatch.setattr(ModelRunner, "logprobs", fails_once)
+    server = Served()
+    try:
+        body = {"prompt": [[5, 6, 7, 8]], "max_tokens": 1, "temperature": 0, "logprobs": 0, "echo": True}
+        expected = server.post(PLAIN, body).json()["choices"][0]["logprobs"]["token_logprobs"][1:]
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(20):
+                answers = list(pool.map(lambda _: server.post(PLAIN, body).json()["choices"][0], range(8)))
+                for answer in answers:
+                    assert answer["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-3)
+                if not failures:
+                    return
+        pytest.fail("no step with two prompts")
+    finally:
+        server.close()
+
+
 def error_of(response: httpx.Response) -> str:
     assert response.status_code == 400
     return str(response.json()["error"]["param"])
 
 
 def test_what_means_nothing_is_refused(served: Served) -> None:
-    assert error_of(served.post(PLAIN, BODIES[PLAIN] | {"echo": True, "logprobs": 1})) == "echo"
+    assert error_of(served.post(PLAIN, BODIES[PLAIN] | {"max_tokens": 0, "logprobs": 1})) == "max_tokens"
     assert error_of(served.post(PLAIN, BODIES[PLAIN] | {"logprobs": True})) == "logprobs"
     assert error_of(served.post(CHAT, BODIES[CHAT] | {"echo": True})) == "echo"
     assert error_of(served.post(CHAT, BODIES[CHAT] | {"top_logprobs": 2, "logprobs": False})) == "top_logprobs"
@@ -141,8 +215,7 @@ def test_penalties_are_taken_from_the_logits_of_what_was_said() -> None:
     assert logits[0].tolist() == [1.0, 3.0, 2.0, 0.0], "the model's own stay as they are"
     barely = SamplingParams(temperature=0.0, presence_penalty=0.5, frequency_penalty=0.16, counts={1: 3})
     assert choose_tokens(logits[:1], [barely], [3], frozenset()).tolist() == [1]
-    asking = [SamplingParams(logprobs=2), SamplingParams()]
-    found, none = logprobs_of(logits, torch.tensor([2, 1]), asking)
+    found, none = logprobs_of(logits, torch.tensor([2, 1]), [2, None])
     assert none is None
     assert found is not None
     assert found.token == pytest.approx(logits[0].log_softmax(0)[2].item())

@@ -28,11 +28,12 @@ MESSAGES: dict[str, dict[str, Any]] = {
     "describe": {"do": "describe"},
     "renew": {"do": "renew"},
     "pools": {"do": "pools", "blocks": {"0": 8}, "block_tokens": 16},
-    "lane": {"do": "lane", "lane": 0, "pool": 0},
-    "step": json.loads(json.dumps(step_message(None, (0, 4), [GREEDY, DRAWN], [0, 5]))),
+    "lane": {"do": "lane", "instance": 0, "lane": 0, "pool": 0, "sizes": []},
+    "step": json.loads(json.dumps(step_message(None, (0, 4), [GREEDY, DRAWN], [0, 5]) | {"partition": -1})),
     "spans": {
         "do": "step", "spans": [[1, 2, 3], [3], [0], [True], [1], [1]], "prompts": 1, "layers": [0, 4],
         "params": [json.loads(json.dumps(step_message(None, (0, 4), [GREEDY], [0])))["params"][0]], "steps": [0],
+        "partition": -1,
     },
     "fetch": {
         "do": "fetch", "pipe": "wire", "sender": None, "sender_epoch": "x", "from": 0, "to": 0, "blocks": [[1, 2]],
