@@ -12,14 +12,15 @@ from engine.kernels.base import Kernels
 
 __all__ = ["KERNELS", "make_kernels"]
 
-#: Names a user may choose. ``auto`` is Triton on a CUDA device and the compiled ones on a CPU, nothing else.
-KERNELS = ("auto", "compiled", "torch", "triton")
+#: Names a user may choose. ``auto`` is Triton on a CUDA device and the compiled ones on a CPU, nothing else: FlashInfer
+#: has not been measured, on a whole device or on a partition.
+KERNELS = ("auto", "compiled", "flashinfer", "torch", "triton")
 
 
 def make_kernels(name: str, device: torch.device | str) -> Kernels:
     """The kernels called ``name`` for ``device``.
 
-    :raises SlalomError: unknown name, Triton not installed, or Triton asked for where it cannot run
+    :raises SlalomError: unknown name, or kernels that are not installed or cannot run here
     """
     kind = torch.device(device).type
     if name not in KERNELS:
@@ -40,8 +41,14 @@ def make_kernels(name: str, device: torch.device | str) -> Kernels:
         raise SlalomError("kernels", name, "install triton, or choose kernels 'torch'")
     if kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise SlalomError(
-            "kernels", f"triton on {kind}", "choose 'torch', or set TRITON_INTERPRET=1 for its interpreter"
+            "kernels", f"{name} on {kind}", "choose 'torch', or set TRITON_INTERPRET=1 for its interpreter"
         )
+    if name == "flashinfer":
+        if importlib.util.find_spec("flashinfer") is None:
+            raise SlalomError("kernels", name, "install it first: pip install 'slalom[flashinfer]'")
+        from engine.kernels.flashinfer_backend import FlashInferKernels
+
+        return FlashInferKernels()
     from engine.kernels.triton_backend import TritonKernels
 
     return TritonKernels()

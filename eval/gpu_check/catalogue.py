@@ -40,15 +40,16 @@ GROUPS = {
     ),
     "kernels": Group(45.0, {"same_tokens": "kernels:same_tokens", "correct": "kernels:correct"}),
     "lanes": Group(
-        65.0,
+        60.0,
         {
             "graph_follows_capture": "partitions:graph_follows_capture",
             "switch_cost": "partitions:switch_cost",
             "itl": "model:itl",
         },
     ),
-    "model": Group(60.0, {"decode": "model:decode", "chunks": "model:chunks", "prefill": "model:prefill"}),
+    "model": Group(55.0, {"decode": "model:decode", "chunks": "model:chunks", "prefill": "model:prefill"}),
     "engine": Group(60.0, {"engine_tokens": "serving:engine_tokens"}),
     "slowdown": Group(40.0, {"slowdown": "partitions:slowdown"}),
-    "loop": Group(140.0, {"loop": "loop:loop"}),
+    "loop": Group(130.0, {"loop": "loop:loop"}),
+    "flashinfer": Group(20.0, {"flashinfer": "kernels:flashinfer"}),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from engine.model.weights import DummyCheckpoint
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["correct", "same_tokens"]
+__all__ = ["correct", "flashinfer", "same_tokens"]
 
 #: Relative error (of norms) that a kernel may have; operands are rounded to the type, sums are fp32.
 _LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -60,6 +62,26 @@ def correct(rig: Rig, cases: Cases) -> dict[str, Any]:
     return {"limits": {str(dtype): limit for dtype, limit in _LIMIT.items()}}
 
 
+def flashinfer(rig: Rig, cases: Cases) -> dict[str, Any]:
+    """FlashInfer's attention of long prompts: its error, and milliseconds beside ours, whole and on a partition."""
+    if rig.dry or importlib.util.find_spec("flashinfer") is None:
+        return {"installed": False}
+    dtype, shape, total = torch.bfloat16, rig.sizes.heads, rig.gpu.total
+    lanes = {"whole": rig.gpu.whole().prefill, "half": rig.gpu.split(total // 2 // 8 * 8).prefill}
+
+    def taken(past: int, lane: str) -> dict[str, Any]:
+        found = _judged(_attention(rig, make_kernels("flashinfer", rig.device), [(1024, past)], shape, dtype, 1), dtype)
+        for name in ("triton", "flashinfer"):
+            attend = _attending(rig, make_kernels(name, rig.device), [(1024, past)], shape, dtype, lanes[lane].size)[0]
+            found[f"{name}_ms"] = rig.ms(attend, lanes[lane])
+        return found
+
+    for past in (0, 7168):
+        for lane in lanes:
+            cases.take({"rows": 1024, "past": past, "lane": lane}, partial(taken, past, lane))
+    return {"installed": True}
+
+
 def _judged(error: float, dtype: torch.dtype) -> dict[str, Any]:
     """:raises AssertionError: the error is above what the type allows"""
     if not error < _LIMIT[dtype]:
@@ -82,6 +104,19 @@ def _attention(
     dtype: torch.dtype,
     sms: int,
 ) -> float:
+    attend, (query, cache, batch, scale) = _attending(rig, kernels, lengths, shape, dtype, sms)
+    return relative(attend(), TorchKernels().attend(query.float(), cache.float(), batch, scale))
+
+
+def _attending(
+    rig: Rig,
+    kernels: Kernels,
+    lengths: list[tuple[int, int]],
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    sms: int,
+) -> tuple[Callable[[], Tensor], tuple[Tensor, Tensor, Batch, float]]:
+    """Attention of sequences of these (new, past) tokens, and what it is given."""
     heads, kv_heads, dim = shape
     need = [-(-max(new + past, 1) // 16) for new, past in lengths]
     order = torch.randperm(sum(need), generator=torch.Generator().manual_seed(0)).add(1).tolist()
@@ -95,8 +130,8 @@ def _attention(
     batch = replace(batch, context_lens=lens, context_tokens=contexts)
     cache = rig.noise(2, sum(need) + 1, 16, kv_heads, dim, dtype=dtype, seed=1)
     query = rig.noise(batch.n_rows, heads + 2 * kv_heads, dim, dtype=dtype, seed=2)[:, :heads]
-    ours = kernels.attend(query, cache, batch, dim**-0.5)
-    return relative(ours, TorchKernels().attend(query.float(), cache.float(), batch, dim**-0.5))
+    given = query, cache, batch, dim**-0.5
+    return partial(kernels.attend, *given), given
 
 
 def _rows(rig: Rig, kernels: Kernels, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
