@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from typing import Any
@@ -22,8 +23,8 @@ from engine.model.sampling import SamplingParams
 from engine.workers.lease import Disowned
 
 __all__ = [
-    "KEY", "admit", "ask", "connect", "fill", "listen", "parse_address", "pour", "receive", "send", "step_from",
-    "step_message",
+    "KEY", "admit", "ask", "connect", "fill", "hang_up", "listen", "parse_address", "pour", "receive", "send",
+    "step_from", "step_message",
 ]  # fmt: skip
 
 #: Environment variable with the secret that all processes of an engine share.
@@ -74,6 +75,12 @@ def _limit_reads(connection: Connection, seconds: float) -> None:
     """Let reads fail after so long; 0: never."""
     with socket.socket(fileno=os.dup(connection.fileno())) as line:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), 0))
+
+
+def hang_up(connection: Connection) -> None:
+    """End ``connection`` under a thread that waits on it, which :meth:`Connection.close` does not wake."""
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:  # or it is closed already
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def connect(address: tuple[str, int]) -> Connection:

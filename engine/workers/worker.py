@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Listener
 from typing import Annotated, Any
 
 import torch
@@ -28,7 +28,7 @@ from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
 from engine.model.device import choose_device, choose_dtype, where
 from engine.workers.kv import Puller, serve_pulls
 from engine.workers.lease import Disowned, Lease
-from engine.workers.wire import admit, listen, parse_address, receive, send, step_from
+from engine.workers.wire import admit, hang_up, listen, parse_address, receive, send, step_from
 
 __all__ = ["Worker", "app", "main"]
 
@@ -53,13 +53,35 @@ class Worker:
         self._cutting = threading.Lock()
         self._lease = Lease()
         self._strangers = threading.Semaphore(_STRANGERS)
+        self._talks: dict[threading.Thread, Connection] = {}
 
     def welcome(self, connection: Connection) -> None:
         """Talk with a caller in a thread of its own. One that does not prove to know the secret stays for seconds."""
         if not self._strangers.acquire(blocking=False):
             connection.close()
             return
-        threading.Thread(target=self._admitted, args=(connection,), daemon=True).start()
+        thread = threading.Thread(target=self._talk, args=(connection,), daemon=True)
+        self._talks[thread] = connection
+        thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Hang up on everybody; nobody new may be welcomed. False when a thread did not end in time.
+
+        Before the process ends: a thread that is in the middle of giving a pair back when the interpreter is gone ends
+        the process with ``terminate called without an active exception``.
+        """
+        until, talks = time.monotonic() + timeout_s, list(self._talks.items())
+        for _, connection in talks:
+            hang_up(connection)
+        for thread, _ in talks:
+            thread.join(max(until - time.monotonic(), 0.0))
+        return not any(thread.is_alive() for thread, _ in talks)
+
+    def _talk(self, connection: Connection) -> None:
+        try:
+            self._admitted(connection)
+        finally:
+            del self._talks[threading.current_thread()]
 
     def _admitted(self, connection: Connection) -> None:
         try:
@@ -192,6 +214,13 @@ def work(
     if once:
         threading.Thread(target=_end_with_input, daemon=True).start()
     print(json.dumps({"listening": listener.address}), flush=True)
+    try:
+        _welcome_all(listener, worker)
+    finally:
+        worker.close()
+
+
+def _welcome_all(listener: Listener, worker: Worker) -> None:
     while True:
         try:
             connection = listener.accept()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -65,6 +66,7 @@ class InThread(Worker):
         self._listener = listen(("127.0.0.1", 0))
         self.address = self._listener.address
         threading.Thread(target=self._accept, daemon=True).start()
+        atexit.register(self.close)
 
     def _accept(self) -> None:
         while True:
@@ -348,6 +350,20 @@ def test_bytes_between_messages_arrive_whole_or_time_runs_out() -> None:
     ours.close()
     with pytest.raises(EOFError):
         fill(theirs, memoryview(came), 20.0)
+
+
+def test_a_worker_that_closes_leaves_no_thread_behind() -> None:
+    """Its peers do not have to hang up first. One that outlives the interpreter takes the process down with it."""
+    before, worker, target = set(threading.enumerate()), InThread(), KVPool(MODEL.config, blocks=4, block_tokens=16)
+    control, puller = connect(worker.address), Puller("wire")
+    epoch = ask(control, {"do": "own"})["epoch"]
+    ask(control, {"do": "pools", "epoch": epoch, "blocks": {"0": 4}, "block_tokens": 16})
+    puller.fetch(worker.address, epoch, 0, target, [(0, 1)], 20.0)
+    begun = set(threading.enumerate()) - before
+    assert len(begun) == 3, "who accepts, who answers, and who sends"
+    assert worker.close()
+    assert sum(thread.is_alive() for thread in begun) == 1, "who accepts"
+    puller.close()
 
 
 def test_callers_that_prove_nothing_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
