@@ -93,7 +93,7 @@ def set_up_engines() -> None:
 
 def compile_kernels() -> None:
     """Compile now what the first commands would wait for; what fails here is compiled when it is needed."""
-    modules = ("env.warm", "policies.warm", "train.ppo.warm")
+    modules = ("env.warm", "policies.warm")
     subprocess.call([str(BIN / "python"), "-m", "engine.jit.warm", *modules], cwd=ROOT)
 
 

@@ -15,7 +15,7 @@ from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, 
 from engine.core.policy import Policy
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
-from env.surrogate.batch import ENDED, LAST, Clusters, advance_many, new_buffers
+from env.surrogate.batch import ENDED, LAST, advance_many, new_buffers
 from env.surrogate.compiled import POLICY_ARGS, FirstClass, compiled
 from env.surrogate.episodes import Episodes
 from env.surrogate.simulate import bind_policy
@@ -144,20 +144,6 @@ class SlalomVecEnv(VecEnv):
     def action_masks(self) -> np.ndarray:
         """Allowed actions, bool (n_envs, K); a view."""
         return self.buffers.mask
-
-    def clusters(self) -> Clusters:
-        """The clusters in place, for a driver that steps them itself; it calls :meth:`end_episode` where one ends."""
-        e, b = self.episodes, self.buffers
-        return Clusters(
-            state_words=e.state_words, sim_words=e.sim_words, context=b.context, candidates=b.candidates,
-            allowed=b.allowed, params=self.policy.params, memory=self._memory, observation=b.observation, mask=b.mask,
-            status=b.status, good=b.good, missed=b.missed, returns=self._returns, lengths=self._lengths,
-        )  # fmt: skip
-
-    @property
-    def rule(self) -> tuple[int, FirstClass, int]:
-        """Bit mask of the kinds the learner answers; the rule that answers the others, and what it needs."""
-        return self._kind_bits, self._decide, int(self.policy.needs)
 
     # -- VecEnv ---------------------------------------------------------------------------------------
 

@@ -23,9 +23,7 @@ __all__ = [
     "ENDED",
     "LAST",
     "Buffers",
-    "Clusters",
     "advance_many",
-    "advance_one",
     "new_buffers",
     "release_all",
 ]
@@ -52,25 +50,6 @@ class Buffers(NamedTuple):
     context: np.ndarray  # float64 (N_CONTEXT,), scratch of one decision
     candidates: np.ndarray  # float64 (K max, N_CANDIDATE)
     allowed: np.ndarray  # uint8 (K max,)
-
-
-class Clusters(NamedTuple):
-    """Simulated clusters as :func:`advance_one` takes them, and the account of their running episodes."""
-
-    state_words: np.ndarray  # int64 (B, ·): address vectors
-    sim_words: np.ndarray
-    context: np.ndarray  # scratch, see Buffers
-    candidates: np.ndarray
-    allowed: np.ndarray
-    params: np.ndarray  # of the rule that answers other kinds
-    memory: np.ndarray  # (B, M)
-    observation: np.ndarray  # of the decisions that wait
-    mask: np.ndarray
-    status: np.ndarray
-    good: np.ndarray
-    missed: np.ndarray
-    returns: np.ndarray  # float64 (B,): rewards since the episode began
-    lengths: np.ndarray  # int64 (B,): decisions
 
 
 def new_buffers(n: int, k: int, k_max: int, advise: bool = False) -> Buffers:
@@ -130,7 +109,7 @@ def _to_next(s, q, kinds, advise, needs, decide, params, memory, context, candid
 
 
 @kernel
-def advance_one(s, q, action, kinds, context, candidates, allowed, decide, params, memory, needs, row, mask):
+def _advance_one(s, q, action, kinds, context, candidates, allowed, decide, params, memory, needs, row, mask):
     """Answer the pending decision with ``action`` (-1: none is pending yet) and run to the next one.
 
     :param kinds: bit mask of the kinds the learner answers
@@ -161,7 +140,7 @@ def advance_many(
     state_words, sim_words, actions, chosen, kinds, context, candidates, allowed, decide, params, memory, needs,
     observation, mask, reward, elapsed_s, status, good, missed,
 ):  # fmt: skip
-    """:func:`advance_one` for each cluster in ``chosen``; a masked action is replaced by the first allowed one.
+    """Answer and go on in each cluster of ``chosen``; a masked action is replaced by the first allowed one.
 
     :param state_words: int64 (B, ·) address vectors of the clusters, ``sim_words`` of their clocks
     :param actions: int64 (B,); -1 starts an episode (nothing is pending yet)
@@ -178,7 +157,7 @@ def advance_many(
             action = 0
             while not mask[b, action]:
                 action += 1
-        status[b], reward[b], elapsed_s[b] = advance_one(
+        status[b], reward[b], elapsed_s[b] = _advance_one(
             s, q, action, kinds, context, candidates, allowed, decide, params, memory[b], needs, observation[b], mask[b]
         )
         good[b] = s.cluster[0].good_weight

@@ -39,7 +39,7 @@ def run() -> dict[str, Any]:
     ratios = rates[:, 0] / rates[:, 1]
     flops = flops_per_frame(ours.policy.network, ours.env.n_candidates, ours.n_epochs)
     gemm = _gemm_flops()
-    split = _shares(ours)
+    split = {name: round(share, 3) for name, share in ours.split.shares().items()}
     fastest = float(np.median(rates[:, 0]))
     return {
         "frames_per_second_per_core": fastest,
@@ -57,27 +57,6 @@ def run() -> dict[str, Any]:
         "limit": _sentence(fastest, gemm, flops, split),
         "rounds": ROUNDS,
     }
-
-
-def _shares(model: Any) -> dict[str, float]:
-    """Share of each phase; a rollout, which is one compiled loop, is divided into simulation and forward passes by
-    taking the forward passes of the last one again, alone."""
-    shares = model.split.shares()
-    buffer, fused = model.rollout_buffer, model.policy.fused
-    observations, masks = buffer.flat("observations").numpy(), buffer.flat("action_masks").numpy()
-    n = len(observations)
-    out = np.zeros(n, np.int64), np.zeros(n, np.float32), np.zeros(n, np.float32)
-    seconds = []
-    for _ in range(3):
-        buffer.packed.clear()
-        begin = time.perf_counter()
-        fused.act(buffer.packed, 0, observations, masks, np.zeros(n, np.float32), model.policy.unit, out)
-        seconds.append(time.perf_counter() - begin)
-    whole = sum(model.split.seconds.values()) / (OUR_UPDATES * ROUNDS)
-    forward = min(seconds) / whole
-    shares["forward"] = shares.get("forward", 0.0) + forward
-    shares["simulation"] = shares.pop("rollout") - forward
-    return {name: round(share, 3) for name, share in shares.items()}
 
 
 def flops_per_frame(network: Any, rows: int, epochs: int) -> float:

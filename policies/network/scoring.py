@@ -16,7 +16,6 @@ ReLU is the cheapest activation in both runtimes; ``policies.network.compiled`` 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Kind
 from policies.network.features import CLIP, N_CONTEXT_FEATURES, N_FEATURES
 from policies.network.normalise import Normalisation, default_normalisation
 
-__all__ = ["Prepared", "Scores", "ScoringNetwork", "observation_size"]
+__all__ = ["Scores", "ScoringNetwork", "observation_size"]
 
 #: Logit of a masked candidate: its probability underflows to exactly 0.
 MASKED = -1e8
@@ -43,17 +42,6 @@ class Scores:
 
     logits: Tensor
     value: Tensor
-
-
-class Prepared(NamedTuple):
-    """What :meth:`ScoringNetwork.score` reads: normalised ``context`` (B, C) and ``rows`` (B, K, F), ``cost`` (B, K)
-    of the base, ``advised`` (B, K) logits of the advice, ``allowed`` bool (B, K)."""
-
-    context: Tensor
-    rows: Tensor
-    cost: Tensor
-    advised: Tensor
-    allowed: Tensor
 
 
 class ScoringNetwork(nn.Module):
@@ -112,41 +100,36 @@ class ScoringNetwork(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, observations: Tensor, mask: Tensor) -> Scores:
-        """Score a batch of decisions.
+        """Score a batch of decisions. Only the candidates that are allowed are read: M rows of all decisions together.
 
         :param observations: float32 (B, C + K·F [+ K]): dimensionless context, K rows of dimensionless columns and,
             where the environment gives advice, 1 at the advised row
         :param mask: (B, K), nonzero where the candidate is allowed
         """
-        return self.score(self.prepare(observations, mask))
-
-    def prepare(self, observations: Tensor, mask: Tensor) -> Prepared:
-        """Everything that does not depend on trainable weights, so that PPO computes it once per rollout."""
-        batch, rows = mask.shape
-        allowed = mask.bool()
-        observations = observations.nan_to_num(nan=CLIP).clamp(-CLIP, CLIP)
-        context = observations[:, :N_CONTEXT_FEATURES]
+        (batch, rows), allowed = mask.shape, mask.bool()
+        of, row = places = allowed.nonzero(as_tuple=True)  # (M,) each: a row's decision, and its place there
         end = N_CONTEXT_FEATURES + rows * CANDIDATE_DIMENSIONLESS
-        raw = _with_hinges(observations[:, N_CONTEXT_FEATURES:end].reshape(batch, rows, CANDIDATE_DIMENSIONLESS))
-        kind = nn.functional.one_hot(context[:, : len(Kind)].argmax(1), len(Kind)).to(raw.dtype)
-        normal = self._normal(context, self.context_scale, self.context_log)
-        by_kind = (kind.unsqueeze(2) * normal.unsqueeze(1)).flatten(1)
-        weights = kind @ self.base + by_kind @ self.gate.flatten(0, 1)
-        cost = torch.bmm(raw, weights.unsqueeze(2)).squeeze(2)
-        advised = observations[:, end:] if observations.shape[1] > end else torch.zeros_like(cost)
-        advised = advised * (kind @ self.bonus).unsqueeze(1)
-        return Prepared(normal, self._normal(raw, self.candidate_scale, self.candidate_log), cost, advised, allowed)
+        columns = observations[:, N_CONTEXT_FEATURES:end].reshape(batch, rows, CANDIDATE_DIMENSIONLESS)
+        raw = _with_hinges(_cut(columns[places]))
+        kind, normal, weights = self._weigh(_cut(observations[:, :N_CONTEXT_FEATURES]))
+        logits = -self.log_scale.exp() * (raw * weights[of]).sum(-1)
+        if observations.shape[1] > end:
+            logits = logits + observations[:, end:][places] * self.bonus[kind][of]
+        normal_rows = self._normal(raw, self.candidate_scale, self.candidate_log)
+        encoded = torch.relu(self.candidate(normal_rows) + self.context(normal)[of])
+        pooled = _pool(encoded, places, allowed)
+        mixed = torch.relu(self.head(encoded) + self.pool(pooled)[of])
+        logits = logits + self.out(mixed).squeeze(-1)
+        spread = logits.new_full((batch, rows), MASKED).index_put(places, logits)
+        return Scores(spread, self.value(pooled).squeeze(-1))
 
-    def score(self, x: Prepared) -> Scores:
-        """The rest of :meth:`forward`."""
-        allowed = x.allowed.unsqueeze(-1)
-        encoded = torch.relu(self.candidate(x.rows) + self.context(x.context).unsqueeze(1)) * allowed
-        count = allowed.sum(1).clamp(min=1)
-        # relu ≥ 0 and masked rows are 0, so a plain maximum is the maximum over allowed rows
-        pooled = torch.cat([encoded.sum(1) / count, encoded.amax(1)], dim=1)
-        mixed = torch.relu(self.head(encoded) + self.pool(pooled).unsqueeze(1))
-        logits = self.out(mixed).squeeze(-1) - self.log_scale.exp() * x.cost + x.advised
-        return Scores(logits.masked_fill(~x.allowed, MASKED), self.value(pooled).squeeze(-1))
+    def _weigh(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Kind (B,), normalised context (B, C) and the weights of the cost (B, F)."""
+        kind = context[:, : len(Kind)].argmax(1)
+        normal = self._normal(context, self.context_scale, self.context_log)
+        one_hot = nn.functional.one_hot(kind, len(Kind)).to(normal.dtype)
+        by_kind = (one_hot.unsqueeze(2) * normal.unsqueeze(1)).flatten(1)
+        return kind, normal, self.base[kind] + by_kind @ self.gate.flatten(0, 1)
 
     def _normal(self, x: Tensor, scale: Tensor, log: Tensor) -> Tensor:
         bound = self.normalisation.bound
@@ -157,6 +140,17 @@ class ScoringNetwork(nn.Module):
         skip = {"context_scale", "context_log", "candidate_scale", "candidate_log"}
         state = self.state_dict()
         return {k: v.detach().cpu().numpy().astype(np.float32) for k, v in state.items() if k not in skip}
+
+
+def _cut(x: Tensor) -> Tensor:
+    return x.nan_to_num(nan=CLIP).clamp(-CLIP, CLIP)
+
+
+def _pool(encoded: Tensor, places: tuple[Tensor, ...], allowed: Tensor) -> Tensor:
+    """Mean and maximum (B, 2H) over the rows (M, H) of each decision; zeros where nothing is allowed."""
+    # relu ≥ 0, so a maximum with the zeros of other rows is the maximum over allowed rows
+    spread = encoded.new_zeros(*allowed.shape, encoded.shape[1]).index_put(places, encoded)
+    return torch.cat([spread.sum(1) / allowed.sum(1, keepdim=True).clamp(min=1), spread.max(1).values], dim=1)
 
 
 def _with_hinges(columns: Tensor) -> Tensor:

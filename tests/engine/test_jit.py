@@ -198,7 +198,7 @@ def test_who_waits_hears_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_is_listed_to_be_compiled_exists() -> None:
-    for module in ("env.warm", "policies.warm", "train.ppo.warm"):
+    for module in ("env.warm", "policies.warm"):
         for stage in importlib.import_module(module).STAGES:
             for step in stage:
                 assert getattr(importlib.import_module(step.__module__), step.__name__) is step

@@ -46,6 +46,19 @@ def test_masked_actions_are_never_drawn_and_have_no_probability(make_model: Make
     assert th.isfinite(entropy).all()
 
 
+def test_what_was_seen_is_bounded_without_padding(make_model: Make) -> None:
+    policy = make_model().policy
+    obs = th.randn(50, 19).numpy() + 3.0
+    rows = obs[:, 3:].reshape(50, 4, 4)
+    rows[::3, 2:] = 0.0  # padding
+    policy.note_seen(obs[:20])
+    policy.note_seen(obs[20:])
+    real = rows[rows.any(-1)]
+    for side, extreme in enumerate((np.min, np.max)):
+        want = np.concatenate([extreme(obs[:, :3], 0), extreme(real, 0)])
+        np.testing.assert_array_equal(policy.seen[side], want)
+
+
 def test_sampling_follows_the_softmax(make_model: Make) -> None:
     policy = make_model().policy
     obs = th.randn(1, 19).expand(20_000, -1).clone()

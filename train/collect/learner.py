@@ -44,32 +44,18 @@ class RemotePPO(DispatchPPO):
         env.begin(self._weights(), number + 1)
         return th.from_numpy(last)
 
-    def _note_seen(self, buffer: SMDPRolloutBuffer) -> None:
-        if buffer.packed is None or not buffer.packed.complete:
-            super()._note_seen(buffer)
-            return
-        seen = self.policy.seen.numpy()
-        for part in self._seen:
-            np.minimum(seen[0], part[0], out=seen[0])
-            np.maximum(seen[1], part[1], out=seen[1])
-
     def _weights(self) -> Weights:
         return {name: value.detach().numpy().copy() for name, value in self.policy.state_dict().items()}
 
     def _store(self, parts: list[Rollout], buffer: SMDPRolloutBuffer) -> None:
         """Put every worker's columns side by side."""
         first = 0
-        self._seen = [part.seen for part in parts]
         for part in parts:
             width = len(part.values)
             for name, column in part.columns.items():
                 getattr(buffer, name)[:, first : first + width] = column
-            if part.parcel is not None and buffer.packed is not None:
-                buffer.packed.add(part.parcel, buffer.buffer_size, first)
             self._update_info_buffer(part.infos)
             first += width
-        if buffer.packed is not None:
-            buffer.packed.complete = all(part.parcel is not None for part in parts)
         self._last_obs = np.concatenate([part.observations for part in parts])
         self._last_episode_starts = np.concatenate([part.starts for part in parts])
         self.clock_s = np.concatenate([part.clock_s for part in parts])

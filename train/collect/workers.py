@@ -23,7 +23,6 @@ from env.measure.digest import code_sha256
 from env.measure.pool import check_code
 from train.collect.pieces import cut, join, pieces_for
 from train.config import TrainConfig
-from train.ppo.fast.packed import Parcel
 from train.ppo.learner import DispatchPPO
 
 __all__ = ["RayCollector", "Rollout", "RolloutWorker"]
@@ -59,11 +58,7 @@ class RemoteVecEnv(VecEnv):
 class Rollout(NamedTuple):
     """What one worker collected with its n environments in T steps.
 
-    :param columns: arrays (T, n) or (T, n, width) by their names in the rollout buffer; without the observations and
-        masks where there is a parcel
-    :param parcel: the decisions as :mod:`train.ppo.fast.fused` reads them, if the worker has them, with ``seen``, the
-    bounds of
-        what was observed
+    :param columns: arrays (T, n) or (T, n, width) by their names in the rollout buffer
     :param values: (n,) values after the last step
     :param observations: (n, D), ``starts`` (n,), ``clock_s`` (n,): where its environments are now
     :param infos: of the episodes that ended
@@ -72,8 +67,6 @@ class Rollout(NamedTuple):
     """
 
     columns: dict[str, NDArray[Any]]
-    parcel: Parcel | None
-    seen: NDArray[np.float32]
     values: NDArray[np.float32]
     observations: NDArray[np.float32]
     starts: NDArray[np.bool_]
@@ -145,22 +138,14 @@ class RolloutWorker:
         model.ep_info_buffer, model.ep_success_buffer = deque(), deque()  # the learner keeps the statistics
         infos: list[dict[str, Any]] = []
         with th.inference_mode():
-            if model.player is not None:
-                infos = model.play()
-            else:
-                for step in range(buffer.buffer_size):
-                    model._step(self._env, buffer, step)
-                    infos += [model._infos[i] for i in np.flatnonzero(model._last_episode_starts)]
+            for step in range(buffer.buffer_size):
+                model._step(self._env, buffer, step)
+                infos += [model._infos[i] for i in np.flatnonzero(model._last_episode_starts)]
             buffer.trace[:] = own_traces(buffer.trace, self._seeds[1])
             masks = self._env.action_masks()
             last = policy.predict_values(th.from_numpy(model._last_obs), masks)
-        packed = buffer.packed
-        if packed is not None and model.player is None:  # who notes it where it acts
-            policy.note_seen(buffer.flat("observations").numpy())
         return Rollout(
-            _columns(buffer, whole=packed is None),
-            None if packed is None else packed.parcel(),
-            policy.seen.numpy().copy(),
+            _columns(buffer),
             last.numpy(),
             model._last_obs,
             model._last_episode_starts,
@@ -175,14 +160,11 @@ def _told(info: dict[str, Any]) -> dict[str, Any]:
     return {name: info[name] for name in ("episode", "attainment") if name in info}
 
 
-def _columns(buffer: Any, whole: bool) -> dict[str, NDArray[Any]]:
-    """Every array of the buffer that a collector fills; the learner computes the other two.
-
-    :param whole: with observations and masks
-    """
+def _columns(buffer: Any) -> dict[str, NDArray[Any]]:
+    """Every array of the buffer that a collector fills; the learner computes the other two."""
     shape = (buffer.buffer_size, buffer.n_envs)
     arrays = {name: value for name, value in vars(buffer).items() if isinstance(value, np.ndarray)}
-    skip = ("advantages", "returns", *(() if whole else ("observations", "action_masks")))
+    skip = ("advantages", "returns")
     return {name: value for name, value in arrays.items() if value.shape[:2] == shape and name not in skip}
 
 

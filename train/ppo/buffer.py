@@ -16,8 +16,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 
-from train.ppo.batch import Batch, Samples
-from train.ppo.fast.packed import Packed
+from train.ppo.objective import Batch
 
 __all__ = ["SMDPRolloutBuffer", "arrival_baseline"]
 
@@ -27,8 +26,7 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
 
     Arrays are allocated once and are (T, N) or (T, N, width); a collector writes row ``pos`` in place.
     ``elapsed_s[t]`` is the simulated time from decision t to decision t + 1. ``trace`` names the arrival
-    sequence an environment was on and ``clock_s`` its simulated time since the episode began. ``packed``, where there
-    is one, holds the observations once more, in the order of time, as :mod:`train.ppo.fast.fused` reads them.
+    sequence an environment was on and ``clock_s`` its simulated time since the episode began.
 
     :param beta: discount rate in 1/s
     :param slice_s: width in seconds of the time slices of the input-driven baseline; 0 turns it off
@@ -39,7 +37,6 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
     elapsed_s: NDArray[np.float64]
     clock_s: NDArray[np.float64]
     trace: NDArray[np.int64]
-    packed: Packed | None = None
 
     def __init__(
         self,
@@ -62,8 +59,6 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
     def reset(self) -> None:
         """Rewind; memory is kept."""
         self.pos, self.full, self.generator_ready = 0, False, True
-        if self.packed is not None:
-            self.packed.clear()
         if self._allocated:
             return
         shape = (self.buffer_size, self.n_envs)
@@ -125,11 +120,6 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
         array = getattr(self, name)
         return th.from_numpy(array.reshape(-1, *array.shape[2:]))
 
-    def pack(self) -> None:
-        """Have the whole rollout in ``packed``, also where it was collected elsewhere."""
-        if self.packed is not None and not self.packed.complete:
-            self.packed.fill(self.flat("observations").numpy(), self.flat("action_masks").numpy())
-
     def minibatches(self, size: int, generator: th.Generator) -> Iterator[th.Tensor]:
         """A random permutation of all T x N frames in parts of ``size``; the last one may be smaller."""
         yield from th.randperm(self.buffer_size * self.n_envs, generator=generator).split(size)
@@ -138,10 +128,6 @@ class SMDPRolloutBuffer(MaskableRolloutBuffer):
         """The frames of these numbers."""
         names = ("observations", "action_masks", "actions", "log_probs", "advantages", "returns")
         return Batch(*(self.flat(name)[frames] for name in names))
-
-    def samples(self) -> Samples:
-        """All frames, as :meth:`train.ppo.fast.fused.Fused.differentiate` reads them; shares memory."""
-        return Samples(*(self.flat(name).numpy() for name in Samples._fields))
 
 
 def arrival_baseline(

@@ -1,10 +1,8 @@
 """PPO on dispatch decisions: a masked, semi-Markov, residual variant of sb3-contrib's MaskablePPO.
 
-It differs from the parent in four ways: the network scores candidates instead of a flat observation; time
-between decisions discounts (``train.ppo.buffer``), also where a time limit cuts an episode; value targets are put
-on a unit scale once, measured on the first rollout and then frozen, so the objective does not move with the
-load; and rollouts and updates of this project's network run in compiled loops on preallocated arrays
-(``train.ppo.fast.play``, ``train.ppo.fast.fused``).
+It differs from the parent in three ways: the network scores candidates instead of a flat observation; time
+between decisions discounts (``train.ppo.buffer``), also where a time limit cuts an episode; and value targets are put
+on a unit scale once, measured on the first rollout and then frozen, so the objective does not move with the load.
 """
 
 from __future__ import annotations
@@ -26,11 +24,9 @@ from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from env.gym.vector_env import SlalomVecEnv
 from train.config import TrainConfig
 from train.ppo.buffer import SMDPRolloutBuffer
-from train.ppo.fast.play import Player
-from train.ppo.objective import Losses, Objective, differentiate
+from train.ppo.objective import Objective, differentiate
 from train.ppo.policy import ScoringPolicy
 
 __all__ = ["DispatchPPO", "TimeSplit"]
@@ -111,12 +107,6 @@ class DispatchPPO(MaskablePPO):
             device=device,
             verbose=verbose,
         )
-        self.player: Player | None = None
-        self.policy.fuse()
-        if self.policy.fused is not None:
-            self.rollout_buffer.packed = self.policy.fused.packed(config.n_steps * self.n_envs)
-            if isinstance(env, SlalomVecEnv):
-                self.player = Player(env, self.policy, self.rollout_buffer)
         self.split = TimeSplit()
         self.trained_s = 0.0  # wall seconds of learning, over all resumed parts
         self.clock_s = np.zeros(self.n_envs)
@@ -190,46 +180,25 @@ class DispatchPPO(MaskablePPO):
             return False
         with self.split.phase("copy"):
             rollout_buffer.compute_returns_and_advantage(last, self._last_episode_starts)  # type: ignore[arg-type]
-            self._note_seen(rollout_buffer)
+            self.policy.note_seen(rollout_buffer.flat("observations").numpy())
         callback.on_rollout_end()
         return True
-
-    def _note_seen(self, buffer: SMDPRolloutBuffer) -> None:
-        """Widen the bounds of what the policy was trained on."""
-        if self.player is None:  # who has noted it
-            self.policy.note_seen(buffer.flat("observations").numpy())
 
     def _fill(
         self, env: VecEnv, callback: BaseCallback, buffer: SMDPRolloutBuffer, n_steps: int, use_masking: bool
     ) -> th.Tensor | None:
         """Rows 0 to ``n_steps`` of the buffer; the values (N,) after them, or None if a callback ended the run."""
-        if self.player is not None:
-            self.play()
+        for step in range(n_steps):
+            self._step(env, buffer, step)
+            callback.update_locals({"infos": self._infos, "dones": self._last_episode_starts})
             if not callback.on_step():
                 return None
-        else:
-            for step in range(n_steps):
-                self._step(env, buffer, step)
-                callback.update_locals({"infos": self._infos, "dones": self._last_episode_starts})
-                if not callback.on_step():
-                    return None
         buffer.pos, buffer.full = n_steps, True
         if self._n_updates == 0:
             self._fit_value_scale(buffer)
         with self.split.phase("forward"):
             masks = self._masks(env, use_masking)
             return self.policy.predict_values(th.from_numpy(self._last_obs), masks)  # type: ignore[arg-type]
-
-    def play(self) -> list[dict[str, Any]]:
-        """Fill the buffer from simulated clusters in this process; infos of the episodes that ended."""
-        assert self.player is not None
-        with self.split.phase("rollout"):
-            began = np.array(self._last_episode_starts, bool)
-            infos = self.player.rollout(self.clock_s, began)
-            self._last_obs, self._last_episode_starts = self.player.env.buffers.observation.copy(), began
-        self.num_timesteps += self.rollout_buffer.buffer_size * self.n_envs
-        self._update_info_buffer(infos)
-        return infos
 
     @staticmethod
     def _masks(env: VecEnv, use_masking: bool = True) -> NDArray[np.bool_] | None:
@@ -263,14 +232,7 @@ class DispatchPPO(MaskablePPO):
     def _act(self, buffer: SMDPRolloutBuffer, step: int) -> None:
         """Draw actions for row ``step`` of the buffer."""
         observations, masks = buffer.observations[step], buffer.action_masks[step]
-        policy, fused = self.policy, self.policy.fused
-        if fused is not None and buffer.packed is not None:
-            uniform = th.rand(buffer.n_envs, generator=policy.generator).numpy()
-            out = buffer.actions[step], buffer.log_probs[step], buffer.values[step]
-            fused.act(buffer.packed, step * buffer.n_envs, observations, masks, uniform, policy.unit, out)
-            buffer.packed.complete = step == buffer.buffer_size - 1
-            return
-        drawn = policy.forward(th.from_numpy(observations), action_masks=th.from_numpy(masks))
+        drawn = self.policy.forward(th.from_numpy(observations), action_masks=th.from_numpy(masks))
         for array, tensor in zip((buffer.actions, buffer.values, buffer.log_probs), drawn, strict=True):
             array[step] = tensor.numpy()
 
@@ -299,7 +261,6 @@ class DispatchPPO(MaskablePPO):
             self.policy.set_training_mode(True)
             self._update_learning_rate(self.policy.optimizer)
             stats: dict[str, list[float]] = defaultdict(list)
-            self.rollout_buffer.pack()
             advantages = self.rollout_buffer.advantages
             advantages -= advantages.mean()
             advantages /= advantages.std() + 1e-8
@@ -333,7 +294,7 @@ class DispatchPPO(MaskablePPO):
             actor=self._n_updates >= self.config.critic_warmup,
         )
         for frames in self.rollout_buffer.minibatches(self.batch_size, self.policy.generator):
-            losses = self._differentiate(frames, goal)
+            losses = differentiate(self.policy, self.rollout_buffer.batch(frames), goal)
             stats["value_loss"].append(losses.value)
             if goal.actor:
                 stats["approx_kl"].append(losses.kl)
@@ -346,13 +307,6 @@ class DispatchPPO(MaskablePPO):
             th.nn.utils.clip_grad_norm_(self.policy.trainable, self.max_grad_norm)
             self.policy.optimizer.step()
         return True
-
-    def _differentiate(self, frames: th.Tensor, goal: Objective) -> Losses:
-        """Gradient of a minibatch into the parameters' ``grad``."""
-        buffer, fused = self.rollout_buffer, self.policy.fused
-        if fused is not None and buffer.packed is not None:
-            return fused.differentiate(buffer.packed, buffer.samples(), frames.numpy(), goal)
-        return differentiate(self.policy, buffer.batch(frames), goal)
 
     # -- everything a resumed run needs (see train.ppo.state) -------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""PPO's objective on a minibatch: its terms, and its gradient by autograd for any network."""
+"""PPO's objective on a minibatch: its terms, and its gradient by autograd."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Any, NamedTuple, Protocol
 
 import torch as th
 
-from train.ppo.batch import Batch
+__all__ = ["Batch", "Losses", "Objective", "differentiate"]
 
-__all__ = ["Losses", "Objective", "differentiate"]
+
+class Batch(NamedTuple):
+    """A minibatch of B frames."""
+
+    observations: th.Tensor
+    masks: th.Tensor
+    actions: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,7 @@ class Actor(Protocol):
 
 
 def differentiate(policy: Actor, batch: Batch, goal: Objective) -> Losses:
-    """Gradient of ``goal`` over ``batch`` into the parameters' ``grad``; :mod:`train.ppo.fast.fused` does the same
-    faster for the network of this project."""
+    """Gradient of ``goal`` over ``batch`` into the parameters' ``grad``."""
     policy.optimizer.zero_grad(set_to_none=True)
     values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, batch.masks)
     value_loss = ((batch.returns - values) / goal.scale).square().mean()

@@ -14,11 +14,6 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from engine.jit.rows import addresses
-from policies.network.scoring import ScoringNetwork
-from train.ppo.fast.fused import Fused
-from train.ppo.fast.pack import Observed, widen
-
 __all__ = ["ScoringPolicy"]
 
 
@@ -54,7 +49,6 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         **kwargs: Any,
     ) -> None:
         # before the parent's constructor, which calls _build
-        self.fused: Fused | None = None
         self._make_network = make_network
         self.n_context, self.n_features = n_context, n_features
         self.n_candidates = int(action_space.n)
@@ -76,27 +70,15 @@ class ScoringPolicy(MaskableActorCriticPolicy):
         self.value_shift.fill_(shift)
         self.value_scale.fill_(scale)
 
-    @property
-    def unit(self) -> tuple[float, float]:
-        """(shift, scale) of values."""
-        return float(self.value_shift), float(self.value_scale)
-
-    def fuse(self) -> None:
-        """Act and learn by :mod:`train.ppo.fast.fused` where the network is that of this project and lives on a CPU."""
-        if isinstance(self.network, ScoringNetwork) and self.device.type == "cpu":
-            self.fused = Fused(self.network, self.n_candidates)
-
-    def set_training_mode(self, mode: bool) -> None:
-        """As in the parent; rollouts, which begin with ``False``, then see the weights as they are now."""
-        super().set_training_mode(mode)
-        if self.fused is not None:
-            self.fused.refresh()
-
     def note_seen(self, observations: NDArray[np.float32]) -> None:
-        """Widen the bounds of what the policy was trained on by observations (B, C + K·F [+ K])."""
-        masks = np.zeros((len(observations), self.n_candidates), np.bool_)  # rows count by what is in them
-        observed, seen = Observed.of(observations, masks), self.seen.numpy()
-        widen(addresses(observed), self.n_context, self.n_features, addresses([seen]))
+        """Widen the bounds of what the policy was trained on by observations (B, C + K·F [+ K]).
+
+        Rows of zeros are padding.
+        """
+        rows, seen, context = self._rows(th.from_numpy(observations)).numpy(), self.seen.numpy(), self.n_context
+        for at, found in ((slice(context), observations[:, :context]), (slice(context, None), rows[rows.any(-1)])):
+            np.minimum(seen[0, at], found.min(0), out=seen[0, at])
+            np.maximum(seen[1, at], found.max(0), out=seen[1, at])
 
     def _scores(self, obs: th.Tensor, mask: th.Tensor | None) -> tuple[th.Tensor, th.Tensor]:
         """Logits (B, K) and values (B,). Without a mask, rows of all zeros count as padding."""
@@ -141,10 +123,7 @@ class ScoringPolicy(MaskableActorCriticPolicy):
 
     def predict_values(self, obs: th.Tensor, action_masks: th.Tensor | None = None) -> th.Tensor:  # type: ignore[override]
         """Value (B,)."""
-        if self.fused is None:
-            return self._scores(obs, action_masks)[1]
-        mask = (self._rows(obs) != 0).any(-1) if action_masks is None else th.as_tensor(action_masks, dtype=th.bool)
-        return th.from_numpy(self.fused.values(obs.contiguous().numpy(), mask.numpy(), self.unit))
+        return self._scores(obs, action_masks)[1]
 
     def _predict(  # type: ignore[override]
         self, observation: th.Tensor, deterministic: bool = False, action_masks: th.Tensor | None = None
