@@ -28,11 +28,11 @@ class Options:
 
     scenario: str = option("azure-conv-4xa100", "name of a shipped scenario, or a YAML file")
     env: str = option("surrogate", "where to practise: surrogate, or gpu: the real engine (needs --init)")
-    init: Path | None = option(None, "checkpoint folder to go on from (with --env gpu: fine-tune it)")
+    init: Path | None = option(None, "checkpoint folder that ppo goes on from; with --env gpu on the engine")
     algo: str = option(
         "auto",
-        "ppo: a network on top of a direct search; direct: that search alone; search: one rule; controller: when to "
-        "change roles; auto: controller where roles may follow a drift of hours, else ppo",
+        "direct: rules, arrangements and scores; search: one rule; controller: when to change roles; ppo: a network on "
+        "top of a direct search, or from --init; auto: controller where roles may follow a drift of hours, else direct",
     )
     rule: str = option("auto", "only this rule: searched (--algo search), or what ppo starts from; auto: all of them")
     budget: str = option("auto", "wall time (90s, 2m, 1h) or frames (500k, 2M); auto: 15m for a controller, else 2m")
@@ -92,8 +92,6 @@ def _learned(o: Options) -> dict[str, Any]:
     """Learning on the surrogate, as the options or the recipe say."""
     from train.budget import parse_budget
 
-    if o.init is not None:
-        raise SlalomError("--init", str(o.init), "give it together with --env gpu")
     overrides: dict[str, object] = {}
     also: tuple[str, ...] = ()
     if o.recipe is not None:
@@ -109,6 +107,8 @@ def _learned(o: Options) -> dict[str, Any]:
         raise SlalomError("--algo", o.algo, "choose auto, controller, direct, ppo or search")
     if o.algo == "controller" and o.rule != "auto" and o.recipe is None:
         raise SlalomError("--rule", o.rule, "a controller is learned for the planner; leave it out")
+    if o.init is not None:
+        o = _going_on(o)
     o = _decided(o)
     if o.algo == "direct" and o.rule != "auto":
         raise SlalomError("--rule", o.rule, "direct searches all rules; --rule belongs to --algo search or ppo")
@@ -118,12 +118,11 @@ def _learned(o: Options) -> dict[str, Any]:
 
     from train.run import Interrupted, Request, run
 
+    asked = Request(
+        o.scenario, o.algo, rule, spent, o.seed, o.out, o.resume, o.config, o.ray, o.storage, overrides, also, o.init
+    )
     try:
-        return run(
-            Request(
-                o.scenario, o.algo, rule, spent, o.seed, o.out, o.resume, o.config, o.ray, o.storage, overrides, also
-            )
-        )
+        return run(asked)
     except Interrupted as stopped:
         print(f"train-policy: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None
@@ -132,14 +131,34 @@ def _learned(o: Options) -> dict[str, Any]:
         raise typer.Exit(130) from None
 
 
+def _going_on(o: Options) -> Options:
+    """With ``--init``: PPO, from that checkpoint and nothing else.
+
+    :raises SlalomError: something else is named to learn from
+    """
+    if o.recipe is not None:
+        raise SlalomError("--init", str(o.init), "a recipe trains from nothing; leave one of the two out")
+    if o.algo not in ("auto", "ppo"):
+        raise SlalomError("--algo", o.algo, "with --init only ppo goes on from a checkpoint")
+    if o.rule != "auto":
+        raise SlalomError("--rule", o.rule, "with --init the checkpoint is what ppo starts from; leave it out")
+    return replace(o, algo="ppo")
+
+
 def _decided(o: Options) -> Options:
-    """With ``auto`` replaced: a controller where roles may follow a drift of hours, and the budget that takes."""
+    """With ``auto`` replaced: a controller where roles may follow a drift of hours, and the budget that takes.
+
+    PPO is left out: no gain over the direct search has been measured.
+    """
     algo, budget = o.algo, o.budget
     if algo == "auto":
         from env.scenario import Scenario
         from train.control.days import drifts
 
-        algo = "controller" if o.rule == "auto" and drifts(Scenario.load(o.scenario)) else "ppo"
+        if o.rule != "auto":
+            algo = "search"
+        else:
+            algo = "controller" if drifts(Scenario.load(o.scenario)) else "direct"
     if budget == "auto":
         budget = _CONTROLLER_BUDGET if algo == "controller" else _BUDGET
     return replace(o, algo=algo, budget=budget)

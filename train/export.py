@@ -18,7 +18,9 @@ from policies.checkpoint.folder import Facts, load, save_network, save_rule
 from policies.network.scoring import ScoringNetwork
 from policies.setting import Setting
 from train.config import TrainConfig
+from train.ppo.callbacks import replace_folder
 from train.ppo.learner import DispatchPPO
+from train.ppo.start import load_network, network_of
 from train.search.rule import SearchResult
 
 __all__ = ["Publisher"]
@@ -38,12 +40,17 @@ class Publisher:
 
     def new_network(self) -> ScoringNetwork:
         """An untrained network: its decisions are the base's."""
-        return self.base.design.network(self._setting, self.config.hidden, self.config.base_scale)
+        hidden, scale = self.config.hidden, self.config.base_scale
+        if self.base.init:
+            return network_of(load_network(Path(self.base.folder)), hidden, scale)
+        return self.base.design.network(self._setting, hidden, scale)
 
     def start(self, folder: Path, evaluation: Sequence[dict[str, Any]] = ()) -> None:
-        """The base, which learning starts from, as a checkpoint."""
+        """The base, which learning starts from, as a checkpoint; one that was named as it is."""
         design = self.base.design
-        if design.theta is None:
+        if self.base.init:
+            replace_folder(Path(self.base.folder), folder)
+        elif design.theta is None:
             facts = self._facts({}, evaluation, {})
             save_rule(folder, rule=self.base.rule, values=self.base.values, profile=self._profile(), facts=facts)
         else:

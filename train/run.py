@@ -27,7 +27,7 @@ from engine.errors import SlalomError
 from engine.jit import sources
 from env.gym.vector_env import SlalomVecEnv
 from env.measure.contender import Contender, PointSettings
-from env.measure.digest import code_sha256, scenario_hash
+from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.evaluator import measure
 from env.measure.pool import RayExecutor, connect, cores
 from env.scenario import Scenario
@@ -39,9 +39,10 @@ from train.control.stage import CONTROLLER, learn_controller
 from train.export import Publisher
 from train.folder import RunFolder
 from train.learn import learn, monitor_seeds
-from train.ppo.callbacks import Evaluation, JsonLog
+from train.ppo.callbacks import Evaluation, JsonLog, replace_folder
 from train.ppo.judge import SimulatorJudge
 from train.ppo.selection import select
+from train.ppo.start import load_network, start_from
 from train.search.choose import AUTO, search_all
 from train.search.direct import rules_of
 from train.search.generalist import named, train_generalist
@@ -71,6 +72,7 @@ class Request:
     :param algorithm: ``controller``, ``ppo``, ``direct``, ``search`` or ``generalist``
     :param rule: the searched rule, or the one PPO starts from; ``auto``: all of them, arrangements and scores
     :param out: run folder; None takes ``runs/SCENARIO-ALGORITHM-SEED``
+    :param init: checkpoint that PPO goes on from, instead of a search
     :param also: further scenarios of a generalist, see :class:`train.recipe.Recipe`
     :param overrides: hyper-parameters, above those of ``config``
     :param ray: ``auto`` or the address of a Ray cluster that collects rollouts and runs trials; None: this process
@@ -89,6 +91,7 @@ class Request:
     storage: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    init: Path | None = None
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -140,6 +143,7 @@ def _asked(request: Request, scenario: Scenario) -> dict[str, Any]:
         "rule": request.rule,
         "budget": str(request.budget),
         "seed": request.seed,
+        "init": None if request.init is None else policy_sha256(Contender(str(request.init))),
     }
 
 
@@ -236,7 +240,7 @@ def _table(base: SearchResult) -> list[dict[str, Any]]:
 def _published(publisher: Publisher, folder: Path) -> SearchResult:
     """The base, as a checkpoint where it is more than a rule with values."""
     base = publisher.base
-    if base.plans is None and base.theta is None:
+    if base.init or (base.plans is None and base.theta is None):
         return base
     publisher.start(folder)
     return replace(base, folder=str(folder))
@@ -266,6 +270,13 @@ def _base(
     """The tuned rule, from an earlier part of this run if there is one."""
     if folder.base.exists():
         return SearchResult.read(folder.base)
+    if request.init is not None:
+        kept = folder.root / "base"
+        load_network(request.init)
+        replace_folder(request.init, kept)  # to resume from, whatever becomes of the other
+        found = start_from(kept, scenario, config, display)
+        write_json(folder.base, asdict(found), sealed=True)
+        return found
     if request.rule == AUTO:
         log.write("search")  # from its beginning, also in a resumed run
         journal = _journal(request, [scenario], config, folder, display)
@@ -327,11 +338,12 @@ def _learn(
         env.close()
 
 
-def _environments(worker: int, base: SearchResult, scenario: Scenario, seed: int, **settings: Any) -> VecEnv:
+def _environments(
+    worker: int, base: SearchResult, scenario: Scenario, seed: int, advise: bool, **settings: Any
+) -> VecEnv:
     """The environments of one process; a compiled rule does not travel, so it is bound here."""
     design, setting = base.design, arena_of(scenario).setting
     policy = replace(design.base(setting), arrangement=design.arrangement(setting))
-    advise = bool(design.network(setting, 4, 1.0).bonus.any())
     return SlalomVecEnv(scenario, seed=seed + 100_003 * worker, split="train", policy=policy, advise=advise, **settings)
 
 
@@ -343,6 +355,7 @@ def make_env(publisher: Publisher, ray: str | None = None) -> VecEnv:
         _environments,
         scenario=publisher.scenario,
         base=base,
+        advise=bool(publisher.new_network().bonus.any()),
         n_envs=config.n_envs // workers,
         groups=max(config.groups // workers, 1),
         seed=publisher.seed,

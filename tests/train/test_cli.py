@@ -21,7 +21,9 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "says"),
     [
         (["--env", "gpu"], "--init"),
-        (["--init", "somewhere"], "--env gpu"),
+        (["--init", "somewhere", "--algo", "direct"], "only ppo goes on"),
+        (["--init", "somewhere", "--rule", "least_tokens"], "leave it out"),
+        (["--init", "somewhere", "--recipe", "tiny-4xa100"], "a recipe trains from nothing"),
         (["--env", "moon"], "use surrogate"),
         (["--algo", "dqn"], "choose auto, controller, direct, ppo or search"),
         (["--budget", "soon"], "write a time"),

@@ -47,8 +47,8 @@ def test_a_controller_is_for_drifts_of_hours() -> None:
 def test_defaults_of_the_command_see_the_drift() -> None:
     for scenario, rule, expected in (
         ("daynight-70b", "auto", ("controller", "15m")),
-        ("daynight-70b", "arrow", ("ppo", "2m")),
-        ("azure-conv-4xa100", "auto", ("ppo", "2m")),
+        ("daynight-70b", "arrow", ("search", "2m")),
+        ("azure-conv-4xa100", "auto", ("direct", "2m")),
     ):
         decided = cli._decided(cli.Options(scenario=scenario, rule=rule))
         assert (decided.algo, decided.budget) == expected

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from engine.common.files import claim
@@ -20,9 +22,11 @@ from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.surrogate.simulate import simulate
 from policies.checkpoint.folder import load
+from policies.network.scoring import observation_size
 from train.budget import Budget
 from train.config import TrainConfig
 from train.folder import RunFolder
+from train.ppo.start import load_network, network_of
 from train.run import Request, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +86,40 @@ def test_training_leaves_a_checkpoint_that_serves(tmp_path: Path, config: Path) 
     assert (low <= high).all()
 
 
+def test_ppo_goes_on_from_a_checkpoint(tmp_path: Path, config: Path) -> None:
+    start = ROOT / "checkpoints" / "policies" / "tiny-4xa100"
+    result = run(request(tmp_path, config, rule="auto", init=start))
+    assert result["frames"] >= 4000
+    assert result["base"]["sampler"] == "init"  # nothing was searched
+    before, first = load(start), load(sorted((tmp_path / "run" / "snapshots").iterdir())[0])
+    assert first.manifest.training["search_requests"] == before.manifest.training["search_requests"]
+    assert first.manifest.arrangement == before.manifest.arrangement
+    np.testing.assert_array_equal(first.arrays["gate"], before.arrays["gate"])
+    assert first.arrays["out.weight"].any()
+    assert result["score"] >= result["base_score"]
+    if result["winner"] == "base":
+        assert load(tmp_path / "run" / "best").manifest == before.manifest
+    snapshot = next(iter((tmp_path / "run" / "snapshots").iterdir()))
+    with pytest.raises(SlalomError, match="--resume: init"):  # another start is another run
+        run(request(tmp_path, config, rule="auto", init=snapshot, resume=True))
+
+
+def test_a_widened_network_decides_as_the_checkpoint_does() -> None:
+    loaded = load_network(ROOT / "checkpoints" / "policies" / "tiny-4xa100")
+    narrow, wide = network_of(loaded), network_of(loaded, 16, 3.0)
+    obs, mask = torch.rand(64, observation_size(6)), torch.rand(64, 6) < 0.8
+    mask[:, 0] = True
+    low, high = (network(obs, mask).logits for network in (narrow, wide))
+    assert wide.hidden == 16
+    np.testing.assert_allclose(high[mask].detach(), 3.0 * low[mask].detach(), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        wide.out.weight.normal_()
+    learned = replace(loaded, arrays=wide.arrays())
+    again = network_of(learned, 32, 3.0)
+    assert again.hidden == 16
+    np.testing.assert_allclose(again(obs, mask).logits.detach(), wide(obs, mask).logits.detach(), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_same_seed_same_checkpoint(tmp_path: Path, config: Path) -> None:
     for name in ("a", "b"):
@@ -112,7 +150,7 @@ def test_folder_of_another_run_is_not_overwritten(tmp_path: Path, config: Path) 
 
 @pytest.mark.slow
 def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> None:
-    arguments = ["--scenario", "tiny-4xa100", "--budget", "60k", "--config", str(config)]
+    arguments = ["--scenario", "tiny-4xa100", "--algo", "ppo", "--budget", "60k", "--config", str(config)]
     arguments += ["--out", str(tmp_path / "run"), "--json"]
     command = [sys.executable, "-m", "train.cli", *arguments]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -133,7 +171,7 @@ def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> No
 @pytest.mark.slow
 def test_ctrl_c_saves_and_exits_130(tmp_path: Path, config: Path) -> None:
     config.write_text(config.read_text() + "  direct_requests: 20000\n")  # of 90 M, the search would take its share
-    arguments = ["--scenario", "tiny-4xa100", "--budget", "90M", "--config", str(config)]
+    arguments = ["--scenario", "tiny-4xa100", "--algo", "ppo", "--budget", "90M", "--config", str(config)]
     command = [sys.executable, "-m", "train.cli", *arguments, "--out", str(tmp_path / "run")]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     state = tmp_path / "run" / "train_state" / "state.safetensors"

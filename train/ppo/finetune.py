@@ -18,16 +18,15 @@ import numpy as np
 import torch
 
 from engine.common.files import write_json
-from engine.errors import SlalomError
 from env.gym.engine_env import EngineVecEnv
 from env.live.replay import replay
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.surrogate.simulate import bind_policy
-from policies.checkpoint.folder import Facts, LoadedPolicy, load, save_network
-from policies.network.scoring import ScoringNetwork
+from policies.checkpoint.folder import Facts, LoadedPolicy, save_network
 from train.config import TrainConfig
 from train.ppo.learner import DispatchPPO
+from train.ppo.start import load_network, network_of
 
 __all__ = ["finetune"]
 
@@ -37,25 +36,6 @@ CONFIG = {
     "critic_warmup": 1, "baseline_slice_s": 0.0, "target_kl": 0.02, "clip_range": 0.1, "n_requests": 100,
 }  # fmt: skip
 _ROUNDS = 2  # comparisons of start and result on the engine
-
-
-def _start(init: Path) -> LoadedPolicy:
-    loaded = load(init)
-    if not loaded.arrays:
-        fix = "it is a rule, not a network: train-policy --algo ppo makes a checkpoint that can be fine-tuned"
-        raise SlalomError("--init", str(init), fix)
-    return loaded
-
-
-def _network(loaded: LoadedPolicy) -> ScoringNetwork:
-    """The checkpoint's network, ready to be trained further."""
-    arrays, normal = loaded.arrays, loaded.manifest.normalisation
-    network = ScoringNetwork(
-        arrays["base"], hidden=len(arrays["context.bias"]), normalisation=normal.constants() if normal else None,
-        gate=arrays.get("gate"), bonus=arrays.get("bonus"),
-    )  # fmt: skip
-    network.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, strict=False)
-    return network
 
 
 def _save(folder: Path, loaded: LoadedPolicy, scenario: Scenario, model: DispatchPPO) -> None:
@@ -106,7 +86,7 @@ def finetune(
     :return: facts and figures, also in ``OUT/result.json``
     :raises SlalomError: a checkpoint that is no network, or a scenario whose profile is of another engine
     """
-    loaded, chosen = _start(init), Scenario.load(scenario)
+    loaded, chosen = load_network(init), Scenario.load(scenario)
     config = TrainConfig(**CONFIG)  # type: ignore[arg-type]
     torch.set_num_threads(config.torch_threads)
     rule = loaded.manifest.rule
@@ -117,7 +97,7 @@ def finetune(
     print(f"fine-tuning {init} for {seconds:g} s on {env.park.name}", file=sys.stderr)
     folder = out or Path("runs") / f"{chosen.name}-engine-{seed}"
     try:
-        model = DispatchPPO(env, partial(_network, loaded), config, seed=seed)
+        model = DispatchPPO(env, partial(network_of, loaded), config, seed=seed)
         model.learn(10**9, time_limit_s=seconds, log_interval=0)
     finally:
         env.close()

@@ -31,7 +31,7 @@ from train.search.space import Design
 from train.search.tune import KNEE, tune
 from train.search.tuned import TuneResult
 
-__all__ = ["SearchResult", "search_rule"]
+__all__ = ["SearchResult", "knee_of", "search_rule"]
 
 _SEEDS = (0, 1)  # of the search, as in train.search.tune
 
@@ -57,6 +57,7 @@ class SearchResult:
     :param score: score of ``values`` there
     :param requests: requests simulated for all of it
     :param seconds: wall time of all of it
+    :param folder: its checkpoint, where it is more than a rule; ``init``: which is where it comes from as well
     """
 
     rule: str
@@ -72,6 +73,7 @@ class SearchResult:
     theta: list[float] | None = None
     folder: str = ""
     universal: bool = False
+    init: bool = False
 
     @classmethod
     def read(cls, path: Path) -> SearchResult:
@@ -134,7 +136,7 @@ def search_rule(
     settings = PointSettings(n_requests=config.tune_requests, split="train")
     display.phase("knee")
     display.update(0.0, f"knee of {rule} with its defaults")
-    knee = _knee(Contender(rule), scenario, settings, scenario.reference_rate)
+    knee = knee_of(Contender(rule), scenario, settings, scenario.reference_rate)
     rates = tuple(factor * knee for factor in KNEE)
     display.update(1.0, f"{knee:.3g} requests/s")
     per_trial = len(rates) * len(_SEEDS) * settings.n_requests
@@ -169,7 +171,7 @@ def search_rule(
     return SearchResult(
         rule=rule,
         values=best.values,
-        knee=_knee(Contender(rule, best.values), scenario, settings, knee),
+        knee=knee_of(Contender(rule, best.values), scenario, settings, knee),
         default_score=found[0].default,
         score=best.score,
         trials=watch.trials,
@@ -219,8 +221,11 @@ def _rounds(rule: str, budget: int) -> list[tuple[set[str], int, _Ranking, float
     return [(discrete, budget // 6, _FIRST, 0.25), (continuous, budget - budget // 6, _LAST, 0.8)]
 
 
-def _knee(contender: Contender, scenario: Scenario, settings: PointSettings, start: float) -> float:
-    """The largest rate with a level of 90 % on the ``train`` split, requests per second."""
+def knee_of(contender: Contender, scenario: Scenario, settings: PointSettings, start: float) -> float:
+    """The largest rate with a level of 90 % on the ``train`` split, requests per second.
+
+    :raises SlalomError: there is none
+    """
     with Evaluator(scenario, settings, measure=measure_level) as evaluator:
         found = find_goodput(
             lambda rate: mean_level(evaluator, contender, rate, _SEEDS), start, targets=(0.9,), tolerance=0.03
