@@ -73,10 +73,12 @@ def test_every_kind_of_decision_comes_up_where_the_scenario_has_it() -> None:
 def test_maskable_ppo_of_sb3_contrib_trains_on_it() -> None:
     import torch
     from sb3_contrib import MaskablePPO
+    from stable_baselines3.common.logger import Logger
 
     torch.set_num_threads(1)
     dispatch = gym.make("slalom/Dispatch-v0", scenario="classes-6xa100", n_requests=50)
     model = MaskablePPO("MlpPolicy", dispatch, n_steps=64, batch_size=32, n_epochs=2, seed=0, device="cpu")
+    model.set_logger(Logger(None, []))  # its own leaves a folder behind
     model.learn(192)
     observation, info = dispatch.reset(seed=3)
     action, _ = model.predict(observation, action_masks=info["action_mask"], deterministic=True)

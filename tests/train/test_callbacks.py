@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.logger import Logger
 
 from env.measure.contender import Contender
 from train.ppo.callbacks import EvaluationCallback, InterruptCallback, JsonLog, StateCallback, replace_folder
@@ -48,7 +47,6 @@ def build(
         folder.mkdir(parents=True)
         (folder / "frames").write_text(str(model.num_timesteps))
 
-    model.set_logger(Logger(None, []))
     return EvaluationCallback(
         out, export, judge, [1, 2], base, JsonLog(out / "log.jsonl"), every_s=1e9, every_frames=every
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,6 +150,14 @@ def test_time_limit_stops_learning(make_model: Make, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("train.ppo.learner.time", SimpleNamespace(perf_counter=lambda: float(len(updates))))
     model.learn(10**9, time_limit_s=2.5)
     assert (len(updates), model.trained_s) == (3, 3.0)
+
+
+def test_learning_leaves_no_log_in_the_temporary_files(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make_model().learn(512)
+    assert not list(tmp_path.glob("SB3*"))
 
 
 def test_time_split_is_reported(make_model: Make) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
@@ -73,9 +74,7 @@ class DispatchPPO(MaskablePPO):
         config: TrainConfig,
         *,
         seed: int = 0,
-        tensorboard_log: str | None = None,
         device: str = "cpu",
-        verbose: int = 0,
     ) -> None:
         self.config = config
         first, last = config.learning_rate, config.learning_rate_final
@@ -102,11 +101,11 @@ class DispatchPPO(MaskablePPO):
                 "seed": seed,
             },
             stats_window_size=256,
-            tensorboard_log=tensorboard_log,
             seed=seed,
             device=device,
-            verbose=verbose,
+            verbose=0,
         )
+        self.set_logger(Logger(None, []))  # the parent's own leaves a folder in the machine's temporary files
         self.split = TimeSplit()
         self.trained_s = 0.0  # wall seconds of learning, over all resumed parts
         self.clock_s = np.zeros(self.n_envs)
