@@ -5,7 +5,7 @@
     select   base and the best snapshots again, on fresh ``valid`` windows  -> best/, result.json
 
 ``--algo direct`` stops after the first stage; so does ``--algo search``, which tunes one rule. Every stage resumes.
-``--algo controller`` has its own search (``train.control.days``), which begins anew when it is resumed.
+``--algo controller`` has its own search (``train.control.days``).
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def _stages(
     if request.algorithm == "generalist":
         return _generalist(request, scenario, config, folder, display)
     if request.algorithm == CONTROLLER:
-        found = learn_controller(scenario, request.budget, request.seed, config, folder, display)
+        journal = _journal(request, [scenario], config, folder, display)
+        found = learn_controller(scenario, request.budget, request.seed, config, folder, display, journal)
         what = f"share in the worst phase of a validation day at {found.knee:.3g} req/s"
         summary = {"checkpoint": str(folder.best), "base": asdict(found)}
         return _finish(summary, folder, display, found.score, found.default_score, what)
@@ -219,7 +220,8 @@ def _journal(
     request: Request, scenarios: list[Scenario], config: TrainConfig, folder: RunFolder, display: Display
 ) -> Journal:
     """The answers of this run's search so far, if they are this package's."""
-    code = sources.sha256([sources.path_of("train.search.choose"), sources.path_of("train.search.generalist")])
+    searches = ("train.search.choose", "train.search.generalist", "train.control.days")
+    code = sources.sha256([sources.path_of(name) for name in searches])
     about = [scenario_hash(scenario) for scenario in scenarios], config.to_yaml(), str(request.budget), request.seed
     journal = Journal(folder.search, [code, code_sha256(), versions(), *about])
     if journal.anew:

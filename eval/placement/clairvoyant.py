@@ -22,21 +22,21 @@ from typing import Any
 import numpy as np
 
 from engine.core.columns import Ctx, Kind, Need
-from engine.core.kinds import Batching, Order, Role
-from engine.core.policy import POLICY_SIGNATURE, InstancePlan
+from engine.core.kinds import Role
+from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from env.measure.metrics import outcomes
-from env.measure.phases import phase_goodput, phases_of, play_days
+from env.measure.phases import phase_goodput, phases_of, play_days, standing
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace
 from env.surrogate.simulate import simulate
 from policies.common import hold, kind_of
 from policies.network.features import N_FEATURES
-from policies.rule import BoundPolicy
+from policies.rule import BoundPolicy, Values
 from policies.rules import linear_score
 from policies.rules.parts.planner import count_prefill
-from policies.rules.planner import mover
+from policies.rules.planner import RULE, least_prefill, mover, plans_of, weights_of
 from train.control.days import practice
 
 __all__ = ["Leg", "clairvoyant", "followed"]
@@ -85,25 +85,21 @@ def decide(context, candidates, mask, params, memory):
     return row if row >= 0 else hold(candidates, mask)
 
 
-def followed(timeline: Sequence[tuple[float, int]], n: int, side: Role, order: Order = Order.FCFS) -> BoundPolicy:
+def followed(timeline: Sequence[tuple[float, int]], n: int, values: Values) -> BoundPolicy:
     """The policy that follows ``timeline``.
 
     :param timeline: (time in seconds, instances that prefill only), ascending; the first holds from the start
-    :param n: instances; those that do not prefill only are ``side``
-    :param order: of every prefill queue
+    :param n: instances
+    :param values: of the ``planner``: the role of the other instances, budgets, order, and how prompts are placed
     """
-    weights = linear_score.weights(linear_score.RULE.values()).ravel()
-    batching = Batching.LAYERED if side == Role.MULTIPLEXED else None
-    first = timeline[0][1]
-    prefill = InstancePlan(role=Role.PREFILL, prefill_tokens=2048, order=int(order))
-    rest = replace(prefill, role=side, batching=batching)
+    side = float(Role[str(values["side"]).upper()])
     return BoundPolicy(
         name="clairvoyant",
         decide=decide,
         needs=int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS),
-        params=np.array([*weights, float(side), len(timeline), *(x for entry in timeline for x in entry)]),
+        params=np.array([*weights_of(values), side, len(timeline), *(x for entry in timeline for x in entry)]),
         memory=np.zeros(1),
-        arrangement=[prefill] * first + [rest] * (n - first),
+        arrangement=plans_of(values, timeline[0][1], n),
         values={},
     )
 
@@ -113,8 +109,7 @@ class _Plan:
     """One leg for every kind of change: (kind of the phase before, kind of the phase); -1 before the first."""
 
     legs: dict[tuple[int, int], Leg]
-    side: Role
-    order: Order
+    values: Values
 
     def timeline(self, phases: Sequence[tuple[float, float]], kinds: Sequence[int]) -> list[tuple[float, int]]:
         """Phases may not overlap in their changes: what is later takes the place of what is left of the one before."""
@@ -150,21 +145,20 @@ class _Search:
         return phases, _kinds(trace.meta["phases"], len(phases))
 
     def policy(self, plan: _Plan, rate: float) -> BoundPolicy:
-        return followed(plan.timeline(*self.world(rate)), self.n, plan.side, plan.order)
+        return followed(plan.timeline(*self.world(rate)), self.n, plan.values)
 
     def value(self, plan: _Plan) -> float:
-        """Worst share of a phase; the mean of all, a hundredth of it, tells equals apart."""
-        _, found = play_days(self.scenario, self.policy(plan, self.rate), self.rate, self.seed, "test")
+        """Where the day stands; the mean share of all phases, a hundredth of it, tells equals apart."""
+        run, found = play_days(self.scenario, self.policy(plan, self.rate), self.rate, self.seed, "test")
         self.runs += 1
-        shares = [phase.share for phase in found]
-        return min(shares) + 0.01 * float(np.mean(shares))
+        return standing(self.scenario, run, found) + 0.01 * float(np.mean([phase.share for phase in found]))
 
     def goodput(self, plan: _Plan, goal: float) -> float:
         policy = self.policy(plan, self.rate)  # phases do not depend on the rate
-        (rate,) = phase_goodput(self.scenario, policy, (self.seed,), start=self.rate, target=goal)
+        (rate,) = phase_goodput(self.scenario, policy, (self.seed,), start=self.rate, goal=goal)
         return rate
 
-    def compositions(self, side: Role, order: Order) -> dict[int, int]:
+    def compositions(self, values: Values) -> dict[int, int]:
         """Prefill instances for each kind of phase, by a stretch of its arrivals served alone."""
         phases, kinds = self.world(self.rate)
         whole = int(np.ceil(self.rate * self.scenario.workload.natural_s))
@@ -176,22 +170,23 @@ class _Search:
             length = min(_STRETCH_S, end - start)
             part = trace.slice_time(middle - 0.5 * length, middle + 0.5 * length)
             shares = []
-            for k in range(1, self.n):
-                run = simulate(self.scenario, followed([(0.0, k)], self.n, side, order), rate=self.rate, trace=part)
+            for k in range(least_prefill(values), self.n):
+                run = simulate(self.scenario, followed([(0.0, k)], self.n, values), rate=self.rate, trace=part)
                 self.runs += 1
                 shares.append(float(outcomes(run, warmup=_SKIPPED).good.mean()))
-            best[kind] = 1 + int(np.argmax(shares))
+            best[kind] = least_prefill(values) + int(np.argmax(shares))
         return best
 
-    def plans(self, side: Role, order: Order) -> list[_Plan]:
+    def plans(self, values: Values) -> list[_Plan]:
         """Where the search begins: the compositions of each kind of phase, reached at once or step by step."""
-        best = self.compositions(side, order)
+        best = self.compositions(values)
         _, kinds = self.world(self.rate)
         changes = dict.fromkeys(zip([-1, *kinds[:-1]], kinds, strict=True))
-        return [_Plan({c: Leg(best[c[1]], at) for c in changes}, side, order) for at in _STARTS]
+        return [_Plan({c: Leg(best[c[1]], at) for c in changes}, values) for at in _STARTS]
 
     def neighbours(self, plan: _Plan) -> Iterator[tuple[tuple[int, int], Leg]]:
         """(change, another leg for it), one number off."""
+        least = least_prefill(plan.values)
         for change, leg in plan.legs.items():
             options = [replace(leg, prefill=leg.prefill + d) for d in (-1, 1)]
             if change[0] >= 0:
@@ -199,7 +194,7 @@ class _Search:
                 for j, by in product(range(len(leg.at_s)), _MOVES):
                     at_s = tuple(sorted((*leg.at_s[:j], leg.at_s[j] + by, *leg.at_s[j + 1 :])))
                     options.append(replace(leg, at_s=at_s))
-            yield from ((change, option) for option in options if 1 <= option.prefill < self.n)
+            yield from ((change, option) for option in options if least <= option.prefill < self.n)
 
     def improve(self, plan: _Plan) -> _Plan:
         """The best that single changes lead to from ``plan`` in one pass; each is kept at once."""
@@ -219,12 +214,14 @@ def clairvoyant(
     goal: float = 0.9,
     seeds: int = 3,
     rate: float | None = None,
+    like: Sequence[Values] = (),
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """The best schedule found on test arrivals of the first seed, and what it holds on all of them.
 
     :param goal: share of requests within targets in every phase
     :param seeds: test seeds, from 0
+    :param like: values of planners whose role beside prefill, budgets and placement are tried beside its defaults
     :param rate: requests per second at which the search begins (None: the scenario's reference rate)
     :return: JSON-ready: ``goodput`` per seed, ``schedule`` [{at_s, prefill}], ``side``, ``order``, ``role_changes``;
         ``fixed``: the best fixed split under the same dispatch, per seed
@@ -240,12 +237,14 @@ def clairvoyant(
     search.rate = rate or scenario.reference_rate
     usable, allowed = arena_of(scenario).setting.usable_roles, set(scenario.decisions.roles)
     sides = [r for r in (Role.DECODE, Role.MULTIPLEXED, Role.MIXED) if r in usable and r.name.lower() in allowed]
-    starts = [p for side, order in product(sides, (Order.FCFS, Order.ON_TIME)) for p in search.plans(side, order)]
+    plain = product((side.name.lower() for side in sides), ("fcfs", "on_time"))
+    worlds = [RULE.values({"side": side, "order": order}) for side, order in plain]
+    starts = [p for values in (*worlds, *map(RULE.values, like)) for p in search.plans(values)]
     for _ in range(2):  # at a rate that tells them apart
         best = max(starts, key=search.value)
         held = search.goodput(best, goal)
         search.rate = max(1.02 * held, 1e-3)
-    say(f"{best.side.name.lower()} beside prefill, queues {best.order.name.lower()}: {held:.3g} req/s to start from")
+    say(f"{best.values['side']} beside prefill, queues {best.values['order']}: {held:.3g} req/s to start from")
     for _ in range(_ROUNDS):
         search.rate = max(1.02 * held, 1e-3)
         tried = search.improve(best)
@@ -255,16 +254,17 @@ def clairvoyant(
         best, held = tried, found
     full.rate = held
     policy, tests = full.policy(best, held), range(seeds)
-    goodput = phase_goodput(scenario, policy, tests, start=held, target=goal)
+    goodput = phase_goodput(scenario, policy, tests, start=held, goal=goal)
     run, shares = play_days(scenario, policy, float(np.mean(goodput)), 0, "test")
-    fixed = _fixed(scenario, search.n, best.side, best.order, tests, goal, held)
+    fixed = _fixed(scenario, search.n, best.values, tests, goal, held)
     return {
         "scenario": scenario.name,
         "scenario_sha256": scenario.hash(),
         "goal": goal,
         "goodput": goodput,
-        "side": best.side.name.lower(),
-        "order": best.order.name.lower(),
+        "side": best.values["side"],
+        "order": best.values["order"],
+        "values": dict(best.values),
         "schedule": [{"at_s": at, "prefill": k} for at, k in best.timeline(*full.world(held))],
         "role_changes": int(run.cluster["n_switches"]),
         "shares": [phase.share for phase in shares],
@@ -273,13 +273,13 @@ def clairvoyant(
 
 
 def _fixed(
-    scenario: Scenario, n: int, side: Role, order: Order, tests: Sequence[int], goal: float, start: float
+    scenario: Scenario, n: int, values: Values, tests: Sequence[int], goal: float, start: float
 ) -> dict[str, Any]:
     """The best fixed split on the same seeds, under the same dispatch."""
 
     def goodput(on: Scenario, k: int, seeds: Sequence[int], near: float) -> list[float]:
-        return phase_goodput(on, followed([(0.0, k)], n, side, order), seeds, start=near, target=goal)
+        return phase_goodput(on, followed([(0.0, k)], n, values), seeds, start=near, goal=goal)
 
     found = {k: goodput(practice(scenario), k, tests[:1], start / 2)[0] for k in range(1, n)}
     best = max(found, key=lambda k: found[k])
-    return {"prefill": best, "side": side.name.lower(), "goodput": goodput(scenario, best, tests, found[best] or 1.0)}
+    return {"prefill": best, "side": values["side"], "goodput": goodput(scenario, best, tests, found[best] or 1.0)}

@@ -35,8 +35,9 @@ from env.surrogate.simulate import simulate
 from env.workload import Trace, scale_rate
 from eval.placement.disaggregation import phase_goodput, steady_requests
 from eval.placement.schedule import scheduled
+from policies.rule import BoundPolicy
 
-__all__ = ["Load", "Shift", "best_split", "capacity", "changes", "find_shifts", "load_of", "replan"]
+__all__ = ["Load", "Shift", "best_split", "capacity", "changes", "find_shifts", "load_of", "planned", "replan"]
 
 WINDOW_S = 300.0
 #: Requests that the latest half of a window must hold on average: fewer say little about a 90th percentile.
@@ -231,6 +232,24 @@ def _served(scenario: Scenario, policy: Any, trace: Trace) -> _Served:
     run = simulate(scenario, policy, rate=trace.n_roots / trace.duration_s, trace=trace)
     found = outcomes(run, warmup=0.0)
     return _Served(absolute_s(run, "arrival")[found.rows], found.good, int(run.cluster["n_switches"]))
+
+
+def planned(
+    scenario: Scenario, trace: Trace, window_s: float, threshold: float = 0.2, goal: float = 0.9
+) -> tuple[BoundPolicy, int]:
+    """(the policy that follows what replanning makes of ``trace``, number of plans), with the scenario's own levers.
+
+    Which split is best does not depend on the rate, so the plans hold for the same load at another rate too.
+    """
+    world = _World.of(scenario)
+    plans: list[tuple[float, Split]] = []
+    for shift in find_shifts(trace, window_s, threshold):
+        recent = trace.slice_time(shift.at_s - window_s / 2.0 if plans else 0.0, shift.at_s)
+        old = plans[-1][1] if plans else None
+        new = best_split(world.have, *world.goodputs(recent, goal), old)
+        if new != old:
+            plans.append((shift.at_s if plans else 0.0, new))
+    return scheduled(plans, world.profile_of, scenario.cluster[0].prefill_tokens), len(plans)
 
 
 def _walk(world: _World, trace: Trace, window_s: float, threshold: float, goal: float) -> dict[str, Any]:

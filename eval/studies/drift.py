@@ -1,11 +1,13 @@
 """The drift table: who holds how much in every phase of a drifting day, on arrivals that nobody has seen.
 
-    python -m eval.studies.drift daynight-70b --policy checkpoints/policies/daynight-70b --out runs/drift
+    python -m eval.studies.drift daynight-70b-30min --policy checkpoints/policies/daynight-70b --out runs/drift
 
-Every rule gets the search of the controller (``train.control.days.tune_on_days``) with the same budget, each fixed
-composition is tried, and ``plan-placement --clairvoyant`` gives the ceiling. All of them meet the same test days. The
-figure is goodput in every phase (``env.measure.phases``); ratios are of each day's figures, so what days have in common
-drops out, with a Student interval of 95 % over days. A study that was stopped goes on where it was.
+Every rule and the controller get the same search (``train.control.days.tune_on_days``) with the same budget and the
+same levers; every fixed composition is tried; replanned DistServe follows plans made on each day's own arrivals; and
+``plan-placement --clairvoyant`` gives the ceiling, also with the placement that the controllers have learned. All of
+them meet the same test days. The figure is goodput in every phase (``env.measure.phases``); ratios are of each day's
+figures, so what days have in common drops out, with a Student interval of 95 % over days. Every row is kept as soon as
+it is known: a study that was stopped goes on where it was. ``--short`` compresses days to two hours, as training does.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,24 +25,30 @@ from scipy.stats import t as student
 
 from engine.common.files import read_json, write_json
 from engine.common.provenance import commit
-from engine.core.kinds import Order, Role
+from engine.core.kinds import Role
 from engine.errors import SlalomError
+from engine.jit import sources
+from env.measure.contender import Contender
 from env.measure.digest import code_sha256
-from env.measure.phases import phase_goodput, play_days, worst
+from env.measure.evaluator import bound
+from env.measure.phases import GOAL, phase_goodput, play_days, standing
 from env.measure.roles import role_timeline
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace
-from env.surrogate.simulate import bind_policy
 from eval.placement.clairvoyant import clairvoyant, followed
+from eval.placement.replan import planned
 from eval.report.plots_drift import roles_under_demand
-from policies.rule import BoundPolicy
-from train.control.days import practice, tune_on_days
+from policies.registry import get
+from train.control.days import RULE, practice, tune_on_days
 
 __all__ = ["main", "paired", "study", "table"]
 
-RULES = ("arrow", "dyn_sla", "dopd", "muxwise")
+RULES = ("arrow", "dyn_sla", "dyn_load", "dopd", "muxwise")
 _FIXED_SEED, _COARSE = 0, 0.04  # training day and step of the rate on which fixed compositions are compared
+_WINDOWS = (120.0, 300.0)  # of replanning, seconds
+_NEAR = 0.02  # relative width of the rate's bracket
 Say = Callable[[str], None]
+Row = dict[str, Any]
 
 
 def paired(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
@@ -53,44 +61,55 @@ def paired(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float,
     return mean, mean - half, mean + half
 
 
-def _fixed(scenario: Scenario) -> Iterator[tuple[str, bool, BoundPolicy]]:
+def _fixed(scenario: Scenario) -> Iterator[tuple[str, bool, Any]]:
     """(name, whether prefill and decode are apart, policy) of every fixed composition that the scenario allows."""
     n, usable = len(scenario.placements()), arena_of(scenario).setting.usable_roles
     for side in (Role.DECODE, Role.MIXED, Role.MULTIPLEXED):
         for k in range(1 if side == Role.DECODE else 0, n) if side in usable else ():
-            for order in (Order.FCFS, Order.ON_TIME):
-                name = f"{k} prefill + {n - k} {side.name.lower()}, {order.name.lower()}"
-                yield name, side == Role.DECODE, followed([(0.0, k)], n, side, order)
+            for order in ("fcfs", "on_time"):
+                name = f"{k} prefill + {n - k} {side.name.lower()}, {order}"
+                values = get(RULE).values({"side": side.name.lower(), "order": order})
+                yield name, side == Role.DECODE, followed([(0.0, k)], n, values)
 
 
-def _best_fixed(scenario: Scenario, say: Say) -> dict[str, tuple[str, BoundPolicy]]:
+def _best_fixed(scenario: Scenario, say: Say) -> dict[str, tuple[str, Any]]:
     """The best split into prefill and decode, and the best composition of any kind, on a training day."""
     short, found = practice(scenario), {}
-    best = {"fixed split": 0.2 * scenario.reference_rate, "fixed, any roles": 0.2 * scenario.reference_rate}
+    best = {"fixed split": 0.1 * scenario.reference_rate, "fixed, any roles": 0.1 * scenario.reference_rate}
+
+    def holds(policy: Any, rate: float) -> bool:
+        return standing(short, *play_days(short, policy, rate, _FIXED_SEED, "train")) >= GOAL
+
     for name, apart, policy in _fixed(scenario):
         for label in ("fixed split", "fixed, any roles") if apart else ("fixed, any roles",):
-            while worst(play_days(short, policy, best[label], _FIXED_SEED, "train")[1]) >= 0.9:
+            while holds(policy, best[label]):
                 best[label], found[label] = best[label] * (1.0 + _COARSE), (name, policy)
     if len(found) < len(best):
-        raise SlalomError("scenario", scenario.name, "no fixed composition holds a fifth of its reference rate")
+        raise SlalomError("scenario", scenario.name, "no fixed composition holds a tenth of its reference rate")
     say("fixed: " + "; ".join(f"{label}: {name}" for label, (name, _) in found.items()))
     return found
 
 
 def _fixed_row(
-    scenario: Scenario, best: Callable[[], dict[str, tuple[str, BoundPolicy]]], label: str, days: Sequence[int]
-) -> dict[str, Any]:
+    scenario: Scenario, best: Callable[[], dict[str, tuple[str, Any]]], label: str, days: Sequence[int]
+) -> Row:
     name, policy = best()[label]
-    return {"what": name} | _measured(scenario, policy, days, None)
+    return {"what": name} | _measured(scenario, [policy] * len(days), days, None)
 
 
-def _measured(scenario: Scenario, policy: Any, days: Sequence[int], near: float | None) -> dict[str, Any]:
-    """Goodput in every phase for each test day; role changes and shares of the first day at the mean of it."""
-    rates = phase_goodput(scenario, policy, days, start=near)
+def _measured(scenario: Scenario, policies: Sequence[Any], days: Sequence[int], near: float | None) -> Row:
+    """Goodput in every phase for each test day; role changes and shares of the first day at the mean of it.
+
+    :param policies: one for each day
+    """
+    rates: list[float] = []
+    for policy, day in zip(policies, days, strict=True):
+        start = rates[-1] if rates and rates[-1] > 0.0 else near
+        rates += phase_goodput(scenario, policy, (day,), start=start, tolerance=_NEAR)
     mean = float(np.mean(rates))
     if mean <= 0.0:
         return {"goodput": rates, "role_changes": 0, "shares": [], "longest_wait_s": None}
-    run, phases = play_days(scenario, policy, mean, days[0], "test")
+    run, phases = play_days(scenario, policies[0], mean, days[0], "test")
     started = run.req["first_token"] >= 0
     wait = float((run.req["first_token"] - run.req["arrival"])[started].max()) / 1e12
     return {
@@ -101,71 +120,107 @@ def _measured(scenario: Scenario, policy: Any, days: Sequence[int], near: float 
     }
 
 
+def _replanned(scenario: Scenario, days: Sequence[int]) -> Row:
+    """DistServe's replanning, made on each day's arrivals at the reference rate, with the better of two windows."""
+    n = math.ceil(scenario.reference_rate * scenario.workload.natural_s)
+    found: list[tuple[float, Row]] = []
+    for window_s in _WINDOWS:
+        traces = [build_trace(scenario, scenario.reference_rate, n, day, "test") for day in days]
+        plans = [planned(scenario, trace, window_s) for trace in traces]
+        row = _measured(scenario, [policy for policy, _ in plans], days, 0.6 * scenario.reference_rate)
+        found.append((float(np.mean(row["goodput"])), {"what": f"window {window_s:g} s"} | row))
+    return max(found, key=lambda entry: entry[0])[1]
+
+
 class _Kept:
-    """Finished steps as JSON files in a folder; those of another scenario, effort or code are made anew."""
+    """Finished rows as JSON files in a folder; those of another scenario, effort or code are made anew."""
 
     def __init__(self, folder: Path, about: Sequence[Any], say: Say) -> None:
         self.folder, self.about, self.say = folder, list(about), say
 
-    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def get(self, name: str, make: Callable[[], Row], *more: Any) -> Row:
+        """:param more: what this row follows from beside what all of them do"""
         path = self.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
-        found = dict(read_json(path)) if path.exists() else {}
-        if found.get("about") != self.about:
-            found = make() | {"about": self.about}
+        found, about = dict(read_json(path)) if path.exists() else {}, [*self.about, *more]
+        if found.get("about") != about:
+            found = make() | {"about": about}
             write_json(path, found)
         self.say(f"{name}: {found.get('goodput') or found.get('knee')}")
         return {key: value for key, value in found.items() if key != "about"}
 
 
+def _code() -> str:
+    """Digest of the code that a row follows from, what is measured and what is searched."""
+    rooms = ("env.measure.phases", "train.control.days", "train.control.space", "eval.placement.clairvoyant")
+    return sources.sha256([sources.path_of(name) for name in rooms]) + code_sha256()
+
+
 def study(
     scenario: Scenario, checkpoints: Sequence[str], rules: Sequence[str], *, requests: float, days: int, out: Path,
-    say: Say = lambda text: None,
+    seeds: int = 3, say: Say = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """The whole table as JSON-ready data, also in ``out/result.json``, with a picture ``out/roles.png``.
 
-    :param checkpoints: learned controllers, by folder
-    :param requests: simulated for the search of each rule
+    :param checkpoints: learned policies, by folder
+    :param requests: simulated for the search of each rule, and of the controller with each of ``seeds`` seeds
     :param days: test days
     """
-    about = [code_sha256(), scenario.hash(), requests, days]
-    kept, tests = _Kept(out, about, say), range(days)
-    rows: dict[str, dict[str, Any]] = {}
+    kept, tests = _Kept(out, [_code(), scenario.hash(), days], say), range(days)
+    rows: dict[str, Row] = {}
     for folder in checkpoints:
-        name = Path(folder).name
-        rows[f"learned ({name})"] = kept.get(f"learned {name}", partial(_measured, scenario, folder, tests, None))
+        measure = partial(_measured, scenario, [folder] * days, tests, None)
+        rows[f"learned ({Path(folder).name})"] = kept.get(f"learned {Path(folder).name}", measure, folder)
     best = cache(partial(_best_fixed, scenario, say))
     for label in ("fixed split", "fixed, any roles"):
         rows[label] = kept.get(label, partial(_fixed_row, scenario, best, label, tests))
-    ceiling = kept.get("clairvoyant", partial(clairvoyant, scenario, seeds=days, say=say))
-    rows["clairvoyant"] = ceiling
+    for seed in range(seeds):
+        rows[f"controller, seed {seed}"] = _searched(kept, scenario, RULE, requests, seed, tests)
     for rule in rules:
-        tuned = kept.get(f"search {rule}", partial(_tuned, rule, scenario, requests))
-        bound = bind_policy(rule, scenario, tuned["values"])
-        row = kept.get(f"tuned {rule}", partial(_measured, scenario, bound, tests, tuned["knee"] or None))
-        rows[f"{rule}, tuned"] = row | {"values": tuned["values"]}
+        rows[f"{rule}, tuned"] = _searched(kept, scenario, rule, requests, 0, tests)
+    if {"prefill", "decode"} <= set(scenario.decisions.roles):
+        rows["distserve, replanned"] = kept.get("replanned distserve", partial(_replanned, scenario, tests))
+    like = [rows[f"controller, seed {seed}"]["values"] for seed in range(seeds)]
+    ceiling = kept.get("clairvoyant", partial(clairvoyant, scenario, seeds=days, like=like, say=say), like)
+    rows["clairvoyant"] = ceiling
     result = {
         "scenario": scenario.name, "scenario_sha256": scenario.hash(), "commit": commit(), "days": days,
         "requests": requests, "rows": rows,
     }  # fmt: skip
     write_json(out / "result.json", result)
-    if checkpoints:
-        _draw(scenario, checkpoints[0], ceiling, rows, out)
+    _draw(scenario, checkpoints, ceiling, rows, out)
     return result
 
 
-def _tuned(rule: str, scenario: Scenario, requests: float) -> dict[str, Any]:
-    found = tune_on_days(rule, scenario, requests=requests, full_days=False)
-    return {"values": dict(found.values), "knee": found.knee, "requests": found.requests, "seconds": found.seconds}
+def _searched(kept: _Kept, scenario: Scenario, rule: str, requests: float, seed: int, days: Sequence[int]) -> Row:
+    """The row of what the search finds for ``rule``."""
+    name = f"{rule} {seed}"
+    tuned = kept.get(f"search {name}", partial(_tuned, rule, scenario, requests, seed), requests)
+    policy = bound(scenario, Contender(rule, tuned["values"], tuned=True, plans=tuned["plans"]))
+    measure = partial(_measured, scenario, [policy] * len(days), days, tuned["knee"] or None)
+    return kept.get(f"tuned {name}", measure, tuned) | {"values": tuned["values"]}
 
 
-def _draw(scenario: Scenario, checkpoint: str, ceiling: dict[str, Any], rows: dict[str, Any], out: Path) -> None:
-    """Roles of the learned controller and of the clairvoyant over the first test day, under its demand."""
-    rate = float(np.mean(next(iter(rows.values()))["goodput"]))
+def _tuned(rule: str, scenario: Scenario, requests: float, seed: int) -> Row:
+    found = tune_on_days(rule, scenario, requests=requests, seed=seed)
+    return {
+        "values": dict(found.values), "plans": found.plans, "knee": found.knee, "requests": found.requests,
+        "seconds": found.seconds,
+    }  # fmt: skip
+
+
+def _draw(scenario: Scenario, checkpoints: Sequence[str], ceiling: Row, rows: Mapping[str, Row], out: Path) -> None:
+    """Roles of what was learned and of the clairvoyant over the first test day, under its demand."""
+    learned = [name for name in rows if name.startswith(("learned", "controller"))]
+    if not learned:
+        return
+    name = max(learned, key=lambda name: float(np.mean(rows[name]["goodput"])))
+    rate = float(np.mean(rows[name]["goodput"]))
     trace = build_trace(scenario, rate, math.ceil(rate * scenario.workload.natural_s), 0, "test")
     plan = [(entry["at_s"], entry["prefill"]) for entry in ceiling["schedule"]]
-    knowing = followed(plan, len(scenario.placements()), Role[ceiling["side"].upper()], Order[ceiling["order"].upper()])
-    lines = {name: role_timeline(scenario, policy, rate, 0) for name, policy in
-             (("learned", checkpoint), ("clairvoyant", knowing))}  # fmt: skip
+    knowing = followed(plan, len(scenario.placements()), ceiling["values"])
+    folders = {f"learned ({Path(folder).name})": folder for folder in checkpoints}
+    policy = folders.get(name) or bound(scenario, Contender(RULE, rows[name]["values"], tuned=True))
+    lines = {label: role_timeline(scenario, p, rate, 0) for label, p in (("learned", policy), ("clairvoyant", knowing))}
     roles_under_demand(trace, lines).savefig(out / "roles.png", dpi=110)
 
 
@@ -173,40 +228,54 @@ def table(result: dict[str, Any]) -> str:
     """The result as Markdown: who, goodput in every phase, against the fixed split, share of the ceiling's gain."""
     rows = result["rows"]
     fixed, ceiling = rows["fixed split"]["goodput"], rows["clairvoyant"]["goodput"]
+    tuned = [row["goodput"] for name, row in rows.items() if name.endswith(("tuned", "replanned"))]
+    rival = max(tuned, key=lambda rates: float(np.mean(rates)), default=None)
     base, top = float(np.mean(fixed)), float(np.mean(ceiling))
     lines = [
         f"{result['scenario']}: goodput in every phase [req/s], {result['days']} test days, commit {result['commit']}",
         "",
-        "| who | goodput | ÷ best fixed split (95 %) | of the clairvoyant's gain | role changes a day | longest wait |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| who | goodput | ÷ best fixed split (95 %) | ÷ best rule (95 %) | of the clairvoyant's gain | role changes a "
+        "day | longest wait |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in sorted(rows.items(), key=lambda entry: -float(np.mean(entry[1]["goodput"]))):
         mean = float(np.mean(row["goodput"]))
-        ratio, low, high = paired(row["goodput"], fixed)
+        ratios = " | ".join(_ratio(row["goodput"], other) for other in (fixed, rival))
         gain = f"{100 * (mean - base) / (top - base):.0f} %" if top > base else "none to have"
         what = f" ({row['what']})" if "what" in row else ""
         wait = row.get("longest_wait_s")
         lines.append(
-            f"| {name}{what} | {mean:.2f} | {ratio:.2f} ({low:.2f} to {high:.2f}) | {gain} | {row['role_changes']} | "
+            f"| {name}{what} | {mean:.2f} | {ratios} | {gain} | {row['role_changes']} | "
             f"{f'{wait:.0f} s' if wait is not None else ''} |"
         )
     return "\n".join(lines)
 
 
+def _ratio(mine: Sequence[float], other: Sequence[float] | None) -> str:
+    if other is None:
+        return ""
+    ratio, low, high = paired(mine, other)
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", help="name of a shipped scenario, or a YAML file")
-    parser.add_argument("--policy", action="append", default=[], help="checkpoint folder of a learned controller")
+    parser.add_argument("--policy", action="append", default=[], help="checkpoint folder of a learned policy")
     parser.add_argument("--rule", action="append", default=[], help=f"rules to tune (default: {', '.join(RULES)})")
-    parser.add_argument("--requests", type=float, default=12e6, help="simulated for the search of each rule")
+    parser.add_argument("--requests", type=float, default=12e6, help="simulated for each search")
     parser.add_argument("--days", type=int, default=3, help="test days")
+    parser.add_argument("--seeds", type=int, default=3, help="searches for a controller")
+    parser.add_argument("--short", action="store_true", help="days compressed to two hours, as in training")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; a stopped study goes on there")
     given = parser.parse_args(arguments)
     try:
         given.out.mkdir(parents=True, exist_ok=True)
+        scenario = Scenario.load(given.scenario)
         result = study(
-            Scenario.load(given.scenario), given.policy, given.rule or RULES, requests=given.requests,
-            days=given.days, out=given.out, say=lambda text: print(text, file=sys.stderr, flush=True),
+            practice(scenario) if given.short else scenario, given.policy, given.rule or RULES,
+            requests=given.requests, days=given.days, seeds=given.seeds, out=given.out,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
         )  # fmt: skip
     except SlalomError as error:
         print(f"drift: {error}", file=sys.stderr)

@@ -15,10 +15,11 @@ Every control tick, over control windows with averages of two speeds (``window_s
 Every ``interval_s``, unless committed: N_P is wanted where P + D fill the fleet of N, N · P / (P + D), or P and a share
 ``spare`` of what is left. The composition changes when that is more than ½ + ``hysteresis`` away from it, and then not
 again for ``commit_s``. One instance a tick begins to move, the one with the least to hand over or to place anew. The
-others take ``side``: decode only, or both phases (multiplexed or mixed).
+others take ``side``: decode only, or both phases (multiplexed or mixed), where nobody has to prefill only.
 
 DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0; Arrow's signals are the two risks alone.
-Prompts and decodes are placed by ``linear_score``; its weights are those of its defaults.
+Prompts and decodes are placed by ``linear_score``: the weights named in ``PLACING`` are parameters here too, the
+others have their defaults.
 """
 
 from __future__ import annotations
@@ -39,15 +40,16 @@ from policies.rules import linear_score
 from policies.rules.parts.planner import count_prefill
 from policies.rules.parts.profile_tables import itl_prof, largest_batch, profile_block, tpot_slo, ttft_prof
 
-__all__ = ["RULE", "composition", "decide", "mover", "needs"]
+__all__ = ["PLACING", "RULE", "composition", "decide", "least_prefill", "mover", "needs", "plans_of", "weights_of"]
 
-_PREFILL = int(Role.PREFILL)
+_PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 _DISPATCH = len(Kind) * N_FEATURES  # params: the score's weights come first
 (_INTERVAL, _WINDOW, _SLOW, _TREND, _P_GAIN, _D_GAIN, _BACKLOG, _LEAD, _OCC_SHARE, _HEADROOM, _TTFT_RISK, _TPOT_RISK,
  _SPARE, _HYSTERESIS, _COMMIT, _SIDE, _TTFT_S, _TTFT_FACTOR) = range(_DISPATCH, _DISPATCH + 18)  # fmt: skip
 _TABLES = _DISPATCH + 18
-#: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, the target.
-_U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _TARGET = range(11)
+#: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, seconds for
+#: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet).
+_U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _PLAN = range(11)
 
 
 @kernel
@@ -109,8 +111,8 @@ def needs(context, candidates, params, memory):
 
 
 @kernel
-def composition(p, d, n, now, spare, hysteresis):
-    """Prefill instances of a fleet of ``n`` for the needs (P, D), ``now`` being what is."""
+def composition(p, d, n, now, spare, hysteresis, least):
+    """Prefill instances of a fleet of ``n`` for the needs (P, D), ``now`` being what is, at least ``least``."""
     if p + d <= 0.0:
         return now
     left = n - p - d
@@ -119,7 +121,7 @@ def composition(p, d, n, now, spare, hysteresis):
         now = np.ceil(wanted - 0.5)
     elif wanted < now - 0.5 - hysteresis:
         now = np.floor(wanted + 0.5)
-    return min(max(now, 1.0), n - 1.0)
+    return min(max(now, least), n - 1.0)
 
 
 @kernel
@@ -142,18 +144,20 @@ def _reallocate(context, candidates, mask, params, memory):
     have = float(count_prefill(candidates))
     memory[_CLOCK] += span
     memory[_COMMITTED] = max(memory[_COMMITTED] - span, 0.0)
-    if memory[_TARGET] == 0.0:
-        memory[_TARGET] = have
+    if memory[_PLAN] == 0.0:
+        memory[_PLAN] = 1.0 + have
+    target = memory[_PLAN] - 1.0
     if memory[_CLOCK] >= params[_INTERVAL] * (1.0 - 1e-6) and memory[_COMMITTED] == 0.0:
         memory[_CLOCK] = 0.0
         p, d = needs(context, candidates, params, memory)
-        wanted = composition(p, d, context[Ctx.N_INSTANCES], memory[_TARGET], params[_SPARE], params[_HYSTERESIS])
-        if wanted != memory[_TARGET]:
-            memory[_TARGET], memory[_COMMITTED] = wanted, params[_COMMIT]
+        least = 1.0 if int(params[_SIDE]) == _DECODE else 0.0
+        wanted = composition(p, d, context[Ctx.N_INSTANCES], target, params[_SPARE], params[_HYSTERESIS], least)
+        if wanted != target:
+            memory[_PLAN], memory[_COMMITTED], target = 1.0 + wanted, params[_COMMIT], wanted
     row = -1
-    if memory[_TARGET] > have:
+    if target > have:
         row = mover(candidates, mask, False, _PREFILL)
-    elif memory[_TARGET] < have:
+    elif target < have:
         row = mover(candidates, mask, True, int(params[_SIDE]))
     return row if row >= 0 else hold(candidates, mask)
 
@@ -185,10 +189,17 @@ _PARAMS = (
     Param("commit_s", 0.0, 300.0, 10.0, doc="time that a composition holds at least"),
     Param("side", default="decode", choices=_SIDES, doc="role of the instances that do not prefill only"),
 )
+#: Weights of ``linear_score`` that matter where instances of several roles may take a prompt.
+PLACING = (
+    "p_late", "p_queue_work", "p_slack_miss", "p_step_miss", "p_decode_role", "p_mixed_role", "p_multiplexed_role",
+    "d_in_place", "d_step_miss", "d_queue_work",
+)  # fmt: skip
+_PLACED = tuple(p for p in linear_score.RULE.params if p.name in PLACING)
 _LAYOUT = (
-    Param("start", 0.0, 1.0, 0.5, doc="share of instances that start as prefill (each side at least 1)"),
+    Param("start", 0.0, 1.0, 0.5, doc="share of instances that start as prefill"),
     Param("prefill_tokens", 256, 16384, 2048, log=True, integer=True, doc="token budget of a prefill batch"),
     Param("chunk_tokens", 64, 8192, 512, log=True, integer=True, doc="step budget of mixed instances"),
+    Param("guard", 0.5, 1.5, 1.0, doc="part of the TPOT target that decode may take beside prefill (multiplexed)"),
     Param("order", default="fcfs", choices=("fcfs", "on_time"), doc="of the prefill queues"),
 )
 _ORDERS = {"fcfs": Order.FCFS, "on_time": Order.ON_TIME}
@@ -208,21 +219,35 @@ def _prepare(values: Values, setting: Setting) -> np.ndarray:
     tight = min(setting.classes, key=lambda c: (c.ttft_s, c.ttft_factor))
     own = [p.number(values[p.name]) for p in _PARAMS[:-1]]
     side = float(Role[str(values["side"]).upper()])
-    dispatch = linear_score.weights(linear_score.RULE.values()).ravel()
-    return np.concatenate([dispatch, own, [side, tight.ttft_s, tight.ttft_factor], profile_block(setting)])
+    return np.concatenate([weights_of(values), own, [side, tight.ttft_s, tight.ttft_factor], profile_block(setting)])
 
 
-def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:
-    n, side = setting.n_instances, Role[str(values["side"]).upper()]
+def weights_of(values: Values) -> np.ndarray:
+    """Weights of the score by which prompts and decodes are placed, flat."""
+    return linear_score.weights(linear_score.RULE.values({name: values[name] for name in PLACING})).ravel()
+
+
+def least_prefill(values: Values) -> int:
+    """Instances that must prefill only: none where the others prefill as well."""
+    return 1 if values["side"] == "decode" else 0
+
+
+def plans_of(values: Values, prefill: int, n: int) -> list[InstancePlan]:
+    """``prefill`` instances that prefill only and ``n - prefill`` of the other role, with the budgets of ``values``."""
+    side = Role[str(values["side"]).upper()]
     plan = InstancePlan(
         prefill_tokens=int(values["prefill_tokens"]),
         chunk_tokens=int(values["chunk_tokens"]),
+        headroom=float(values["guard"]),
         order=int(_ORDERS[str(values["order"])]),
     )
-    first = min(max(round(float(values["start"]) * n), 1), n - 1)
-    batching = Batching.LAYERED if side == Role.MULTIPLEXED else None
-    rest = replace(plan, role=side, batching=batching)
-    return [replace(plan, role=Role.PREFILL)] * first + [rest] * (n - first)
+    rest = replace(plan, role=side, batching=Batching.LAYERED if side == Role.MULTIPLEXED else None)
+    return [replace(plan, role=Role.PREFILL)] * prefill + [rest] * (n - prefill)
+
+
+def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:
+    n, least = setting.n_instances, least_prefill(values)
+    return plans_of(values, min(max(round(float(values["start"]) * n), least), n - 1), n)
 
 
 RULE = Rule(
@@ -231,8 +256,8 @@ RULE = Rule(
     source="this project; DYN-SLA's equations and Arrow's signals (arXiv 2511.20982, 2505.11916) are special cases",
     decide=decide,
     needs=Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS,
-    memory_size=_TARGET + 1,
-    params=(*_PARAMS, *_LAYOUT),
+    memory_size=_PLAN + 1,
+    params=(*_PARAMS, *_LAYOUT, *_PLACED),
     prepare=_prepare,
     arrange=_arrange,
 )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from engine.errors import SlalomError
-from env.measure.phases import Phase, by_phase, phase_goodput, phases_of, play_days, worst
+from env.measure.phases import GOAL, Phase, by_phase, phase_goodput, phases_of, play_days, standing, worst
+from env.measure.sustained import sample_of, worst_of
 from env.scenario import Scenario, list_scenarios
 from env.surrogate.arena import build_trace
 
@@ -47,12 +48,27 @@ def test_the_rate_found_meets_the_target_in_every_phase_and_the_one_above_does_n
     seen: dict[float, float] = {}
 
     def note(run: object, phases: list[Phase]) -> None:
-        seen[run.rate] = worst(phases)  # type: ignore[attr-defined]
+        seen[run.rate] = standing(short, run, phases)  # type: ignore[arg-type, attr-defined]
 
     (rate,) = phase_goodput(short, "linear_score", (5,), split="valid", tolerance=0.05, on_run=note)
     held = max(r for r, share in seen.items() if share >= 0.9)
     lost = min(r for r, share in seen.items() if share < 0.9 and r > held)
     assert held <= rate <= lost <= 1.06 * held
+
+
+def test_a_day_stands_at_its_goal_exactly_when_shares_waits_and_lengths_do(short: Scenario) -> None:
+    split = short.with_overrides({"cluster.0.count": 4, "cluster.1.count": 2})
+    for rate in (1.0, 3.0, 9.0):
+        run, phases = play_days(split, "linear_score", rate, 0, "test")
+        sample = sample_of(run, warmup=0.0)
+        length = worst_of([sample])["worst_length"][1]
+        for factor in (1.0, 0.99 * sample.tail, 1.01 * sample.tail):
+            limited = split.model_copy(update={"tail_factor": factor})
+            held = worst(phases) >= GOAL and length >= GOAL - 0.1 and sample.tail <= factor
+            assert (standing(limited, run, phases) >= GOAL) == held
+    assert standing(split, run, phases) < GOAL  # the last is overloaded
+    longer = [standing(split.model_copy(update={"tail_factor": f}), run, phases) for f in (1.0, 4.0, 1e6)]
+    assert longer == sorted(longer)
 
 
 @pytest.mark.parametrize("name", [n for n in list_scenarios() if n.startswith(("daynight", "surprise"))])

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from engine.core.kinds import Order, Role
+from engine.core.kinds import Role
 from engine.errors import SlalomError
 from env.measure.roles import role_timeline
 from env.scenario import Scenario
 from eval.placement.clairvoyant import Leg, _kinds, _Plan, clairvoyant, followed
 from eval.placement.cli import app
+from policies.rules.planner import RULE
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def brief() -> Scenario:
 
 def test_a_schedule_is_followed() -> None:
     day = Scenario.load("daynight-70b").with_overrides({"workload.duration_s": 120.0})
-    policy = followed([(0.0, 2), (30.0, 4), (60.0, 3)], 6, Role.DECODE)
+    policy = followed([(0.0, 2), (30.0, 4), (60.0, 3)], 6, RULE.values({"side": "decode"}))
     found = role_timeline(day, policy, 2.0, 0)
     prefill = found.instances[:, Role.PREFILL].tolist()
     assert prefill == [2, 3, 4, 3]
@@ -36,7 +37,7 @@ def test_a_schedule_is_followed() -> None:
 
 def test_legs_become_a_timeline() -> None:
     legs = {(-1, 0): Leg(4), (0, 1): Leg(1, (-5.0, 10.0)), (1, 0): Leg(4, (0.0,))}
-    plan = _Plan(legs, Role.DECODE, Order.FCFS)
+    plan = _Plan(legs, RULE.values())
     phases = [(0.0, 100.0), (100.0, 200.0), (200.0, 300.0)]
     timeline = plan.timeline(phases, [0, 1, 0])
     assert timeline == [(0.0, 4), (95.0, 3), (110.0, 2), (110.0, 1), (200.0, 2), (200.0, 3), (200.0, 4)]

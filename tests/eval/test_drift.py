@@ -33,17 +33,22 @@ def small() -> Scenario:
 
 def test_a_small_table_from_search_to_picture(small: Scenario, tmp_path: Path) -> None:
     said: list[str] = []
-    result = study(small, [], ["dyn_sla"], requests=20_000, days=2, out=tmp_path, say=said.append)
+    result = study(small, [], ["dyn_sla"], requests=20_000, days=2, seeds=1, out=tmp_path, say=said.append)
     rows = result["rows"]
-    assert set(rows) == {"dyn_sla, tuned", "fixed split", "fixed, any roles", "clairvoyant"}
+    names = {"dyn_sla, tuned", "controller, seed 0", "distserve, replanned", "fixed split", "fixed, any roles"}
+    assert set(rows) == {*names, "clairvoyant"}
     assert all(len(row["goodput"]) == 2 for row in rows.values())
     assert np.mean(rows["clairvoyant"]["goodput"]) > np.mean(rows["fixed split"]["goodput"]) > 0.0
     assert rows["fixed split"]["role_changes"] == 0 < rows["clairvoyant"]["role_changes"]
+    assert rows["distserve, replanned"]["role_changes"] > 0
+    assert (tmp_path / "roles.png").stat().st_size > 1000
     text = table(result)
     assert text.count("\n| ") == len(rows) + 2
     assert "clairvoyant | " in text
     before = len(said)
-    assert study(small, [], ["dyn_sla"], requests=20_000, days=2, out=tmp_path, say=said.append)["rows"] == rows
+    assert (
+        study(small, [], ["dyn_sla"], requests=20_000, days=2, seeds=1, out=tmp_path, say=said.append)["rows"] == rows
+    )
     assert not any("runs: worst phase" in line for line in said[before:])  # read back, not played again
 
 

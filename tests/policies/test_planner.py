@@ -104,7 +104,7 @@ def test_backlog_and_decodes_count_as_stated() -> None:
     ],
 )
 def test_the_composition_is_fitted_to_the_fleet(need: tuple[float, float], now: int, wanted: int) -> None:
-    assert composition(*need, 8.0, float(now), 0.5, 0.6) == wanted
+    assert composition(*need, 8.0, float(now), 0.5, 0.6, 1.0) == wanted
 
 
 DEMAND = NOTHING | {"prefill": 1.0, "decode": 1.0, "occ_share": 1.0}

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 import train.cli as cli
+from engine.core.kinds import Role
 from engine.errors import SlalomError
 from env.measure.phases import play_days
 from env.scenario import Scenario
 from policies import registry
 from policies.checkpoint.folder import load
 from train.budget import Budget
-from train.control.days import _Axis, _pairs, drifts, practice, train_controller, tune_on_days
+from train.control.days import drifts, practice, tune_on_days
+from train.control.space import Axis, Space
 from train.run import Request, run
+from train.search.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def test_a_controller_is_for_drifts_of_hours() -> None:
     assert not drifts(day.with_overrides({"decisions": {}}))
     for scenario in ("shift-pd-8xa100", "azure-conv-4xa100"):
         with pytest.raises(SlalomError, match="half an hour or more"):
-            train_controller(Scenario.load(scenario), requests=1)
+            tune_on_days("planner", Scenario.load(scenario), requests=1)
     assert practice(day).workload.natural_s == 7200.0
     short = Scenario.load("daynight-70b-30min")
     assert practice(short) is short
@@ -61,18 +64,41 @@ def test_defaults_of_the_command_see_the_drift() -> None:
 def test_axes_go_there_and_back() -> None:
     for param in registry.get("planner").params:
         if param.choices is None:
-            axis = _Axis(param)
+            axis = Axis(param)
             assert axis.value(0.0) == param.low
             assert axis.value(1.0) == param.high
             assert axis.value(axis.place(param.default)) == pytest.approx(param.default)
-    assert len(_pairs(registry.get("planner"))) == 6
 
 
-def test_the_search_repeats_itself_and_leaves_out_what_is_not_allowed(small: Scenario) -> None:
-    found = [train_controller(small, requests=60_000, seed=1) for _ in range(2)]
-    assert replace(found[0], seconds=0.0) == replace(found[1], seconds=0.0)
-    assert {result.values["side"] for result in found} == {"decode"}
-    assert all(result.knee > 1.5 for result in found)
+def test_everybody_may_arrange_queues_and_who_changes_no_roles_whole_fleets() -> None:
+    day = Scenario.load("daynight-70b-30min")
+    own, free = Space("planner", day, arranges=True), Space("muxwise", day, arranges=False)
+    assert len(own.choices()) == 6
+    assert own.compositions() == []
+    assert not any(axis.param.name.startswith("lever.") for axis in own.axes)
+    assert {c["lever.order"] for c in free.choices()} == {"own", "fcfs", "shortest", "on_time"}
+    mixture = next(c for c in free.compositions() if c["lever.roles"] == "2 prefill + 4 multiplexed")
+    plans = free.bind(free.defaults | mixture).arrangement
+    assert plans is not None
+    assert [plan.role for plan in plans] == [Role.PREFILL] * 2 + [Role.MULTIPLEXED] * 4
+    shorter = free.bind(free.defaults | mixture | {"lever.prefill_tokens": 0.5}).arrangement
+    assert shorter is not None
+    assert shorter[0].prefill_tokens * 2 == plans[0].prefill_tokens
+
+
+def test_the_search_goes_on_where_it_was_stopped_and_leaves_out_what_is_not_allowed(
+    small: Scenario, tmp_path: Path
+) -> None:
+    whole = tune_on_days("planner", small, requests=60_000, seed=1, journal=Journal(tmp_path / "whole", "same"))
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    (tmp_path / "half").write_bytes(b"".join(lines[: len(lines) // 2]))
+    resumed = tune_on_days("planner", small, requests=60_000, seed=1, journal=Journal(tmp_path / "half", "same"))
+    assert replace(whole, seconds=0.0) == replace(resumed, seconds=0.0)
+    assert [line.split(b",")[:-1] for line in (tmp_path / "half").read_bytes().splitlines()] == [
+        line.rstrip(b"\n").split(b",")[:-1] for line in lines
+    ]
+    assert whole.values["side"] == "decode"
+    assert whole.knee > 1.3
 
 
 def test_it_becomes_a_checkpoint_that_changes_roles(small: Scenario, tmp_path: Path) -> None:
@@ -88,7 +114,7 @@ def test_it_becomes_a_checkpoint_that_changes_roles(small: Scenario, tmp_path: P
 
 
 def test_any_rule_gets_the_same_search(small: Scenario) -> None:
-    arrow = tune_on_days("arrow", small, requests=40_000, full_days=False)
+    arrow = tune_on_days("arrow", small, requests=40_000)
     assert arrow.rule == "arrow"
     assert arrow.values != registry.get("arrow").values()
     with pytest.raises(SlalomError, match="muxwise needs others"):

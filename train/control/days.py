@@ -1,53 +1,58 @@
-"""The learner ``controller``: CMA-ES over the parameters of ``planner``, by what the worst phase of a day gets.
+"""The learner ``controller``: CMA-ES over the parameters of ``planner``, by where a day stands in its worst phase.
 
-    race      every pair of choices (the role beside prefill, the order of queues) with the rule's defaults; CMA-ES
-              begins from the best few and goes on with the one that leads
-    refine    one day of training arrivals a generation, the same for all its members. What counts is the share within
-              targets in the worst phase, at a rate that follows the leader up or down, so that it always lies where
-              phases are about to fail
-    choose    among the leaders and the rule as it is, by the worst phase of validation days of full length
+    race      every start (choices of the rule, orders, compositions) on one day, at a rate that falls until somebody
+              holds it, the better half going on; CMA-ES begins from the best few and goes on with the one that leads
+    refine    one day of training arrivals a generation, the same for all its members, at a rate that follows the leader
+              up or down, so that it always lies where phases are about to fail
+    choose    among where the search has been, the other starts and the rule as it is, on validation days
 
-Training compresses long days to two hours: phases keep their order, rates and mixes, and what role changes cost counts
-for more. Placement of prompts and decodes is the planner's and not searched here. :func:`tune_on_days` gives any rule
-the same search: an opponent of equal effort.
+What counts is ``env.measure.phases.standing``: the share within targets in the worst phase, and what the definition of
+sustained goodput says beside it of waits, classes and lengths. Training compresses long days to two hours: phases keep
+their order, rates and mixes, and what role changes cost counts for more. :func:`tune_on_days` gives any rule the same
+search, and the levers that the controller's own parameters are: an opponent of equal effort.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import asdict
+from typing import Literal
 
 import numpy as np
 from cmaes import CMA
 
 from engine.errors import SlalomError
-from env.measure.phases import phase_goodput, play_days, worst
+from env.measure.phases import GOAL, phase_goodput, play_days, standing
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of
-from policies import registry
-from policies.rule import Param, Rule, Value
+from train.control.space import Space, Values
+from train.search.journal import Journal
 from train.search.rule import SearchResult
 
-__all__ = ["CONTROLLER", "RULE", "drifts", "practice", "train_controller", "tune_on_days"]
+__all__ = ["CONTROLLER", "RULE", "drifts", "practice", "tune_on_days"]
 
 CONTROLLER, RULE = "controller", "planner"
 _LEAST_S, _LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
-_STARTS, _RACE = 2, 0.3  # pairs of choices that CMA-ES begins from; share of the budget until one is left
-_FINAL = 0.25  # share of the budget for the choice
+_STARTS, _RACE = 2, 0.3  # starts that CMA-ES begins from; share of the budget until one is left
+_SURVIVE = 6  # starts that go on to a lower rate, at least
+_FINAL = 0.1  # share of the budget for the choice
 _POPULATION, _SIGMA = 12, 0.12
-_ROOM = (0.87, 0.92)  # the rate falls when the leader's worst phase is below, and rises when it is above
+_ROOM = (0.87, 0.92)  # the rate falls when the leader stands below, and rises when it stands above
 _FAR = (0.7, 0.96)  # and does so faster beyond these
 _STEP, _LEAP = 1.02, 1.06
-_FALL = 0.8  # at first the rate falls by this factor until the rule holds it,
-_LOWEST = 0.05  # or it is this part of the reference rate
+_BEGIN, _FALL = 0.7, 0.85  # part of the reference rate to begin with; factor by which it falls or rises at first
+_LOWEST = 0.05  # part of the reference rate below which nobody is asked
+_UNFIT = -10.0  # value of what the scenario does not allow
 _MEAN = 0.1  # weight of the mean over phases, so that ways out of a deadlock are seen
 _TRAIN_SEED, _VALID_SEED = 30_000, 1_000
-_VALID_SEEDS, _BEYOND, _NEAR = 2, 1.05, 0.03  # of the choice: days, rate, and tolerance of the goodput
+_VALID_SEEDS, _BEYOND, _NEAR = 3, 1.02, 0.03  # of the choice: days, rate, and tolerance of the goodput
+_MARKS = (0.55, 0.75)  # of the budget, at which the answer so far is kept for the choice
 
 Report = Callable[[str, float, str], None]
-Values = dict[str, Value]
+Split = Literal["train", "valid"]
+Incumbent = Callable[[float, float, Values], None]
 
 
 def drifts(scenario: Scenario) -> bool:
@@ -67,99 +72,87 @@ def practice(scenario: Scenario) -> Scenario:
     return scenario.with_overrides({"workload.duration_s": _LONGEST_S})
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """A parameter as a coordinate from 0 to 1."""
-
-    param: Param
-
-    def value(self, x: float) -> Value:
-        p = self.param
-        y = p.low * (p.high / p.low) ** x if p.log else p.low + x * (p.high - p.low)
-        y = min(max(float(y), p.low), p.high)
-        return round(y) if p.integer else y
-
-    def place(self, value: Value) -> float:
-        p, y = self.param, float(value)
-        return float(np.log(y / p.low) / np.log(p.high / p.low)) if p.log else (y - p.low) / (p.high - p.low)
-
-
 class _Search:
-    """Budget spent, the rate in force, and what days of ``rule`` are worth at it."""
+    """Budget spent, the rate in force, and what days are worth at it."""
 
-    def __init__(self, rule: str, scenario: Scenario, seconds: float, requests: float, report: Report) -> None:
-        self.rule, self.scenario, self.report = registry.get(rule), practice(scenario), report
+    def __init__(
+        self, space: Space, scenario: Scenario, seconds: float, requests: float, report: Report, journal: Journal
+    ) -> None:
+        self.space, self.scenario, self.report, self.journal = space, scenario, report, journal
         self.most_seconds, self.most_requests = seconds, requests
-        self.begin = time.monotonic()
         self.rate = self.reference = scenario.reference_rate
-        self.requests = self.days = 0
-        self.setting = arena_of(self.scenario).setting
-        self.axes = [_Axis(p) for p in self.rule.params if p.choices is None]
+        self.requests = self.days = self.moves = 0
 
     @property
     def used(self) -> float:
         """Share of the budget spent."""
-        return max((time.monotonic() - self.begin) / self.most_seconds, self.requests / self.most_requests)
+        spent = self.requests / self.most_requests
+        return max(spent, self.journal.seconds() / self.most_seconds) if math.isfinite(self.most_seconds) else spent
 
-    def shares(self, values: Values, seed: int) -> list[float]:
-        """Shares within targets, phase by phase; empty where the scenario does not allow this."""
+    def _play(self, values: Values, seed: int, split: Split, rate: float, part: float) -> list[float]:
+        """[standing, mean share over phases, requests, role changes]; [] where the scenario does not allow this."""
         try:
-            policy = self.rule.bind(values, self.setting)
+            policy = self.space.bind(values)
         except SlalomError:
             return []
-        run, phases = play_days(self.scenario, policy, self.rate, seed, "train")
-        self.requests += len(run.req)
-        self.days += 1
-        return [phase.share for phase in phases]
+        run, phases = play_days(self.scenario, policy, rate, seed, split, part)
+        mean = float(np.mean([phase.share for phase in phases]))
+        return [standing(self.scenario, run, phases), mean, len(run.req), int(run.cluster["n_switches"])]
 
-    def value(self, values: Values, seed: int) -> tuple[float, float]:
-        """(what is maximised, share of the worst phase)."""
-        shares = self.shares(values, seed)
-        if not shares:
-            return -1.0, 0.0
-        return min(shares) + _MEAN * float(np.mean(shares)), min(shares)
+    def value(
+        self, values: Values, seed: int, *, split: Split = "train", beyond: float = 1.0, part: float = 1.0
+    ) -> tuple[float, float]:
+        """(what is maximised, where the day stands).
+
+        :param beyond: factor on the rate in force
+        :param part: of a day
+        """
+        rate = beyond * self.rate
+        what = json.dumps([sorted(values.items()), seed, split, rate, part])
+        found = self.journal.ask(what, lambda: self._play(values, seed, split, rate, part))
+        if not found:
+            return _UNFIT, 0.0
+        self.requests += int(found[2])
+        self.moves += int(found[3])
+        self.days += 1
+        return found[0] + _MEAN * found[1], found[0]
 
     def follow(self, leader: float) -> None:
-        """Move the rate to where the leader's worst phase is about to fail."""
+        """Move the rate to where the leader is about to fail."""
         if leader > _ROOM[1]:
             self.rate *= _LEAP if leader > _FAR[1] else _STEP
         elif leader < _ROOM[0]:
             self.rate /= _LEAP if leader < _FAR[0] else _STEP
 
     def note(self, phase: str, done: float, best: float) -> None:
-        text = f"{self.days} days  {self.rate:.3g} req/s  worst phase {100 * best:.1f} %"
+        text = f"{self.days} days  {self.rate:.3g} req/s  {100 * best:.1f} % in the worst phase"
         self.report(phase, min(done, 1.0), text)
 
 
 class _Climb:
-    """CMA-ES from one pair of choices; its answer at any time is the mean of its last generation."""
+    """CMA-ES from one start; its answer at any time is the mean of its last generation."""
 
     def __init__(self, search: _Search, choices: Values, seed: int) -> None:
         self.search, self.choices, self.generations = search, choices, 0
-        defaults = search.rule.values(choices)
-        mean = np.array([axis.place(defaults[axis.param.name]) for axis in search.axes])
+        mean = search.space.place(choices)
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
         self.optimiser = CMA(
             mean=np.clip(mean, 0.02, 0.98), sigma=_SIGMA, bounds=bounds, population_size=_POPULATION, seed=seed
         )
 
-    def values(self, theta: np.ndarray) -> Values:
-        found = {axis.param.name: axis.value(x) for axis, x in zip(self.search.axes, theta, strict=True)}
-        return self.search.rule.values(self.choices | found)
-
     @property
     def answer(self) -> Values:
-        """Where it stands; the rule's defaults before the first generation."""
+        """Where it stands; the start before the first generation."""
         if self.generations == 0:
-            return self.search.rule.values(self.choices)
-        return self.values(self.optimiser.mean)
+            return self.search.space.defaults | self.choices
+        return self.search.space.values(self.choices, self.optimiser.mean)
 
     def generation(self, seed: int) -> float:
-        """One more; returns the share of its best member's worst phase."""
-        told, best = [], (-2.0, 0.0)
+        """One more; returns where the day of its best member stands."""
+        told, best = [], (-20.0, 0.0)
         for _ in range(self.optimiser.population_size):
             theta = self.optimiser.ask()
-            found = self.search.value(self.values(theta), seed)
+            found = self.search.value(self.search.space.values(self.choices, theta), seed)
             told.append((theta, -found[0]))
             best = max(best, found)
         self.optimiser.tell(told)
@@ -168,29 +161,47 @@ class _Climb:
         return best[1]
 
 
-def _pairs(rule: Rule) -> list[Values]:
-    """Every combination of the rule's choices."""
-    choices = [p for p in rule.params if p.choices is not None]
-    names = [p.name for p in choices]
-    return [dict(zip(names, picked, strict=True)) for picked in product(*(p.choices or () for p in choices))]
+def _first_look(search: _Search, seed: int) -> list[Values]:
+    """Starts, the best first, at a rate that one of them nearly holds for half a day.
+
+    A rule that changes roles begins from its own arrangement, whose proportions are parameters of its own; one that
+    changes none may have any composition.
+    """
+    alive, further, fell = search.space.choices(), search.space.compositions(), False
+    search.rate *= _BEGIN
+    while True:
+        values = [_looked_at(search, choices, seed) for choices in alive]
+        if search.moves == 0 and further:
+            alive, values = alive + further, values + [_looked_at(search, choices, seed) for choices in further]
+        further = []
+        if max(values)[0] <= _UNFIT:
+            roles = list(search.scenario.decisions.roles)
+            fix = f"{search.space.rule.name} needs others, or fits no such cluster"
+            raise SlalomError("decisions.roles", roles, fix)
+        fit = [k for k in range(len(values)) if values[k][0] > _UNFIT]
+        kinds = {values[k]: alive[k] for k in reversed(fit)}  # choices that change nothing are the same start
+        ranked = [kinds[value] for value in sorted(kinds, reverse=True)]
+        best = max(where for _, where in values)
+        if best < GOAL and search.rate > _LOWEST * search.reference:
+            search.rate *= _FALL
+            fell = True
+        elif best >= _FAR[1] and not fell and search.used < 0.5 * _RACE:
+            search.rate /= _FALL
+        else:
+            return ranked
+        alive = ranked[: max(_SURVIVE, len(ranked) // 2)]
+
+
+def _looked_at(search: _Search, choices: Values, seed: int) -> tuple[float, float]:
+    found = search.value(search.space.defaults | choices, _TRAIN_SEED + seed, part=0.5)
+    search.note("race", search.used / _RACE, found[1])
+    return found
 
 
 def _race(search: _Search, seed: int) -> list[_Climb]:
     """The best starts, after as many generations each as their share of the budget allows; best first."""
-    pairs = _pairs(search.rule)
-    while True:
-        values: list[tuple[float, float]] = []
-        for pair in pairs:
-            values.append(search.value(pair, _TRAIN_SEED + seed))
-            search.note("race", search.used / _RACE, max(values)[1])
-        if max(values)[0] < 0.0:
-            roles = list(search.scenario.decisions.roles)
-            raise SlalomError("decisions.roles", roles, f"{search.rule.name} needs others, or fits no such cluster")
-        if max(values)[1] >= _FAR[0] or search.rate < _LOWEST * search.reference or search.used > 0.5 * _RACE:
-            break
-        search.rate *= _FALL
-    order = sorted(range(len(values)), key=lambda k: values[k], reverse=True)
-    climbs = [_Climb(search, pairs[k], seed * 31 + k) for k in order[:_STARTS] if values[k][0] >= 0.0]
+    starts = _first_look(search, seed)[:_STARTS]
+    climbs = [_Climb(search, choices, seed * 31 + k) for k, choices in enumerate(starts)]
     turn = 0
     while search.used < _RACE:
         climb = climbs[turn % len(climbs)]
@@ -201,21 +212,6 @@ def _race(search: _Search, seed: int) -> list[_Climb]:
     return sorted(climbs, key=lambda climb: -search.value(climb.answer, fresh)[0])
 
 
-def train_controller(
-    scenario: Scenario,
-    *,
-    seconds: float = float("inf"),
-    requests: float = float("inf"),
-    seed: int = 0,
-    report: Report = lambda phase, done, note: None,
-) -> SearchResult:
-    """A controller of roles: :func:`tune_on_days` for the planner, chosen on validation days of full length.
-
-    :raises SlalomError: no drift to follow, or roles that the planner cannot use
-    """
-    return tune_on_days(RULE, scenario, seconds=seconds, requests=requests, seed=seed, report=report)
-
-
 def tune_on_days(
     rule: str,
     scenario: Scenario,
@@ -224,60 +220,64 @@ def tune_on_days(
     requests: float = float("inf"),
     seed: int = 0,
     report: Report = lambda phase, done, note: None,
-    full_days: bool = True,
+    journal: Journal | None = None,
+    on_answer: Incumbent = lambda used, rate, values: None,
 ) -> SearchResult:
     """The best parameters found until ``seconds`` have passed or ``requests`` were simulated; one of them is finite.
 
     :param rule: name of a rule with two or more numbers to tune
     :param report: called with (phase, share done, note)
-    :param full_days: choose on validation days of full length; else of the length of training
-    :return: ``knee``: goodput in every phase of a validation day; ``score`` and ``default_score``: share of the worst
-        phase at that rate, of the answer and of the rule's defaults
+    :param journal: what an interrupted search knew already; it goes on from there
+    :param on_answer: called after every generation with (share of the budget spent, rate, what would be the answer)
+    :return: ``knee``: goodput in every phase of a validation day of full length; ``score`` and ``default_score``: where
+        validation days stand a little beyond the search's last rate, of the answer and of the rule's defaults
     :raises SlalomError: no drift to follow, or a rule that does not fit
     """
     if not drifts(scenario):
         fix = "it needs decisions.reallocate and a workload of kind shift with a duration_s of half an hour or more"
         raise SlalomError("--algo controller", scenario.name, fix)
-    search = _Search(rule, scenario, seconds, requests, report)
+    begin, short = time.monotonic(), practice(scenario)
+    space = Space(rule, short, arranges=rule == RULE)
+    search = _Search(space, short, seconds, requests, report, journal or Journal())
     climbs = _race(search, seed)
-    first, n = climbs[0], 0
+    first, n, kept = climbs[0], 0, []
     while search.used < 1.0 - _FINAL:
         best = first.generation(_TRAIN_SEED + 1000 * (seed + 1) + n)
+        if len(kept) < len(_MARKS) and search.used >= _MARKS[len(kept)]:
+            kept.append(first.answer)
+        on_answer(search.used, search.rate, first.answer)
         search.note("refine", (search.used - _RACE) / (1.0 - _FINAL - _RACE), best)
         n += 1
-    finalists = [first.answer, *(climb.answer for climb in climbs[1:]), search.rule.values(first.choices)]
-    final = scenario if full_days else search.scenario
-    found = [_value(search, final, values, k / len(finalists)) for k, values in enumerate(finalists)]
+    default = space.defaults
+    finalists = [first.answer, *kept, *(climb.answer for climb in climbs[1:]), default | first.choices, default]
+    found = []
+    for k, values in enumerate(finalists):
+        found.append(_validated(search, values))
+        search.note("choose", k / len(finalists), found[-1])
     chosen = finalists[found.index(max(found))]
-    knee = _goodput(search, final, chosen)
-    scores = [_worst(search.rule, final, values, max(knee, 1e-3)) for values in (chosen, search.rule.values())]
+    own, levers = space.split(chosen)
+    plans = space.bind(chosen).arrangement if levers != space.split(default)[1] else None
     return SearchResult(
-        rule=rule, values=chosen, knee=knee, default_score=scores[1], score=scores[0],
-        trials=search.days, requests=search.requests, seconds=round(time.monotonic() - search.begin, 2),
-        sampler=CONTROLLER,
+        rule=rule, values=own, knee=_goodput(search, scenario, chosen), default_score=found[-1], score=max(found),
+        trials=search.days, requests=search.requests, seconds=round(time.monotonic() - begin, 2), sampler=CONTROLLER,
+        plans=None if plans is None else [asdict(plan) for plan in plans],
     )  # fmt: skip
 
 
-def _value(search: _Search, scenario: Scenario, values: Values, done: float) -> float:
-    """What validation days are worth, a little beyond the rate of the search."""
-    policy, rate = search.rule.bind(values, arena_of(scenario).setting), _BEYOND * search.rate
-    found = []
-    for seed in range(_VALID_SEED, _VALID_SEED + _VALID_SEEDS):
-        _, phases = play_days(scenario, policy, rate, seed, "valid")
-        shares = [phase.share for phase in phases]
-        found.append(min(shares) + _MEAN * float(np.mean(shares)))
-    search.report("choose", done, f"worst phase {100 * worst(phases):.1f} % of a validation day at {rate:.3g} req/s")
-    return float(np.mean(found))
+def _validated(search: _Search, values: Values) -> float:
+    """Where validation days stand on average, a little beyond the rate of the search."""
+    days = range(_VALID_SEED, _VALID_SEED + _VALID_SEEDS)
+    return float(np.mean([search.value(values, day, split="valid", beyond=_BEYOND)[1] for day in days]))
 
 
 def _goodput(search: _Search, scenario: Scenario, values: Values) -> float:
-    """Goodput in every phase of one validation day."""
-    policy = search.rule.bind(values, arena_of(scenario).setting)
-    (rate,) = phase_goodput(scenario, policy, (_VALID_SEED,), start=search.rate, split="valid", tolerance=_NEAR)
-    search.report("choose", 1.0, f"{rate:.3g} req/s in every phase")
+    """Goodput in every phase of one validation day of full length."""
+    policy = search.space.bind(values)
+
+    def found() -> float:
+        (rate,) = phase_goodput(scenario, policy, (_VALID_SEED,), start=search.rate, split="valid", tolerance=_NEAR)
+        return rate
+
+    rate = float(search.journal.ask("goodput", found))
+    search.report("choose", 1.0, f"{rate:.3g} req/s at {100 * GOAL:.0f} % in every phase")
     return rate
-
-
-def _worst(rule: Rule, scenario: Scenario, values: Values, rate: float) -> float:
-    policy = rule.bind(values, arena_of(scenario).setting)
-    return worst(play_days(scenario, policy, rate, _VALID_SEED, "valid")[1])

@@ -9,24 +9,40 @@ from engine.common.progress import Display
 from env.scenario import Scenario
 from train.budget import Budget
 from train.config import TrainConfig
-from train.control.days import CONTROLLER, train_controller
+from train.control.days import CONTROLLER, RULE, tune_on_days
+from train.control.space import Values
 from train.export import Publisher
 from train.folder import RunFolder
+from train.ppo.callbacks import JsonLog
+from train.search.journal import Journal
 from train.search.rule import SearchResult
 
 __all__ = ["CONTROLLER", "learn_controller"]
 
 
 def learn_controller(
-    scenario: Scenario, budget: Budget, seed: int, config: TrainConfig, folder: RunFolder, display: Display
-) -> SearchResult:
+    scenario: Scenario, budget: Budget, seed: int, config: TrainConfig, folder: RunFolder, display: Display,
+    journal: Journal,
+) -> SearchResult:  # fmt: skip
     """The planner's parameters, learned on days of training arrivals, and published in ``folder.best``.
 
+    ``log.jsonl`` tells after every generation how much was spent, and what would have been the answer at which rate.
+
+    :param journal: what an interrupted search knew already
     :raises SlalomError: no drift to follow, or roles that the planner cannot use
     """
-    requests = budget.frames or float("inf")
-    found = train_controller(scenario, seconds=budget.seconds, requests=requests, seed=seed, report=display.report)
-    write_json(folder.base, asdict(found))
+    log = JsonLog(folder.root / "log.jsonl")
+
+    def answer(used: float, rate: float, values: Values) -> None:
+        if not journal.replays:
+            log.write("answer", used=round(used, 4), rate=rate, values=values)
+
+    found = tune_on_days(
+        RULE, scenario, seconds=budget.seconds, requests=budget.frames or float("inf"), seed=seed,
+        report=display.report, journal=journal, on_answer=answer,
+    )  # fmt: skip
+    write_json(folder.base, asdict(found), sealed=True)
+    journal.close(done=True)
     table = [
         {"policy": "this controller", "score": round(found.score, 5), "split": "valid"},
         {"policy": f"{found.rule} as it is", "score": round(found.default_score, 5), "split": "valid"},
