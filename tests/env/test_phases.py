@@ -67,6 +67,9 @@ def test_a_day_stands_at_its_goal_exactly_when_shares_waits_and_lengths_do(short
             held = worst(phases) >= GOAL and length >= GOAL - 0.1 and sample.tail <= factor
             assert (standing(limited, run, phases) >= GOAL) == held
     assert standing(split, run, phases) < GOAL  # the last is overloaded
+    patient = split.model_copy(update={"tail_factor": 1e6})
+    assert length < 0.8
+    assert standing(patient, run, [Phase(0.0, 240.0, 1, 1)]) == pytest.approx(length + 0.1)  # whatever phases say
     longer = [standing(split.model_copy(update={"tail_factor": f}), run, phases) for f in (1.0, 4.0, 1e6)]
     assert longer == sorted(longer)
 

@@ -240,7 +240,8 @@ def tune_on_days(
     space = Space(rule, short, arranges=rule == RULE)
     search = _Search(space, short, seconds, requests, report, journal or Journal())
     climbs = _race(search, seed)
-    first, n, kept = climbs[0], 0, []
+    first, n = climbs[0], 0
+    kept: list[Values] = []
     while search.used < 1.0 - _FINAL:
         best = first.generation(_TRAIN_SEED + 1000 * (seed + 1) + n)
         if len(kept) < len(_MARKS) and search.used >= _MARKS[len(kept)]:
