@@ -20,6 +20,7 @@ from env.measure.phases import play_days, worst
 from env.scenario import Scenario
 from env.surrogate.simulate import bind_policy
 from policies import registry
+from policies.network.features import LATE, N_FEATURES
 from policies.rule import BoundPolicy
 from policies.rules import dyn_sla
 from policies.rules.parts.profile_tables import profile_block
@@ -105,6 +106,24 @@ def test_backlog_and_decodes_count_as_stated() -> None:
 )
 def test_the_composition_is_fitted_to_the_fleet(need: tuple[float, float], now: int, wanted: int) -> None:
     assert composition(*need, 8.0, float(now), 0.5, 0.6, 1.0) == wanted
+
+
+def test_nobody_has_to_prefill_only_where_the_others_prefill_too() -> None:
+    assert composition(0.1, 20.0, 8.0, 4.0, 0.5, 0.6, 0.0) == 0
+    day = Scenario.load("daynight-70b-30min")
+    for side, prefill in (("decode", 1), ("mixed", 0), ("multiplexed", 0)):
+        plans = bind_policy("planner", day, {"side": side, "start": 0.0, "guard": 0.8}).arrangement
+        assert plans is not None
+        assert [plan.role for plan in plans] == [Role.PREFILL] * prefill + [Role[side.upper()]] * (6 - prefill)
+        assert {plan.headroom for plan in plans} == {0.8}
+
+
+def test_weights_of_placement_reach_the_score() -> None:
+    day = Scenario.load("daynight-70b-30min")
+    plain, moved = (bind_policy("planner", day, values).params for values in ({}, {"p_late": 3.0}))
+    changed = np.flatnonzero(plain != moved)
+    assert changed.tolist() == [int(Kind.PLACE_PREFILL) * N_FEATURES + LATE]
+    assert moved[changed[0]] == 3.0
 
 
 DEMAND = NOTHING | {"prefill": 1.0, "decode": 1.0, "occ_share": 1.0}
