@@ -197,7 +197,7 @@ PLACING = (
 _PLACED = tuple(p for p in linear_score.RULE.params if p.name in PLACING)
 _LAYOUT = (
     Param("start", 0.0, 1.0, 0.5, doc="share of instances that start as prefill"),
-    Param("prefill_tokens", 256, 16384, 2048, log=True, integer=True, doc="token budget of a prefill batch"),
+    Param("prefill_tokens", 256, 16384, 8192, log=True, integer=True, doc="token budget of a prefill batch"),
     Param("chunk_tokens", 64, 8192, 512, log=True, integer=True, doc="step budget of mixed instances"),
     Param("guard", 0.5, 1.5, 1.0, doc="part of the TPOT target that decode may take beside prefill (multiplexed)"),
     Param("order", default="fcfs", choices=("fcfs", "on_time"), doc="of the prefill queues"),
