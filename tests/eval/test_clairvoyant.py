@@ -49,7 +49,7 @@ def test_knowing_beats_every_fixed_split(brief: Scenario) -> None:
     found = clairvoyant(brief, seeds=2)
     assert len(found["goodput"]) == len(found["fixed"]["goodput"]) == 2
     assert len(found["shares"]) == 4
-    assert np.mean(found["goodput"]) > 1.05 * np.mean(found["fixed"]["goodput"]) > 0.0
+    assert np.mean(found["goodput"]) > 1.02 * np.mean(found["fixed"]["goodput"]) > 0.0
     assert found["role_changes"] >= 3
     json.dumps(found, allow_nan=False)
     assert found == clairvoyant(brief, seeds=2)
