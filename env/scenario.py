@@ -28,7 +28,20 @@ from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from engine.latency import Profile
 from engine.latency.profile import bad_input
-from env.sections import Count, Decisions, InstanceGroup, Interval, Links, Positive, Rates, Section, SloClass
+from env.sections import (
+    Count,
+    Decisions,
+    Delay,
+    InstanceGroup,
+    Interval,
+    Links,
+    Positive,
+    Randomised,
+    Rates,
+    Routers,
+    Section,
+    SloClass,
+)
 from env.workload import WorkloadSpec
 
 __all__ = ["Placement", "Scenario", "list_scenarios", "scenarios_dir"]
@@ -67,6 +80,11 @@ class Scenario(Section):
     :param reference_rate: requests per second near the knee, for single runs and training
     :param latency_jitter: relative spread of step times; "profile": the profile's held-out error
     :param n_requests: per evaluation run
+    :param observation_delay_s: who decides knows the state of instances so late (roles, SM shares, chunk budgets and
+        prefix caches at once), but its own placements at once; on the surrogate
+    :param routers: arrivals are split among so many at random; each has its own books and its own policy's memory, and
+        sees what others placed no sooner than the delay; on the surrogate
+    :param randomise: what training draws anew for every episode
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -89,6 +107,9 @@ class Scenario(Section):
     latency_jitter: Literal["profile"] | Annotated[float, Field(ge=0, le=1)] = "profile"
     n_requests: Count = 2000
     tail_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+    observation_delay_s: Delay = 0.0
+    routers: Routers = 1
+    randomise: Randomised = Randomised()
 
     @field_validator("classes")
     @classmethod
@@ -165,8 +186,9 @@ class Scenario(Section):
         """SHA-256 (hex) of everything but the description, the same on every machine."""
         content = self.model_dump(mode="json", exclude={"description"})
         # Fields younger than the hashes in checkpoints count only where they say something.
-        if self.tail_factor == Scenario.model_fields["tail_factor"].default:
-            del content["tail_factor"]
+        for name in ("tail_factor", "observation_delay_s", "routers", "randomise"):
+            if getattr(self, name) == Scenario.model_fields[name].default:
+                del content[name]
         for name in ("at_once", "drain", "start_roles"):
             if getattr(self.decisions, name) == Decisions.model_fields[name].default:
                 del content["decisions"][name]
@@ -202,6 +224,12 @@ class Scenario(Section):
         if not self.decisions.roles:
             return frozenset(_CAN_PREFILL + _CAN_DECODE)
         return frozenset(self.decisions.start_roles or self.decisions.roles) | {group.role for group in self.cluster}
+
+    def check_live(self) -> None:
+        """:raises SlalomError: it is about routers as only the surrogate has them"""
+        if self.observation_delay_s > 0 or self.routers > 1:
+            fix = "engines have one router with its own books; leave routers and observation_delay_s out"
+            raise SlalomError("routers", f"{self.routers}, {self.observation_delay_s:g} s late", fix)
 
     def n_gpus(self) -> int:
         """GPUs of the cluster: what goodput per GPU divides by."""

@@ -20,13 +20,16 @@ from engine.core.setup import LEAST_INTERVAL_S
 __all__ = [
     "Count",
     "Decisions",
+    "Delay",
     "InstanceGroup",
     "Interval",
     "Links",
     "NonNegative",
     "Positive",
+    "Randomised",
     "Rates",
     "RoleName",
+    "Routers",
     "Rows",
     "Section",
     "SloClass",
@@ -37,6 +40,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Interval = Annotated[float, Field(ge=LEAST_INTERVAL_S, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+#: A minute is more than any system takes to tell its router; 1024 routers are more than any has.
+Delay = Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)]
+Routers = Annotated[int, Field(ge=1, le=1024)]
 Rows = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -194,6 +200,18 @@ class Decisions(Section):
         if (self.at_once > 1 or self.drain != "wait" or self.start_roles) and not self.reallocate:
             raise ValueError("at_once, drain and start_roles do nothing without reallocate: true")
         return self
+
+
+class Randomised(Section):
+    """What training draws anew, all values alike, for every episode; empty: what the scenario says. Validation and test
+    windows always run as the scenario says.
+
+    :param observation_delay_s: e.g. ``[0.0, 0.1, 1.0]``
+    :param routers: e.g. ``[1, 2, 4]``
+    """
+
+    observation_delay_s: tuple[Delay, ...] = ()
+    routers: tuple[Routers, ...] = ()
 
 
 class Rates(Section):

@@ -111,6 +111,7 @@ CLUSTER = np.dtype(
         # -- bounded waits
         ("hold_due", np.int64),  # somebody held now may not be held longer than this
         ("tail_factor", np.float64),  # second deadline of a first token: so many TTFT targets after the arrival
+        ("lag", np.int64),  # ticks since its instances were like this; above 0 only in what a router is shown
     ],
     align=True,
 )

@@ -25,7 +25,7 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHECKED", "WORDS", "RowsType", "address", "addresses", "make_attach", "state_type"]
+__all__ = ["CHECKED", "WORDS", "RowsType", "address", "addresses", "copy_rows", "make_attach", "state_type"]
 
 CHECKED = os.environ.get("SLALOM_BOUNDS", "") == "1"
 #: int64 words per array in the address vector: address, rows, columns.
@@ -182,7 +182,7 @@ def _state_attribute(context: Any, builder: Any, typ: Any, value: Any, attr: str
 
 
 def make_attach(name: str, fields: Sequence[tuple[str, Any, int]]) -> Any:
-    """An intrinsic ``attach(vector)`` for kernels: the state behind an address vector.
+    """An intrinsic ``attach(vector)`` for kernels: the state behind an address vector, an array or Rows of int64.
 
     :param fields: (attribute, dtype, axes) in the order of the vector
     """
@@ -191,12 +191,37 @@ def make_attach(name: str, fields: Sequence[tuple[str, Any, int]]) -> Any:
     @intrinsic
     def attach(typingctx: Any, vector: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            array = context.make_array(vector)(context, builder, value=args[0])
-            return builder.bitcast(array.data, context.get_value_type(state))
+            if isinstance(vector, RowsType):
+                data = cgutils.create_struct_proxy(vector)(context, builder, value=args[0]).data
+            else:
+                data = context.make_array(vector)(context, builder, value=args[0]).data
+            return builder.bitcast(data, context.get_value_type(state))
 
         return state(vector), codegen
 
     return attach
+
+
+def _copy_rows(typingctx: Any, target: Any, at: Any, source: Any, begin: Any, n: Any) -> Any:
+    if not isinstance(target, RowsType) or target != source:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to = address(context, builder, target, args[0], [args[1]])
+        of = address(context, builder, target, args[2], [args[3]])
+        count = args[4]
+        if target.ndim == 2:
+            view = cgutils.create_struct_proxy(target)(context, builder, value=args[0])
+            count = builder.mul(count, view.columns)
+        cgutils.raw_memcpy(builder, to, of, count, _item_size(context, target.dtype))
+        return context.get_dummy_value()
+
+    return types.none(target, types.intp, source, types.intp, types.intp), codegen
+
+
+#: ``copy_rows(target, at, source, begin, n)`` for kernels: ``target[at : at + n] = source[begin : begin + n]``.
+#: Both are Rows of one type (records too), with as many columns where they have two axes; n is at least 1.
+copy_rows: Any = intrinsic(_copy_rows)
 
 
 def state_type(attach: Any) -> Any:

@@ -108,6 +108,7 @@ class SlalomVecEnv(VecEnv):
             groups=min(groups or max(n_envs // 8, 1), n_envs),
             plan=self.policy.arrangement,
             beta=self.beta,
+            cells=len(self.policy.memory),
             jitter=jitter,
             buffers=self.buffers,
         )

@@ -42,6 +42,7 @@ def _specs(scenario: Scenario, arena: Arena, bound: Policy, engines: Sequence[En
 
     :raises SlalomError: it is a cluster that these engines are not, or asks for what they cannot do
     """
+    scenario.check_live()
     specs = arena.arranged(bound.arrangement)
     if len(specs) != len(engines):
         raise SlalomError("--engines", f"{len(engines)} engines", f"{scenario.name} has {len(specs)} instances")

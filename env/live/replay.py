@@ -111,7 +111,11 @@ def model_of(scenario: Scenario) -> tuple[str, str]:
 
 
 def engine_state(scenario: Scenario, specs: Sequence[InstanceSpec], n_requests: int, hashing: bool) -> ClusterState:
-    """The scenario's cluster as a live engine's: slots for requests that come and go."""
+    """The scenario's cluster as a live engine's: slots for requests that come and go.
+
+    :raises SlalomError: it has routers, or states that are known late
+    """
+    scenario.check_live()
     arena = arena_of(scenario)
     return build_state(
         specs, arena.profile, arena.share, classes=arena.classes, options=arena.options, links=arena.links,

@@ -11,7 +11,7 @@ from engine.core.kinds import Role
 from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of, build_trace, horizon_s
+from env.surrogate.arena import arena_of, build_trace, horizon_s, seen_in
 from env.surrogate.clock import new_sim
 from env.surrogate.compiled import FirstClass
 from env.surrogate.simulate import bind_policy, ready
@@ -42,7 +42,8 @@ def role_timeline(
     n = math.ceil(rate * natural_s) if natural_s else scenario.n_requests
     trace = build_trace(scenario, rate, n, seed, split)
     state = arena_of(scenario).cluster(bound.arrangement, trace, horizon_s(trace))
-    sim = new_sim(state, n_roots=trace.n_roots)
+    seen = seen_in(scenario, split, [seed, 11])
+    sim = new_sim(state, n_roots=trace.n_roots, seen=seen, cells=len(bound.memory))
     run, memory, decide = ready(), bound.memory.copy(), FirstClass(bound.decide)
     times, counts, before = [], [], b""
     taken = _LOOK

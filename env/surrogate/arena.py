@@ -25,11 +25,12 @@ from engine.core.ticks import arrival_ticks, duration_ticks
 from engine.errors import SlalomError
 from engine.latency import pack
 from env.scenario import Scenario
+from env.surrogate.seen import Seen
 from env.workload import Trace, assign_classes
 from env.workload.trace import classes_by_name
 from policies.setting import Setting
 
-__all__ = ["Arena", "arena_of", "build_trace", "jittered", "requests_of", "slowed"]
+__all__ = ["Arena", "arena_of", "build_trace", "jittered", "requests_of", "seen_in", "slowed"]
 
 #: Simulated seconds that requests still running at the last arrival are given to end.
 DRAIN_S = 300.0
@@ -246,6 +247,23 @@ def horizon_s(trace: Trace) -> float:
     """When a run is cut: late enough that only requests that are hopeless are still open."""
     last = float(trace.arrival_s[trace.n_roots - 1])
     return last + (SESSION_DRAIN_S if trace.n > trace.n_roots else DRAIN_S)
+
+
+def seen_in(scenario: Scenario, split: Any, seed: Any) -> Seen:
+    """What those who decide know in one episode: as the scenario says, in training drawn from what it randomises.
+
+    :param seed: of the episode, whatever ``numpy.random.default_rng`` takes
+    """
+    found = Seen(scenario.observation_delay_s, scenario.routers)
+    choices = scenario.randomise
+    if split != "train":
+        return found
+    rng = np.random.default_rng(seed)
+    if choices.observation_delay_s:
+        found = replace(found, delay_s=float(rng.choice(choices.observation_delay_s)))
+    if choices.routers:
+        found = replace(found, routers=int(rng.choice(choices.routers)))
+    return found
 
 
 def jittered(state: ClusterState, spread: float, rng: np.random.Generator) -> Mapping[str, np.ndarray]:

@@ -17,6 +17,7 @@ from engine.core.state import attach
 from engine.jit.kernel import kernel
 from env.surrogate.clock import attach_sim
 from env.surrogate.loop import advance, answer, describe
+from env.surrogate.seen import open_book
 
 __all__ = [
     "ASKED",
@@ -103,8 +104,12 @@ def _to_next(s, q, kinds, advise, needs, decide, params, memory, context, candid
             if not advise:
                 return describe(s, q, _DIMENSIONLESS), -1
             k = describe(s, q, needs | _DIMENSIONLESS)
+            if q.sim[0].routers > 1:
+                open_book(q, memory)
             return k, decide(context, candidates[:k], allowed[:k], params, memory)
         k = describe(s, q, needs)
+        if q.sim[0].routers > 1:
+            open_book(q, memory)
         answer(s, q, decide(context, candidates[:k], allowed[:k], params, memory))
 
 

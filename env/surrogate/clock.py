@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, max_candidates
-from engine.core.state import ClusterState, attach
+from engine.core.state import REQUEST, ClusterState, attach
 from engine.jit.kernel import kernel
 from engine.jit.rows import addresses, make_attach
-from engine.latency.evaluate import PROFILE, SHARE
+from engine.latency.evaluate import PROFILE, SHARE, to_ticks
+from env.surrogate.seen import BOOKING, PARTS, RING, Seen, copies
 
 __all__ = [
     "CLOCK",
@@ -68,6 +69,15 @@ SIM = np.dtype(
         ("missed", np.float64),
         ("seen_good", np.float64),
         ("seen_missed", np.float64),
+        # -- what routers know, see env.surrogate.seen
+        ("routers", np.int32),
+        ("router", np.int32),  # whose the decision being asked is
+        ("book_of", np.int32),  # whose memory the policy has at hand
+        ("delay_ticks", np.int64),  # 0: everything, at once
+        ("keep_ticks", np.int64),  # between two states kept
+        ("keep_next", np.int64),  # when the next one is
+        ("booked_n", np.int64),  # bookings ever made
+        ("book_size", np.int64),
     ],
     align=True,
 )
@@ -89,6 +99,12 @@ class Sim(NamedTuple):
     context: np.ndarray  # float64 (N_CONTEXT,)
     candidates: np.ndarray  # float64 (K, N_CANDIDATE)
     mask: np.ndarray  # uint8 (K,)
+    seen: np.ndarray  # int64: address vector of what who decides knows; without delay, of the cluster itself
+    kept: np.ndarray  # int64 (RING, ·): address vectors of earlier states
+    booking: np.ndarray  # BOOKING: the newest decisions of all routers
+    booked: np.ndarray  # REQUEST: their requests, as they were before
+    books: np.ndarray  # float64 (routers, ·): what the policy of each remembers, but that of ``book_of``
+    store: np.ndarray  # uint8: what the address vectors point to
 
 
 #: The simulated clock behind an address vector, for use inside kernels.
@@ -108,6 +124,12 @@ attach_sim = make_attach(
         ("context", np.float64, 1),
         ("candidates", np.float64, 2),
         ("mask", np.uint8, 1),
+        ("seen", np.int64, 1),
+        ("kept", np.int64, 2),
+        ("booking", BOOKING, 1),
+        ("booked", REQUEST, 1),
+        ("books", np.float64, 2),
+        ("store", np.uint8, 2),
     ],
 )
 
@@ -120,11 +142,15 @@ def new_sim(
     beta: float = 0.0,
     true_profile: np.ndarray | None = None,
     true_share: np.ndarray | None = None,
+    seen: Seen = Seen(),
+    cells: int = 0,
 ) -> Sim:
     """A clock at time zero for ``state``, whose first ``n_roots`` requests arrive at their ``arrival`` stamps.
 
     :param beta: discount rate of rewards, 1/s
     :param true_profile: PROFILE (N,) and SHARE (N, M) the world runs on; the nominal ones if not given
+    :param seen: what those who decide know of the cluster
+    :param cells: of the policy's memory, which every router has for itself
     """
     n, links = len(state.inst), len(state.link)
     slots = 3 * n + links + 4
@@ -134,6 +160,11 @@ def new_sim(
     sim["n_roots"], sim["fast_forward"], sim["beta"] = n_roots, fast_forward, beta
     sim["hashing"] = int(state.cluster[0]["hash_tokens"] > 0)
     sim["kind"], sim["slots"], sim["size"] = -1, slots, size
+    late = seen.delay_s > 0
+    store, words = copies(state, RING + 1 if late else 0)
+    books = 2 * len(state.req) if late else 1  # every request is placed, and handed over
+    sim["routers"], sim["delay_ticks"], sim["book_size"] = seen.routers, to_ticks(seen.delay_s), books
+    sim["keep_ticks"] = max(to_ticks(seen.delay_s / PARTS), 1)
     rows = state.inst["profile"]
     k = max_candidates(n)
     result = Sim(
@@ -150,6 +181,12 @@ def new_sim(
         context=np.zeros(N_CONTEXT),
         candidates=np.zeros((k, N_CANDIDATE)),
         mask=np.zeros(k, np.uint8),
+        seen=words[RING] if late else addresses(state),
+        kept=words[:RING],
+        booking=np.zeros(books, BOOKING),
+        booked=np.zeros(books, REQUEST),
+        books=np.zeros((seen.routers, cells if seen.routers > 1 else 0)),
+        store=store,
     )
     start(addresses(state), addresses(result))
     return result

@@ -16,7 +16,7 @@ from engine.core.policy import InstancePlan
 from engine.core.state import ClusterState
 from engine.jit.rows import addresses
 from env.scenario import Scenario
-from env.surrogate.arena import Arena, arena_of, build_trace, horizon_s, jittered, requests_of
+from env.surrogate.arena import Arena, arena_of, build_trace, horizon_s, jittered, requests_of, seen_in
 from env.surrogate.batch import Buffers, release_all
 from env.surrogate.clock import Sim, new_sim
 from env.workload import Trace
@@ -29,6 +29,7 @@ class Episodes:
 
     :param rates: arrival rates are drawn uniformly from (low, high), requests per second
     :param groups: clusters are split into this many groups of equal episodes
+    :param cells: of the memory of the rule that answers what the learner does not
     :param jitter: let step times stray from the profile by its measured error
     """
 
@@ -44,13 +45,14 @@ class Episodes:
         groups: int,
         plan: Sequence[InstancePlan] | None,
         beta: float,
+        cells: int,
         jitter: bool,
         buffers: Buffers,
     ) -> None:
         self.arena: Arena = arena_of(scenario)
         self.scenario, self.seed, self.split = scenario, seed, split
         self.n_requests, self.rates, self.jitter, self.beta = n_requests, rates, jitter, beta
-        self.plan, self.buffers = plan, buffers
+        self.plan, self.buffers, self.cells = plan, buffers, cells
         self.group = np.arange(n) * groups // n
         self.number = np.zeros(n, np.int64)
         self.trace_id = np.zeros(n, np.int64)
@@ -66,7 +68,7 @@ class Episodes:
         self.k_max = max_candidates(len(self.arena.specs))
 
     def _episode(self, b: int) -> tuple[Trace, np.ndarray, dict[str, Any]]:
-        """Requests and truth of the present episode of cluster ``b``."""
+        """Requests, truth and what is seen of it of the present episode of cluster ``b``."""
         key = (int(self.group[b]), int(self.number[b]))
         self.trace_id[b] = key[0] * 1_000_000 + key[1]
         if key not in self._cache:
@@ -74,7 +76,8 @@ class Episodes:
             rate = float(rng.uniform(*self.rates))
             trace = build_trace(self.scenario, rate, self.n_requests, int(rng.integers(2**31)), self.split)
             state = self.states[b] if b < len(self.states) else self.arena.cluster(self.plan, None)
-            truth = dict(jittered(state, self.arena.error, rng)) if self.jitter else {}
+            truth: dict[str, Any] = dict(jittered(state, self.arena.error, rng)) if self.jitter else {}
+            truth["seen"] = seen_in(self.scenario, self.split, [self.seed, *key, 11])
             oldest = int(self.number[self.group == key[0]].min())
             for old in [k for k in self._cache if k[0] == key[0] and k[1] < oldest]:
                 del self._cache[old]
@@ -89,7 +92,7 @@ class Episodes:
         return state, self._clock(state, trace, truth)
 
     def _clock(self, state: ClusterState, trace: Trace, truth: dict[str, Any]) -> Sim:
-        sim = new_sim(state, n_roots=trace.n_roots, beta=self.beta, **truth)
+        sim = new_sim(state, n_roots=trace.n_roots, beta=self.beta, cells=self.cells, **truth)
         b = self.buffers
         return sim._replace(context=b.context, candidates=b.candidates, mask=b.allowed)
 

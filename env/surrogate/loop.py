@@ -23,6 +23,7 @@ from engine.core.state import attach
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import FOREVER, to_ticks
 from env.surrogate.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
+from env.surrogate.seen import choose_router, keep, note, open_book, show, withhold
 
 __all__ = ["advance", "answer", "describe", "run"]
 
@@ -265,6 +266,18 @@ def _process(s, q, slot):
 
 
 @kernel
+def _keep_until(s, q, end):
+    """Keep the states of the moments up to ``end`` that somebody may still be shown."""
+    every = q.sim[0].keep_ticks
+    q.sim[0].keep_next = max(q.sim[0].keep_next, (end - q.sim[0].delay_ticks) // every * every)
+    while q.sim[0].keep_next <= end:
+        q.sim[0].now = q.sim[0].keep_next
+        q.sim[0].slot = -1  # before everything that happens at that time
+        _refresh(s, q)
+        keep(s, q)
+
+
+@kernel
 def _cut(s, q):
     """The horizon is reached: book the decode steps that ended by then."""
     q.sim[0].now = s.cluster[0].horizon_ticks
@@ -303,6 +316,8 @@ def advance(s, q):
                 _cut(s, q)
             q.sim[0].kind = -1
             return np.int32(-1)
+        if q.sim[0].delay_ticks > 0:
+            _keep_until(s, q, q.when[slot])
         q.sim[0].now = q.when[slot]
         q.sim[0].slot = slot
         q.sim[0].events += 1
@@ -313,14 +328,22 @@ def advance(s, q):
 def describe(s, q, needs):
     """Fill the context, candidates and mask of the decision that ``advance`` stopped at; returns their number."""
     _refresh(s, q)
-    k = build(s, q.sim[0].kind, q.sim[0].subject, q.sim[0].now, needs, q.context, q.candidates, q.mask)
+    if q.sim[0].routers > 1:
+        choose_router(q)
+    if q.sim[0].delay_ticks > 0:
+        show(s, q)
+    k = build(attach(q.seen), q.sim[0].kind, q.sim[0].subject, q.sim[0].now, needs, q.context, q.candidates, q.mask)
     q.sim[0].candidates = k
+    if q.sim[0].delay_ticks > 0:
+        withhold(s, q)
     return k
 
 
 @kernel
 def answer(s, q, action):
     """Carry out ``action`` for the decision that ``advance`` stopped at."""
+    if q.sim[0].delay_ticks > 0:
+        note(s, q, action)
     apply(s, q.sim[0].kind, q.sim[0].subject, action, q.sim[0].now)
     q.sim[0].decisions += 1
 
@@ -330,12 +353,15 @@ def run(state_words, sim_words, context, candidates, mask, decide, params, memor
     """Let a compiled policy answer every decision, until the end or ``limit`` decisions (0: no limit).
 
     :param context: the buffers of the Sim once more, as arrays for the policy
+    :param memory: the policy's; of several routers, that of the one who decided last (the others' are in the Sim)
     :return: decisions taken
     """
     s, q = attach(state_words), attach_sim(sim_words)
     taken = np.int64(0)
     while advance(s, q) >= 0:
         k = describe(s, q, needs)
+        if q.sim[0].routers > 1:
+            open_book(q, memory)
         action = decide(context, candidates[:k], mask[:k], params, memory)
         answer(s, q, action)
         taken += 1

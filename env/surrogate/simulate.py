@@ -17,7 +17,7 @@ from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of, build_trace, horizon_s, jittered, slowed
+from env.surrogate.arena import arena_of, build_trace, horizon_s, jittered, seen_in, slowed
 from env.surrogate.clock import new_sim
 from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate.long import LongRun, is_long
@@ -99,7 +99,7 @@ def simulate(
     :param fast_forward: jump over decode steps in which nothing changes (same timeline either way)
     :param jitter: let step times stray from the profile by its held-out error
     :param slowdown: steps take this much longer than the profile, by which the scheduler goes on to predict, says
-    :raises SlalomError: bad rate or number of requests, unknown policy
+    :raises SlalomError: bad rate or number of requests, unknown policy, states known late in a run of months
     """
     if not rate > 0:
         raise SlalomError("rate", rate, "give a positive number of requests per second")
@@ -116,7 +116,11 @@ def simulate(
     truth: dict[str, Any] = dict(jittered(state, arena.error, np.random.default_rng([seed, 7]))) if jitter else {}
     if slowdown != 1.0:
         truth = dict(slowed(state, slowdown))
-    sim = new_sim(state, n_roots=trace.n_roots, fast_forward=fast_forward, **truth)
+    seen = seen_in(scenario, split, [seed, 11])
+    if long is not None and seen.delay_s > 0:
+        fix = "leave it out of a run of months: its clock starts anew on the way"
+        raise SlalomError("observation_delay_s", seen.delay_s, fix)
+    sim = new_sim(state, n_roots=trace.n_roots, fast_forward=fast_forward, seen=seen, cells=len(bound.memory), **truth)
     go_on = partial(
         ready(), addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
         FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), _SLICE,

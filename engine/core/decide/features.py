@@ -2,7 +2,8 @@
 
 Predictions use the nominal profile and what the scheduler knows; how long a request will really run enters
 nowhere. Loads of a jump in progress (``unbooked`` decode steps) are accounted for, so a surrogate that jumps and
-one that steps show a policy the same numbers.
+one that steps show a policy the same numbers. Of a state that a router is shown late (``lag``), what is said of
+instances was so then.
 """
 
 from __future__ import annotations
@@ -83,12 +84,13 @@ def _load_columns(s, i, row):
 @kernel
 def _predict_columns(s, i, r, kind, now, row):
     inst = s.inst[i]
+    then = now - s.cluster[0].lag
     p = inst.profile
     profile, full = s.profile[p], s.share[p, whole_device(s, i)]
     context = running_ctx(s, i)
     seats = inst.run_n + s.lists[ready_of(i), 2] + s.lists[inbound_of(i), 2] + inst.moving_n
     row[_STEP_S] = decode_s(profile, full, context, inst.run_n)
-    row[_MIN_SLACK_S] = min_slack_s(s, i, now)
+    row[_MIN_SLACK_S] = min_slack_s(s, i, then)
     row[_CACHED_TOKENS] = 0.0
     row[_TRANSFER_S] = 0.0
     row[_WAIT_S] = 0.0
@@ -96,7 +98,7 @@ def _predict_columns(s, i, r, kind, now, row):
     row[_TTFT_S] = 0.0
     row[_STEP_WITH_S] = row[_STEP_S]
     if r < 0:
-        wait, _, _ = prefill_forecast(s, i, 0.0, 0.0, now)
+        wait, _, _ = prefill_forecast(s, i, 0.0, 0.0, then)
         row[_WAIT_S] = wait
         return 0.0
     req = s.req[r]
@@ -107,7 +109,7 @@ def _predict_columns(s, i, r, kind, now, row):
     if kind == _PLACE_PREFILL:
         _, n_prefix = find_prefix(s, inst.pool, r)
         reused = float(n_prefix * s.cluster[0].block_tokens)
-        wait, own, stall = prefill_forecast(s, i, tokens - reused, reused, now)
+        wait, own, stall = prefill_forecast(s, i, tokens - reused, reused, then)
         row[_CACHED_TOKENS] = reused
         row[_WAIT_S] = wait
         row[_PREFILL_S] = own
@@ -180,7 +182,7 @@ def candidate_row(s, i, r, kind, now, needs, row):
         return
     stall = _predict_columns(s, i, r, kind, now, row)
     if needs & _QUEUE_NEED != 0:
-        ahead, slack = queue_outlook(s, i, r, row[_PREFILL_S], kind == _PLACE_PREFILL, now)
+        ahead, slack = queue_outlook(s, i, r, row[_PREFILL_S], kind == _PLACE_PREFILL, now - s.cluster[0].lag)
         row[_AHEAD_S] = ahead
         row[_QUEUE_SLACK_S] = slack
     if needs & _DIMENSIONLESS != 0:

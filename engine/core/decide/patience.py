@@ -78,13 +78,14 @@ def may_hold(s, r, now):
 def _in_reach(s, i, r, now):
     """Whether request ``r`` is predicted to meet its TTFT target on instance ``i``."""
     left = (s.req[r].arrival + s.req[r].ttft_slo - now) * 1e-12
+    then = now - s.cluster[0].lag
     _, n_prefix = find_prefix(s, s.inst[i].pool, r)
     reused = float(n_prefix * s.cluster[0].block_tokens)
-    wait, own, _ = prefill_forecast(s, i, s.req[r].target - reused, reused, now)
+    wait, own, _ = prefill_forecast(s, i, s.req[r].target - reused, reused, then)
     if wait + own <= left:
         return True
-    ahead, _ = queue_outlook(s, i, r, own, True, now)
-    begun = min(residual_s(s, i, now), ahead)
+    ahead, _ = queue_outlook(s, i, r, own, True, then)
+    begun = min(residual_s(s, i, then), ahead)
     return begun + (ahead - begun) * pace_of(s, i) + own <= left
 
 
