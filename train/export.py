@@ -126,7 +126,8 @@ class Publisher:
             training=training | learned | self._poor_fits(),
             evaluation=evaluation,
             bounds=bounds,
-            arrangement=None if own else self.base.design.arrangement(self._setting),
+            arrangement=None if own else self.base.design.choices(self._setting),
+            fitted=self.base.universal,
             fidelity=self._fidelity(),
         )
 

@@ -32,7 +32,7 @@ from engine.core.columns import Kind, Need
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
 from policies import registry
-from policies.arrangement import resized
+from policies.arrangement import fitted, resized
 from policies.checkpoint.card import model_card
 from policies.checkpoint.golden import golden_vectors, verify
 from policies.checkpoint.manifest import (
@@ -71,6 +71,8 @@ class Facts:
     :param fidelity: surrogate against engine, where measured
     :param bounds: least and greatest value of each dimensionless column seen in training
     :param fallback: rule that the guard falls back to
+    :param fitted: every instance takes from ``arrangement`` the plan that suits its profile,
+        :func:`policies.arrangement.fitted`; else they are the plans of the instances trained on
     """
 
     name: str
@@ -82,6 +84,7 @@ class Facts:
     bounds: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     fallback: str = "least_tokens"
     arrangement: Sequence[InstancePlan] | None = None
+    fitted: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,13 +103,16 @@ class LoadedPolicy:
     def bind(self, setting: Setting) -> BoundPolicy:
         """The policy ready to run in ``setting``, which may have another number of instances.
 
-        The stored arrangement is stretched or shrunk to the number of instances, see :func:`resized`.
+        The stored arrangement is fitted to the profiles, or stretched or shrunk to the number of instances, see
+        :func:`fitted` and :func:`resized`.
         """
         record = self.manifest.rule
         base = registry.get(record.name).bind(record.values, setting)
         plans = self.manifest.arrangement
         if plans is not None:
-            base = replace(base, arrangement=resized([p.plan() for p in plans], setting.n_instances))
+            given = [p.plan() for p in plans]
+            arranged = fitted(given, setting) if self.manifest.fitted else resized(given, setting.n_instances)
+            base = replace(base, arrangement=arranged)
             setting.check_roles(base.arrangement or (), self.manifest.name)
         network, normal = self.manifest.network, self.manifest.normalisation
         if network is None or normal is None:
@@ -193,6 +199,7 @@ def _manifest(facts: Facts, **parts: Any) -> Manifest:
             name=facts.name,
             columns_sha256=column_hash(),
             arrangement=None if plans is None else [PlanRecord(**asdict(p)) for p in plans],
+            fitted=facts.fitted,
             scenario=facts.scenario,
             scenario_sha256=facts.scenario_sha256,
             training=_plain(dict(facts.training), "training"),

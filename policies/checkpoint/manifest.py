@@ -174,6 +174,7 @@ class Manifest(_Strict):
     actions: dict[str, list[str]] = {kind.name: actions for kind, actions in _ACTIONS.items()}
     rule: RuleRecord  # kind rule: the policy itself; kind network: its base
     arrangement: list[PlanRecord] | None = None
+    fitted: bool = False  # each instance takes the plan of the arrangement that suits its profile best
     network: NetworkRecord | None = None
     normalisation: NormalisationRecord | None = None
     golden: list[Golden] = []

@@ -53,6 +53,7 @@ def _save(folder: Path, loaded: LoadedPolicy, scenario: Scenario, model: Dispatc
         bounds=manifest.bounds.model_dump(),
         fallback=manifest.fallback,
         arrangement=None if plans is None else [p.plan() for p in plans],
+        fitted=manifest.fitted,
     )
     data = [json.loads(profile.to_json()) for profile in profiles]
     network: Any = model.policy.network

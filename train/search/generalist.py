@@ -1,9 +1,9 @@
 """One policy for many scenarios: separable CMA-ES on their mean, each at its own knee.
 
-A generalist is a context-conditioned score on one arrangement that fits clusters of any size (every instance alike),
-with no published rule behind it. Each generation draws a few of the scenarios; a scenario may appear in several
-sizes. What a scenario contributes is its attainment around the knee that the starting score has there, so all of
-them count alike, whatever their rates.
+A generalist is a context-conditioned score with no published rule behind it, on clusters of any size: each instance
+runs fused steps or both phases on SM shares, whichever its profile is predicted to serve more with. Each generation
+draws a few of the scenarios; a scenario may appear in several sizes. What a scenario contributes is its attainment
+around the knee that the starting score has there, so all of them count alike, whatever their rates.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ Report = Callable[[str, float, str], None]
 
 
 def generalist_design() -> Design:
-    """Where it starts: both phases on every instance on SM shares, queues on time, the default score."""
-    plan = InstancePlan(
-        role=Role.MULTIPLEXED, batching=Batching.LAYERED, split=-1, headroom=1.0, order=int(Order.ON_TIME),
-        prefill_tokens=2048,
-    )  # fmt: skip
-    return Design("linear_score", plans=(plan,), universal=True)
+    """Where it starts: SM shares or fused steps, by profile; queues on time, the default score."""
+    order = int(Order.ON_TIME)
+    shared = InstancePlan(
+        role=Role.MULTIPLEXED, batching=Batching.LAYERED, split=-1, headroom=1.0, order=order, prefill_tokens=2048
+    )
+    mixed = InstancePlan(role=Role.MIXED, batching=Batching.CHUNKED, order=order, chunk_tokens=1024)
+    return Design("linear_score", plans=(shared, mixed), universal=True)
 
 
 def sized(scenario: Scenario, n: int) -> Scenario:

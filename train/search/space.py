@@ -17,7 +17,7 @@ from engine.core.columns import Col, Ctx, Kind
 from engine.core.kinds import Order, Role
 from engine.core.policy import InstancePlan
 from policies import registry
-from policies.arrangement import resized
+from policies.arrangement import fitted, resized
 from policies.checkpoint.folder import bind_network
 from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES, SLACK_MISS
 from policies.network.normalise import default_normalisation
@@ -73,7 +73,8 @@ class Design:
     """A policy as the search sees it.
 
     :param rule: advisor, or ``linear_score``, whose weights are then the start of the score
-    :param plans: arrangement; None: the rule's
+    :param plans: arrangement; None: the rule's. ``universal``: what each instance takes the one from that suits its
+        profile, :func:`policies.arrangement.fitted`
     :param theta: offsets in the coordinates of :class:`Space`; None: the rule as it is
     :param universal: the coordinates are those of every scenario, so that ``theta`` means the same in all of them
     :param kinds: only the weights of these decision kinds are searched, everything else (also budgets of the
@@ -102,7 +103,10 @@ class Design:
     def base(self, setting: Setting) -> BoundPolicy:
         """The rule alone, on this arrangement."""
         base = registry.get(self.rule).bind(self.values, setting)
-        return base if self.plans is None else replace(base, arrangement=resized(self.plans, setting.n_instances))
+        if self.plans is None:
+            return base
+        chosen = fitted(self.plans, setting) if self.universal else resized(self.plans, setting.n_instances)
+        return replace(base, arrangement=chosen)
 
     def network(self, setting: Setting, hidden: int, scale: float) -> ScoringNetwork:
         """A network that decides as this design does, for PPO to go on from."""
@@ -111,6 +115,12 @@ class Design:
             return space.network(np.zeros(len(space)) if self.theta is None else self.theta, hidden, scale)
         weights = linear_score.weights(registry.get("linear_score").values(self.values))
         return ScoringNetwork(weights, hidden=hidden, scale=scale)
+
+    def choices(self, setting: Setting) -> list[InstancePlan] | None:
+        """What a checkpoint keeps: of a universal design the plans to choose from, else :meth:`arrangement`."""
+        if self.universal and self.plans is not None and self.theta is not None:
+            return Space(setting, self).moved(self.plans, self.theta)
+        return self.arrangement(setting)
 
     def arrangement(self, setting: Setting) -> list[InstancePlan] | None:
         """The plans it runs on; None: the scenario's."""
@@ -124,7 +134,7 @@ class Space:
     """The coordinates around a design, as far as its scenario and arrangement can feel them."""
 
     def __init__(self, setting: Setting, design: Design) -> None:
-        self.design = design
+        self.design, self._setting = design, setting
         self.start = design.base(setting).arrangement
         self.advised = design.rule != "linear_score"
         roles = (
@@ -138,7 +148,7 @@ class Space:
             *_decode(),
             *(_reallocate() if Kind.REALLOCATE in setting.kinds and not every else ()),
             *(_tune() if Kind.TUNE in setting.kinds and not every else ()),
-            *_plan_coordinates(self.start or ()),
+            *_plan_coordinates((design.plans if every else self.start) or ()),
         )
         kinds = frozenset(Kind) if design.kinds is None else design.kinds
         self.coordinates = tuple(c for c in found if design.kinds is None or c.kind in kinds)
@@ -174,8 +184,14 @@ class Space:
         """The arrangement at ``theta``."""
         if self.start is None:
             return None
+        if self.design.universal and self.design.plans is not None:
+            return fitted(self.moved(self.design.plans, theta), self._setting)
+        return self.moved(self.start, theta)
+
+    def moved(self, plans: Sequence[InstancePlan], theta: np.ndarray) -> list[InstancePlan]:
+        """``plans`` with their budgets as ``theta`` says."""
         factors = {c.plan: 2.0 ** (c.step * x) for c, x in zip(self.coordinates, theta, strict=True) if c.plan}
-        return [replace(plan, **scaled(plan, factors)) for plan in self.start]
+        return [replace(plan, **scaled(plan, factors)) for plan in plans]
 
 
 def scaled(plan: InstancePlan, factors: Mapping[str, float]) -> dict[str, Any]:
