@@ -173,14 +173,16 @@ def _compare_on_many(o: Options, scenarios: list[str], policies: list[str]) -> N
     from rich.table import Table
 
     from engine.common.progress import Display
-    from eval.compare.session import open_folder
+    from eval.compare.session import MOST_TRIALS, open_folder
     from eval.compare.table import TableRequest, run_table, scenario_names
     from eval.report.table_page import markdown, summary, write_table
 
     open_folder(o.out, o.resume, "cells")
     request = TableRequest(
-        scenario_names(scenarios), tuple(policies), requests=o.requests, seeds=o.seeds, tune=o.tune, warmup=o.warmup,
-        drain=o.drain, slo_scale=o.slo_scale,
+        scenario_names(scenarios), tuple(policies), requests=o.requests, seeds=o.seeds,
+        tune=o.tune or (MOST_TRIALS if o.tune_requests else 0),
+        tune_requests=parse_requests(o.tune_requests) if o.tune_requests else None,
+        only_tuned=o.only_tuned, warmup=o.warmup, drain=o.drain, slo_scale=o.slo_scale,
     )  # fmt: skip
     console = Console(stderr=True)
     with _kept("cells", o.out), Display() as display:
@@ -195,7 +197,7 @@ def _compare_on_many(o: Options, scenarios: list[str], policies: list[str]) -> N
         sys.stdout.write(text.rstrip("\n") + "\n")
         return
     head, rows = summary(result)
-    table = Table(title="classic goodput at 90 % [requests/s], tuned (untuned)")
+    table = Table(title="sustained/classic goodput at 90 % [requests/s], tuned (untuned)")
     for at, name in enumerate(head):
         table.add_column(name, no_wrap=at == 0, justify="left" if at == 0 else "right")
     for row in rows:

@@ -27,7 +27,7 @@ from env.measure.evaluator import Evaluator
 from env.measure.sustained import DEFINITION
 from env.measure.sustained_search import Search, measure_sustained, run_settings
 
-__all__ = ["GRID", "SUSTAINED", "lead_with", "meetings", "search_all"]
+__all__ = ["GRID", "SUSTAINED", "answers", "lead_with", "meetings", "search_all", "search_one"]
 
 SUSTAINED = "surrogate, sustained"  # label of the points, which know more than those of a plain comparison
 GRID = 0.01
@@ -104,19 +104,25 @@ def lead_with(result: dict[str, Any], found: Table) -> dict[str, Any]:
     """
     first = f"{result['targets'][0]:g}"
     for policy in result["policies"]:
-        entry = found[policy["label"]]
-        policy["goodput"] = {
-            key: _spread(at, _half([entry["by_seed"]], at["rate"]) if key == first else None)
-            for key, at in entry["goodput"].items()
-        }
-        policy["classic_goodput"] = {key: _spread(at, None) for key, at in entry["classic"].items()}
-        policy["sustained"] = {key: value for key, value in entry.items() if key not in ("goodput", "classic")}
+        policy.update(answers(found[policy["label"]], first))
     for pair in result["pairs"]:
         pair["goodput"] = {key: _pair(pair["a"], pair["b"], found, key, key == first) for key in pair["goodput"]}
     result["goodput_kind"] = "sustained"
     result["definition"] = asdict(DEFINITION)
     result["simulated_requests"] += sum(entry["simulated_requests"] for entry in found.values())
     return result
+
+
+def answers(entry: Mapping[str, Any], first: str) -> dict[str, Any]:
+    """What :func:`search_one` found of one policy under the names of a result; the target ``first`` has an interval."""
+    return {
+        "goodput": {
+            key: _spread(at, _half([entry["by_seed"]], at["rate"]) if key == first else None)
+            for key, at in entry["goodput"].items()
+        },
+        "classic_goodput": {key: _spread(at, None) for key, at in entry["classic"].items()},
+        "sustained": {key: value for key, value in entry.items() if key not in ("goodput", "classic")},
+    }
 
 
 def _spread(at: Mapping[str, Any], half: float | None) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""Every policy on every scenario in one table: goodput untuned and tuned, latencies at one common rate, speed.
+"""Every policy on every scenario in one table: sustained goodput untuned and tuned, the classic one beside it.
 
-A *cell* is one policy on one scenario and runs in one process: goodput at 90 % of the defaults, a search of the
-parameters with ``tune`` trials (``train`` split, ranked on ``valid``), and goodput of what it found (``test``).
-Economy: every search starts at the scenario's knee or at the policy's own goodput before tuning, all cells see the
-same arrivals (common random numbers), a trial stops once it cannot become a finalist, and a policy that fails at a
-64th of the knee has goodput 0. So that short runs flatter nobody (requests that arrive last meet a cluster that is
-not full yet), arrivals span at least ten times what one request may take within its targets. Latencies are read at
-the scenario's ``reference_rate``, the same for all policies. Finished cells are kept, so an interrupted table
-resumes; what changed since is measured anew.
+A *cell* is one policy on one scenario and runs in one process: sustained goodput at 90 % of the defaults
+(``env.measure.sustained``; classic: clause (a) alone, over runs as long), a search of the parameters with ``tune``
+trials (``train`` split, ranked on ``valid``), and sustained goodput of what it found (``test``). Economy: the
+sequential search of ``env.measure.sustained_search``, the same arrivals in all cells (common random numbers), a trial
+that stops once it cannot become a finalist, a bound of the simulated requests of each search, and defaults left out
+where only tuned rules are asked for. Rules are tuned, and latencies read at the scenario's ``reference_rate``, in
+shorter runs that flatter nobody (requests that arrive last meet a cluster that is not full yet): arrivals span at least
+ten times what one request may take within its targets. Finished cells are kept, so an interrupted table resumes; what
+changed since is measured anew.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.common.files import read_json, write_json
 from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
+from engine.jit import sources
 from env.measure.contender import STATIC_PLAN as STATIC
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
-from env.measure.pool import finished, processes
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
+from eval.compare.cells import measured
+from eval.compare.headline import answers, search_one
 from eval.compare.paired import measured_goodput
 from eval.compare.session import label_of, scaled
 from eval.compare.static import TRIALS, search_static
@@ -69,6 +71,7 @@ FACTORS = (0.85, 1.05, 1.3)
 _REFERENCES = ("least_tokens", "static_split", "predicted_ttft", "linear_score")  # the best: a scenario's knee
 SPANS = 10.0
 MOST_REQUESTS = 20_000
+TARGET = 0.9
 _LATENCIES = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_itl_ms")
 
 
@@ -79,6 +82,8 @@ class TableRequest:
     :param scenarios: names or files; ``policies``: names, specs, checkpoint folders, ``static_plan`` or ``all``
     :param requests: per run (None: the scenario's)
     :param seeds: of the ``test`` split; ``tune``: trials per policy and scenario, 0 compares untuned policies
+    :param tune_requests: simulated requests after which each search ends, if its trials last so long; None: no bound
+    :param only_tuned: leave out the defaults of a rule that was tuned
     :param slo_scale: multiplies every TTFT and TPOT target
     """
 
@@ -87,6 +92,8 @@ class TableRequest:
     requests: int | None = None
     seeds: int = 2
     tune: int = 0
+    tune_requests: float | None = None
+    only_tuned: bool = False
     warmup: float = 0.05
     drain: float = 0.0
     slo_scale: float = 1.0
@@ -116,9 +123,16 @@ class _Task:
             asdict(settings),
         ]
         parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS), MANNER]
+        parts += [self.request.tune_requests, self.request.only_tuned, _measuring()]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         label = label_of(self.policy).split(":")[0] if self.policy else "knee"
         return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest}.json"
+
+
+@cache
+def _measuring() -> str:
+    """Digest of the sources that say what sustained goodput is and how it is searched."""
+    return sources.sha256([sources.path_of("eval.compare.headline")])
 
 
 def scenario_names(asked: Sequence[str]) -> tuple[str, ...]:
@@ -181,21 +195,27 @@ def run_cell(task: _Task) -> dict[str, Any]:
         with Evaluator(scenario, settings) as evaluator:
             if task.policy == STATIC:
                 return cell | _static(task, scenario, settings, evaluator)
-            plain = _figures(task, scenario, evaluator, Contender(task.policy), task.knee)
-            return cell | {"untuned": plain, "tuned": _tuned(task, scenario, settings, evaluator, plain)}
+            tuned = _tuned(task, scenario, settings, evaluator)
+            alone = task.request.only_tuned and tuned is not None
+            plain = None if alone else _figures(task, scenario, evaluator, Contender(task.policy))
+            return cell | {"untuned": plain, "tuned": tuned}
     except SlalomError as error:
         return cell | {"refused": str(error), "untuned": None, "tuned": None}
 
 
-def _figures(task: _Task, scenario: Any, evaluator: Evaluator, contender: Contender, start: float) -> dict[str, Any]:
-    """Goodput with interval, and what the policy does at the scenario's reference rate."""
-    seeds = range(task.request.seeds)
-    goodput = measured_goodput(evaluator, contender, seeds, start=start)
+def _figures(task: _Task, scenario: Any, evaluator: Evaluator, contender: Contender) -> dict[str, Any]:
+    """Sustained goodput with interval, and what the policy does at the scenario's reference rate."""
+    seeds, key = range(task.request.seeds), f"{TARGET:g}"
+    found = answers(search_one(scenario, contender, seeds, evaluator.settings, (TARGET,), None), key)
     runs = [p.metrics for p in evaluator.points(contender, scenario.reference_rate, seeds)]
     at = {key: _mean([run[key] for run in runs]) for key in _LATENCIES}
     lost = sum(run[kind] for run in runs for kind in ("shed", "failed", "unfinished"))
     return {
-        "goodput": goodput,
+        "goodput": found["goodput"][key],
+        "classic": found["classic_goodput"][key]["rate"],
+        "stability_limit": found["sustained"]["stability_limit"],
+        "missing": found["sustained"]["missing"],
+        "simulated_requests": found["sustained"]["simulated_requests"],
         "rate": scenario.reference_rate,
         "attainment": evaluator.attainment(contender, scenario.reference_rate, seeds),
         "lost": lost / max(sum(run["num_prompts"] for run in runs), 1),
@@ -211,19 +231,24 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _effort(scenario: Any, settings: PointSettings) -> dict[str, Any]:
-    """Of a search: half the requests of a run, one seed; then four finalists on two fresh seeds."""
+def _effort(scenario: Any, settings: PointSettings, asked: float | None) -> dict[str, Any]:
+    """Of a search: half the requests of a run, one seed; then four finalists on two fresh seeds.
+
+    :param asked: simulated requests, at most
+    """
     n = min(settings.n_requests, max(scenario.n_requests, settings.n_requests // 2))
-    return {"settings": replace(settings, n_requests=n), "seeds": (0,), "valid_seeds": 2, "finalists": 4}
+    bound = math.inf if asked is None else asked
+    return {
+        "settings": replace(settings, n_requests=n), "seeds": (0,), "valid_seeds": 2, "finalists": 4,
+        "requests": bound,
+    }  # fmt: skip
 
 
-def _tuned(
-    task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator, plain: dict[str, Any]
-) -> dict[str, Any] | None:
+def _tuned(task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator) -> dict[str, Any] | None:
     if task.request.tune == 0 or os.path.isdir(task.policy):
         return None
     rates = [factor * task.knee for factor in FACTORS]
-    effort = _effort(scenario, settings)
+    effort = _effort(scenario, settings, task.request.tune_requests)
     effort |= {"rates": rates, "knee": task.knee, "levers": EVERY, "prune": True}
     found = tune(task.policy, scenario, task.request.tune, **effort)
     search = {"trials": found.trials, "simulated_requests": found.simulated_requests, "default": found.default}
@@ -231,14 +256,14 @@ def _tuned(
     if found.trials == 0:
         return None  # nothing to tune
     contender = Contender(found.rule, found.values, task.policy, tuned=True, plans=found.plans)
-    start = plain["goodput"]["rate"] or task.knee
-    return _figures(task, scenario, evaluator, contender, start) | {"search": search}
+    return _figures(task, scenario, evaluator, contender) | {"search": search}
 
 
 def _static(task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator) -> dict[str, Any]:
     trials = task.request.tune or TRIALS
-    found = search_static(scenario, trials, knee=task.knee, factors=FACTORS, **_effort(scenario, settings))
-    figures = _figures(task, scenario, evaluator, found.contender, max(found.rates) / FACTORS[-1])
+    effort = _effort(scenario, settings, task.request.tune_requests)
+    found = search_static(scenario, trials, knee=task.knee, factors=FACTORS, **effort)
+    figures = _figures(task, scenario, evaluator, found.contender)
     search = found.as_dict()
     return {"untuned": None, "tuned": figures | {"arrangement": found.arrangement, "search": search}}
 
@@ -265,10 +290,10 @@ def run_table(
     total = len(policies) * len(request.scenarios)
     say("knees", 0, total)
     alone = [_Task(name, "", request) for name in request.scenarios]
-    knees = {task.scenario: found for task, found in _each(alone, _knee, jobs, out)}
+    knees = {task.scenario: found for task, found in measured(alone, _knee, jobs, out)}
     tasks = [_Task(name, policy, request, **knees[name]) for name in request.scenarios for policy in policies]
     cells: dict[tuple[str, str], dict[str, Any]] = {}
-    for task, cell in _each(tasks, run_cell, jobs, out):
+    for task, cell in measured(tasks, run_cell, jobs, out):
         cells[task.scenario, task.policy] = cell
         say(f"{task.scenario}: {task.policy}", len(cells), total)
     for policy in policies:
@@ -277,7 +302,8 @@ def run_table(
             raise SlalomError("--policy", policy, mine[0]["refused"])
     return {
         "mode": "table",
-        "target": 0.9,
+        "target": TARGET,
+        "goodput_kind": "sustained",
         "scenarios": [_about(name, knees[name]) for name in request.scenarios],
         "policies": [label_of(policy) for policy in policies],
         "cells": [cells[task.scenario, task.policy] for task in tasks],
@@ -301,24 +327,3 @@ def _about(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "regime": scenario.regime,
     }
     return facts | {"gpus": scenario.n_gpus(), "reference_rate": scenario.reference_rate, **found}
-
-
-def _each(
-    tasks: Sequence[_Task], work: Callable[[_Task], dict[str, Any]], jobs: int, out: Path | None
-) -> Iterator[tuple[_Task, dict[str, Any]]]:
-    """(task, what it found): first what is kept in ``out``, then the others as they finish, ``jobs`` at once."""
-    missing = []
-    for task in tasks:
-        if out is not None and task.file(out).exists():
-            yield task, read_json(task.file(out))
-        else:
-            missing.append(task)
-    if jobs > 1 and missing:
-        from env.surrogate.simulate import ready
-
-        ready()  # compiled here once, not in every process
-    with processes(jobs) if jobs > 1 else nullcontext() as pool:
-        for (task,), found in finished(pool, work, [(task,) for task in missing]):
-            if out is not None:
-                write_json(task.file(out), found, sealed=True)
-            yield task, found
