@@ -90,9 +90,7 @@ def evaluate(options: Options) -> None:
     """
     o = options
     if o.reproduce is not None:
-        from eval.claims.reproduce import run as run_claims
-
-        run_claims(o.reproduce, o.out, o.as_json)
+        _reproduce(o, o.reproduce)
         return
     if not o.scenario or not o.policy:
         missing = "--policy" if o.scenario else "--scenario"
@@ -203,6 +201,21 @@ def _compare_on_many(o: Options, scenarios: list[str], policies: list[str]) -> N
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _reproduce(o: Options, name: str) -> None:
+    """Published results, see ``eval.claims.reproduce``."""
+    from engine.common.progress import Display
+    from eval.claims.reproduce import run
+
+    with _kept("claims", o.out), Display() as display:
+        display.phase("claims", None)
+        written = run(
+            name, o.out, o.as_json, jobs=o.jobs, resume=o.resume,
+            say=lambda text, done, total: display.update(done, text, total),
+        )  # fmt: skip
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
 
 
 @contextmanager

@@ -1,31 +1,48 @@
 """``eval-policy --reproduce NAME|all``: published results beside ours, with what holds and what does not.
 
-One page: the published figure, ours with its interval, the pass band and a sentence on each difference, with our
-curves drawn over the published points. ``--out FOLDER`` gets ``reproduced.html``, ``.md``, ``.json`` and a PNG per
-result; ``FILE.md`` or ``FILE.html`` gets that page alone. ``python -m eval.claims.reproduce NAME|all`` is the same
-command. The experiments are in ``eval/claims*.py``. Exit codes: 0 done (whether or not a claim holds), 2 bad input.
+One page: the published figure; ours in runs as long as the original's, with its interval, at steady state, and of
+sustained goodput where goodputs are compared; the pass band and which of these readings lies in it; which assumption of
+the original, when changed, moves ours there; a sentence on each difference, and our curves drawn over the published
+points. ``--out FOLDER`` gets ``reproduced.html``, ``.md``, ``.json`` and a PNG per result, and keeps what is finished
+under ``claims``; ``FILE.md`` or ``FILE.html`` gets that page alone. The experiments lie beside this file.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.common.files import write_bytes, write_json, write_text
 from engine.common.provenance import commit, machine
 from engine.errors import SlalomError
-from eval.claims.placement import CLAIMS, Claim
+from engine.jit import sources
+from env.measure.digest import code_sha256
+from eval.claims.claim import ORIGINAL, STEADY, SUSTAINED, Claim, Curve, Reading
+from eval.claims.distserve import distserve_search, distserve_vs_vllm
+from eval.claims.muxwise import muxwise
+from eval.claims.planners import planners
+from eval.claims.tropical import tropical
+from eval.compare.cells import measured
+from eval.compare.session import open_folder
 
-__all__ = ["as_dict", "main", "page_html", "page_markdown", "reproduce", "run"]
+__all__ = ["CLAIMS", "as_dict", "from_dict", "page_html", "page_markdown", "reproduce", "run"]
 
-_HEAD = ("", "claim", "published", "ours", "interval", "pass band", "within")
+#: name -> experiment, in the order in which they are worth reading
+CLAIMS: dict[str, Callable[[], Claim]] = {
+    "S1": distserve_search,
+    "S2": distserve_vs_vllm,
+    "S4": tropical,
+    "S5": planners,
+    "S6": muxwise,
+}
+
+_HEAD = ("", "claim", "published", "pass band", "original's run length", "interval", STEADY, SUSTAINED, "matches")
 
 
 def reproduce(name: str) -> Claim:
@@ -38,16 +55,58 @@ def reproduce(name: str) -> Claim:
     return CLAIMS[name]()
 
 
+@dataclass(frozen=True)
+class _Task:
+    name: str
+
+    def file(self, folder: Path) -> Path:
+        """Where the result is kept: an old one is not read back once a source that it depends on has changed."""
+        digest = sources.sha256([sources.path_of("eval.claims.reproduce")])
+        return folder / "claims" / f"{self.name}-{digest[:8]}{code_sha256()[:8]}.json"
+
+
+def _measured(task: _Task) -> dict[str, Any]:
+    return as_dict(reproduce(task.name))
+
+
+# -- a claim in words and as JSON ------------------------------------------------------------------------------
+
+
 def _number(value: float) -> str:
     return "unbounded" if math.isinf(value) else f"{value:.3g}"
 
 
+def _matches(claim: Claim) -> str:
+    return " and ".join(claim.matches) or "neither"
+
+
 def _cells(claim: Claim) -> tuple[str, ...]:
     band = f"{claim.band[0]:g} to {claim.band[1]:g}"
-    ours = f"{_number(claim.value)} {claim.unit}"
     found = claim.interval
     interval = "–" if found is None else f"{_number(found[0])} to {_number(found[1])}"
-    return (claim.name, claim.title, claim.published, ours, interval, band, "yes" if claim.holds else "no")
+    figures = {reading.label: f"{_number(reading.value)} {claim.unit}" for reading in claim.readings}
+    original, steady, sustained = (figures.get(label, "–") for label in (ORIGINAL, STEADY, SUSTAINED))
+    about = (claim.name, claim.title, claim.published, band)
+    return (*about, original, interval, steady, sustained, _matches(claim))
+
+
+def _said(claim: Claim) -> list[str]:
+    """Sentences: how long runs are, which reading agrees, and which assumption of the original moves ours."""
+    length = f"The original's run length: {claim.length}." if claim.length else ""
+    said = [f"{length} The published figure matches {_matches(claim)}.".strip(), claim.note]
+    if claim.explained:
+        said.append(f"Moves ours into the band: {'; '.join(claim.explained)}.")
+    elif claim.causes:
+        tried = "; ".join(f"{cause.label}: {_number(cause.value)} {claim.unit}" for cause in claim.causes)
+        said.append(f"No assumption that was tried moves ours into the band ({tried}).")
+    return said
+
+
+def _rows(claim: Claim) -> list[tuple[str, str, str]]:
+    """Everything measured: readings, changed assumptions, and what was measured on the way."""
+    figures = [(f"ours, {reading.label}", reading.value, claim.unit) for reading in claim.readings]
+    figures += [(f"changed: {cause.label}", cause.value, claim.unit) for cause in claim.causes]
+    return [(label, _number(figure), unit) for label, figure, unit in (*figures, *claim.rows)]
 
 
 def as_dict(claim: Claim) -> dict[str, Any]:
@@ -56,6 +115,11 @@ def as_dict(claim: Claim) -> dict[str, Any]:
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
 
+    def listed(readings: Sequence[Reading]) -> list[dict[str, Any]]:
+        return [
+            {"label": r.label, "figure": finite(r.value), "rest": r.extra, "within": claim.within(r)} for r in readings
+        ]
+
     return {
         "name": claim.name,
         "title": claim.title,
@@ -63,9 +127,15 @@ def as_dict(claim: Claim) -> dict[str, Any]:
         "published": claim.published,
         "ours": finite(claim.value),
         "unit": claim.unit,
+        "length": claim.length,
         "interval": None if claim.interval is None else [finite(x) for x in claim.interval],
         "band": list(claim.band),
+        "rest": claim.extra,
         "holds": claim.holds,
+        "lasting": listed(claim.lasting),
+        "matches": list(claim.matches),
+        "causes": listed(claim.causes),
+        "explained": list(claim.explained),
         "note": claim.note,
         "rows": [{"label": label, "figure": finite(figure), "unit": unit} for label, figure, unit in claim.rows],
         "curves": [
@@ -78,14 +148,44 @@ def as_dict(claim: Claim) -> dict[str, Any]:
     }
 
 
+def from_dict(found: dict[str, Any]) -> Claim:
+    """The claim that :func:`as_dict` wrote down."""
+
+    def bounded(value: float | None) -> float:
+        return math.inf if value is None else value
+
+    def listed(readings: list[dict[str, Any]]) -> tuple[Reading, ...]:
+        return tuple(Reading(r["label"], bounded(r["figure"]), r["rest"]) for r in readings)
+
+    interval, curves = found["interval"], found["curves"]
+    return Claim(
+        **{key: found[key] for key in ("name", "title", "source", "published", "unit", "length", "note")},
+        value=bounded(found["ours"]),
+        extra=found["rest"],
+        interval=None if interval is None else (bounded(interval[0]), bounded(interval[1])),
+        band=(found["band"][0], found["band"][1]),
+        lasting=listed(found["lasting"]),
+        causes=listed(found["causes"]),
+        rows=tuple((row["label"], bounded(row["figure"]), row["unit"]) for row in found["rows"]),
+        curves=tuple(
+            Curve(c["label"], tuple(c["x"]), tuple(map(bounded, c["y"])), published=c["published"]) for c in curves
+        ),
+        axes=(found["axes"][0], found["axes"][1]),
+    )
+
+
+# -- the page --------------------------------------------------------------------------------------------------
+
+
 def page_markdown(claims: Sequence[Claim]) -> str:
     """One page: the table, then a section per claim with its note and everything measured."""
     lines = ["# Published results, reproduced", "", f"Commit {commit()}, `eval-policy --reproduce all`.", ""]
     lines += [_row(_HEAD), _row(["---"] * len(_HEAD)), *(_row(_cells(claim)) for claim in claims)]
     for claim in claims:
-        lines += ["", f"## {claim.name}: {claim.title}", "", f"Source: {claim.source}.", "", claim.note, ""]
+        lines += ["", f"## {claim.name}: {claim.title}", "", f"Source: {claim.source}.", ""]
+        lines += [line for sentence in _said(claim) for line in (sentence, "")]
         lines += [_row(("measured", "figure", "unit")), _row(["---"] * 3)]
-        lines += [_row((label, _number(figure), unit)) for label, figure, unit in claim.rows]
+        lines += [_row(row) for row in _rows(claim)]
     return "\n".join(lines) + "\n"
 
 
@@ -96,10 +196,10 @@ def _row(cells: Sequence[str]) -> str:
 _BODY = """
 <p>Commit {{ commit }}.</p>
 {{ table(head, overview, "text") }}
-{% for claim, rows, picture in claims %}
+{% for claim, said, rows, picture in claims %}
 <h2>{{ claim.name }}: {{ claim.title }}</h2>
 <p>Source: {{ claim.source }}.</p>
-<p>{{ claim.note }}</p>
+{% for sentence in said %}<p>{{ sentence }}</p>{% endfor %}
 {{ picture }}
 {{ table(("measured", "figure", "unit"), rows, "text") }}
 {% endfor %}
@@ -114,23 +214,25 @@ def page_html(claims: Sequence[Claim]) -> str:
 
     sections = []
     for claim in claims:
-        rows = [(label, _number(figure), unit) for label, figure, unit in claim.rows]
         caption = f"{claim.name}: published points as markers, ours as lines"
         picture = embed(claim_figure(claim), caption, claim.name) if claim.curves else ""
-        sections.append((claim, rows, picture))
+        sections.append((claim, _said(claim), _rows(claim), picture))
     overview = [_cells(claim) for claim in claims]
     title = "Published results, reproduced"
     return render(_BODY, title=title, commit=commit(), head=_HEAD, overview=overview, claims=sections)
 
 
 def _print(claim: Claim) -> None:
-    _, title, published, ours, interval, band, within = _cells(claim)
-    print(f"{claim.name}  {title}\n    published {published}")
-    print(f"    ours {ours} ({interval}); pass band {band}: {within}")
-    print(f"    {claim.note}")
+    _, title, published, band, original, interval, steady, sustained, matches = _cells(claim)
+    print(f"{claim.name}  {title}\n    published {published}; pass band {band}")
+    print(f"    ours {original} ({interval}) at the original's run length")
+    print(f"    {steady} at steady state, {sustained} of sustained goodput")
+    print(f"    matches: {matches}")
+    for sentence in _said(claim)[1:]:
+        print(f"    {sentence}")
 
 
-def _write(claims: Sequence[Claim], out: Path) -> list[Path]:
+def _write(claims: Sequence[Claim], found: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """The page, by the ending of ``out``; a folder gets the page in every form, and the pictures."""
     pages = {".md": page_markdown, ".html": page_html}
     if out.suffix in pages:
@@ -139,7 +241,7 @@ def _write(claims: Sequence[Claim], out: Path) -> list[Path]:
     from eval.report.plots import claim_figure
 
     written = [out / "reproduced.json"]
-    write_json(written[0], [as_dict(claim) for claim in claims])
+    write_json(written[0], list(found))
     for suffix, page in pages.items():
         written.append(out / f"reproduced{suffix}")
         write_text(written[-1], page(claims))
@@ -152,46 +254,36 @@ def _write(claims: Sequence[Claim], out: Path) -> list[Path]:
     return written
 
 
-def run(name: str, out: Path | None, as_json: bool) -> list[Claim]:
+def run(
+    name: str, out: Path | None, as_json: bool, *, jobs: int = 1, resume: bool = False,
+    say: Callable[[str, int, int], None] = lambda text, done, total: None,
+) -> list[Path]:  # fmt: skip
     """Reproduce one result or ``all``, print it and write the page.
 
     :param out: a folder, or a file ending in .md or .html; ``all`` without it writes to ``reproduced``
     :param as_json: one JSON array on standard output and nothing else
-    :raises SlalomError: unknown name, or a place that cannot be written
+    :param jobs: results at once, each in its own process
+    :param resume: go on with what is finished in the folder ``out``
+    :param say: hears what is under way, how many are finished, and of how many
+    :return: the files written
+    :raises SlalomError: unknown name, a place that cannot be written, or a folder with results without ``resume``
     """
+    asked = [known for known in CLAIMS if name.lower() in ("all", known.lower())]
+    if not asked:
+        reproduce(name)
     out = out or (Path("reproduced") if name == "all" else None)
     if out is not None and (os.path.isfile(out) or out.suffix) and out.suffix not in (".md", ".html"):
         raise SlalomError("--out", str(out), "name a folder, or a file ending in .md or .html")
-    asked = [known for known in CLAIMS if name.lower() in ("all", known.lower())] or [name]
-    claims = []
-    for place, each in enumerate(asked, start=1):
-        print(f"running {each} ({place} of {len(asked)})", file=sys.stderr, flush=True)
-        claims.append(reproduce(each))
+    folder = None if out is None or out.suffix else out
+    open_folder(folder, resume, "claims")
+    say(", ".join(asked), 0, len(asked))
+    done: dict[str, dict[str, Any]] = {}
+    for task, found in measured([_Task(each) for each in asked], _measured, jobs, folder):
+        done[task.name] = found
+        say(", ".join(each for each in asked if each not in done), len(done), len(asked))
         if not as_json:
-            _print(claims[-1])
+            _print(from_dict(found))
+    ordered = [done[each] for each in asked]
     if as_json:
-        print(json.dumps([as_dict(claim) for claim in claims], allow_nan=False))
-    for path in _write(claims, out) if out is not None else []:
-        print(f"wrote {path}", file=sys.stderr)
-    return claims
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit code is 2 on bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.claims.reproduce", description="Published results beside ours."
-    )
-    parser.add_argument("name", help=f"{', '.join(CLAIMS)} or all")
-    parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
-    parser.add_argument("--out", type=Path, help="folder, or a page ending in .md or .html (all: reproduced)")
-    options = parser.parse_args(arguments)
-    try:
-        run(options.name, options.out, options.json)
-    except SlalomError as error:
-        print(f"reproduce: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        print(json.dumps(ordered, allow_nan=False))
+    return _write([from_dict(found) for found in ordered], ordered, out) if out is not None else []
