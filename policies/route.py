@@ -14,7 +14,7 @@ import typer
 from engine.common.options import option, same, takes
 from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan
-from engine.core.setup import ClusterOptions, InstanceSpec
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.jit.kernel import is_warm
@@ -48,6 +48,10 @@ class Options:
     max_batch: int = option(0, "sequences that an engine runs at once; 0: what it says, else 256", min=0, max=65536)
     chunk_tokens: int = option(_CHUNK_TOKENS, "prompt tokens that an engine computes in a step", min=16, max=2**30)
     prefix_cache: bool = option(True, "engines reuse KV of equal beginnings: prefer who has it")
+    kv_transfer: bool = option(
+        False, "engines pull KV from each other (vLLM: NixlConnector): who decodes is a decision too", "--kv-transfer"
+    )
+    roles: str = option("", "with --kv-transfer: prefill, decode, mixed; one, or one for each; default: the policy's")
     engine_deadlines: bool = option(
         False, "send deadlines as priority (vLLM: --scheduling-policy priority)", "--engine-deadlines"
     )
@@ -85,11 +89,22 @@ def _order(options: Options, policy_order: int | None) -> int:
     return int(known[options.order])
 
 
+def _roles(options: Options, n: int) -> list[Role]:
+    """What each engine is used for at the start. A role is the router's own affair: the engines are all alike."""
+    if options.roles and not options.kv_transfer:
+        raise SlalomError("--roles", options.roles, "engines that pull no KV are mixed; add --kv-transfer if they do")
+    roles = serve.parse_roles(options.roles, n)
+    if Role.MULTIPLEXED in roles:
+        raise SlalomError("--roles", options.roles, "engines of others are not divided: use prefill, decode or mixed")
+    return roles
+
+
 def _specs(options: Options, engines: Sequence[EngineFacts]) -> list[InstanceSpec]:
     """One instance for each engine: it batches in chunks, as engines do, and keeps nothing back."""
+    roles = _roles(options, len(engines))
     return [
         InstanceSpec(
-            role=Role.MIXED,
+            role=roles[i],
             pool=i,
             gpu=i,
             kv_tokens=options.kv_tokens or engine.kv_tokens or _KV_TOKENS,
@@ -101,6 +116,12 @@ def _specs(options: Options, engines: Sequence[EngineFacts]) -> list[InstanceSpe
         )
         for i, engine in enumerate(engines)
     ]
+
+
+def _arranged(options: Options, spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
+    """``spec`` as a policy wants to begin, where the user does not say otherwise."""
+    role = plan.role if options.kv_transfer and not options.roles else None
+    return replace(spec, order=_order(options, plan.order), role=spec.role if role is None else Role(role))
 
 
 def find_engines(urls: str) -> list[EngineFacts]:
@@ -142,6 +163,7 @@ def build(options: Options) -> tuple[Router, FastAPI]:
     from engine.server.keys import find_key
     from engine.server.routed import create_router_app
 
+    roles = (Role.PREFILL, Role.DECODE, Role.MIXED) if options.kv_transfer else (Role.MIXED,)
     classes = serve.load_classes(options.classes, options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)
     profile, share = _profile(options, engines)
 
@@ -151,7 +173,8 @@ def build(options: Options) -> tuple[Router, FastAPI]:
             profile,
             share,
             classes=list(classes.values()),
-            options=ClusterOptions(shed=options.shed, roles=(Role.MIXED,), hold=True),
+            options=ClusterOptions(shed=options.shed, roles=roles, hold=True, place_decode=options.kv_transfer),
+            links=[LinkSpec() for _ in specs] if options.kv_transfer else (LinkSpec(),),
             max_requests=options.max_requests,
             prefix_cache=options.prefix_cache,
         )
@@ -160,7 +183,7 @@ def build(options: Options) -> tuple[Router, FastAPI]:
     state = state_of(specs)
     policy = serve.find_policy(options.policy, state)
     plans = policy.arrangement or [InstancePlan()] * len(specs)
-    specs = [replace(spec, order=_order(options, plan.order)) for spec, plan in zip(specs, plans, strict=True)]
+    specs = [_arranged(options, spec, plan) for spec, plan in zip(specs, plans, strict=True)]
     _log.info("warming up: code is compiled where it is new")
     small = state_of(specs)
     scratch = serve.find_policy(options.policy, small)
@@ -195,7 +218,7 @@ def _profile(options: Options, engines: Sequence[EngineFacts]) -> tuple[Any, Any
     _log.info("timing %s (--profile names a profile instead)", engines[0].url)
     limits = Limits(_MEASURE_S, 0.1, _MEASURE_TOKENS, _MEASURE_BATCH).within(engines[0])
     measured, _ = measure(engines[0], limits)
-    found = profile_of(measured, engines[0], limits, "at-start")
+    found = profile_of(measured, engines[0], "at-start")
     assert found.fit is not None
     errors = 100 * found.fit.prefill_mape, 100 * found.fit.decode_mape
     _log.info("held out, it misses prefill by %.0f %%, decode by %.0f %%; calibrate --engine does better", *errors)

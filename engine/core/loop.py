@@ -83,17 +83,17 @@ def answer(words, kind, subject, action, now):
 def _kick(s, i, now, started, n):
     """Pull KV, change role and start idle lanes of instance ``i``; appends event slots to ``started[n:]``."""
     lanes = 2 * s.cluster[0].n_instances
-    if s.inst[i].remote == 1:
-        if hand_on(s, i, now) > 0:
-            started[n] = 2 * i
-            n += 1
-        return n
+    if s.inst[i].remote == 1 and hand_on(s, i, now) > 0:
+        started[n] = 2 * i
+        n += 1
     if s.lists[inbound_of(i), 2] > 0 and s.inst[i].switching == 0 and s.inst[i].lost == 0:
         pull(s, i)
         link = s.inst[i].link
         if start_link(s, link):
             started[n] = lanes + link
             n += 1
+    if s.inst[i].remote == 1:
+        return n
     if role_change_ready(s, i):
         s.inst[i].switching = 1
         started[n] = lanes + s.cluster[0].n_links + i

@@ -153,9 +153,10 @@ class Fleet:
             _log.warning("engine %d (%s) is away: %s", engine.index, engine.url, why)
             engine.ejections += 1
             self._set_away(engine, True)
-        for attempt in list(engine.attempts):
-            if not attempt.request.told:
-                engine.give_up(attempt)
+        for other in self.engines:
+            for attempt in list(other.attempts):  # those that wait for its KV get none either
+                if (other is engine or attempt.source == engine.index) and not attempt.request.told:
+                    other.give_up(attempt)
 
     def _readmit(self, engine: Upstream) -> None:
         if engine.away:

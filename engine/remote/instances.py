@@ -14,7 +14,7 @@ from engine.live.book import RequestBook
 from engine.live.clock import WallClock
 from engine.live.request import ABORT, ERROR, UNPLACEABLE
 from engine.remote.reports import End, Report
-from engine.remote.request import RemoteRequest
+from engine.remote.request import Leg, RemoteRequest
 
 __all__ = ["Orders", "RemoteInstances"]
 
@@ -37,6 +37,7 @@ class RemoteInstances(RequestBook[RemoteRequest]):
     def __init__(self, state: ClusterState, clock: WallClock, send: Callable[[Orders], None], *, salt: int) -> None:
         super().__init__(state, clock, salt=salt)
         self._send = send
+        self._prefilled: set[RemoteRequest] = set()  # by one engine, and not yet sent to the one that goes on
         self._orders: Orders = []
         self.retried: Counter[str] = Counter()
 
@@ -47,13 +48,33 @@ class RemoteInstances(RequestBook[RemoteRequest]):
         for r in self._state.prefills[i, : self._state.lane[i, l]["n_prefills"]].tolist():
             request = self.requests[r]
             assert request is not None
+            if request in self._prefilled:  # it could not move, for want of room, and is computed here
+                self._prefilled.discard(request)
+                observed.forget_first_token(self._words, r)
+                request.engine = -1
             if request.engine < 0:
-                request.engine = i
-                request.attempt += 1
-                self._orders.append((request, request.attempt, i))
+                self._order(request, i, Leg.PREFILL if request.apart else Leg.WHOLE)
+
+    def _order(self, request: RemoteRequest, i: int, leg: Leg) -> None:
+        request.source = request.engine if leg == Leg.DECODE and i != request.engine else -1
+        request.engine, request.leg = i, leg
+        request.attempt += 1
+        self._orders.append((request, request.attempt, i))
 
     def start_link(self, link: int) -> None:
-        raise AssertionError("no KV moves between engines of others")
+        """The engine that decodes pulls the KV by itself, when it is sent the request."""
+        while observed.book_moved(self._words, link, self._clock.now):
+            pass
+
+    def _go_on(self) -> None:
+        """Send the prompts that are computed to whom the policy has chosen, once there is room."""
+        for request in list(self._prefilled):
+            record = self._state.req[request.slot] if request.slot >= 0 else None
+            if record is None or request.ended or request.doomed is not None:
+                self._prefilled.discard(request)
+            elif record["state"] == RequestState.RUNNING:
+                self._prefilled.discard(request)
+                self._order(request, int(record["inst"]), Leg.DECODE)
 
     def start_switch(self, i: int) -> None:
         raise AssertionError("engines of others keep their role")
@@ -66,6 +87,8 @@ class RemoteInstances(RequestBook[RemoteRequest]):
 
     def settled(self) -> None:
         super().settled()
+        if self._prefilled:
+            self._go_on()
         if self._orders:
             orders, self._orders = self._orders, []
             self._send(orders)
@@ -92,6 +115,14 @@ class RemoteInstances(RequestBook[RemoteRequest]):
     def _book(self, request: RemoteRequest, report: Report) -> None:
         r, now = request.slot, self._clock.ticks(report.stamp)
         fresh = report.total - request.counted
+        if report.end == End.PREFILLED:
+            observed.book_prefilled(self._words, r, now)
+            self._prefilled.add(request)
+            return
+        if request.leg == Leg.DECODE and not request.counted and (report.total > 0 or report.end == End.DONE):
+            observed.book_delivered(self._words, r, now)
+            request.counted, fresh = 1, fresh - 1
+            self._tell_first(request)
         if fresh > 0:
             request.counted = report.total
             if self._state.req["state"][r] == _PREFILLING:
@@ -117,6 +148,9 @@ class RemoteInstances(RequestBook[RemoteRequest]):
         """Place ``request`` anew: nobody has got anything of it."""
         request.engine = -1
         request.failures += why == End.LOST
+        if request.leg == Leg.DECODE and not request.counted:
+            observed.forget_first_token(self._words, request.slot)
+            request.apart &= why == End.REFUSED  # a hand-over that failed is not tried again
         if request.failures > _MOST_FAILURES:
             self.doom(request, ERROR)
             return
@@ -134,13 +168,23 @@ class RemoteInstances(RequestBook[RemoteRequest]):
         observed.set_away(self._words, i, int(away))
         if not away:
             return
-        for request in self._here(RequestState.WAITING):
-            if self._state.req[request.slot]["inst"] == i:
-                observed.take_back(self._words, request.slot, self._clock.now, 1)
+        for request in self._here(RequestState.WAITING, RequestState.INBOUND):
+            record = self._state.req[request.slot]
+            if record["dest" if record["state"] == RequestState.INBOUND else "inst"] == i:
+                self._place_anew(request)
+
+    def _place_anew(self, request: RemoteRequest) -> None:
+        """Nobody computes ``request`` at present, and what is left of it is given up."""
+        if request in self._prefilled:
+            self._prefilled.discard(request)
+            observed.forget_first_token(self._words, request.slot)
+        request.engine = -1
+        observed.take_back(self._words, request.slot, self._clock.now, 1)
 
     def give_up_waiting(self) -> None:
         """No engine has answered for long: whoever waits for one hears so."""
-        for request in self._here(RequestState.PLACING, RequestState.HELD, RequestState.WAITING):
+        waiting = (RequestState.PLACING, RequestState.HELD, RequestState.WAITING)
+        for request in self._here(*waiting, RequestState.HANDOVER, RequestState.INBOUND):
             self.doom(request, UNPLACEABLE)
 
     def _here(self, *states: RequestState) -> list[RemoteRequest]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.core.events import observed
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
 from engine.live.clock import WallClock
@@ -14,7 +15,7 @@ from engine.live.guard import Guard
 from engine.remote.fleet import Fleet
 from engine.remote.instances import Orders
 from engine.remote.reports import End, Report
-from engine.remote.request import RemoteRequest
+from engine.remote.request import Leg, RemoteRequest
 from engine.remote.router import Router
 
 __all__ = ["rehearse"]
@@ -25,7 +26,9 @@ class _Echo(Fleet):
 
     def send(self, orders: Orders) -> None:
         for request, number, _ in orders:
-            if request.body["answered"]:
+            if request.leg == Leg.PREFILL:
+                self.hear([Report(request, number, 0, WallClock.stamp(), End.PREFILLED)])
+            elif request.body["answered"]:
                 self.hear([Report(request, number, n, WallClock.stamp()) for n in (1, 3)])
                 self.hear([Report(request, number, 4, WallClock.stamp(), End.DONE)])
 
@@ -45,7 +48,16 @@ def rehearse(state: ClusterState, policy: Policy, guard: Guard | None, timeout_s
     def settle(step: Callable[[], Any]) -> None:
         router.call(step, timeout_s)
 
+    def compile_rest() -> None:
+        """What may not be met below; on these it changes nothing."""
+        words = router.runtime.words
+        observed.book_moved(words, 0, 0)
+        observed.book_prefilled(words, len(state.req) - 1, 0)
+        observed.book_delivered(words, len(state.req) - 1, 0)
+        observed.forget_first_token(words, len(state.req) - 1)
+
     try:
+        settle(compile_rest)
         begin(True)
         left = begin(False)
         settle(lambda: router.instances.set_away(0, True))

@@ -11,7 +11,8 @@ from engine.remote.request import RemoteRequest
 
 __all__ = ["End", "Report", "Reports"]
 
-_SOON_S = 0.005
+#: A client's token goes out first: the scheduler, woken at once, would compete with that for the interpreter.
+_AT_ONCE_S, _SOON_S = 0.001, 0.005
 
 
 class End(IntEnum):
@@ -23,6 +24,7 @@ class End(IntEnum):
     LOST = 3  # the engine, or the connection, is gone, or failed
     REJECTED = 4  # the engine answered that the request is wrong, which its client has been told
     BROKEN = 5  # it failed after its client had got a part
+    PREFILLED = 6  # the prompt is computed, its KV waits for an engine to go on with it
 
 
 class Report(NamedTuple):
@@ -44,19 +46,18 @@ class Reports:
     def __init__(self, hand_over: Callable[[list[Report]], None]) -> None:
         self._hand_over = hand_over
         self._seen: list[Report] = []
-        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._urgent = False
 
     def put(self, report: Report, *, urgent: bool) -> None:
-        """Pass ``report`` on; ``urgent``: with the next turn of the event loop."""
+        """Pass ``report`` on; ``urgent``: others may wait for what the scheduler makes of it."""
         self._seen.append(report)
         if self._timer is not None and (self._urgent or not urgent):
             return
         if self._timer is not None:
             self._timer.cancel()
-        loop = asyncio.get_running_loop()
         self._urgent = urgent
-        self._timer = loop.call_soon(self._flush) if urgent else loop.call_later(_SOON_S, self._flush)
+        self._timer = asyncio.get_running_loop().call_later(_AT_ONCE_S if urgent else _SOON_S, self._flush)
 
     def _flush(self) -> None:
         self._timer = None

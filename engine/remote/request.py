@@ -6,13 +6,14 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
 from engine.live.request import Delta, Ticket
 
-__all__ = ["Answer", "RemoteRequest", "Reply"]
+__all__ = ["Answer", "Leg", "RemoteRequest", "Reply"]
 
 #: The engine ends its answers, the core never does.
 _NO_LIMIT = 2**31 - 1
@@ -25,6 +26,14 @@ class Reply:
     status: int
     body: bytes
     headers: Mapping[str, str]
+
+
+class Leg(IntEnum):
+    """What an engine is asked to do for a request."""
+
+    WHOLE = 0
+    PREFILL = 1  # compute the prompt and keep its KV for another engine
+    DECODE = 2  # go on from there
 
 
 class Answer:
@@ -95,6 +104,9 @@ class RemoteRequest(Ticket):
         self.engine = -1  # where that runs
         self.counted = 0  # tokens booked
         self.begun = False  # its first token was booked
+        self.leg = Leg.WHOLE  # what the attempt under way is to do
+        self.apart = False  # its prompt may be computed by another engine than its answer
+        self.source = -1  # the engine that has the KV of its prompt for another one
         self.failures = 0
         self.reason: str | None = None  # the engine's finish reason
         # The event loop's:
@@ -102,6 +114,7 @@ class RemoteRequest(Ticket):
         self.cancel: Callable[[], None] | None = None  # hangs up on the engine
         self.told = False  # its client has got a part of a stream, so nothing can be tried again
         self.gone = False  # nobody waits for it
+        self.kv: dict[str, Any] | None = None  # where its KV is, in the words of the engine that computed it
         self.letters = 0  # of its prompt, where its tokens were guessed from them
 
     @property

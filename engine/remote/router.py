@@ -17,6 +17,7 @@ from engine.live.guard import Guard
 from engine.live.request import Delta
 from engine.live.scheduler import Scheduler, target_ticks
 from engine.remote.fleet import Fleet
+from engine.remote.handover import can_part
 from engine.remote.instances import RemoteInstances
 from engine.remote.request import RemoteRequest
 
@@ -26,7 +27,7 @@ __all__ = ["Router"]
 class Router(Scheduler):
     """Routes requests until :meth:`close`.
 
-    :param state: an idle cluster of ``remote`` instances
+    :param state: an idle cluster of ``remote`` instances; where it asks who decodes, its engines hand KV over
     :param policy: answers its decisions
     :param fleet: the engines, one for each instance
     :param guard: stands between scheduler and policy, and already has ``policy``
@@ -39,6 +40,7 @@ class Router(Scheduler):
         instances = RemoteInstances(state, clock, fleet.send, salt=secrets.randbits(63))
         super().__init__(state, policy, instances, clock, guard)
         self.fleet = fleet
+        self._hand_over = bool(state.cluster[0]["ask_decode"])
         self.max_tokens = max(int(p["n_blocks"]) for p in state.pool) * int(state.cluster[0]["block_tokens"]) - 1
         arrival = self.runtime.slots.arrival
         fleet.hear = lambda reports: clock.post(arrival, partial(instances.hear, reports))
@@ -102,6 +104,7 @@ class Router(Scheduler):
             priority=priority,
         )
         request.letters = 0 if known else n_letters
+        request.apart = self._hand_over and can_part(body)
         self._hand_in(request)
         return request
 

@@ -14,17 +14,15 @@ import httpx
 import orjson
 
 from engine.live.clock import WallClock
-from engine.remote.discover import own_key
+from engine.remote.handover import body_of_decode, body_of_prefill, kv_of
 from engine.remote.reports import End, Report, Reports
-from engine.remote.request import RemoteRequest, Reply
+from engine.remote.request import Leg, RemoteRequest, Reply
 from engine.remote.stream import Splitter, Whole, asks_usage_only, n_tokens, payload
+from engine.remote.wire import Wire
 
-__all__ = ["Attempt", "Upstream", "client_of"]
+__all__ = ["Attempt", "Upstream"]
 
 _log = logging.getLogger("slalom.remote")
-_CONNECT_S = 5.0
-#: Servers hang up on idle connections, after 5 s and more, and a request must not meet that.
-_KEPT_S = 2.0
 _BUSY = (429, 503)
 #: Requests in the engine, running or waiting, by the names of vLLM, llama.cpp and SGLang.
 _REQUESTS = re.compile(
@@ -34,27 +32,13 @@ _REQUESTS = re.compile(
 )
 
 
-def client_of(url: str, keeps: bool) -> httpx.AsyncClient:
-    """Connections to the engine at ``url``, as many as there are requests; with our key, where we have one.
-
-    :param keeps: one is used again soon after; else there is one for each request
-    """
-    kept = 256 if keeps else 0
-    return httpx.AsyncClient(
-        base_url=url,
-        timeout=httpx.Timeout(None, connect=_CONNECT_S),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=kept, keepalive_expiry=_KEPT_S),
-        trust_env=False,
-        headers={"accept-encoding": "identity", **own_key()},
-    )
-
-
 class Attempt:
     """A request at an engine. ``number`` tells it from others at the same request."""
 
     def __init__(self, request: RemoteRequest, number: int) -> None:
         self.request, self.number = request, number
         self.total = 0  # tokens so far
+        self.leg, self.source = request.leg, request.source
         self.heard = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
@@ -71,7 +55,7 @@ class Attempt:
 
 
 class Upstream:
-    """:param keeps: see :func:`client_of`
+    """:param keeps: see :class:`engine.remote.wire.Wire`
     :param troubled: hears when a connection fails; ``busy`` when the engine refuses, with its Retry-After in seconds
     :ivar attempts: under way
     :ivar heard: when anything came from the engine, seconds of ``time.monotonic``
@@ -90,11 +74,12 @@ class Upstream:
     ) -> None:
         self.index, self.url = index, url.rstrip("/")
         self._reports, self._troubled, self._busy, self._learn = reports, troubled, busy, learn
-        self._client = client_of(self.url, keeps)
+        self._wire = Wire(self.url, keeps)
         self.attempts: set[Attempt] = set()
         self.heard = time.monotonic()
         self.away = False
         self.ejections = self.refusals = 0
+        self._keeps_nothing = False
         self.reported: float | None = None
         self.disagreement: float | None = None
 
@@ -128,11 +113,28 @@ class Upstream:
         report = Report(attempt.request, attempt.number, attempt.total, WallClock.stamp(), end)
         self._reports.put(report, urgent=urgent)
 
+    async def _prefill(self, request: RemoteRequest) -> End:
+        """The first leg: nobody hears of it but the scheduler."""
+        content = orjson.dumps(body_of_prefill(request.body))
+        async with self._wire.post(request.path, content, request.headers) as response:
+            body = await response.aread()
+        self.heard = time.monotonic()
+        if response.status_code != 200:
+            return self._refused(request, response, body)
+        answer = orjson.loads(body)
+        request.kv = kv_of(answer)
+        if request.kv is None and not self._keeps_nothing:
+            self._keeps_nothing = True
+            _log.warning("%s keeps no KV for others: prompts are computed twice; see docs/remote.md", self.url)
+        self._learn(request, answer.get("usage") or {})
+        return End.PREFILLED
+
     async def _relay(self, attempt: Attempt) -> End:
         request = attempt.request
-        content = orjson.dumps(request.body)
-        headers = {"content-type": "application/json", **request.headers}
-        async with self._client.stream("POST", request.path, content=content, headers=headers) as response:
+        if attempt.leg == Leg.PREFILL:
+            return await self._prefill(request)
+        content = orjson.dumps(body_of_decode(request.body, request.kv if attempt.source >= 0 else None))
+        async with self._wire.post(request.path, content, request.headers) as response:
             self.heard = time.monotonic()
             if response.status_code != 200:
                 return self._refused(request, response, await response.aread())
@@ -191,9 +193,9 @@ class Upstream:
         """Whether it answers."""
         with contextlib.suppress(httpx.HTTPError, TimeoutError):
             async with asyncio.timeout(timeout_s):
-                found = await self._client.get("/health")
+                found = await self._wire.client.get("/health")
                 if found.status_code == 404:
-                    found = await self._client.get("/v1/models")
+                    found = await self._wire.client.get("/v1/models")
                 self.heard = time.monotonic()
                 return found.status_code == 200
         return False
@@ -203,7 +205,7 @@ class Upstream:
         before = len(self.attempts)
         with contextlib.suppress(httpx.HTTPError, TimeoutError):
             async with asyncio.timeout(timeout_s):
-                found = await self._client.get("/metrics")
+                found = await self._wire.client.get("/metrics")
             counts = _REQUESTS.findall(found.content)
             if found.status_code == 200 and counts:
                 self.reported = sum(map(float, counts))
@@ -213,7 +215,7 @@ class Upstream:
         """Hang up."""
         for attempt in list(self.attempts):
             attempt.cancel()
-        await self._client.aclose()
+        await self._wire.close()
 
 
 class _Passing:

@@ -4,6 +4,7 @@ For tests and measurements of what stands in front of an engine. It needs nothin
 
     python eval/benchmarks/mock_engine.py 8101 --prefill-s 0.02 --token-s 0.01
 
+It keeps KV for others and pulls it as vLLM does (``kv_transfer_params``), or fails to (``keeps_kv``, ``pull_fails``).
 ``POST /control`` sets ``refuse`` (503 to every request), ``break_at`` (hang up after so many tokens) or the times;
 ``GET /control`` says how many requests began, ended, and were hung up on, and which prompts began in which order.
 """
@@ -41,8 +42,19 @@ class MockEngine:
             "break_at": 0,
             "status": 503,
             "whole": False,
+            "keeps_kv": True,
+            "pull_fails": False,
         }
-        self.seen = {"begun": 0, "ended": 0, "hung_up": 0, "refused": 0, "most_running": 0, "wrong": 0}
+        self.seen = {
+            "kept": 0,
+            "pulled": 0,
+            "begun": 0,
+            "ended": 0,
+            "hung_up": 0,
+            "refused": 0,
+            "most_running": 0,
+            "wrong": 0,
+        }
         self.order: list[Any] = []  # prompts, as they began
         self.last: dict[str, Any] = {}  # what else the last one brought
         self.running = 0
@@ -70,6 +82,8 @@ class MockEngine:
         elif path == "/metrics":
             text = f'# TYPE x gauge\nvllm:num_requests_running{{model_name="m"}} {self.running}.0\n'
             await _answer(send, 200, b"text/plain", text.encode())
+        elif path.startswith("/v1/") and dict(scope["headers"]).get(b"content-type") != b"application/json":
+            await _json(send, 415, {"error": {"message": "Unsupported Media Type", "code": 415}})  # as vLLM does
         elif path in ("/v1/completions", "/v1/chat/completions"):
             await self.generate(json.loads(body), dict(scope["headers"]), receive, send, chat="chat" in path)
         else:
@@ -86,6 +100,13 @@ class MockEngine:
             self.seen["wrong"] += 1
             await _json(send, 400, {"error": {"message": "max_tokens: too many", "code": 400}})
             return
+        kv = body.get("kv_transfer_params") or {}
+        if kv.get("do_remote_prefill"):
+            if self.set["pull_fails"] or kv.get("remote_request_id") != text_of(prompt, 1):
+                self.seen["wrong"] += 1
+                await _json(send, 500, {"error": {"message": "the transfer failed", "code": 500}})
+                return
+            self.seen["pulled"] += 1
         self.seen["begun"] += 1
         self.order.append(prompt)
         self.last = {"priority": body.get("priority"), "authorization": headers.get(b"authorization", b"").decode()}
@@ -117,7 +138,12 @@ class MockEngine:
             text = "".join(" " + word for word in words)
             choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
             whole = "chat.completion" if chat else "text_completion"
-            await _json(send, 200, head | {"object": whole, "choices": [choice], "usage": usage})
+            kept: dict[str, Any] = {}
+            if (body.get("kv_transfer_params") or {}).get("do_remote_decode") and self.set["keeps_kv"]:
+                self.seen["kept"] += 1
+                where = {"do_remote_prefill": True, "remote_block_ids": [[1]], "remote_request_id": text_of(prompt, 1)}
+                kept = {"kv_transfer_params": where}
+            await _json(send, 200, head | {"object": whole, "choices": [choice], "usage": usage} | kept)
             return
         kind = (b"content-type", b"text/event-stream")
         await send({"type": "http.response.start", "status": 200, "headers": [kind]})

@@ -14,7 +14,7 @@ from engine.core import loop
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, max_candidates
 from engine.core.events import observed
 from engine.core.kinds import LaneKind, Order, RequestState, Role
-from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests
 from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import build_state
@@ -27,22 +27,25 @@ CHUNK, BATCH = 256, 5
 class Desk:
     """A cluster of remote instances, driven by hand."""
 
-    def __init__(self, n: int = 2, *, slots: int = 40, kv_tokens: int = 65_536, **spec: Any) -> None:
+    def __init__(
+        self, n: int = 2, *, slots: int = 40, kv_tokens: int = 65_536, apart: bool = False, **spec: Any
+    ) -> None:
         profile, share = tables()
         one = {"chunk_tokens": CHUNK, "max_batch": BATCH, "watermark": 0.0, "remote": True} | spec
         specs = [InstanceSpec(Role.MIXED, i, kv_tokens, **one) for i in range(n)]
-        options = ClusterOptions(hold=True, roles=(Role.MIXED,))
+        options = ClusterOptions(hold=True, roles=(Role.MIXED,), place_decode=apart)
         classes = [SloClass(1.0, 0.1), SloClass(5.0, 0.2)]
         self.state = build_state(
-            specs, profile, share, classes=classes, options=options, max_requests=slots, prefix_cache=False
-        )
+            specs, profile, share, classes=classes, options=options, max_requests=slots, prefix_cache=False,
+            links=[LinkSpec() for _ in specs],
+        )  # fmt: skip
         self.words, self.now = addresses(self.state), 0
         self.rows = (
             np.zeros(N_CONTEXT),
             np.zeros((max_candidates(n), N_CANDIDATE)),
             np.zeros(max_candidates(n), np.uint8),
         )
-        self.started = np.zeros(3 * n + 1, np.int32)
+        self.started = np.zeros(4 * n, np.int32)
 
     def arrive(self, r: int, prompt: int, cls: int = 0) -> None:
         self.state.req[r : r + 1] = blank_requests(1)
@@ -60,8 +63,12 @@ class Desk:
             allowed = np.flatnonzero(mask[:k])
             action = int(allowed[0] if choose is None else choose(allowed))
             loop.answer(self.words, kind, subject, action, self.now)
-        n = loop.start_idle(self.words, self.now, self.started)
-        return [slot // 2 for slot in self.started[:n].tolist()]
+        started = self.started[: loop.start_idle(self.words, self.now, self.started)].tolist()
+        lanes = 2 * len(self.state.inst)
+        for slot in started:
+            while slot >= lanes and observed.book_moved(self.words, slot - lanes, self.now):
+                pass
+        return [slot // 2 for slot in started if slot < lanes]
 
     def at(self, i: int) -> list[int]:
         """Prompts that engine ``i`` has not answered."""
@@ -172,6 +179,97 @@ def test_the_books_agree_with_a_recount_after_everything_that_can_be_seen(order:
         observed.take_back(desk.words, r, desk.now, 0)
     assert (desk.state.lane["kind"] == LaneKind.IDLE).all()
     assert faults(desk.state) == []
+
+
+def test_a_prompt_that_moves_is_judged_when_its_client_gets_the_first_token() -> None:
+    desk = Desk(apart=True)
+    desk.arrive(0, 100)
+    desk.settle(lambda allowed: 0)
+    assert int(desk.state.req[0]["arrival"]) == 0
+    desk.now = TICKS_PER_S // 2
+    observed.book_prefilled(desk.words, 0, desk.now)
+    assert desk.in_state(S.HANDOVER) == [0]
+    desk.settle(lambda allowed: 1)
+    assert (desk.in_state(S.RUNNING), int(desk.state.req[0]["inst"])) == ([0], 1)
+    assert desk.state.cluster[0]["win_first"] == 0
+    recount(desk.state)
+    desk.now = 2 * TICKS_PER_S  # its target is one second
+    observed.book_delivered(desk.words, 0, desk.now)
+    assert int(desk.state.req[0]["first_token"]) == desk.now
+    assert (desk.state.cluster[0]["win_first"], desk.state.req[0]["ttft_ok"]) == (1, 0)
+    assert int(desk.state.itl.sum()) == 0
+    observed.book_tokens(desk.words, 0, 2, desk.now + 5)
+    assert (int(desk.state.req[0]["generated"]), int(desk.state.itl.sum())) == (3, 2)
+    recount(desk.state)
+
+
+def test_a_prompt_whose_kv_is_lost_begins_anew() -> None:
+    desk = Desk(apart=True)
+    desk.arrive(0, 100)
+    desk.settle(lambda allowed: 0)
+    observed.book_prefilled(desk.words, 0, 5)
+    desk.settle(lambda allowed: 1)
+    observed.forget_first_token(desk.words, 0)
+    observed.take_back(desk.words, 0, 7, 1)
+    assert desk.in_state(S.PLACING) == [0]
+    assert (int(desk.state.req[0]["target"]), int(desk.state.cluster[0]["tokens_out"])) == (100, 0)
+    recount(desk.state)
+    desk.settle(lambda allowed: 0)
+    observed.book_first_token(desk.words, 0, 9)  # in one piece now: it stays
+    assert (desk.in_state(S.RUNNING), int(desk.state.req[0]["inst"])) == ([0], 0)
+    recount(desk.state)
+
+
+def test_who_is_away_is_not_asked_to_decode() -> None:
+    desk = Desk(apart=True)
+    desk.arrive(0, 100)
+    desk.settle(lambda allowed: 0)
+    observed.set_away(desk.words, 0, 1)
+    observed.book_prefilled(desk.words, 0, 5)
+    asked: list[list[int]] = []
+    desk.settle(lambda allowed: asked.append(list(allowed)) or allowed[0])
+    assert asked == [[1]]
+
+
+def test_the_books_agree_with_a_recount_while_prompts_move() -> None:
+    desk, dice = Desk(3, apart=True, kv_tokens=4096), random.Random(3)
+    moving: set[int] = set()
+    for _ in range(500):
+        desk.now += dice.randrange(1, TICKS_PER_S // 50)
+        free, sent = desk.in_state(S.NEW, S.FINISHED, S.FAILED), desk.in_state(S.PREFILLING)
+        running, open_ = desk.in_state(S.RUNNING), desk.in_state(*(x for x in S if S.NEW < x < S.FINISHED))
+        moving &= set(open_)
+        what = dice.random()
+        if what < 0.3 and free:
+            desk.arrive(free[0], dice.choice([1, 15, 16, 200, 257, 900]), dice.randrange(2))
+        elif what < 0.5 and sent:
+            r = dice.choice(sent)
+            moving.add(r)
+            observed.book_prefilled(desk.words, r, desk.now)
+        elif what < 0.55 and sent:
+            observed.book_first_token(desk.words, dice.choice(sent), desk.now)
+        elif what < 0.75 and running:
+            r = dice.choice(running)
+            if r in moving:
+                observed.book_delivered(desk.words, r, desk.now)
+                moving.remove(r)
+            observed.book_tokens(desk.words, r, dice.randrange(1, 5), desk.now)
+        elif what < 0.85 and running:
+            observed.book_end(desk.words, dice.choice(running), dice.randrange(1, 60), desk.now)
+        elif what < 0.95 and open_:
+            r = dice.choice(open_)
+            if r in moving:
+                observed.forget_first_token(desk.words, r)
+                moving.remove(r)
+            observed.take_back(desk.words, r, desk.now, dice.randrange(2))
+        else:
+            observed.set_away(desk.words, dice.randrange(3), dice.randrange(2))
+        desk.settle(lambda allowed: dice.choice(list(allowed)))
+        if dice.random() < 0.3:
+            loop.wake(desk.words, desk.now)
+            desk.settle(lambda allowed: dice.choice(list(allowed)))
+        recount(desk.state)
+    assert int(desk.state.cluster[0]["n_migrated"]) > 5
 
 
 def test_an_engine_with_more_kv_than_it_said_goes_on() -> None:

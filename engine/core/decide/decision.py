@@ -123,7 +123,7 @@ def _build_place_decode(s, r, now, needs, candidates, mask):
     allowed = 0
     for i in range(n):
         candidate_row(s, i, r, _PLACE_DECODE, now, needs, candidates[i])
-        mask[i] = 1 if s.inst[i].target_role < 0 and _could_decode(s, i, r) else 0
+        mask[i] = 1 if s.inst[i].target_role < 0 and s.inst[i].lost == 0 and _could_decode(s, i, r) else 0
         allowed += mask[i]
     for k in range(n, n + 2):
         _empty_row(candidates[k], _IS_HOLD)

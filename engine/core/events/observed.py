@@ -5,6 +5,9 @@ Slalom plans no step for them. Lane 0 of such an instance stands for the prompts
 carries their tokens and work, and the running set beside them. So a policy sees the numbers that it would see of a
 chunked instance here, and every token that comes puts them right.
 
+Where engines hand KV over, the first token of a prompt that another engine decodes is told twice: by the engine that
+computed it, which ends its leg of the walk, and by the one that goes on, whose client gets it. The latter is its time.
+
 The entry points take the address vector of a cluster and plain numbers, as those of ``engine.core.loop`` do.
 """
 
@@ -12,29 +15,42 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.core.events.handover import hand_over, start_link, transfer_done
 from engine.core.events.interrupt import detach, leave_running, start_over
 from engine.core.events.lifecycle import complete_prompt, wake_held
 from engine.core.kinds import LaneKind, Order, RequestState
 from engine.core.kv import blocks_for, grow, publish
-from engine.core.lists import queue_of
+from engine.core.lists import link_list, queue_of
 from engine.core.schedule.batching import join_ready
 from engine.core.schedule.bounds import keep_bounds
 from engine.core.schedule.on_time import give_up_late
 from engine.core.schedule.predict import whole_device
-from engine.core.schedule.preemption import note_due
+from engine.core.schedule.preemption import note_due, recount_due
 from engine.core.schedule.prompts import admit_alone, take
-from engine.core.slo import end_request, record_gaps
+from engine.core.slo import end_request, on_first_token, record_gaps
 from engine.core.state import NEVER as _NEVER
 from engine.core.state import attach
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import times
 
-__all__ = ["book_end", "book_first_token", "book_tokens", "hand_on", "set_away", "take_back"]
+__all__ = [
+    "book_delivered",
+    "book_end",
+    "book_first_token",
+    "book_moved",
+    "book_prefilled",
+    "book_tokens",
+    "forget_first_token",
+    "hand_on",
+    "set_away",
+    "take_back",
+]
 
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _WAITING, _PREFILLING = int(RequestState.WAITING), int(RequestState.PREFILLING)
 _READY, _RUNNING = int(RequestState.READY), int(RequestState.RUNNING)
 _NEW, _FINISHED, _FAILED = int(RequestState.NEW), int(RequestState.FINISHED), int(RequestState.FAILED)
+_HANDOVER = int(RequestState.HANDOVER)
 _FCFS, _ON_TIME = int(Order.FCFS), int(Order.ON_TIME)
 
 #: An engine has at least so many unanswered prompts, if there are any: one that it computes, and the next.
@@ -83,6 +99,7 @@ def hand_on(s, i, now):
     """
     if s.inst[i].lost != 0:
         return 0
+    join_ready(s, i)
     if s.inst[i].order != _FCFS:
         _keep_order(s, i, now)
     lane = s.lane[i, 0]
@@ -139,11 +156,77 @@ def _first_token(s, r, now):
 
 
 @kernel
+def _stays(s, r, now):
+    """The engine that answered request ``r`` goes on with it, whoever might be asked."""
+    if s.req[r].state == _HANDOVER:
+        i = s.req[r].inst
+        hand_over(s, r, i, now)
+        join_ready(s, i)
+        _describe(s, i)
+
+
+@kernel
 def book_first_token(words, r, now):
     """The first token of request ``r`` that the engine gave since it was handed the prompt came at ``now``."""
     s = attach(words)
     if s.req[r].state == _PREFILLING:
         _first_token(s, r, now)
+        _stays(s, r, now)
+
+
+@kernel
+def book_prefilled(words, r, now):
+    """The engine has computed the prompt of request ``r`` and keeps its KV for whoever will decode it.
+
+    Its first token is judged when its client gets it (:func:`book_delivered`); until then it is due from now on.
+    """
+    s = attach(words)
+    if s.req[r].state != _PREFILLING:
+        return
+    fresh = s.req[r].first_token < 0
+    if fresh:
+        s.req[r].first_token = now
+        s.req[r].last_token = now
+    _first_token(s, r, now)
+    if fresh:
+        record_gaps(s.itl, 0, 0, 1, -1)  # there was none
+
+
+@kernel
+def book_moved(words, link, now):
+    """The request at the head of ``link`` goes on where it moves to; returns whether another one moves there too."""
+    s = attach(words)
+    r = s.lists[link_list(s.cluster[0].n_instances, link), 0]
+    if r < 0:
+        return False
+    i = s.req[r].dest
+    transfer_done(s, link, now)
+    join_ready(s, i)
+    _describe(s, i)
+    return start_link(s, link)
+
+
+@kernel
+def book_delivered(words, r, now):
+    """The first token of request ``r``, whose prompt another engine may have computed, came at ``now``."""
+    s = attach(words)
+    if s.req[r].state != _RUNNING:
+        return
+    on_first_token(s, r, now)
+    s.req[r].last_token = now
+    recount_due(s, s.req[r].inst)
+
+
+@kernel
+def forget_first_token(words, r):
+    """Nobody got the first token of request ``r``, whose prompt was computed: it will be computed anew."""
+    s = attach(words)
+    if s.req[r].generated != 1:
+        return
+    s.req[r].generated = 0
+    s.req[r].first_token = -1
+    s.req[r].last_token = -1
+    s.cluster[0].tokens_out -= 1
 
 
 @kernel
@@ -198,6 +281,7 @@ def book_end(words, r, generated, now):
     req = s.req[r]
     if req.state == _PREFILLING:
         _first_token(s, r, now)
+        _stays(s, r, now)
     i = req.inst
     if req.state == _RUNNING:
         leave_running(s, i, r)

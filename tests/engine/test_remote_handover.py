@@ -1,0 +1,123 @@
+"""Prompts computed by one engine and answered by another, which pulls the KV: mock engines that do as vLLM does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from audit import recount
+from remote_cases import Mock, Routed, all_at_once, mocks, routed, until
+
+from engine.remote.handover import body_of_prefill, can_part, kv_of
+from eval.benchmarks.mock_engine import text_of
+
+BODIES = [{"prompt": f"the story of {k}", "max_tokens": 12, "stream": k % 2 == 0} for k in range(16)]
+
+
+@pytest.fixture
+def apart() -> Iterator[tuple[list[Mock], Routed]]:
+    """One engine computes prompts, the other answers."""
+    with (
+        mocks(2) as engines,
+        routed(engines, kv_transfer=True, roles="prefill,decode", policy="static_split") as router,
+    ):
+        yield engines, router
+
+
+def ask(router: Routed, bodies: list[dict[str, Any]]) -> None:
+    """Every answer is the one that a single engine would give."""
+    for body, (status, answer) in zip(bodies, all_at_once(router.url, bodies), strict=True):
+        assert status == 200, answer.text
+        words = text_of(body["prompt"], body["max_tokens"]).split()
+        if body["stream"]:
+            assert [answer.text.count(f'" {word}"') for word in words] == [1] * len(words)
+            assert answer.text.count("[DONE]") == 1
+        else:
+            assert answer.json()["choices"][0]["text"].split() == words
+    until(lambda: router.router.n_open == 0)
+    router.router.call(lambda: recount(router.router.state))
+
+
+def test_one_engine_computes_prompts_and_the_other_answers(apart: tuple[list[Mock], Routed]) -> None:
+    engines, router = apart
+    ask(router, BODIES)
+    first, second = (engine.set() for engine in engines)
+    assert (first["kept"], first["pulled"], first["begun"]) == (16, 0, 16)
+    assert (second["kept"], second["pulled"], second["begun"]) == (0, 16, 16)
+    cluster = router.router.state.cluster[0]
+    assert (int(cluster["n_migrated"]), int(cluster["tokens_out"])) == (16, 16 * 12)
+
+
+def test_what_cannot_be_parted_stays_where_its_prompt_is(apart: tuple[list[Mock], Routed]) -> None:
+    engines, router = apart
+    ask(router, [{"prompt": "short", "max_tokens": 1, "stream": False}])
+    assert [engine.set()["begun"] for engine in engines] == [1, 0]
+    assert not any(map(can_part, ({"n": 2}, {"echo": True}, {"max_completion_tokens": 1})))
+    assert can_part({"max_tokens": 2, "n": 1})
+
+
+def test_the_time_of_a_first_token_is_that_of_the_engine_whose_client_gets_it() -> None:
+    with mocks(2) as engines:
+        engines[1].set(prefill_s=0.4)  # as long as a pull might take
+        options: dict[str, Any] = {"kv_transfer": True, "roles": "prefill,decode", "policy": "static_split"}
+        with routed(engines, **options) as router:
+            found: list[float] = []
+            router.router.instances.on_first = lambda request, record: found.append(
+                (record["first_token"] - record["arrival"]) * 1e-12
+            )
+            ask(router, BODIES[:1])
+            assert 0.4 <= found[0] < 10.0
+            assert len(found) == 1
+
+
+@pytest.mark.parametrize("fault", ["pull_fails", "keeps_kv"])
+def test_when_no_kv_comes_over_the_prompt_is_computed_anew(apart: tuple[list[Mock], Routed], fault: str) -> None:
+    engines, router = apart
+    for engine in engines:
+        engine.set(**{fault: fault == "pull_fails"})
+    ask(router, BODIES)
+    assert [engine.set()["pulled"] for engine in engines] == [0, 0]
+    retried = router.router.instances.retried["lost"]
+    assert retried == (16 if fault == "pull_fails" else 0)
+
+
+def test_the_engine_with_the_kv_dies_before_it_is_pulled(apart: tuple[list[Mock], Routed]) -> None:
+    engines, router = apart
+    engines[1].set(prefill_s=0.5)
+    bodies = BODIES[:4]
+
+    def kill() -> None:
+        until(lambda: engines[0].set()["kept"] >= 1)
+        engines[0].kill()
+
+    answers = all_at_once(router.url, bodies, kill)
+    assert [status for status, _ in answers] == [200] * 4
+    until(lambda: router.router.n_open == 0)
+    router.router.call(lambda: recount(router.router.state))
+
+
+def test_the_engine_that_answers_dies(apart: tuple[list[Mock], Routed]) -> None:
+    engines, router = apart
+    engines[1].set(prefill_s=5.0)
+
+    def kill() -> None:
+        until(lambda: engines[1].set()["pulled"] >= 1)
+        engines[1].kill()
+
+    bodies = [body | {"stream": True} for body in BODIES[:4]]
+    answers = all_at_once(router.url, bodies, kill)
+    assert [status for status, _ in answers] == [200] * 4
+    until(lambda: router.router.n_open == 0)
+    assert int(router.router.state.cluster[0]["tokens_out"]) == 4 * 12
+    router.router.call(lambda: recount(router.router.state))
+
+
+def test_the_first_leg_asks_for_one_token_and_nothing_else() -> None:
+    body = {"prompt": "x", "max_tokens": 9, "min_tokens": 4, "stream": True, "stream_options": {}, "temperature": 0.5}
+    sent = body_of_prefill(body)
+    assert (sent["max_tokens"], sent["stream"], sent["temperature"]) == (1, False, 0.5)
+    assert sent["kv_transfer_params"]["do_remote_decode"] is True
+    assert not {"min_tokens", "stream_options"} & sent.keys()
+    assert kv_of({"kv_transfer_params": {"remote_block_ids": []}}) is None
+    assert kv_of({}) is None
