@@ -6,21 +6,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.calibration.outside import Limits, held_out
+from engine.calibration.outside import held_out
 from engine.calibration.points import Measured, arrays
 from engine.errors import SlalomError
 from engine.latency.fit import MIN_POINTS, DecodeSamples, PrefillSamples, fit_decode, fit_prefill
 from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share, pack
 from engine.remote.discover import EngineFacts
 
-__all__ = ["fused_error", "profile_of"]
+__all__ = ["fused_error", "profile_of", "step_errors"]
 
 #: Where an engine does not say how much KV it has.
 _KV_TOKENS = 2**17
 
 
-def profile_of(measured: Sequence[Measured], facts: EngineFacts, limits: Limits, name: str) -> Profile:
+def profile_of(
+    measured: Sequence[Measured], facts: EngineFacts, name: str, *, beside: int = 0, share: float = 0.0
+) -> Profile:
     """The profile that explains ``measured`` best, its error on the fifth of the points that no fit has seen.
+
+    :param beside: engines on the same hardware that were busy for ``share`` of the time meanwhile
 
     :raises SlalomError: too few points
     """
@@ -32,7 +36,7 @@ def profile_of(measured: Sequence[Measured], facts: EngineFacts, limits: Limits,
     bs, ctx, d_seconds = map(np.asarray, arrays(of["decode"], "bs", "ctx", "seconds"))
     prefill = fit_prefill(PrefillSamples(n, np.zeros_like(n), p_seconds))
     decode = fit_decode(DecodeSamples(bs * ctx, bs, d_seconds))
-    share = Share(
+    row = Share(
         sms=1,
         prefill_s=prefill.coefficients,
         knot_tokens=prefill.knot_tokens,
@@ -40,7 +44,8 @@ def profile_of(measured: Sequence[Measured], facts: EngineFacts, limits: Limits,
         decode_small_s=decode.small,
         decode_large_s=decode.large,
     )
-    notes = (
+    company = f"{beside} more engines on its hardware computed for {share:.0%} of the time. " if beside else ""
+    notes = company + (
         f"Timed from outside, HTTP and host included: {len(of['prefill'])} lone prompts, {len(of['decode'])} decode "
         f"and {len(of['fused'])} fused steps. No roofline was checked, and KV never moves."
     )
@@ -55,7 +60,7 @@ def profile_of(measured: Sequence[Measured], facts: EngineFacts, limits: Limits,
         max_prompt_tokens=int(n.max()),
         kv_tokens=facts.kv_tokens or _KV_TOKENS,
         kv_bytes_per_token=1.0,
-        shares=(share,),
+        shares=(row,),
         regime_bs=decode.regime_bs,
         roofline=Roofline(peak_flops=1e18, memory_bytes_per_s=1e18, params=1.0, weight_bytes=1.0),
         fit=FitError(
@@ -65,7 +70,7 @@ def profile_of(measured: Sequence[Measured], facts: EngineFacts, limits: Limits,
             n_decode=len(bs),
         ),
     )
-    shared = share.model_copy(update={"fused_shared_s": _shared_s(profile, of["fused"])})
+    shared = row.model_copy(update={"fused_shared_s": _shared_s(profile, of["fused"])})
     return profile.model_copy(update={"shares": (shared,)})
 
 
@@ -93,3 +98,30 @@ def fused_error(profile: Profile, measured: Sequence[Measured]) -> float:
             saved = min(float(share[0, 0]["fused_shared_s"]), decode, prefill)
             off.append(abs(prefill + decode - saved - m.seconds) / m.seconds)
     return float(np.mean(off)) if off else float("nan")
+
+
+def step_errors(profile: Profile, steps: np.ndarray) -> dict[str, dict[str, float]]:
+    """How far ``profile`` is from the engine's own ``steps`` (:data:`engine.remote.steps.STEP`), by kind of step.
+
+    The engine tells how much KV is in use, not the contexts of a step: that is taken for their sum.
+
+    :return: for each kind that was seen ``n``, ``mape`` (mean absolute relative error) and ``bias`` (mean error)
+    """
+    _, share = pack([profile])
+    shared = float(share[0, 0]["fused_shared_s"])
+    off: dict[str, list[float]] = {"prefill": [], "decode": [], "fused": []}
+    for step in steps[steps["prompts"] <= 1]:  # of several prompts the square of each would have to be known
+        n, bs = int(step["prompt_tokens"]), int(step["decodes"])
+        if n + bs == 0 or step["elapsed_s"] <= 0.0:
+            continue
+        context = max(round(float(step["kv"]) * profile.kv_tokens) - n, bs)
+        prefill = profile.prefill_s(n) if n else 0.0
+        decode = profile.decode_s(context, bs) if bs else 0.0
+        kind = "fused" if n and bs else "prefill" if n else "decode"
+        predicted = prefill + decode - (min(shared, prefill, decode) if kind == "fused" else 0.0)
+        off[kind].append(predicted / float(step["elapsed_s"]) - 1.0)
+    return {
+        kind: {"n": len(found), "mape": float(np.abs(found).mean()), "bias": float(np.mean(found))}
+        for kind, found in off.items()
+        if found
+    }

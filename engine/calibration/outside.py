@@ -25,7 +25,7 @@ from engine.errors import SlalomError
 from engine.latency.fit import MIN_POINTS, DecodeSamples, PrefillSamples, fit_decode, fit_prefill
 from engine.remote.discover import EngineFacts
 from engine.remote.stream import Splitter, n_tokens, payload
-from engine.remote.upstream import client_of
+from engine.remote.wire import Wire
 
 __all__ = ["Limits", "held_out", "measure"]
 
@@ -35,6 +35,7 @@ _ENOUGH = 3 * MIN_POINTS  # points of a kind, before a small error is believed
 _SIZES = 9  # prompt lengths to begin with
 _REPEATS = 3
 _OVERTIME = 5.0  # budgets more, where the points would be too few to fit
+_STREAMS, _STREAM_TOKENS = 3, 16  # of a neighbour, while it is busy
 
 
 def _answer(bs: int) -> int:
@@ -93,10 +94,10 @@ class _Stream:
 class _Engine:
     def __init__(self, facts: EngineFacts) -> None:
         self._facts, self._random = facts, random.SystemRandom()  # no prompt twice: it would be in the prefix cache
-        self._client = client_of(facts.url, facts.keeps)
+        self._wire = Wire(facts.url, facts.keeps)
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._wire.close()
 
     def begin(self, prompt: int, tokens: int) -> tuple[_Stream, asyncio.Task[None]]:
         """Send a prompt that nobody has seen; its answer has ``tokens`` tokens."""
@@ -114,7 +115,7 @@ class _Engine:
     async def _read(self, stream: _Stream, body: dict[str, Any]) -> None:
         splitter, total = Splitter(), 0
         try:
-            async with self._client.stream("POST", "/v1/completions", content=orjson.dumps(body)) as response:
+            async with self._wire.post("/v1/completions", orjson.dumps(body)) as response:
                 if response.status_code != 200:
                     stream.failure = f"status {response.status_code}: {(await response.aread())[:200]!r}"
                     return
@@ -144,6 +145,24 @@ class _Engine:
         wide = (max(seconds) - min(seconds)) / median(seconds)
         found = median(seconds)
         return Measured(Point("prefill", n=n, prompts=1), found, found, 0.0, wide, len(seconds))
+
+    async def occupy(self, longest: int, share: float) -> None:
+        """Keep the engine busy for this ``share`` of the time until cancelled, with prompts of every length up to
+        ``longest``, some streams together.
+
+        :raises SlalomError: the engine refuses or fails
+        """
+        while True:
+            begin = time.perf_counter()
+            drawn = np.exp([self._random.uniform(np.log(16), np.log(max(longest, 17))) for _ in range(_STREAMS)])
+            begun = [self.begin(round(n), _STREAM_TOKENS) for n in drawn]
+            try:
+                for stream, _ in begun:
+                    await stream.reach(_STREAM_TOKENS)
+            finally:
+                for _, task in begun:
+                    task.cancel()
+            await asyncio.sleep((time.perf_counter() - begin) * (1.0 / share - 1.0))
 
     def _room(self, prompt: int, bs: int) -> int:
         """Tokens that a stream of a ramp may give: the first ones go on while prompts of others are computed."""
@@ -209,15 +228,21 @@ def held_out(measured: Sequence[Measured], kind: Kind) -> float:
 
 
 def measure(
-    facts: EngineFacts, limits: Limits, say: Callable[[float, str], None] = lambda share, text: None, seed: int = 0
+    facts: EngineFacts,
+    limits: Limits,
+    say: Callable[[float, str], None] = lambda share, text: None,
+    seed: int = 0,
+    beside: Sequence[EngineFacts] = (),
+    beside_share: float = 0.75,
 ) -> tuple[list[Measured], str]:
     """Time the engine within ``limits``. Nobody else should use it meanwhile.
 
     :param say: hears of progress: share of the budget, and what is done
+    :param beside: engines on the same hardware, which compute for ``beside_share`` of the time meanwhile
     :return: the points, and why it stopped
     :raises SlalomError: the engine does not answer, or not as it should
     """
-    return asyncio.run(_Campaign(facts, limits, say, seed).run())
+    return asyncio.run(_Campaign(facts, limits, say, seed).run(beside, beside_share))
 
 
 class _Campaign:
@@ -227,11 +252,21 @@ class _Campaign:
         self.found: list[Measured] = []
         self._begin = time.perf_counter()
 
-    async def run(self) -> tuple[list[Measured], str]:
+    async def run(self, beside: Sequence[EngineFacts], share: float) -> tuple[list[Measured], str]:
+        others = [_Engine(facts) for facts in beside]
+        busy = [asyncio.ensure_future(other.occupy(self._limits.max_tokens, share)) for other in others if share > 0]
+        work = asyncio.ensure_future(self._run())
         try:
-            return self.found, await self._run()
+            await asyncio.wait({work, *busy}, return_when=asyncio.FIRST_COMPLETED)
+            for failed in (task for task in busy if task.done()):
+                failed.result()
+            return self.found, await work
         finally:
-            await self._engine.close()
+            for task in (work, *busy):
+                task.cancel()
+            await asyncio.gather(work, *busy, return_exceptions=True)
+            for engine in (self._engine, *others):
+                await engine.close()
 
     @property
     def _left_s(self) -> float:

@@ -65,6 +65,7 @@ class Options:
     shares: str = option("auto", "Parts of the device with a row of their own: auto, none, or SMs or cores a,b,c.")
     kv_tokens: int = option(0, "KV capacity of an instance; 0: what fits.", min=0)
     engine: str = option("", "Time somebody else's running engine at this address instead, from outside.")
+    beside: str = option("", "With --engine: engines on the same hardware, busy for --neighbour-load: URL,...")
     from_requests: Path | None = option(None, "Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
     engine_config: Path | None = option(None, "With --from-requests: that engine's settings, JSON or YAML.")
     time_unit: str = option("", "With --from-requests: unit of its times: s, ms, us, ns; default: seconds.")
@@ -89,7 +90,8 @@ def calibrate(options: Options) -> None:
         from eval.calibrate.remote import command as time_engine
 
         limits = Limits(seconds, options.error, options.max_tokens, options.max_batch)
-        time_engine(options.engine, options.out, limits, options.as_json)
+        beside = [url.strip() for url in options.beside.split(",") if url.strip()]
+        time_engine(options.engine, options.out, limits, options.as_json, beside, options.neighbour_load)
         return
     if options.from_requests is not None:
         from eval.calibrate.from_requests import command

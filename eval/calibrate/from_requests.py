@@ -6,6 +6,8 @@ every request comes out when it did. vLLM V1's rules are options of the core, no
 no blocks held back, a prompt starts when all of it fits (``scheduler_reserve_full_isl``), none in a step that
 preempted, a preempted request finds what is left of its blocks in the prefix cache.
 
+Where a benchmark's result has the gaps between tokens, steps are read off them instead (:mod:`eval.calibrate.gaps`).
+
 With prefix caching on, requests that run together may share KV; a log does not say how much. That share is a seventh,
 bounded unknown, found on the same requests; it stands in the profile's provenance and in its ``kv_tokens``.
 """
@@ -15,7 +17,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +27,21 @@ import numba
 import numpy as np
 from scipy.optimize import minimize
 
+from engine.calibration.from_outside import profile_of as profile_of_steps
+from engine.calibration.points import Measured
 from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
 from engine.core.ticks import arrival_ticks
 from engine.errors import SlalomError
 from engine.jit.rows import addresses
 from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
-from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share
+from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share, pack
+from engine.remote.discover import EngineFacts
 from env.surrogate.clock import new_sim
 from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate.loop import run
-from eval.calibrate.request_log import EngineSettings, RequestLog, read_log, read_settings
+from eval.calibrate.gaps import steps_of
+from eval.calibrate.request_log import EngineSettings, RequestLog, read_bench, read_log, read_settings
 from policies.load import load_policy
 from policies.setting import Setting
 
@@ -61,7 +68,11 @@ class Fitted:
     loss: float
 
 
-def _profile_row(coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+#: ``PROFILE`` (1,) and ``SHARE`` (1, M), as :func:`engine.latency.profile.pack` gives them.
+Tables = tuple[np.ndarray, np.ndarray]
+
+
+def _tables(coefficients: np.ndarray) -> Tables:
     profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
     profile["n_layers"] = profile["n_shares"] = profile["total_sms"] = share["sms"] = 1
     profile["regime_bs"] = 2**30
@@ -78,10 +89,13 @@ def capacity(settings: EngineSettings, shared_kv: float) -> int:
 
 
 def replay(
-    log: RequestLog, settings: EngineSettings, coefficients: np.ndarray, shared_kv: float = 0.0
+    log: RequestLog, settings: EngineSettings, model: np.ndarray | Tables, shared_kv: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(TTFT, TPOT) in seconds, (n,) each, of the logged requests on one surrogate instance with these settings."""
-    profile, share = _profile_row(coefficients)
+    """(TTFT, TPOT) in seconds, (n,) each, of the logged requests on one surrogate instance with these settings.
+
+    :param model: six coefficients, see the module's first lines, or a packed profile
+    """
+    profile, share = model if isinstance(model, tuple) else _tables(model)
     size = settings.block_tokens
     spec = InstanceSpec(
         role=Role.MIXED,
@@ -183,28 +197,22 @@ def profile_of(
     name: str, log: RequestLog, settings: EngineSettings, fitted: Fitted, held_out: slice, source: str
 ) -> Profile:
     """The fitted coefficients as a profile that scenarios and ``serve`` can use."""
-    about, c = settings.about, fitted.coefficients.tolist()
+    c = fitted.coefficients.tolist()
     ttft, tpot = replay(log, settings, fitted.coefficients, fitted.shared_kv)
     late = np.abs(ttft - log.ttft_s)[held_out] / np.maximum(log.ttft_s[held_out], _LEAST_TTFT_S)
     slow = np.abs(tpot / log.tpot_s - 1.0)[held_out]
-    layers = about.get("num_hidden_layers", about.get("n_layers", 32))
     notes = (
         f"Fitted to {log.n} requests, errors on those the fit has not seen (FitError: per request, prefill = TTFT, "
         f"decode = TPOT). Times are of whole steps, host included. Concurrent requests have "
         f"{100 * fitted.shared_kv:g} % of their KV in common: kv_tokens holds that. No roofline was checked."
     )
     return Profile(
+        **_head(settings.about),
         name=name,
-        model=str(about.get("model", "unknown")),
-        device=str(about.get("device_name", about.get("device", "unknown"))),
-        tp=int(about.get("tensor_parallel_size", 1)),
-        engine=f"vLLM {about['vllm_version']}" if "vllm_version" in about else str(about.get("engine", "unknown")),
         provenance=Provenance(source=f"slalom calibrate --from-requests {source}", notes=notes),
-        n_layers=int(layers),
         total_sms=1,
         max_prompt_tokens=int(max(log.prompt.max(), 1)),
         kv_tokens=capacity(settings, fitted.shared_kv),
-        kv_bytes_per_token=float(about.get("kv_bytes_per_token", 131072.0)),
         shares=(
             Share(
                 sms=1, prefill_s=(0.0, 0.0, c[0], c[1]), decode_small_s=(c[2], c[3], c[4]), fused_shared_s=c[5]
@@ -218,6 +226,33 @@ def profile_of(
             n_decode=int(np.isfinite(log.tpot_s).sum()),
         ),
     )  # fmt: skip
+
+
+def _of_steps(name: str, log: RequestLog, settings: EngineSettings, steps: Sequence[Measured], source: str) -> Profile:
+    """The profile that explains ``steps``, whose error is of steps that no fit has seen."""
+    kv_tokens = settings.kv_tokens if settings.known_kv else None
+    facts = EngineFacts(source, str(settings.about.get("model", "unknown")), kv_tokens, settings.max_batch)
+    profile = profile_of_steps(steps, facts, name)
+    notes = "Steps as the gaps between tokens show them, host included. No roofline was checked, and KV never moves."
+    return profile.model_copy(
+        update={
+            **_head(settings.about),
+            "provenance": Provenance(source=f"slalom calibrate --from-requests {source}", notes=notes),
+            "max_prompt_tokens": int(max(log.prompt.max(), profile.max_prompt_tokens)),
+        }
+    )
+
+
+def _head(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The profile's head, by the engine's settings."""
+    return {
+        "model": str(about.get("model", "unknown")),
+        "device": str(about.get("device_name", about.get("device", "unknown"))),
+        "tp": int(about.get("tensor_parallel_size", 1)),
+        "engine": f"vLLM {about['vllm_version']}" if "vllm_version" in about else str(about.get("engine", "unknown")),
+        "n_layers": int(about.get("num_hidden_layers", about.get("n_layers", 32))),
+        "kv_bytes_per_token": float(about.get("kv_bytes_per_token", 131072.0)),
+    }
 
 
 def command(path: Path, config: Path | None, out: Path, holdout: float, as_json: bool, unit: str = "") -> None:
@@ -237,10 +272,17 @@ def command(path: Path, config: Path | None, out: Path, holdout: float, as_json:
     def say(text: str) -> None:
         print(f"fitting the first {seen} of {log.n} requests: {text}", file=sys.stderr)
 
-    say("about a minute")
-    fitted = fit(log, settings, seen, say=say)
-    table = compare(log, replay(log, settings, fitted.coefficients, fitted.shared_kv), held_out)
-    profile = profile_of(out.stem, log, settings, fitted, held_out, path.name)
+    steps = steps_of(read_bench(path), seen, settings.chunk_tokens)
+    if steps:
+        say(f"{len(steps)} points from the gaps between tokens")
+        profile, shared_kv = _of_steps(out.stem, log, settings, steps, path.name), 0.0
+        played = replay(log, settings, pack([profile]))
+    else:
+        say("about a minute")
+        fitted = fit(log, settings, seen, say=say)
+        profile, shared_kv = profile_of(out.stem, log, settings, fitted, held_out, path.name), fitted.shared_kv
+        played = replay(log, settings, fitted.coefficients, shared_kv)
+    table = compare(log, played, held_out)
     profile.save(out)
     result = {
         "profile": profile.name,
@@ -249,7 +291,9 @@ def command(path: Path, config: Path | None, out: Path, holdout: float, as_json:
         "left_out": log.left_out,
         "fitted_on": seen,
         "checked_on": log.n - seen or log.n,
-        "shared_kv": fitted.shared_kv,
+        "shared_kv": shared_kv,
+        "points": dict(Counter(m.point.kind for m in steps)),
+        "poor_fit": profile.is_poor,
         "table": table,
     }
     print(json.dumps(result, indent=1) if as_json else _text(result, table))
@@ -263,6 +307,8 @@ def _text(result: dict[str, Any], table: Sequence[dict[str, Any]]) -> str:
         f"{row['metric']:10} {row['measured_ms']:12.2f} {row['modelled_ms']:12.2f} {row['error']:+8.2%}"
         for row in table
     ]
+    if result["poor_fit"]:
+        lines.append("POOR FIT: an error is above 10 %; train-policy refuses this profile without --accept-poor-fit")
     if result["shared_kv"]:
         lines.append(f"requests that ran together had {100 * result['shared_kv']:g} % of their KV in common")
     return "\n".join([*lines, f"wrote {result['out']}"])

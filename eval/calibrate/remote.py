@@ -5,33 +5,39 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.calibration.from_outside import fused_error, profile_of
+from engine.calibration.from_outside import fused_error, profile_of, step_errors
 from engine.calibration.outside import Limits, measure
 from engine.common.progress import Display
 from engine.latency.profile import POOR_FIT, Profile
 from engine.remote.discover import discover
+from engine.remote.steps import read_steps, steps_so_far
 
 __all__ = ["command"]
 
 
-def command(url: str, out: Path, limits: Limits, as_json: bool) -> None:
+def command(url: str, out: Path, limits: Limits, as_json: bool, beside: Sequence[str], share: float) -> None:
     """Time the engine at ``url``, write its profile to ``out`` and say how good it is.
+
+    :param beside: engines on the same hardware, which compute for ``share`` of the time meanwhile
 
     :raises SlalomError: no engine there, one that cannot be timed, or too little time
     """
-    facts = discover(url)
+    facts, others = discover(url), [discover(other) for other in beside]
     limits = limits.within(facts)
     print(f"timing {facts.model} at {url}; nobody else should use it meanwhile", file=sys.stderr)
-    begin = time.monotonic()
+    begin, before = time.monotonic(), steps_so_far(url)
     with Display() as display:
         display.phase("calibrate")
-        measured, stopped = measure(facts, limits, display.update)
-    profile = profile_of(measured, facts, limits, out.stem)
+        measured, stopped = measure(facts, limits, display.update, beside=others, beside_share=share)
+    profile = profile_of(measured, facts, out.stem, beside=len(others), share=share)
     profile.save(out)
     found = _facts(profile, fused_error(profile, measured))
+    if before is not None:
+        found["steps"] = step_errors(profile, read_steps(url, before))
     found |= {"seconds": round(time.monotonic() - begin, 1), "stopped": stopped, "out": str(out)}
     print(json.dumps(found, indent=1) if as_json else _text(found))
 
@@ -60,6 +66,9 @@ def _text(found: dict[str, Any]) -> str:
         f"decode {decode:.1f} % of {points['decode']}; fused steps {fused}",
         f"  prompts up to {found['max_prompt_tokens']} tokens; KV capacity {found['kv_tokens']} tokens",
     ]
+    for kind, e in found.get("steps", {}).items():
+        said = f"off by {100 * e['mape']:.1f} % on average (mean {100 * e['bias']:+.1f} %)"
+        lines.append(f"  the engine's own {e['n']} {kind} steps: {said}")
     if found["poor_fit"]:
         lines.append(
             f"  POOR FIT: an error is above {100 * POOR_FIT:.0f} %. Repeat it while nobody else uses engine and"

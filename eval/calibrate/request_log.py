@@ -37,7 +37,7 @@ from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from env.workload.timeunit import UNITS
 
-__all__ = ["EngineSettings", "RequestLog", "read_log", "read_settings"]
+__all__ = ["EngineSettings", "RequestLog", "read_bench", "read_log", "read_settings"]
 
 #: For engines that do not say how much KV they had: more than they used.
 AMPLE_KV_TOKENS = 600_000
@@ -110,6 +110,17 @@ def read_log(path: Path, unit: str = "") -> RequestLog:
     except (ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
         raise SlalomError(f"--from-requests: {path.name}", str(path), _FORMATS.format(repr(error))) from error
     return _checked(path, found, UNITS[unit or "s"], bool(unit))
+
+
+def read_bench(path: Path) -> dict[str, Any]:
+    """The result of ``vllm bench serve`` at ``path``; empty where it is another kind of log."""
+    if path.suffix == ".csv":
+        return {}
+    begin = next((line for line in lines(path, "--from-requests") if line.strip()), "")
+    if begin.strip() != "{" and '"ttfts"' not in begin:
+        return {}
+    content = read_json(path, "--from-requests")
+    return content if isinstance(content, dict) else {}
 
 
 class _Bad(NamedTuple):

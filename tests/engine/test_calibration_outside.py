@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from remote_cases import mocks
+from remote_cases import mocks, until
 
 from engine.calibration.from_outside import fused_error, profile_of
 from engine.calibration.outside import Limits, held_out, measure
@@ -49,7 +49,7 @@ def points(noise: float = 0.0) -> list[Measured]:
 
 
 def test_the_profile_explains_the_points() -> None:
-    profile = profile_of(points(), FACTS, LIMITS, "x")
+    profile = profile_of(points(), FACTS, "x")
     assert profile.prefill_s(300) == pytest.approx(prefill_s(300), rel=1e-3)
     assert profile.decode_s(600, 3) == pytest.approx(decode_s(3, 600), rel=1e-3)
     assert profile.shares[0].fused_shared_s == pytest.approx(4e-3, rel=1e-2)
@@ -60,7 +60,7 @@ def test_the_profile_explains_the_points() -> None:
 
 
 def test_a_poor_fit_is_marked_and_refused_by_training(tmp_path: Path) -> None:
-    profile = profile_of(points(noise=0.5), FACTS, LIMITS, "x")
+    profile = profile_of(points(noise=0.5), FACTS, "x")
     assert profile.is_poor
     profile.save(tmp_path / "x.json")
     scenario = Scenario.load("smollm2-2xcpu").with_overrides({"profile": str(tmp_path / "x.json")})
@@ -102,3 +102,21 @@ def test_an_engine_is_timed_until_there_is_enough_and_the_command_says_how_good_
             measure(facts, LIMITS)
     with pytest.raises(SlalomError, match="--engines"):
         discover(engines[0].url)
+
+
+def test_engines_on_the_same_hardware_are_kept_busy_meanwhile() -> None:
+    with mocks(2, prefill_s=0.001, token_s=0.001) as engines:
+        facts, other = (discover(engine.url) for engine in engines)
+        limits = Limits(60.0, 100.0, 64, 2)
+        measured, _ = measure(facts, limits, beside=[other], beside_share=1.0)
+        assert engines[1].set()["most_running"] == 3
+        until(lambda: engines[1].set()["running"] == 0)  # and left alone afterwards
+        begun = engines[1].set()["begun"]
+        measure(facts, limits, beside=[other], beside_share=0.0)
+        assert engines[1].set()["begun"] == begun
+        assert "1 more engines on its hardware computed for 75% of the time" in (
+            profile_of(measured, facts, "x", beside=1, share=0.75).provenance.notes
+        )
+        engines[1].set(refuse=True)
+        with pytest.raises(SlalomError, match="status 503"):
+            measure(facts, limits, beside=[other], beside_share=1.0)
