@@ -38,7 +38,7 @@ class Options:
     )  # fmt: skip
     policy: list[str] | None = option(
         None, "Rule, rule:param=value, checkpoint folder, static_plan (the best fixed arrangement, searched), or "
-        "'all'. Repeat to compare.",
+        "'all'. Repeat to compare. With --fidelity --env remote also the address of a router of others.",
     )  # fmt: skip
     env: str = option(
         "surrogate", "Where policies run: surrogate, gpu: the real engine (on a CPU without one), or remote: --engines."
@@ -99,12 +99,13 @@ def evaluate(options: Options) -> None:
         raise SlalomError("--env", o.env, "use surrogate, gpu or remote")
     if (o.env == "remote") != bool(o.engines):
         raise SlalomError("--engines", o.engines, "give it with --env remote, and only then")
-    if o.fidelity and o.env == "remote":
-        raise SlalomError("--fidelity", True, "compares our own engine: leave out --env remote")
+    urls = tuple(url.strip() for url in o.engines.split(",") if url.strip())
     if o.fidelity:
         from eval.fidelity.fidelity import command
 
-        command(o.scenario, o.policy, o.loads, o.repetitions, o.run_s, o.model, o.out, o.resume, o.store, o.as_json)
+        command(
+            o.scenario, o.policy, o.loads, o.repetitions, o.run_s, o.model, urls, o.out, o.resume, o.store, o.as_json
+        )  # fmt: skip
         return
     if o.rates is not None and o.goodput:
         raise SlalomError("--rates", o.rates, "give either --rates or --goodput")

@@ -32,6 +32,8 @@ from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
 from env.measure.metrics import outcomes
 from eval.fidelity.errors import Case, row_of, summary_of
+from eval.fidelity.promise import promise_of
+from eval.fidelity.remote import is_router
 
 __all__ = ["Case", "command", "fidelity", "summary_of"]
 
@@ -113,7 +115,7 @@ def plan(scenario: Any, policies: Sequence[str], loads: Sequence[float], run_s: 
     settings = PointSettings(n_requests=max(int(20 * scenario.reference_rate), 200))
     goodput = {}
     with Evaluator(scenario, settings) as evaluator:
-        for policy in policies:
+        for policy in (p for p in policies if not is_router(p)):
             contender = Contender(policy)
             found = find_goodput(
                 lambda rate, c=contender: evaluator.attainment(c, rate, [0]),  # type: ignore[misc]
@@ -130,7 +132,7 @@ def plan(scenario: Any, policies: Sequence[str], loads: Sequence[float], run_s: 
     for load in loads:
         rate = round(load * typical, 3)
         n = max(int(rate * run_s), 20)
-        cases += [Case(scenario.name, p, load, rate, rate / max(goodput[p], 1e-9), n) for p in policies]
+        cases += [Case(scenario.name, p, load, rate, rate / max(goodput.get(p, typical), 1e-9), n) for p in policies]
     return cases
 
 
@@ -171,7 +173,8 @@ def fidelity(
     cases = [case for s in scenarios for case in plan(s, policies, loads, run_s)]
     parks = {name: park(s) for name, s in by_name.items()}
     gauges = {name: gauge(s) for name, s in by_name.items()} if gauge is not None else {}
-    ours = {c: observed(_surrogate(simulate, by_name[c.scenario], c)) for c in cases}
+    known = [c for c in cases if not is_router(c.policy)]  # the surrogate does not know routers of others
+    ours = {c: observed(_surrogate(simulate, by_name[c.scenario], c)) for c in known}
     theirs: dict[Case, list[dict[str, Any]]] = {c: [] for c in cases}
     done, total = 0, repetitions * len(cases)
     for repetition in range(repetitions):
@@ -195,11 +198,12 @@ def fidelity(
                 theirs[case].append(entry)
             done += 1
     say("done", done, total)
-    table = [row_of(case, [ours[case]], theirs[case]) for case in cases]
+    table = [row_of(case, [ours[case]], theirs[case]) for case in known]
     result = {
         "mode": "fidelity",
         "table": table,
         "summary": summary_of(table, {c: [entry] for c, entry in ours.items()}, theirs),
+        "promise": promise_of(cases, ours, theirs),
     }
     if gauges:
         at_speed = {c: [_at_speed(simulate, by_name[c.scenario], c, entry) for entry in theirs[c]] for c in cases}
@@ -285,14 +289,28 @@ def keep_in_profile(scenarios: Sequence[Any], result: Mapping[str, Any]) -> list
 # -- the command -----------------------------------------------------------------------------------------------
 
 
+def _side(model: str, engines: Sequence[str]) -> dict[str, Any]:
+    """How :func:`fidelity` plays: on the engines of others at ``engines``, else on our own, whose speed is gauged."""
+    if engines:
+        from eval.fidelity.remote import engines_of_others
+
+        return engines_of_others(engines)
+    from env.measure.on_engine import park_for
+    from eval.fidelity.gauge import Gauge
+
+    return {
+        "park": lambda s: park_for(s, model),
+        "gauge": lambda s: Gauge(park_for(s, model).model, s).slowdown,
+    }
+
+
 def command(
     scenarios: Sequence[str], policies: Sequence[str], loads: str, repetitions: int, run_s: float, model: str,
-    out: Path | None, resume: bool, store: bool, as_json: bool,
+    engines: Sequence[str], out: Path | None, resume: bool, store: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """``eval-policy --fidelity``."""
+    """``eval-policy --fidelity``; with ``engines`` on those of others, else on our own."""
     from rich.console import Console
 
-    from env.measure.on_engine import park_for
     from env.scenario import Scenario
     from eval.options import parse_rates
 
@@ -302,22 +320,21 @@ def command(
     shares = parse_rates(loads)
     console = Console(stderr=True)
 
-    from eval.fidelity.gauge import Gauge
     from eval.fidelity.report import print_table
 
     try:
         with Display() as display:
+            side = _side(model, engines)
 
             def park(s: Any) -> Any:
-                found = park_for(s, model)
+                found = side["park"](s)
                 display.say(f"engine: {found.name}, scenario {s.name}")
                 return found
 
             display.phase("engine runs", None)
             result = fidelity(
                 chosen, list(dict.fromkeys(policies)), loads=shares, repetitions=repetitions, run_s=run_s, out=out,
-                park=park, say=lambda text, done, total: display.update(done, text, total),
-                gauge=lambda s: Gauge(park_for(s, model).model, s).slowdown,
+                say=lambda text, done, total: display.update(done, text, total), **(side | {"park": park}),
             )  # fmt: skip
     except KeyboardInterrupt:
         kept = f"; finished runs are in {out}, go on with --resume" if out is not None else ""

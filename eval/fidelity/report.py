@@ -25,6 +25,25 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
             highlight=False,
         )
         _print(result["at_speed"], console)
+    _promise(result["promise"], console)
+
+
+def _promise(promise: Mapping[str, Any], console: Console) -> None:
+    """Attainment promised and arrived, with the gain of each policy over the first."""
+    table = Table(title="attainment in %, and gain over the first policy in points")
+    for head in ("policy", "load", "promised", "arrived", "repetitions", "promised gain", "arrived gain"):
+        table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
+    for r in promise["rows"]:
+        cells = ["" if r[k] is None else f"{100 * r[k]:.1f}" for k in ("promised", "arrived")]
+        cells.append(f"{100 * r['low']:.1f} to {100 * r['high']:.1f}")
+        cells += ["" if r[k] is None else f"{100 * r[k]:+.1f}" for k in ("promised_gain", "arrived_gain")]
+        table.add_row(escape(r["policy"]), f"{r['load']:g}", *cells)
+    console.print(table)
+    share = promise["share_arrived"]
+    told = (
+        "no gain of 5 points was promised" if share is None else f"of promised gains of 5 points, {share:.0%} arrived"
+    )
+    console.print(f"• {told}", highlight=False)
 
 
 def _print(result: Mapping[str, Any], console: Console) -> None:
@@ -57,10 +76,12 @@ def _print(result: Mapping[str, Any], console: Console) -> None:
             f"itself {'undefined' if itself is None else f'{itself:.2f}'}"
         )
     src = s["sources"]
-    say.append(
-        f"where it comes from, in % of step time: profile {100 * src['profile']:+.1f}, host {100 * src['host']:+.1f}; "
-        f"lanes waited for a core {100 * src['waited_for_core']:.1f} %; client late by {src['client_lag_ms']:.2f} ms "
-        f"(p99 {src['client_lag_p99_ms']:.2f})"
-    )
+    late = f"client late by {src['client_lag_ms']:.2f} ms (p99 {src['client_lag_p99_ms']:.2f})"
+    if src["steps"]:  # engines of others do not tell theirs
+        say.append(
+            f"where it comes from, in % of step time: profile {100 * src['profile']:+.1f}, host "
+            f"{100 * src['host']:+.1f}; lanes waited for a core {100 * src['waited_for_core']:.1f} %"
+        )
+    say.append(late)
     for sentence in say:
         console.print(f"• {escape(sentence)}", highlight=False)
