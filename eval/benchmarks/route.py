@@ -1,7 +1,7 @@
 """What ``route`` costs over the engine asked directly: added time to first token and gap, and 500 streams at once.
 
 The engine is a mock that only waits, in a process of its own, as is the router. Direct and routed runs take turns, and
-both are read by the same client.
+all are read by the same client. Where ``SLALOM_VLLM_ROUTER`` names the program ``vllm-router``, it takes turns, too.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _process(port: int, *command: str) -> Iterator[tuple[str, int]]:
+def _process(port: int, *command: str, program: str = sys.executable) -> Iterator[tuple[str, int]]:
     """A process that listens on ``port``; its address and process id, once it answers."""
-    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+    line = [program, *command] if program else command
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -125,6 +126,32 @@ def _is_whole(found: tuple[list[float], str] | BaseException, k: int, tokens: in
     return len(found[0]) == tokens and found[1].count("[DONE]") == 1
 
 
+@contextmanager
+def _stock(engine: str) -> Iterator[dict[str, str]]:
+    """vLLM's own router in front of ``engine``, if there is one here."""
+    program = os.environ.get("SLALOM_VLLM_ROUTER")
+    if not program:
+        yield {}
+        return
+    port = _free_port()
+    command = [program, "--worker-urls", engine, "--policy", "round_robin", "--port", str(port)]
+    with _process(port, *command, "--prometheus-port", str(_free_port()), program="") as (url, _):
+        yield {"vllm_router": url}
+
+
+def _added(found: dict[str, list[float]], direct: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Percentiles of one way beside those of the direct one, milliseconds."""
+    return {
+        f"{name}_p{q}_ms": {
+            "direct": 1e3 * float(np.percentile(direct[name], q)),
+            "routed": 1e3 * float(np.percentile(found[name], q)),
+            "added": 1e3 * float(np.percentile(found[name], q) - np.percentile(direct[name], q)),
+        }
+        for name in ("ttft", "gap")
+        for q in (50, 90, 99)
+    }
+
+
 def run() -> dict[str, Any]:
     """The figures; times in milliseconds."""
     engine_port, port = _free_port(), _free_port()
@@ -132,9 +159,10 @@ def run() -> dict[str, Any]:
     command = ["-m", "policies.route", "--profile", "llama-8b-a100", "--port", str(port), "--max-requests", "1024"]
     with _process(engine_port, str(_MOCK), str(engine_port), *times) as (engine, _):
         command += ["--engines", engine, "--max-batch", "1024", "--chunk-tokens", "65536", "--deadline-us", "100000"]
-        with _process(port, *command) as (router, pid):
-            asyncio.run(_at_once(router, _STREAMS, 4))
-            rounds: dict[str, list[list[Any]]] = {engine: [], router: []}
+        with _process(port, *command) as (router, pid), _stock(engine) as stock:
+            rounds: dict[str, list[list[Any]]] = {url: [] for url in (engine, router, *stock.values())}
+            for url in rounds:
+                asyncio.run(_at_once(url, _STREAMS, 4))
             for _ in range(_ROUNDS):
                 for url, found in rounds.items():
                     found.append(asyncio.run(_in_turn(url, _TOKENS)))
@@ -144,19 +172,12 @@ def run() -> dict[str, Any]:
     whole = sum(_is_whole(found, k, _MANY_TOKENS) for k, found in enumerate(many))
     return {
         "streams": _STREAMS,
-        **{
-            f"{name}_p{q}_ms": {
-                "direct": 1e3 * float(np.percentile(direct[name], q)),
-                "routed": 1e3 * float(np.percentile(routed[name], q)),
-                "added": 1e3 * float(np.percentile(routed[name], q) - np.percentile(direct[name], q)),
-            }
-            for name in ("ttft", "gap")
-            for q in (50, 90, 99)
-        },
+        **_added(routed, direct),
         "gap_mean_ms": {
             "direct": 1e3 * float(np.mean(direct["gap"])),
             "routed": 1e3 * float(np.mean(routed["gap"])),
         },
+        **{name: _added(_figures(rounds[url]), direct) for name, url in stock.items()},
         "router_cpu": cost,
         "many_streams": _MANY,
         "many_whole": whole,
