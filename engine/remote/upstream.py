@@ -24,6 +24,7 @@ __all__ = ["Attempt", "Upstream"]
 
 _log = logging.getLogger("slalom.remote")
 _BUSY = (429, 503)
+_REST_S = 0.05  # what follows the end of an answer, which is nothing, may take so long
 #: Requests in the engine, running or waiting, by the names of vLLM, llama.cpp and SGLang.
 _REQUESTS = re.compile(
     rb"^(?:vllm:num_requests_(?:running|waiting)|llamacpp:requests_(?:processing|deferred)"
@@ -142,7 +143,8 @@ class Upstream:
                 return self._whole(attempt, response, await response.aread())
             passed = _Passing(attempt)
             splitter = Splitter()
-            async for data in response.aiter_raw():
+            coming = response.aiter_raw()
+            async for data in coming:
                 self.heard = attempt.heard = time.monotonic()
                 before = attempt.total
                 for event in splitter.push(data):
@@ -155,6 +157,10 @@ class Upstream:
             else:
                 if not passed.finished:
                     raise httpx.RemoteProtocolError("the stream ended before its answer did")
+            with contextlib.suppress(TimeoutError, httpx.HTTPError):  # read to its end a connection may be used again
+                async with asyncio.timeout(_REST_S):
+                    async for _ in coming:
+                        pass
         if passed.usage:
             self._learn(request, passed.usage)
         return passed.end()

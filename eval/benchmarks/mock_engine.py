@@ -56,6 +56,7 @@ class MockEngine:
             "wrong": 0,
         }
         self.order: list[Any] = []  # prompts, as they began
+        self.clients: set[Any] = set()  # addresses, one for each connection
         self.last: dict[str, Any] = {}  # what else the last one brought
         self.running = 0
         self.prefilling = asyncio.Lock()
@@ -73,7 +74,11 @@ class MockEngine:
         if path == "/control":
             self.set |= json.loads(body or b"{}")
             await _json(
-                send, 200, self.set | self.seen | {"running": self.running, "order": self.order, "last": self.last}
+                send,
+                200,
+                self.set
+                | self.seen
+                | {"running": self.running, "order": self.order, "last": self.last, "connections": len(self.clients)},
             )
         elif path == "/health":
             await _json(send, 200, {})
@@ -85,11 +90,14 @@ class MockEngine:
         elif path.startswith("/v1/") and dict(scope["headers"]).get(b"content-type") != b"application/json":
             await _json(send, 415, {"error": {"message": "Unsupported Media Type", "code": 415}})  # as vLLM does
         elif path in ("/v1/completions", "/v1/chat/completions"):
-            await self.generate(json.loads(body), dict(scope["headers"]), receive, send, chat="chat" in path)
+            client = tuple(scope["client"])
+            await self.generate(json.loads(body), dict(scope["headers"]), client, receive, send, chat="chat" in path)
         else:
             await _json(send, 404, {"error": {"message": "no such path", "code": 404}})
 
-    async def generate(self, body: dict[str, Any], headers: Any, receive: Any, send: Any, *, chat: bool) -> None:
+    async def generate(
+        self, body: dict[str, Any], headers: Any, client: Any, receive: Any, send: Any, *, chat: bool
+    ) -> None:
         """Answer one request, until its client hangs up."""
         prompt = body.get("messages" if chat else "prompt")
         if self.set["refuse"]:
@@ -107,6 +115,7 @@ class MockEngine:
                 await _json(send, 500, {"error": {"message": "the transfer failed", "code": 500}})
                 return
             self.seen["pulled"] += 1
+        self.clients.add(client)
         self.seen["begun"] += 1
         self.order.append(prompt)
         self.last = {"priority": body.get("priority"), "authorization": headers.get(b"authorization", b"").decode()}

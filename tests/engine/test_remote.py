@@ -139,6 +139,14 @@ def test_both_engines_work_and_neither_disagrees(pair: tuple[list[Mock], Routed]
     assert [found[k] for k in found if k.startswith("slalom:engine_up{")] == [1.0, 1.0]
 
 
+def test_connections_to_engines_are_used_again() -> None:
+    with mocks(1) as engines, routed(engines, health_s=5.0) as router:
+        before = engines[0].set()["connections"]
+        for k in range(10):
+            check_all([(200, router.client.post("/v1/completions", json=body(0, stream=k % 2 == 0)))], 1)
+        assert engines[0].set()["connections"] - before <= 5  # a very slow machine may let one grow old
+
+
 def test_a_client_that_hangs_up_ends_its_request_at_the_engine(pair: tuple[list[Mock], Routed]) -> None:
     engines, router = pair
     before = sum(engine.set()["hung_up"] for engine in engines)
