@@ -8,6 +8,8 @@ that run got nothing (who reads several tokens at once), and where more than one
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -21,6 +23,7 @@ __all__ = ["steps_of"]
 
 _TOGETHER = 0.25  # of a short step: tokens of one step come within that
 _MOST_TOGETHER_S = 0.005
+_PER_OCTAVE = 3  # groups of contexts
 _SAVINGS = 9  # that a fused step may have, tried
 
 
@@ -84,6 +87,19 @@ def _steps(log: _Log, unclear: np.ndarray, chunk_tokens: int) -> list[Measured]:
     return found
 
 
+def _averaged(steps: list[Measured]) -> list[Measured]:
+    """Decode steps of one batch size and like contexts as one: where steps scatter, means add up to latencies."""
+    kept, groups = [m for m in steps if m.point.kind != "decode"], defaultdict[tuple[int, int], list[Measured]](list)
+    for m in steps:
+        if m.point.kind == "decode":
+            groups[m.point.bs, round(_PER_OCTAVE * math.log2(m.point.ctx))].append(m)
+    for (bs, _), alike in sorted(groups.items()):
+        ctx = round(float(np.mean([m.point.ctx for m in alike])))
+        seconds = float(np.mean([m.seconds for m in alike]))
+        kept.append(Measured(Point("decode", bs=bs, ctx=ctx), seconds, repeats=len(alike)))
+    return kept
+
+
 def _lone_prompts(log: _Log, unclear: np.ndarray, chunk_tokens: int) -> list[Measured]:
     """First tokens of requests that met an idle engine and had it to themselves."""
     found = []
@@ -145,7 +161,7 @@ def steps_of(content: Mapping[str, Any], n: int, chunk_tokens: int) -> list[Meas
     if read is None:
         return []
     log, unclear = read
-    points = _steps(log, unclear, chunk_tokens) + _lone_prompts(log, unclear, chunk_tokens)
+    points = _averaged(_steps(log, unclear, chunk_tokens)) + _lone_prompts(log, unclear, chunk_tokens)
     kinds = [m.point.kind for m in points]
     if kinds.count("decode") < MIN_POINTS or kinds.count("fused") + kinds.count("prefill") < MIN_POINTS:
         return []
