@@ -24,6 +24,7 @@ __all__ = ["steps_of"]
 _TOGETHER = 0.25  # of a short step: tokens of one step come within that
 _MOST_TOGETHER_S = 0.005
 _PER_OCTAVE = 3  # groups of contexts
+_LEAST_REST = 0.1  # of a fused step: where less is left for its prompt, that is the scatter of decode
 _SAVINGS = 9  # that a fused step may have, tried
 
 
@@ -125,14 +126,17 @@ def _with_fused(points: list[Measured]) -> list[Measured]:
     base = float(decode.small[2])
 
     def derived(saved: float) -> list[Measured]:
-        pairs = zip(fused, beside, strict=True)
+        rests = [m.seconds - b + min(saved, b) for m, b in zip(fused, beside, strict=True)]
         return [
-            Measured(Point("prefill", n=m.point.n, prompts=1), max(m.seconds - b + min(saved, b), 1e-4))
-            for m, b in pairs
+            Measured(Point("prefill", n=m.point.n, prompts=1), rest)
+            for m, rest in zip(fused, rests, strict=True)
+            if rest > _LEAST_REST * m.seconds
         ]
 
     def error(saved: float) -> float:
         both = [*lone, *derived(saved)]
+        if len(both) < MIN_POINTS:
+            return float("inf")
         n = np.array([m.point.n for m in both], float)
         return fit_prefill(PrefillSamples(n, np.zeros_like(n), np.array([m.seconds for m in both]))).held_out_mape
 
@@ -165,4 +169,5 @@ def steps_of(content: Mapping[str, Any], n: int, chunk_tokens: int) -> list[Meas
     kinds = [m.point.kind for m in points]
     if kinds.count("decode") < MIN_POINTS or kinds.count("fused") + kinds.count("prefill") < MIN_POINTS:
         return []
-    return _with_fused(points)
+    found = _with_fused(points)
+    return found if sum(m.point.kind == "prefill" for m in found) >= MIN_POINTS else []
