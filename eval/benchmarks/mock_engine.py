@@ -44,6 +44,7 @@ class MockEngine:
             "whole": False,
             "keeps_kv": True,
             "pull_fails": False,
+            "pull_hangs": False,
         }
         self.seen = {
             "kept": 0,
@@ -115,6 +116,9 @@ class MockEngine:
                 await _json(send, 500, {"error": {"message": "the transfer failed", "code": 500}})
                 return
             self.seen["pulled"] += 1
+            if self.set["pull_hangs"]:
+                await _hung_up(receive)
+                return
         self.clients.add(client)
         self.seen["begun"] += 1
         self.order.append(prompt)

@@ -84,11 +84,11 @@ def test_when_no_kv_comes_over_the_prompt_is_computed_anew(apart: tuple[list[Moc
 
 def test_the_engine_with_the_kv_dies_before_it_is_pulled(apart: tuple[list[Mock], Routed]) -> None:
     engines, router = apart
-    engines[1].set(prefill_s=0.5)
+    engines[1].set(pull_hangs=True)  # as a pull from nobody may
     bodies = BODIES[:4]
 
     def kill() -> None:
-        until(lambda: engines[0].set()["kept"] >= 1)
+        until(lambda: engines[1].set()["pulled"] >= 1)
         engines[0].kill()
 
     answers = all_at_once(router.url, bodies, kill)
