@@ -75,6 +75,9 @@ class RemoteInstances(RequestBook[RemoteRequest]):
             elif record["state"] == RequestState.RUNNING:
                 self._prefilled.discard(request)
                 self._order(request, int(record["inst"]), Leg.DECODE)
+            elif record["state"] == RequestState.INBOUND and self._state.inst[record["dest"]]["lost"]:
+                self._place_anew(request)  # nobody else could decode it: whoever computes it next goes on
+                self._clock.post(self._slots.arrival, lambda: None)
 
     def start_switch(self, i: int) -> None:
         raise AssertionError("engines of others keep their role")
@@ -178,6 +181,7 @@ class RemoteInstances(RequestBook[RemoteRequest]):
         if request in self._prefilled:
             self._prefilled.discard(request)
             observed.forget_first_token(self._words, request.slot)
+            request.apart = False
         request.engine = -1
         observed.take_back(self._words, request.slot, self._clock.now, 1)
 
