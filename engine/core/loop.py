@@ -1,8 +1,9 @@
-"""The way into the core for a driver that runs outside compiled code: the live engine and its modelled twin.
+"""The scheduler's loop: what may start, in which order, and what the end of it does.
 
-Each function takes the address vector of a cluster (``rows.addresses``) and plain numbers. Together they are the
-steps of the surrogate's event loop, in its order and with the same core functions; a decode step is booked when it
-ends instead of being jumped over, so the driver only adds *when* things end.
+One text for two clocks. The kernels that take a state ``s`` are called by the surrogate, which adds its jumps over
+decode steps. Those that take ``words``, the address vector of a cluster (``rows.addresses``), and plain numbers are the
+way in for a driver outside compiled code: the live engine and its modelled twin, where a decode step is booked when it
+ends. A driver only adds *when* things end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from engine.core.events.handover import pull, start_link, transfer_done
 from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, stop, wake_held
 from engine.core.events.observed import hand_on
 from engine.core.events.roles import end_role_change, hand_out, role_change_ready
+from engine.core.events.slots import slots_of
 from engine.core.kinds import LaneKind
 from engine.core.lists import (
     ENDED,
@@ -39,11 +41,16 @@ __all__ = [
     "describe_step",
     "describe_transfer",
     "end_control",
+    "end_interval",
+    "end_step",
+    "end_transfer",
     "finish_lane",
     "finish_switch",
     "finish_transfer",
+    "kick",
     "last_token",
     "link_ticks",
+    "next_changed",
     "next_ended",
     "start_idle",
     "step_columns",
@@ -80,9 +87,25 @@ def answer(words, kind, subject, action, now):
 
 
 @kernel
-def _kick(s, i, now, started, n):
-    """Pull KV, change role and start idle lanes of instance ``i``; appends event slots to ``started[n:]``."""
-    lanes = 2 * s.cluster[0].n_instances
+def next_changed(s, i):
+    """The next instance after ``i``, in turn, where something changed: it counts as looked at. -1: there is none."""
+    n = s.cluster[0].n_instances
+    for k in range(1, n + 1):
+        j = (i + k) % n
+        if s.inst[j].dirty == 1:
+            s.inst[j].dirty = 0
+            return j
+    return -1
+
+
+@kernel
+def kick(s, i, now, started, n):
+    """Pull KV, change role and start idle lanes of instance ``i``.
+
+    :param started: int32: the event slots (``events.slots``) of what starts are written to ``started[n:]``, at most 4
+    :return: the end of what is written
+    """
+    slots = slots_of(s.cluster[0].n_instances, s.cluster[0].n_links)
     if s.inst[i].remote == 1 and hand_on(s, i, now) > 0:
         started[n] = 2 * i
         n += 1
@@ -90,13 +113,13 @@ def _kick(s, i, now, started, n):
         pull(s, i)
         link = s.inst[i].link
         if start_link(s, link):
-            started[n] = lanes + link
+            started[n] = slots.links + link
             n += 1
     if s.inst[i].remote == 1:
         return n
     if role_change_ready(s, i):
         s.inst[i].switching = 1
-        started[n] = lanes + s.cluster[0].n_links + i
+        started[n] = slots.switches + i
         n += 1
     for l in range(2):
         if s.lane[i, l].kind == _IDLE:
@@ -111,20 +134,15 @@ def _kick(s, i, now, started, n):
 def start_idle(words, now, started):
     """Start whatever may start on instances where something changed.
 
-    :param started: out, int32 (3 N + L,): event slots as the surrogate numbers them: lanes (2 N, two an instance),
-        links (L), role switches (N)
+    :param started: out, int32 (3 N + L,): its event slots
     :return: how many
     """
     s = attach(words)
     n = 0
-    again = True
-    while again:
-        again = False
-        for i in range(s.cluster[0].n_instances):
-            if s.inst[i].dirty == 1:
-                s.inst[i].dirty = 0
-                n = _kick(s, i, now, started, n)
-                again = True
+    i = next_changed(s, -1)
+    while i >= 0:
+        n = kick(s, i, now, started, n)
+        i = next_changed(s, i)
     return n
 
 
@@ -144,12 +162,14 @@ def last_token(words, r):
 
 
 @kernel
-def finish_lane(words, i, l, now):
-    """The step of lane (i, l) ended: book it and leave the lane idle."""
-    s = attach(words)
+def end_step(s, i, l, steps, first, delta, now):
+    """The step of lane (i, l), or the last of ``steps`` decode steps, ended: book them and leave the lane idle.
+
+    :param first: ticks that the first of them took; each further one took ``delta`` longer
+    """
     lane = s.lane[i, l]
     if lane.kind == _K_DECODE or lane.kind == _K_FUSED:
-        book_decode(s, i, l, 1, now - lane.start, 0, now, False)
+        book_decode(s, i, l, steps, first, delta, now, False)
     if lane.kind == _K_PREFILL or lane.kind == _K_FUSED:
         if lane.layer_to == 0 or lane.layer_to >= s.profile[s.inst[i].profile].n_layers:
             queued = s.lists[queue_of(i), 2]
@@ -162,11 +182,23 @@ def finish_lane(words, i, l, now):
 
 
 @kernel
-def finish_transfer(words, link, now):
-    """The transfer at the head of ``link`` arrived; returns whether the next one starts."""
+def finish_lane(words, i, l, now):
+    """:func:`end_step` of the one step that lane (i, l) ran."""
     s = attach(words)
+    end_step(s, i, l, 1, now - s.lane[i, l].start, 0, now)
+
+
+@kernel
+def end_transfer(s, link, now):
+    """The transfer at the head of ``link`` arrived; returns whether the next one starts."""
     transfer_done(s, link, now)
     return start_link(s, link)
+
+
+@kernel
+def finish_transfer(words, link, now):
+    """:func:`end_transfer`."""
+    return end_transfer(attach(words), link, now)
 
 
 @kernel
@@ -176,11 +208,16 @@ def finish_switch(words, i):
 
 
 @kernel
-def end_control(words, now):
-    """A control interval ended."""
-    s = attach(words)
+def end_interval(s, now):
+    """A control interval ended: the next one begins, and its decisions are due."""
     close_window(s, now)
     open_control(s)
+
+
+@kernel
+def end_control(words, now):
+    """:func:`end_interval`."""
+    end_interval(attach(words), now)
 
 
 @kernel

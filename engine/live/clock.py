@@ -1,7 +1,7 @@
 """Two clocks for one runtime: one that waits for the world, one that jumps to the next event.
 
-An event is a *slot* (what ended, numbered as in :class:`Slots`) and, with the wall clock, what came of it. Time is
-an int64 count of ticks of 1 ps since the clock was made, or since the origin that it was last moved to.
+An event is a *slot* (what ended, see :mod:`engine.core.events.slots`) and, with the wall clock, what came of it. Time
+is an int64 count of ticks of 1 ps since the clock was made, or since the origin that it was last moved to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from engine.core.origin import FAR
 from engine.core.state import NEVER
 
-__all__ = ["Clock", "Event", "Slots", "VirtualClock", "WallClock"]
+__all__ = ["Clock", "Event", "VirtualClock", "WallClock"]
 
 _TICKS_PER_NS = 1000
 
@@ -24,21 +24,6 @@ class Event(NamedTuple):
 
     slot: int
     outcome: Any = None
-
-
-class Slots:
-    """Numbers of everything that can happen in a cluster; on a tie the lower one goes first.
-
-    Lanes (2 N: two an instance), links (L), role switches (N), then ``control``, ``hold`` and ``arrival``.
-    """
-
-    def __init__(self, n_instances: int, n_links: int) -> None:
-        self.links = 2 * n_instances
-        self.switches = self.links + n_links
-        self.control = self.switches + n_instances
-        self.hold = self.control + 1
-        self.arrival = self.control + 2
-        self.count = self.control + 3
 
 
 class Clock(Protocol):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from engine.core import loop
+from engine.core.events.slots import slots_of
 from engine.core.kinds import RequestState
 from engine.core.policy import Policy
 from engine.core.state import NEVER, ClusterState
@@ -122,7 +123,7 @@ def play(
     The run ends at the cluster's ``horizon_ticks``.
     """
     horizon = int(state.cluster[0]["horizon_ticks"])
-    clock = VirtualClock(3 * len(state.inst) + len(state.link) + 3, horizon)
+    clock = VirtualClock(slots_of(len(state.inst), len(state.link)).total, horizon)
     instances = ModelledInstances(state, clock, n_roots, true_profile, true_share)
     runtime = Runtime(state, policy, instances, clock, guard)
     instances.attach(runtime)

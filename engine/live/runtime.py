@@ -18,12 +18,13 @@ import numpy as np
 
 from engine.core import loop
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
+from engine.core.events.slots import slots_of
 from engine.core.lists import HELD
 from engine.core.origin import move_origin, shift_for
 from engine.core.policy import Policy
 from engine.core.state import NEVER, ClusterState
 from engine.jit.rows import addresses
-from engine.live.clock import Clock, Slots
+from engine.live.clock import Clock
 from engine.live.guard import Guard
 
 __all__ = ["Instances", "Runtime", "safe_choice"]
@@ -96,11 +97,11 @@ class Runtime:
     ) -> None:
         n = len(state.inst)
         self.state, self.instances, self.clock = state, instances, clock
-        self.slots = Slots(n, len(state.link))
+        self.slots = slots_of(n, len(state.link))
         self.words = addresses(state)
         self.decisions: Counter[str] = Counter()  # by kind
         self.fallbacks: Counter[str] = guard.fallbacks if guard else Counter()  # by reason
-        self._started = np.zeros(self.slots.control, np.int32)
+        self._started = np.zeros(self.slots.deadline, np.int32)
         self._wake = NEVER  # when held requests are asked for again
         rows = max_candidates(n)
         self._context = np.zeros(N_CONTEXT)
@@ -209,7 +210,7 @@ class Runtime:
             self.instances.lane_ends(slot // 2, slot % 2, outcome)
         elif slot < slots.switches:
             self.instances.link_ends(slot - slots.links, outcome)
-        elif slot < slots.control:
+        elif slot < slots.deadline:
             loop.finish_switch(self.words, slot - slots.switches)
         elif slot == slots.control:
             loop.end_control(self.words, now)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, max_candidates
+from engine.core.events.slots import slots_of
 from engine.core.state import REQUEST, ClusterState, attach
 from engine.jit.kernel import kernel
 from engine.jit.rows import addresses, make_attach
@@ -58,7 +59,6 @@ SIM = np.dtype(
         ("kind", np.int32),  # the decision being asked, -1 none
         ("subject", np.int32),
         ("candidates", np.int32),
-        ("slots", np.int32),
         ("size", np.int32),  # leaves of the tournament
         ("decisions", np.int64),
         ("events", np.int64),
@@ -84,12 +84,13 @@ SIM = np.dtype(
 
 
 class Sim(NamedTuple):
-    """Clock and event queue of one simulated cluster. Slots: lanes (2 N), links (L), switches (N), then four."""
+    """Clock and event queue of one simulated cluster."""
 
     sim: np.ndarray  # SIM (1,)
     clock: np.ndarray  # CLOCK (N, 2)
     when: np.ndarray  # int64 (slots,): time of the next event of each slot
     tree: np.ndarray  # int32 (2 · size,): tournament over ``when``; tree[1] is the earliest slot
+    started: np.ndarray  # int32 (4,): slots of what has just started on one instance
     heap_t: np.ndarray  # int64 (R,): follow-up turns by arrival
     heap_r: np.ndarray  # int32 (R,)
     due_t: np.ndarray  # int64 (R,): requests by TTFT deadline, kept when rewards are asked for (beta > 0)
@@ -115,6 +116,7 @@ attach_sim = make_attach(
         ("clock", CLOCK, 2),
         ("when", np.int64, 1),
         ("tree", np.int32, 1),
+        ("started", np.int32, 1),
         ("heap_t", np.int64, 1),
         ("heap_r", np.int32, 1),
         ("due_t", np.int64, 1),
@@ -153,13 +155,13 @@ def new_sim(
     :param cells: of the policy's memory, which every router has for itself
     """
     n, links = len(state.inst), len(state.link)
-    slots = 3 * n + links + 4
+    slots = slots_of(n, links).total
     due = max(len(state.req) if beta > 0 else 0, 1)
     size = 1 << (slots - 1).bit_length()
     sim = np.zeros(1, SIM)
     sim["n_roots"], sim["fast_forward"], sim["beta"] = n_roots, fast_forward, beta
     sim["hashing"] = int(state.cluster[0]["hash_tokens"] > 0)
-    sim["kind"], sim["slots"], sim["size"] = -1, slots, size
+    sim["kind"], sim["size"] = -1, size
     late = seen.delay_s > 0
     store, words = copies(state, RING + 1 if late else 0)
     books = 2 * len(state.req) if late else 1  # every request is placed, and handed over
@@ -172,6 +174,7 @@ def new_sim(
         clock=np.zeros((n, 2), CLOCK),
         when=np.full(slots, NEVER, np.int64),
         tree=np.zeros(2 * size, np.int32),
+        started=np.zeros(4, np.int32),
         heap_t=np.zeros(max(len(state.req) - n_roots, 1), np.int64),
         heap_r=np.zeros(max(len(state.req) - n_roots, 1), np.int32),
         due_t=np.zeros(due, np.int64),
@@ -226,14 +229,14 @@ def start(state_words, sim_words):
     s, q = attach(state_words), attach_sim(sim_words)
     size = q.sim[0].size
     n = s.cluster[0].n_instances
-    slots = q.sim[0].slots
-    for k in range(slots):
+    slots = slots_of(n, s.cluster[0].n_links)
+    for k in range(slots.total):
         q.when[k] = NEVER
-    q.when[slots - 3] = s.cluster[0].control_ticks
+    q.when[slots.control] = s.cluster[0].control_ticks
     if q.sim[0].n_roots > 0:
-        q.when[slots - 1] = s.req[0].arrival
+        q.when[slots.arrival] = s.req[0].arrival
     for k in range(size):
-        q.tree[size + k] = k if k < slots else -1
+        q.tree[size + k] = k if k < slots.total else -1
     for k in range(size - 1, 0, -1):
         q.tree[k] = _earlier(q.when, q.tree[2 * k], q.tree[2 * k + 1])
     for i in range(n):

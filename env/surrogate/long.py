@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from engine.core.events.slots import slots_of
 from engine.core.kinds import LaneKind, RequestState
 from engine.core.origin import FAR, STAMPS, move_origin, shift_for
 from engine.core.state import ClusterState
@@ -88,7 +89,7 @@ class LongRun:
         state.req["arrival"][first : self._roots] = np.rint(np.minimum(ticks, _LATER)).astype(np.int64)
         coming = [int(state.req["arrival"][first])] if first < self._roots else []
         coming += [int(sim.heap_t[0])] if q["heap_n"] else []
-        sim.when[q["slots"] - 1] = min(coming, default=NEVER)
+        sim.when[slots_of(len(state.inst), len(state.link)).arrival] = min(coming, default=NEVER)
         _lay_out(sim)
 
 

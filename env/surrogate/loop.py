@@ -1,23 +1,23 @@
 """The surrogate: an event loop that drives the scheduling core with a simulated clock and a latency profile.
 
-It calls the same core functions as the live engine; all it adds is *when* things end. Runs of decode steps in
-which nothing can change are jumped over in closed form (exact, see ``engine.latency.evaluate``) and cut short
-when something does change; with ``fast_forward`` off every step is an event, and the timelines are identical.
+It is the live engine's loop (``engine.core.loop``); all it adds is *when* things end. Runs of decode steps in which
+nothing can change are jumped over in closed form (exact, see ``engine.latency.evaluate``) and cut short when something
+does change; with ``fast_forward`` off every step is an event, and the timelines are identical.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from engine.core.decide.decision import apply, build, next_decision, open_control
+from engine.core.decide.decision import apply, build, next_decision
 from engine.core.decide.patience import hold_event, wake_due, wake_for_idle
 from engine.core.durations import step_ticks, transfer_ticks
-from engine.core.events.handover import pull, transfer_done
-from engine.core.events.lifecycle import arrive, book_decode, close_window, complete_prefill, wake_held
-from engine.core.events.roles import end_role_change, hand_out, role_change_ready
+from engine.core.events.lifecycle import arrive, book_decode
+from engine.core.events.roles import end_role_change
+from engine.core.events.slots import slots_of
 from engine.core.kinds import LaneKind, Order, RequestState, Role
-from engine.core.lists import ENDED, HELD, inbound_of, link_list, pop_front, queue_of
-from engine.core.schedule.batching import plan_lane
+from engine.core.lists import ENDED, HELD, link_list, pop_front, queue_of
+from engine.core.loop import end_interval, end_step, end_transfer, kick, next_changed
 from engine.core.slo import seal
 from engine.core.state import attach
 from engine.jit.kernel import kernel
@@ -27,11 +27,16 @@ from env.surrogate.seen import choose_router, keep, note, open_book, show, withh
 
 __all__ = ["advance", "answer", "describe", "run"]
 
-_IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
-_MULTIPLEXED, _DECODE = int(Role.MULTIPLEXED), int(Role.DECODE)
+_IDLE, _K_DECODE = int(LaneKind.IDLE), int(LaneKind.DECODE)
+_MULTIPLEXED = int(Role.MULTIPLEXED)
 _FINISHED = int(RequestState.FINISHED)
 _FCFS = int(Order.FCFS)
 _FAR = float(FOREVER)
+
+
+@kernel(forceinline=True)
+def _slots(s):
+    return slots_of(s.cluster[0].n_instances, s.cluster[0].n_links)
 
 
 @kernel
@@ -97,72 +102,44 @@ def _start_lane(s, q, i, l):
 
 
 @kernel
-def _start_link(s, q, link):
-    """Start the transfer at the head of ``link`` if it is idle."""
-    n = s.cluster[0].n_instances
-    r = s.lists[link_list(n, link), 0]
-    if s.link[link].busy == 1 or r < 0:
-        return
-    s.link[link].busy = 1
-    ticks = transfer_ticks(s, q.true_profile[s.req[r].dest], link, r)
-    set_event(q, 2 * n + link, q.sim[0].now + ticks)
+def _start(s, q, slot):
+    """Put the end of what starts in ``slot`` on the clock."""
+    slots = _slots(s)
+    if slot < slots.links:
+        _start_lane(s, q, slot // 2, slot % 2)
+    elif slot < slots.switches:
+        link = slot - slots.links
+        r = s.lists[link_list(s.cluster[0].n_instances, link), 0]
+        ticks = transfer_ticks(s, q.true_profile[s.req[r].dest], link, r)
+        set_event(q, slot, q.sim[0].now + ticks)
+    else:
+        set_event(q, slot, q.sim[0].now + to_ticks(q.true_profile[slot - slots.switches].switch_s))
 
 
 @kernel
-def _kick(s, q, i):
-    """Instance ``i`` may have something new to do: end its jumps, pull KV, change role, start idle lanes."""
-    n = s.cluster[0].n_instances
-    links = s.cluster[0].n_links
-    _settle_pool(s, q, i, True)
-    if s.lists[inbound_of(i), 2] > 0 and s.inst[i].switching == 0:
-        pull(s, i)
-        _start_link(s, q, s.inst[i].link)
-    if role_change_ready(s, i):
-        s.inst[i].switching = 1
-        set_event(q, 2 * n + links + i, q.sim[0].now + to_ticks(q.true_profile[i].switch_s))
-    for l in range(2):
-        if s.lane[i, l].kind == _IDLE:
-            plan_lane(s, i, l, q.sim[0].now)
-            if s.lane[i, l].kind != _IDLE:
-                if l == 0:
-                    _settle_lane(s, q, i, 1, True)
-                _start_lane(s, q, i, l)
-            else:
+def _start_idle(s, q):
+    """Start whatever may start on instances where something changed; their jumps end."""
+    i = next_changed(s, -1)
+    while i >= 0:
+        _settle_pool(s, q, i, True)
+        n = kick(s, i, q.sim[0].now, q.started, 0)
+        for k in range(n):
+            _start(s, q, q.started[k])
+        for l in range(2):
+            if s.lane[i, l].kind == _IDLE:
                 set_event(q, 2 * i + l, NEVER)
-
-
-@kernel
-def _kick_all(s, q):
-    again = True
-    while again:
-        again = False
-        for i in range(s.cluster[0].n_instances):
-            if s.inst[i].dirty == 1:
-                s.inst[i].dirty = 0
-                _kick(s, q, i)
-                again = True
+        i = next_changed(s, i)
 
 
 @kernel
 def _lane_event(s, q, i, l):
-    lane, clock, now = s.lane[i, l], q.clock[i, l], q.sim[0].now
+    lane, clock = s.lane[i, l], q.clock[i, l]
     if s.inst[i].role == _MULTIPLEXED or s.pool[s.inst[i].pool].sharers > 1:
         kind = lane.kind
         lane.kind = _IDLE
         _settle_pool(s, q, i, False)
         lane.kind = kind
-    if lane.kind == _K_DECODE or lane.kind == _K_FUSED:
-        book_decode(s, i, l, clock.left, clock.first, clock.delta, now, False)
-    if lane.kind == _K_PREFILL or lane.kind == _K_FUSED:
-        layers = q.true_profile[i].n_layers
-        if lane.layer_to == 0 or lane.layer_to >= layers:
-            queued = s.lists[queue_of(i), 2]
-            complete_prefill(s, i, l, now)
-            # Every prompt that is through makes room for one that was held.
-            wake_held(s, queued - s.lists[queue_of(i), 2])
-    lane.kind = _IDLE
-    hand_out(s, i)
-    s.inst[i].dirty = 1
+    end_step(s, i, l, clock.left, clock.first, clock.delta, q.sim[0].now)
 
 
 @kernel
@@ -170,7 +147,7 @@ def _watch_deadline(s, q, r):
     """Have request ``r`` sealed as a miss when its TTFT target passes without a first token."""
     heap_push(q.due_t, q.due_r, q.sim[0].due_n, s.req[r].arrival + s.req[r].ttft_slo + 1, r)
     q.sim[0].due_n += 1
-    set_event(q, q.sim[0].slots - 4, q.due_t[0])
+    set_event(q, _slots(s).deadline, q.due_t[0])
 
 
 @kernel
@@ -179,7 +156,7 @@ def _deadline_event(s, q):
     q.sim[0].due_n -= 1
     if s.req[r].first_token < 0:
         seal(s, r, False)
-    set_event(q, q.sim[0].slots - 4, q.due_t[0] if q.sim[0].due_n > 0 else NEVER)
+    set_event(q, _slots(s).deadline, q.due_t[0] if q.sim[0].due_n > 0 else NEVER)
 
 
 @kernel
@@ -205,7 +182,7 @@ def _arrival_event(s, q):
     arrive(s, r, now)
     if q.sim[0].beta > 0.0:
         _watch_deadline(s, q, r)
-    set_event(q, q.sim[0].slots - 1, _next_arrival(s, q))
+    set_event(q, _slots(s).arrival, _next_arrival(s, q))
 
 
 @kernel
@@ -217,7 +194,7 @@ def _queue_follow_ups(s, q):
             sent = s.req[r].finished + s.req[r].think
             heap_push(q.heap_t, q.heap_r, q.sim[0].heap_n, sent, s.req[r].next_turn)
             q.sim[0].heap_n += 1
-    set_event(q, q.sim[0].slots - 1, _next_arrival(s, q))
+    set_event(q, _slots(s).arrival, _next_arrival(s, q))
 
 
 @kernel
@@ -237,28 +214,24 @@ def _credit(s, q):
 @kernel
 def _process(s, q, slot):
     """Carry out the event of ``slot`` at the present time."""
-    n = s.cluster[0].n_instances
-    links = s.cluster[0].n_links
-    slots = q.sim[0].slots
-    if slot < 2 * n:
+    slots = _slots(s)
+    if slot < slots.links:
         _lane_event(s, q, slot // 2, slot % 2)
-    elif slot == slots - 1:
+    elif slot == slots.arrival:
         _arrival_event(s, q)
-    elif slot < 2 * n + links:
-        link = slot - 2 * n
+    elif slot < slots.switches:
+        link = slot - slots.links
         set_event(q, slot, NEVER)
-        source = s.req[s.lists[link_list(n, link), 0]].inst
-        _settle_pool(s, q, source, False)
-        transfer_done(s, link, q.sim[0].now)
-        _start_link(s, q, link)
-    elif slot < 3 * n + links:
+        _settle_pool(s, q, s.req[s.lists[link_list(s.cluster[0].n_instances, link), 0]].inst, False)
+        if end_transfer(s, link, q.sim[0].now):
+            _start(s, q, slot)
+    elif slot < slots.deadline:
         set_event(q, slot, NEVER)
-        end_role_change(s, slot - 2 * n - links)
-    elif slot == slots - 4:
+        end_role_change(s, slot - slots.switches)
+    elif slot == slots.deadline:
         _deadline_event(s, q)
-    elif slot == slots - 3:
-        close_window(s, q.sim[0].now)
-        open_control(s)
+    elif slot == slots.control:
+        end_interval(s, q.sim[0].now)
         set_event(q, slot, q.sim[0].now + s.cluster[0].control_ticks)
     else:
         set_event(q, slot, NEVER)
@@ -281,7 +254,7 @@ def _keep_until(s, q, end):
 def _cut(s, q):
     """The horizon is reached: book the decode steps that ended by then."""
     q.sim[0].now = s.cluster[0].horizon_ticks
-    q.sim[0].slot = q.sim[0].slots
+    q.sim[0].slot = _slots(s).total
     for i in range(s.cluster[0].n_instances):
         _settle_lane(s, q, i, 0, False)
         _settle_lane(s, q, i, 1, False)
@@ -293,14 +266,14 @@ def advance(s, q):
 
     :return: its kind (subject in ``q.sim[0].subject``), or -1 when every request has ended or the horizon is reached
     """
-    slots = q.sim[0].slots
+    slots = _slots(s)
     while True:
         kind, subject = next_decision(s, q.sim[0].now)
         if kind >= 0:
             q.sim[0].kind = kind
             q.sim[0].subject = subject
             return kind
-        _kick_all(s, q)
+        _start_idle(s, q)
         held = s.lists[HELD, 2] > 0
         if held and wake_for_idle(s):
             continue
@@ -308,8 +281,8 @@ def advance(s, q):
             _queue_follow_ups(s, q)
         _credit(s, q)
         if held:
-            set_event(q, slots - 2, hold_event(s, q.sim[0].now, q.when[slots - 2]))
-        done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots - 1] == NEVER
+            set_event(q, slots.hold, hold_event(s, q.sim[0].now, q.when[slots.hold]))
+        done = s.cluster[0].n_done == s.cluster[0].n_sent and q.when[slots.arrival] == NEVER
         slot = q.tree[1]
         if done or q.when[slot] > s.cluster[0].horizon_ticks:
             if not done:

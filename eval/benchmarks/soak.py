@@ -22,6 +22,7 @@ import numpy as np
 
 from engine.calibration.quick import measure
 from engine.core.events import interrupt
+from engine.core.events.slots import slots_of
 from engine.core.kinds import RequestState, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.core.state import NEVER, ClusterState
@@ -324,15 +325,14 @@ def _modelled_round(seed: int, counts: Counter[str]) -> list[str]:
     scenario = Scenario.load(name)
     trace = build_trace(scenario, scenario.reference_rate, 200, seed, "test")
     state = arena_of(scenario).cluster(None, trace, horizon_s(trace) + 3600.0)
-    clock = VirtualClock(3 * len(state.inst) + len(state.link) + 3, int(state.cluster[0]["horizon_ticks"]))
+    clock = VirtualClock(slots_of(len(state.inst), len(state.link)).total, int(state.cluster[0]["horizon_ticks"]))
     chaos = _Chaos(state, clock, trace.n_roots, seed)
     runtime = Runtime(state, _Anyhow(np.random.default_rng(seed), 0.01), chaos, clock)
     chaos.attach(runtime)
     runtime.run()
     for kept in chaos.kept:
         interrupt.release_blocks(runtime.words, *kept)
-    counts.update(chaos.counts)
-    counts["lost_instances"] += len(chaos._lost)
+    counts.update(chaos.counts, lost_instances=len(chaos._lost))
     counts["requests"] += int(state.cluster[0]["n_sent"])
     counts["finished"] += int(state.cluster[0]["n_finished"])
     open_ = int(state.cluster[0]["n_sent"] - state.cluster[0]["n_done"])

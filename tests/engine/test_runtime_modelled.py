@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from runtime_cases import RandomPolicy, crowded_cluster, random_cluster
 
 from engine.core.events import interrupt
+from engine.core.events.slots import slots_of
 from engine.core.kinds import RequestState
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
@@ -204,7 +205,7 @@ def test_aborts_and_broken_transfers_give_every_block_back() -> None:
     failed = 0
     for seed in range(190):
         state, n_roots = random_cluster(seed) if seed < 150 else crowded_cluster(seed)
-        clock = VirtualClock(3 * len(state.inst) + len(state.link) + 3, int(60e12))
+        clock = VirtualClock(slots_of(len(state.inst), len(state.link)).total, int(60e12))
         vandal = Vandal(state, clock, n_roots, seed=seed)
         runtime = Runtime(state, RandomPolicy(seed), vandal, clock)
         vandal.attach(runtime)
