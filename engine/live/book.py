@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
@@ -13,13 +12,16 @@ import numpy as np
 
 from engine.core import loop
 from engine.core.events import interrupt
+from engine.core.events.slots import slots_of
 from engine.core.kinds import RequestState
 from engine.core.setup import blank_requests
 from engine.core.state import NEVER, ClusterState
+from engine.jit.rows import addresses
 from engine.live.clock import WallClock
 from engine.live.door import TurnedAway
+from engine.live.fate import fate_of, fate_of_refused
+from engine.live.observer import Observer
 from engine.live.request import ERROR, SHED, UNPLACEABLE, Delta, Ticket
-from engine.live.runtime import Runtime
 
 __all__ = ["RequestBook"]
 
@@ -36,11 +38,14 @@ class RequestBook(ABC, Generic[T]):
 
     :param salt: of the prefix hashes
     :ivar requests: by slot
+    :ivar observers: hear of everything here, in order
     :ivar lost: instances that will never compute again
     """
 
     def __init__(self, state: ClusterState, clock: WallClock, *, salt: int) -> None:
         self._state, self._clock = state, clock
+        self._words, self._slots = addresses(state), slots_of(len(state.inst), len(state.link))
+        self.observers: list[Observer] = []
         slots = len(state.req)
         self.requests: list[T | None] = [None] * slots
         self._free = list(range(slots - 1, -1, -1))
@@ -55,17 +60,7 @@ class RequestBook(ABC, Generic[T]):
         self._seen_done = 0
         self.transfer_failures = 0
         self.closing = False
-        self.after_step: Callable[[], None] = lambda: None
         self.on_gone: Callable[[], None] = lambda: None  # a request has heard its last
-        self.on_refused: Callable[[TurnedAway], None] = lambda request: None  # somebody was not even taken in
-        self.on_first: Callable[[T, np.void], None] = lambda request, record: None  # its first token is out
-        self.on_end: Callable[[T, np.void, str], None] = lambda request, record, finish: None
-
-    def attach(self, runtime: Runtime) -> None:
-        """Work for ``runtime``, which must be kept by whoever made it."""
-        # Not a reference: in a cycle the KV pools of a closed engine would stay until a full garbage collection.
-        self._runtime = weakref.proxy(runtime)
-        self._words, self._slots = runtime.words, runtime.slots
 
     # What an :class:`engine.live.runtime.Instances` does beside:
 
@@ -118,7 +113,7 @@ class RequestBook(ABC, Generic[T]):
             self._state.req[r : r + 1] = self._blank
             self._free.append(r)
             self._tell_end(request, ERROR)
-            self.on_refused(TurnedAway(request.number, request.cls, ERROR))
+            self.refuse(TurnedAway(request.number, request.cls, ERROR))
             return
         loop.begin(self._words, r, max(self._clock.ticks(request.handed_in), 0))
 
@@ -181,32 +176,33 @@ class RequestBook(ABC, Generic[T]):
         if done != self._seen_done:
             self._seen_done = done
             self._part_with_ended()
-        try:
-            self.after_step()
-        except Exception:  # the event loop it wakes may have ended
-            _log.exception("what a step gave could not be passed on")
+        self.announce(lambda observer: observer.settled())
 
     def _part_with_ended(self) -> None:
         """Tell the callers of requests that ended, and free their slots."""
         ended = np.flatnonzero(self._state.req["state"] >= RequestState.FINISHED).tolist()
         for r in ended:
-            request, record = self.requests[r], self._state.req[r]
-            if request is None:
-                continue
-            finish = ""  # its last token has said it
-            if request.doomed is not None:
-                finish = request.doomed
-            elif record["state"] == RequestState.SHED:
-                finish = SHED
-            elif record["state"] == RequestState.FAILED:
-                finish = UNPLACEABLE
-            request.cached_tokens = int(record["cached"])
-            self._booked(self.on_end, request, record, finish)
-            self.requests[r] = None
-            self._doomed.discard(request)
-            self._free.append(r)
-            self._state.req[r : r + 1] = self._blank
-            self._tell_end(request, finish)
+            request = self.requests[r]
+            if request is not None:
+                self._part_with(request, r)
+
+    def _part_with(self, request: T, r: int) -> None:
+        record = self._state.req[r]
+        finish = ""  # its last token has said it
+        if request.doomed is not None:
+            finish = request.doomed
+        elif record["state"] == RequestState.SHED:
+            finish = SHED
+        elif record["state"] == RequestState.FAILED:
+            finish = UNPLACEABLE
+        request.cached_tokens = int(record["cached"])
+        fate = fate_of(record, finish)
+        self.announce(lambda observer: observer.request_ended(request, record, finish, fate))
+        self.requests[r] = None
+        self._doomed.discard(request)
+        self._free.append(r)
+        self._state.req[r : r + 1] = self._blank
+        self._tell_end(request, finish)
 
     def _tell_end(self, request: T, finish: str) -> None:
         request.ended = True
@@ -215,13 +211,23 @@ class RequestBook(ABC, Generic[T]):
         request.sink = _nobody  # whoever listens may hold the request, and need not for ever
         self.on_gone()
 
-    @staticmethod
-    def _booked(book: Callable[..., None], request: T, *what: Any) -> None:
-        """Metrics and logs are no reason to stop serving."""
-        try:
-            book(request, *what)
-        except Exception:
-            _log.exception("what became of request %s could not be booked", request.id)
+    def refuse(self, away: TurnedAway) -> None:
+        """Book somebody who was not taken in."""
+        fate = fate_of_refused(away.reason)
+        self.announce(lambda observer: observer.request_refused(away, fate))
+
+    def announce(self, what: Callable[[Observer], None]) -> None:
+        """Tell every observer; metrics and logs are no reason to stop serving."""
+        for observer in self.observers:
+            try:
+                what(observer)
+            except Exception:
+                _log.exception("%s could not take in what it was told", type(observer).__name__)
+
+    def _tell_begun(self, request: T) -> None:
+        """The first token of ``request`` is out."""
+        record = self._state.req[request.slot]
+        self.announce(lambda observer: observer.request_begun(request, record))
 
     @staticmethod
     def heard(request: T, delta: Delta) -> bool:

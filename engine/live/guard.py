@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from engine.core.policy import Policy
+from engine.live.observer import Observer
+
+if TYPE_CHECKING:  # it knows torch, and nobody here needs that
+    from engine.live.request import Ticket
 
 __all__ = ["DriftReport", "Guard", "GuardReport", "RecentDecision"]
 
@@ -93,8 +98,8 @@ class Guard(Protocol):
         """Let another policy answer from the next decision on."""
         ...
 
-    def attach(self, runtime: Any) -> None:
-        """Work for this :class:`engine.live.runtime.Runtime`."""
+    def attach(self, requests: Sequence[Ticket | None], observers: list[Observer]) -> None:
+        """Learn how the ``requests`` of slots are called outside, and subscribe to their ends."""
         ...
 
     def report(self, recent: int = 0) -> GuardReport:

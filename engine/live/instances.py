@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +21,6 @@ from engine.live.book import RequestBook
 from engine.live.clock import WallClock
 from engine.live.hosts import Host, InstanceLost
 from engine.live.request import ERROR, Request
-from engine.live.runtime import Runtime
 from engine.live.steps import LaneRunner, Step, StepResult
 from engine.live.transfer import Mover, Transfer, TransferState, Transport
 
@@ -51,12 +51,14 @@ class _Lane:
 
     def _work(self) -> None:
         while (step := self._inbox.get()) is not None:
+            begin, thread = time.perf_counter(), time.thread_time()
             try:
                 result = self.runner.run(step)
             except BaseException as error:  # this thread ends; whoever waits for it must hear so
                 self._report(StepResult([], InstanceLost(f"the thread of the lane ended: {error!r}")))
                 return
-            self._report(result)
+            seconds = time.perf_counter() - begin, time.thread_time() - thread
+            self._report(result._replace(run_s=seconds[0], cpu_s=seconds[1]))
 
 
 class LiveInstances(RequestBook[Request]):
@@ -83,21 +85,17 @@ class LiveInstances(RequestBook[Request]):
         self._steps: list[Step | None] = [None] * (2 * len(hosts))  # in flight, by lane
         self._lanes = [self._lane(i, l, host) for i, host in enumerate(hosts) for l in range(2)]
         self._movers = [
-            Mover(f"link-{k}", transport, partial(clock.post, 2 * len(hosts) + k)) for k in range(len(state.link))
+            Mover(f"link-{k}", transport, partial(clock.post, self._slots.links + k)) for k in range(len(state.link))
         ]
         self._timeout = to_ticks(timeout_s)
         self._moving: dict[int, tuple[Transfer, int]] = {}  # by link: what is on it, and whose KV (slot)
         self._quarantine: dict[Transfer, tuple[int, int, int]] = {}  # lost ones: instance, last block, blocks
+        for i, host in enumerate(hosts):
+            host.watch(partial(self._hear_of_loss, i))
 
     def _lane(self, i: int, l: int, host: Host) -> _Lane:
         work = LaneRunner(host.executor(l), self._state, self.requests, self._width)
         return _Lane(f"instance-{i}-lane-{l}", work, partial(self._clock.post, 2 * i + l))
-
-    def attach(self, runtime: Runtime) -> None:
-        """See :class:`RequestBook`; and hear of the end of hosts."""
-        super().attach(runtime)
-        for i, host in enumerate(self.hosts):
-            host.watch(partial(self._hear_of_loss, i))
 
     def _hear_of_loss(self, i: int, error: Exception) -> None:
         """Any thread: instance ``i`` is gone."""
@@ -118,6 +116,7 @@ class LiveInstances(RequestBook[Request]):
         lane = self._lanes[2 * i + l]
         step = lane.runner.describe(self._words, i, l)
         self._steps[2 * i + l] = step
+        self.announce(lambda observer: observer.step_started(i, l))
         lane.run(step)
 
     def lane_ends(self, i: int, l: int, outcome: StepResult) -> None:
@@ -137,9 +136,10 @@ class LiveInstances(RequestBook[Request]):
             if delta.finish is not None:
                 loop.last_token(self._words, request.slot)
         self._deltas.extend(outcome.deltas)
-        self._runtime.book_lane(i, l)
+        loop.finish_lane(self._words, i, l, self._clock.now)
+        self.announce(lambda observer: observer.step_ended(i, l, outcome.run_s, outcome.cpu_s))
         for request in begun:
-            self._booked(self.on_first, request, self._state.req[request.slot])
+            self._tell_begun(request)
         self._evacuate()
         self._sweep()
 
@@ -180,6 +180,7 @@ class LiveInstances(RequestBook[Request]):
         transfer = Transfer(self._pools[sender], self._pools[receiver], pairs)
         self._moving[link] = (transfer, r)
         self._clock.at(self._slots.links + link, self._clock.now + self._timeout)
+        self.announce(lambda observer: observer.link_started(link, n))
         self._movers[link].fetch(transfer)
 
     def link_ends(self, link: int, outcome: Transfer | None) -> None:
@@ -201,7 +202,9 @@ class LiveInstances(RequestBook[Request]):
         self._clock.at(slot, NEVER)
         del self._moving[link]
         if state == TransferState.DONE:
-            self._runtime.book_transfer(link)
+            self.announce(lambda observer: observer.link_ended(link))
+            if loop.finish_transfer(self._words, link, self._clock.now):
+                self.start_link(link)
         else:
             self._recompute(link, r, transfer, state == TransferState.LOST)
         self._evacuate()

@@ -7,7 +7,6 @@ one scheduler: the timelines are equal to the last bit.
 from __future__ import annotations
 
 import heapq
-import weakref
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ class ModelledInstances:
         true_share: np.ndarray | None = None,
     ) -> None:
         self._state, self._clock, self._words = state, clock, addresses(state)
+        self._slots = slots_of(len(state.inst), len(state.link))
         rows = state.inst["profile"]
         self._tables = (
             state.profile[rows] if true_profile is None else true_profile,
@@ -52,10 +52,6 @@ class ModelledInstances:
         self._roots = range(n_roots)
         self._next_root = 0
         self._turns: list[tuple[int, int]] = []  # heap of (arrival, request)
-
-    def attach(self, runtime: Runtime) -> None:
-        """Work for ``runtime``, which must be kept by whoever made it: its first arrival is put on the clock."""
-        self._runtime, self._slots = weakref.proxy(runtime), runtime.slots
         self._expect()
 
     def _expect(self) -> None:
@@ -80,10 +76,11 @@ class ModelledInstances:
         self._clock.at(self._slots.switches + i, self._clock.now + loop.switch_ticks(self._truth, i))
 
     def lane_ends(self, i: int, l: int, outcome: Any) -> None:
-        self._runtime.book_lane(i, l)
+        loop.finish_lane(self._words, i, l, self._clock.now)
 
     def link_ends(self, link: int, outcome: Any) -> None:
-        self._runtime.book_transfer(link)
+        if loop.finish_transfer(self._words, link, self._clock.now):
+            self.start_link(link)
 
     def arrives(self, outcome: Any) -> None:
         if self._turns and self._turns[0][0] <= self._clock.now:
@@ -126,6 +123,5 @@ def play(
     clock = VirtualClock(slots_of(len(state.inst), len(state.link)).total, horizon)
     instances = ModelledInstances(state, clock, n_roots, true_profile, true_share)
     runtime = Runtime(state, policy, instances, clock, guard)
-    instances.attach(runtime)
     runtime.run()
     return runtime

@@ -71,16 +71,12 @@ class Ticket:
         self.cached_tokens = 0  # of the prompt, found in the prefix cache
         self.ended = False
         self.reuses = True  # KV of an equal beginning will do
+        self.finish: str | None = None  # why its own output ended (stop or length)
 
     @property
     def id(self) -> str:
         """What clients see, unique across processes: 17 of them later, ``1f3a9c02-17``."""
         return f"{SERVER}-{self.number}"
-
-    @property
-    def finish(self) -> str | None:
-        """Why its own output ended (stop or length), None while it goes on."""
-        raise NotImplementedError
 
 
 class Request(Ticket):
@@ -117,12 +113,6 @@ class Request(Ticket):
         #: What the model thought of each token of the prompt, where the request asked; nothing of the first.
         self.prompt_logprobs: list[Logprobs | None] = [None] * (0 if self.reuses else len(prompt))
 
-    @property
-    def finish(self) -> str | None:
-        """Why its own output ended (stop or length), None while it goes on."""
-        finish = self._generation.finish
-        return None if finish is None else str(finish)
-
     def push(self, token: int, logprobs: Logprobs | None = None) -> Delta:
         """Take the next sampled token. Only the lane that runs the request calls this."""
         text = self._generation.push(token)
@@ -133,8 +123,8 @@ class Request(Ticket):
         finish = self._generation.finish
         if finish is None:
             return Delta(token, text, None, logprobs)
-        self.due = -1
-        return Delta(token, text, str(finish), logprobs)
+        self.due, self.finish = -1, str(finish)
+        return Delta(token, text, self.finish, logprobs)
 
     def scored(self, start: int, count: int) -> list[int]:
         """Tokens of the prompt that follow ``count`` others, and whose log-probabilities the request wants."""

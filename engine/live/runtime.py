@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.core import loop
-from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need, max_candidates
+from engine.core.columns import N_CANDIDATE, N_CONTEXT, Kind, Need, max_candidates
+from engine.core.decide.safe import safe_choice
 from engine.core.events.slots import slots_of
 from engine.core.lists import HELD
 from engine.core.origin import move_origin, shift_for
@@ -27,7 +28,7 @@ from engine.jit.rows import addresses
 from engine.live.clock import Clock
 from engine.live.guard import Guard
 
-__all__ = ["Instances", "Runtime", "safe_choice"]
+__all__ = ["Instances", "Runtime"]
 
 _log = logging.getLogger("slalom.runtime")
 _KINDS = tuple(kind.name.lower() for kind in Kind)
@@ -49,11 +50,11 @@ class Instances(Protocol):
         ...
 
     def lane_ends(self, i: int, l: int, outcome: Any) -> None:
-        """The step of lane (i, l) ended: book it with :meth:`Runtime.book_lane`."""
+        """The step of lane (i, l) ended: book it with :func:`engine.core.loop.finish_lane`."""
         ...
 
     def link_ends(self, link: int, outcome: Any) -> None:
-        """The transfer at the head of ``link`` ended: book it with :meth:`Runtime.book_transfer`."""
+        """The transfer at the head of ``link`` ended: book it with :func:`engine.core.loop.finish_transfer`."""
         ...
 
     def arrives(self, outcome: Any) -> None:
@@ -69,19 +70,9 @@ class Instances(Protocol):
         ...
 
 
-def safe_choice(kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
-    """An answer that is never wrong: change nothing, or place where the fewest tokens wait."""
-    if kind in (Kind.REALLOCATE, Kind.TUNE):
-        return 0
-    instances = np.flatnonzero(mask[: len(mask) - 2])
-    if len(instances) == 0:
-        return int(np.flatnonzero(mask)[0])
-    return int(instances[candidates[instances, Col.OUTSTANDING].argmin()])
-
-
 class Runtime:
     """:param state: the cluster; nobody else may write to it while the loop runs
-    :param policy: answers the decisions; what it gets wrong, :func:`safe_choice` answers instead
+    :param policy: answers the decisions; what it gets wrong, ``decide.safe.safe_choice`` answers instead
     :param instances: where steps and transfers run
     :param clock: shared with ``instances``, which set or post the ends of what they start
     :param guard: asks the policy in the runtime's place, and has its own
@@ -112,7 +103,6 @@ class Runtime:
             self.set_policy(policy)
         else:
             self.policy = guard.policy
-            guard.attach(self)
 
     def set_policy(self, policy: Any) -> None:
         """Let ``policy`` (or what the guard made of it) answer from now on; its memory is fresh. Loop thread only."""
@@ -220,12 +210,3 @@ class Runtime:
             loop.wake(self.words, now)
         else:
             self.instances.arrives(outcome)
-
-    def book_lane(self, i: int, l: int) -> None:
-        """Book the step of lane (i, l) as done; the lane is idle then (for ``lane_ends``)."""
-        loop.finish_lane(self.words, i, l, self.clock.now)
-
-    def book_transfer(self, link: int) -> None:
-        """Book the transfer at the head of ``link`` as done and start the next (for ``link_ends``)."""
-        if loop.finish_transfer(self.words, link, self.clock.now):
-            self.instances.start_link(link)

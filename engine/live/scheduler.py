@@ -38,6 +38,7 @@ class Scheduler:
     :param policy: answers its decisions
     :param clock: shared with ``instances``
     :param guard: stands between scheduler and policy, and already has ``policy``
+    :ivar observers: hear of steps, transfers and requests; add to it before :meth:`start`
     :ivar max_tokens: tokens of the longest request, prompt and answer
     :ivar failure: what ended the scheduler's loop
     """
@@ -55,7 +56,9 @@ class Scheduler:
         self.state, self.clock = state, clock
         self.instances = instances
         self.runtime = Runtime(state, policy, instances, clock, guard)
-        instances.attach(self.runtime)
+        self.observers = instances.observers
+        if guard is not None:
+            guard.attach(instances.requests, self.observers)
         self._open = Door()
         instances.on_gone = self._open.one_less
         self._accepting = True
@@ -128,7 +131,7 @@ class Scheduler:
             for request in self.instances.requests:
                 if request is not None:
                     self.instances.heard(request, Delta(None, "", ERROR))
-            self.instances.after_step()
+            self.instances.announce(lambda observer: observer.settled())
             self._open.forget()
 
     # -- requests ----------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Scheduler:
         reason = OVERLOADED if self.accepting else UNAVAILABLE if self.is_dead or self._accepting else DRAINING
         away = TurnedAway(request.number, request.cls, reason)
         if not self._thread.is_alive():  # nobody else books anything any more
-            self.instances.on_refused(away)
+            self.instances.refuse(away)
         else:
             self._open.refused.append(away)
             if len(self._open.refused) == 1:  # one event for all that are turned away until it is handled
@@ -163,8 +166,8 @@ class Scheduler:
         raise Unavailable(self._why_not())
 
     def _book_refused(self) -> None:
-        for request in self._open.take_refused():
-            self.instances.on_refused(request)
+        for away in self._open.take_refused():
+            self.instances.refuse(away)
 
     def _why_not(self) -> str:
         if self.failure is not None:

@@ -44,12 +44,15 @@ class StepResult(NamedTuple):
 
     ``due``: those of ``deltas`` after which there is something to do for the request itself (``Request.due``).
     ``failed``: requests that cannot go on, and why.
+    ``run_s``: seconds that the lane's thread took, and ``cpu_s`` of its CPU meanwhile.
     """
 
     deltas: list[tuple[Request, Delta]]
     lost: InstanceLost | None = None
     due: Sequence[tuple[Request, Delta]] = ()
     failed: Sequence[tuple[Request, Exception]] = ()
+    run_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 class _Pass(NamedTuple):

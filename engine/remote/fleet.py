@@ -114,7 +114,7 @@ class Fleet:
     def leave(self, request: RemoteRequest) -> None:
         """Nobody waits for ``request`` any more. In the event loop."""
         request.gone = True
-        if request.answer.ended or request.reason is not None:
+        if request.answer.ended or request.finish is not None:
             return  # its end is on the way to the scheduler
         self.abandon(request)
         if request.cancel is not None:

@@ -145,7 +145,7 @@ class RemoteInstances(RequestBook[RemoteRequest]):
         """Its first token is out: of several attempts only one counts."""
         if not request.begun:
             request.begun = True
-            self._booked(self.on_first, request, self._state.req[request.slot])
+            self._tell_begun(request)
 
     def _again(self, request: RemoteRequest, why: End) -> None:
         """Place ``request`` anew: nobody has got anything of it."""

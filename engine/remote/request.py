@@ -108,7 +108,6 @@ class RemoteRequest(Ticket):
         self.apart = False  # its prompt may be computed by another engine than its answer
         self.source = -1  # the engine that has the KV of its prompt for another one
         self.failures = 0
-        self.reason: str | None = None  # the engine's finish reason
         # The event loop's:
         self.answer = Answer()
         self.cancel: Callable[[], None] | None = None  # hangs up on the engine
@@ -116,8 +115,3 @@ class RemoteRequest(Ticket):
         self.gone = False  # nobody waits for it
         self.kv: dict[str, Any] | None = None  # where its KV is, in the words of the engine that computed it
         self.letters = 0  # of its prompt, where its tokens were guessed from them
-
-    @property
-    def finish(self) -> str | None:
-        """Why its own output ended, as the engine said."""
-        return self.reason

@@ -87,7 +87,7 @@ class Upstream:
     def begin(self, request: RemoteRequest, number: int) -> None:
         """Send ``request``; what comes of it goes to its answer and into the reports."""
         attempt = Attempt(request, number)
-        request.reason = None
+        request.finish = None
         self.attempts.add(attempt)
         attempt.run(self._attempt(attempt))
 
@@ -170,7 +170,7 @@ class Upstream:
         answer = orjson.loads(body)
         usage = answer.get("usage") or {}
         attempt.total = max(int(usage.get("completion_tokens", 1)), 1)
-        attempt.request.reason = (answer.get("choices") or [{}])[0].get("finish_reason") or "length"
+        attempt.request.finish = (answer.get("choices") or [{}])[0].get("finish_reason") or "length"
         self._learn(attempt.request, usage)
         kind = response.headers.get("content-type", "application/json")
         attempt.request.answer.end(Reply(200, body, {"content-type": kind}))
@@ -254,7 +254,7 @@ class _Passing:
         self._attempt.total = n_tokens(chunk, self._attempt.total)
         for choice in chunk.get("choices") or ():
             if choice.get("finish_reason"):
-                self.finished, self._request.reason = True, choice["finish_reason"]
+                self.finished, self._request.finish = True, choice["finish_reason"]
         usage = chunk.get("usage")
         self.usage = usage or self.usage
         if self._whole is not None:

@@ -24,9 +24,9 @@ from engine.core.lists import HANDOVER, HELD, PLACING, queue_of
 from engine.core.slo import itl_edges_s
 from engine.kernels import compilations
 from engine.latency.evaluate import TICKS_PER_S
-from engine.live.book import RequestBook
 from engine.live.door import TurnedAway
-from engine.live.fate import DRAINING, OVERLOADED, UNAVAILABLE
+from engine.live.fate import DRAINING, OVERLOADED, UNAVAILABLE, Fate
+from engine.live.observer import Observer
 from engine.live.request import ABORT, ERROR, SHED, UNPLACEABLE, Ticket
 from engine.live.scheduler import Scheduler
 from engine.model.stopping import Finish
@@ -41,7 +41,7 @@ _E2E = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
-class Metrics:
+class Metrics(Observer):
     """The registry of one server.
 
     :param model: value of the label ``model_name``
@@ -67,32 +67,14 @@ class Metrics:
         self._decode = self._histogram("vllm:request_decode_time_seconds", "First to last token.", _E2E)
         self._prompt = self._histogram("vllm:request_prompt_tokens", "Prompt tokens.", _TOKENS)
         self._generated = self._histogram("vllm:request_generation_tokens", "Generated tokens.", _TOKENS)
-        self._subscribe(engine.instances)
-
-    def _subscribe(self, instances: RequestBook[Any]) -> None:
-        """Hear of requests, after whoever listens already."""
-        before_first, before_end, before_refused = instances.on_first, instances.on_end, instances.on_refused
-
-        def on_first(request: Ticket, record: np.void) -> None:
-            before_first(request, record)
-            self.observe_first(request, record)
-
-        def on_end(request: Ticket, record: np.void, finish: str) -> None:
-            before_end(request, record, finish)
-            self.observe(request, record, finish)
-
-        def on_refused(request: TurnedAway) -> None:
-            before_refused(request)
-            self.observe_refused(request)
-
-        instances.on_first, instances.on_end, instances.on_refused = on_first, on_end, on_refused
+        engine.observers.append(self)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
         family = Histogram(name, text, ["model_name", "engine"], buckets=buckets, registry=self.registry)
         return family.labels(self._model, "0")
 
-    def observe_first(self, request: Ticket, record: np.void) -> None:
-        """The first token of a request is out. Called in the scheduler's thread, as are the other two."""
+    def request_begun(self, request: Ticket, record: np.void) -> None:
+        """See :class:`engine.live.observer.Observer`."""
         arrival, first, started = (int(record[name]) for name in ("arrival", "first_token", "prefill_start"))
         self._prompt_tokens += request.n_prompt
         self._prompt.observe(request.n_prompt)
@@ -100,11 +82,11 @@ class Metrics:
         self._queue.observe((started - arrival) / TICKS_PER_S)
         self._prefill.observe((first - started) / TICKS_PER_S)
 
-    def observe(self, request: Ticket, record: np.void, finish: str) -> None:
-        """A request ended. One that was cut off has a length, but no latency of a whole answer."""
+    def request_ended(self, request: Ticket, record: np.void, finish: str, fate: Fate) -> None:
+        """See :class:`engine.live.observer.Observer`. What was cut off has a length, but no latency of an answer."""
         reason = finish or request.finish or str(Finish.LENGTH)
         self._ends[reason] = self._ends.get(reason, 0) + 1
-        self.met.observe(record, finish)
+        self.met.observe(int(record["cls"]), fate)
         generated = int(record["generated"])
         if generated > 0:
             self._generated.observe(generated)
@@ -116,11 +98,11 @@ class Metrics:
         self._e2e.observe((int(record["finished"]) - arrival) / TICKS_PER_S)
         self._decode.observe((last - first) / TICKS_PER_S)
 
-    def observe_refused(self, request: TurnedAway) -> None:
-        """A request was not taken in."""
-        key = (self.met.classes[request.cls], request.reason)
+    def request_refused(self, away: TurnedAway, fate: Fate) -> None:
+        """See :class:`engine.live.observer.Observer`."""
+        key = (self.met.classes[away.cls], away.reason)
         self._refused[key] = self._refused.get(key, 0) + 1
-        self.met.observe_refused(request.cls, request.reason)
+        self.met.observe_refused(away.cls, fate)
 
     def describe(self) -> list[Metric]:
         """Nothing to check at registration (part of the collector's contract)."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from engine.live.engine import Engine
+from engine.live.observer import Observer
 from engine.live.request import Delta, Request
 from engine.model.forms import Progress
 from engine.model.sampling import SamplingParams
@@ -66,19 +67,20 @@ class Stream:
             self._engine.abort(self.request)
 
 
-class Mailroom:
+class Mailroom(Observer):
     """Collects the deltas of a step and delivers them to their streams in one call of the event loop."""
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._out: list[tuple[Stream, Delta]] = []
-        engine.instances.after_step = self._send
+        engine.observers.append(self)
 
     def put(self, stream: Stream, delta: Delta) -> None:
         """In the scheduler's thread: something for ``stream``."""
         self._out.append((stream, delta))
 
-    def _send(self) -> None:
+    def settled(self) -> None:
+        """One wake-up of the event loop for all that came."""
         if self._out:
             batch, self._out = self._out, []
             self._loop.call_soon_threadsafe(self._deliver, batch)

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from engine.core.kinds import Role
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, queue_of, ready_of
 from engine.core.state import ClusterState
-from engine.live.fate import Fate, fate_of, fate_of_refused
+from engine.live.fate import Fate
 from engine.live.scheduler import Scheduler
 
 __all__ = ["STATES", "Attainment", "sm_shares", "state_of", "view"]
@@ -40,16 +38,13 @@ class Attainment:
         self._met = [[0, 0, 0] for _ in range(n)]
         self._recent: list[deque[tuple[bool, bool, bool]]] = [deque(maxlen=recent) for _ in range(n)]
 
-    def observe(self, record: np.void, finish: str) -> None:
-        """A request ended; ``record`` is its REQUEST record."""
-        self._count(int(record["cls"]), fate_of(record, finish))
-
-    def observe_refused(self, c: int, reason: str) -> None:
+    def observe_refused(self, c: int, fate: Fate) -> None:
         """A request of class ``c`` was not taken in."""
         self.refused[c] += 1
-        self._count(c, fate_of_refused(reason))
+        self.observe(c, fate)
 
-    def _count(self, c: int, fate: Fate) -> None:
+    def observe(self, c: int, fate: Fate) -> None:
+        """A request of class ``c`` ended."""
         if fate.good is None:
             return
         met = (fate.good, fate.ttft, fate.tpot)

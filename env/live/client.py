@@ -12,6 +12,8 @@ import numpy as np
 
 from engine.core.kinds import RequestState
 from engine.core.setup import blank_requests
+from engine.live.fate import Fate
+from engine.live.observer import Observer
 from engine.live.request import ABORT, Ticket
 from env.surrogate.arena import requests_of
 from env.workload import Trace
@@ -22,7 +24,7 @@ _LEAD_S = 0.02
 Send = Callable[[int, list[int]], Ticket]
 
 
-class Client:
+class Client(Observer):
     """Sends the requests of a trace at their times and keeps the record of each that ended."""
 
     def __init__(self, trace: Trace, vocabulary: int) -> None:
@@ -38,8 +40,8 @@ class Client:
         self._open = 0
         self._prompts = [_tokens(trace, r, vocabulary) for r in range(trace.n)]
 
-    def ended(self, request: Ticket, record: np.void, finish: str) -> None:
-        """The engine is done with ``request`` (its thread)."""
+    def request_ended(self, request: Ticket, record: np.void, finish: str, fate: Fate) -> None:
+        """See :class:`engine.live.observer.Observer`."""
         now = time.perf_counter_ns()
         with self._changed:
             row = self._row.pop(request.number)
@@ -55,7 +57,7 @@ class Client:
     def send_all(self, send: Send, drain_s: float) -> None:
         """Send everything in time and wait for the answers, at most ``drain_s`` after the last arrival.
 
-        :param send: hands in the request of a row with a prompt; its end must come to :meth:`ended`
+        :param send: hands in the request of a row with a prompt; its end must come to :meth:`request_ended`
         """
         begin = time.perf_counter_ns() + int(_LEAD_S * 1e9)
         roots = [(begin + int(s * 1e9), r) for r, s in enumerate(self._trace.arrival_s[: self._trace.n_roots])]
@@ -79,7 +81,7 @@ class Client:
             self._send(send, row, when)
 
     def _send(self, send: Send, row: int, when_ns: int) -> None:
-        with self._changed:  # ``ended`` waits until the request's row is known
+        with self._changed:  # ``request_ended`` waits until the request's row is known
             request = send(row, self._prompts[row])
             self.lag_s[row] = (time.perf_counter_ns() - when_ns) * 1e-9
             self._row[request.number] = row

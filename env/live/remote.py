@@ -118,7 +118,7 @@ def replay(
     fleet = Fleet([(engine.url, engine.keeps) for engine in engines])
     router = Router(state, bound, fleet)
     client = Client(trace, _VOCABULARY)
-    router.instances.on_end = client.ended
+    router.observers.append(client)
     model, counts = engines[0].model, all(engine.counts for engine in engines)
     common = {"model": model, "temperature": 0, "ignore_eos": True, "stream": True}
     common |= {"stream_options": {"include_usage": True} | ({"continuous_usage_stats": True} if counts else {})}

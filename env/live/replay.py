@@ -172,7 +172,7 @@ def replay(
     check_fits(trace, engine)
     probe = StepProbe(engine)
     client = Client(trace, engine.vocab_size)
-    engine.instances.on_end = client.ended
+    engine.observers.append(client)
 
     def send(row: int, prompt: list[int]) -> Ticket:
         params = SamplingParams(temperature=0.0, max_tokens=int(trace.output[row]), ignore_eos=True)

@@ -328,7 +328,6 @@ def _modelled_round(seed: int, counts: Counter[str]) -> list[str]:
     clock = VirtualClock(slots_of(len(state.inst), len(state.link)).total, int(state.cluster[0]["horizon_ticks"]))
     chaos = _Chaos(state, clock, trace.n_roots, seed)
     runtime = Runtime(state, _Anyhow(np.random.default_rng(seed), 0.01), chaos, clock)
-    chaos.attach(runtime)
     runtime.run()
     for kept in chaos.kept:
         interrupt.release_blocks(runtime.words, *kept)

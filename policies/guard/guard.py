@@ -24,16 +24,17 @@ import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, Kind, Need
+from engine.core.decide.safe import safe_choice
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.guard import DriftReport, GuardReport
-from engine.live.runtime import Runtime, safe_choice
+from engine.live.observer import Observer
 from policies.guard.breaker import Breaker, BreakerState
 from policies.guard.checks import NOT_FINITE, fits, inspect
 from policies.guard.config import GuardConfig
@@ -45,6 +46,9 @@ from policies.guard.report import LATENCY_EDGES_S, Taken, plain
 from policies.guard.roles import RoleGuard
 from policies.guard.snapshot import Snapshot
 from policies.guard.worker import Busy, Late
+
+if TYPE_CHECKING:  # it knows torch, and nobody here needs that
+    from engine.live.request import Ticket
 
 __all__ = ["LATENCY_EDGES_S", "Guard"]
 
@@ -96,7 +100,7 @@ class Guard:
         self._deadline_ns = self.config.deadline_us * 1e3
         self._meta = np.zeros(len(Meta), np.int64)
         self._seq = 0
-        self._requests: Any = None
+        self._requests: Sequence[Ticket | None] = ()  # by slot, where a request has a number
         self._now = self._looked_at = 0
         self._snapshot: Snapshot
         self.adopt(self.prepare(policy))
@@ -144,23 +148,10 @@ class Guard:
         what = {"name": snapshot.policy.name, **snapshot.policy.describe()}
         self.note("policy", generation=self.swaps, isolated=snapshot.isolated, policy=what)
 
-    def attach(self, runtime: Runtime) -> None:
-        """Learn how requests are called outside, and hear of their end where the instances tell."""
-        instances: Any = runtime.instances
-        self._requests = getattr(instances, "requests", None)
-        before, before_refused = getattr(instances, "on_end", None), getattr(instances, "on_refused", None)
-        if before is None or before_refused is None:
-            return
-
-        def on_end(request: Any, record: Any, finish: str) -> None:
-            before(request, record, finish)
-            self.outcomes.observe(request.number, request.slot, record, finish)
-
-        def on_refused(request: Any) -> None:
-            before_refused(request)
-            self.outcomes.refused(request.number, request.cls, request.reason)
-
-        instances.on_end, instances.on_refused = on_end, on_refused
+    def attach(self, requests: Sequence[Ticket | None], observers: list[Observer]) -> None:
+        """Learn how the ``requests`` of slots are called outside, and subscribe to their ends."""
+        self._requests = requests
+        observers.append(self.outcomes)
 
     # -- what an operator may say ------------------------------------------------------------------------------
 
@@ -314,9 +305,8 @@ class Guard:
         self.latency_sum_ns += took
         request = -1
         if kind <= _PLACE_DECODE:
-            request = subject
-            if self._requests is not None and self._requests[subject] is not None:
-                request = self._requests[subject].number
+            called = self._requests[subject] if self._requests else None
+            request = subject if called is None else called.number
         instance = candidates.item(action, _INSTANCE)
         self._recent.append((self._seq, now, kind, request, action, instance, advised, reason, took, self.swaps))
         if self.log is None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.core.columns import Col, Kind
 from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
-from engine.live.fate import Fate, fate_of, fate_of_refused
+from engine.live.door import TurnedAway
+from engine.live.fate import Fate
+from engine.live.observer import Observer
 from policies.guard.config import DriftConfig
 from policies.guard.drift import Drift
 from policies.guard.log.log import DecisionLog
+
+if TYPE_CHECKING:  # it knows torch, and nobody here needs that
+    from engine.live.request import Ticket
 
 __all__ = ["Outcomes"]
 
@@ -23,7 +28,7 @@ _PLACE_PREFILL = int(Kind.PLACE_PREFILL)
 _INSTANCE, _TTFT_S, _STEP_WITH_S = int(Col.INSTANCE), int(Col.TTFT_S), int(Col.STEP_WITH_S)
 
 
-class Outcomes:
+class Outcomes(Observer):
     """:param slots: request slots of the cluster
     :param classes: names of its SLO classes
     """
@@ -46,8 +51,9 @@ class Outcomes:
             self._ttft_s[slot] = candidates.item(action, _TTFT_S)
         self._tpot_s[slot] = candidates.item(action, _STEP_WITH_S)
 
-    def observe(self, number: int, slot: int, record: Any, finish: str) -> None:
-        """A request ended; ``record`` is its REQUEST record."""
+    def request_ended(self, request: Ticket, record: np.void, finish: str, fate: Fate) -> None:
+        """See :class:`engine.live.observer.Observer`."""
+        slot = request.slot
         predicted_ttft, predicted_tpot = self._ttft_s[slot], self._tpot_s[slot]
         self._ttft_s[slot] = self._tpot_s[slot] = 0.0
         ttft = tpot = None
@@ -63,8 +69,8 @@ class Outcomes:
         if self._log is not None:
             self._log.note(
                 "outcome",
-                request=number,
-                **self._fate(int(record["cls"]), finish or "done", fate_of(record, finish)),
+                request=request.number,
+                **self._fate(int(record["cls"]), finish or "done", fate),
                 instance=int(record["first_inst"]),
                 ttft_s=ttft,
                 predicted_ttft_s=predicted_ttft or None,
@@ -72,11 +78,12 @@ class Outcomes:
                 predicted_tpot_s=predicted_tpot or None,
             )
 
-    def refused(self, number: int, cls: int, reason: str) -> None:
-        """A request was not taken in."""
+    def request_refused(self, away: TurnedAway, fate: Fate) -> None:
+        """See :class:`engine.live.observer.Observer`."""
         if self._log is not None:
             unknown = dict.fromkeys(("instance", "ttft_s", "predicted_ttft_s", "tpot_s", "predicted_tpot_s"))
-            self._log.note("outcome", request=number, **self._fate(cls, reason, fate_of_refused(reason)), **unknown)
+            said = self._fate(away.cls, away.reason, fate)
+            self._log.note("outcome", request=away.number, **said, **unknown)
 
     def _fate(self, cls: int, finish: str, fate: Fate) -> dict[str, Any]:
         name = self._classes[cls] if cls < len(self._classes) else str(cls)

@@ -15,7 +15,9 @@ from runtime_cases import tables
 from engine.core.kinds import Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass
 from engine.live.engine import Engine, build_state
-from engine.live.request import Delta, Request
+from engine.live.fate import Fate
+from engine.live.observer import Observer
+from engine.live.request import Delta, Request, Ticket
 from engine.model import SamplingParams, load_model, load_tokenizer
 from policies.load import load_policy
 from policies.setting import Setting
@@ -57,6 +59,16 @@ class Caller:
     def wait(self) -> Caller:
         assert self.done.wait(240), "the request did not end"  # the first one may wait for the compiler
         return self
+
+
+class Ends(Observer):
+    """Calls ``heard`` with each request that ended, its record and why."""
+
+    def __init__(self, heard: Callable[[Ticket, np.void, str], Any]) -> None:
+        self._heard = heard
+
+    def request_ended(self, request: Ticket, record: np.void, finish: str, fate: Fate) -> None:
+        self._heard(request, record, finish)
 
 
 class FirstAllowed:

@@ -261,3 +261,9 @@ def test_rotation_without_old_files(tmp_path: Path) -> None:
     file.write([b"12345678\n", b"abcdefgh\n"])
     file.close()
     assert (tmp_path / "log").read_bytes() == b"abcdefgh\n"
+
+
+def test_the_writer_s_process_does_without_torch() -> None:
+    """It is started beside every guarded server, and again where it dies: what it imports is time and memory."""
+    check = "import sys, policies.guard.log.writer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_cases import GREEDY, KV, PROMPTS, FirstAllowed, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, PROMPTS, Ends, FirstAllowed, engine_on, mixed, send, until
 from runtime_cases import tables
 
 from engine.core.columns import Col, Ctx
@@ -64,8 +64,12 @@ def test_after_days_and_years_requests_are_served_with_their_targets(
     seen: list[tuple[int, int, int]] = []
     policy = Watcher()
     with engine_on(place, policy=policy) as engine:
-        engine.instances.on_end = lambda request, record, finish: seen.append(
-            (int(record["ttft_ok"]), int(record["tpot_ok"]), int(record["last_token"] - record["arrival"]))
+        engine.observers.append(
+            Ends(
+                lambda request, record, finish: seen.append(
+                    (int(record["ttft_ok"]), int(record["tpot_ok"]), int(record["last_token"] - record["arrival"]))
+                )
+            )
         )
         targets = {"ttft_s": 1000.0, "tpot_s": 500.0}
         assert send(engine, PROMPTS[0], LONG, **targets).wait().tokens == expected[0]
@@ -108,8 +112,8 @@ def test_the_longest_targets_are_met(tpot_s: float) -> None:
     policy = Watcher()
     with engine_on(mixed(), policy=policy) as engine:
         engine.state.cls["tpot_s"] = engine.state.cls["ttft_s"] = tpot_s
-        engine.instances.on_end = lambda request, record, finish: seen.append(
-            (int(record["ttft_ok"]), int(record["tpot_ok"]))
+        engine.observers.append(
+            Ends(lambda request, record, finish: seen.append((int(record["ttft_ok"]), int(record["tpot_ok"]))))
         )
         first = send(engine, PROMPTS[1], replace(GREEDY, max_tokens=300))
         until(lambda: len(first.tokens) > 150)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_cases import GREEDY, KV, PROMPTS, Caller, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, PROMPTS, Caller, Ends, engine_on, mixed, send, until
 from test_runtime_distributed import InThread, served_by
 
 from engine.core.kinds import Batching, Role
@@ -136,18 +136,22 @@ def test_a_caller_that_fails_loses_its_own_request(expected: list[list[int]]) ->
 
 
 def test_books_and_streams_that_cannot_be_written_stop_nobody(expected: list[list[int]]) -> None:
+    seen: list[str | None] = []
+
     def fail(*what: Any) -> None:
         raise OSError("no room")
 
     with engine_on(mixed()) as engine:
-        engine.instances.on_end = fail
-        engine.instances.after_step = fail
+        deaf = Ends(fail)
+        deaf.settled = fail  # type: ignore[method-assign]
+        engine.observers += [deaf, Ends(lambda request, record, finish: seen.append(request.finish))]
         assert send(engine, PROMPTS[2], LONG).wait().tokens == expected[2]
         with pytest.raises(OSError, match="no room"):
             engine.call(fail)
         engine.clock.post(engine.runtime.slots.arrival, fail)
         assert send(engine, PROMPTS[3], LONG).wait().tokens == expected[3]
         until(lambda: engine.n_open == 0)
+    assert len(seen) == 2, "one observer that fails hides nothing from the others"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from live_cases import GREEDY, KV, PROMPTS, FirstAllowed, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, PROMPTS, Ends, FirstAllowed, engine_on, mixed, send, until
 
 from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec
@@ -153,7 +153,7 @@ def test_full_memories_on_both_sides_of_a_link_lose_nothing(expected: list[list[
 def test_prompts_start_by_priority(expected: list[list[int]]) -> None:
     with engine_on(mixed(max_batch=1), prefix_cache=False) as engine:
         order: list[int] = []
-        engine.instances.on_end = lambda request, record, finish: order.append(request.priority)
+        engine.observers.append(Ends(lambda request, record, finish: order.append(request.priority)))
         first = send(engine, PROMPTS[5], LONG)
         until(lambda: bool(first.tokens))
         callers = [send(engine, PROMPTS[k], LONG, priority=p) for k, p in enumerate((5, 0, -3, 5, 1))]

@@ -17,6 +17,7 @@ from live_cases import (
     PROMPTS,
     TOKENIZER,
     Caller,
+    Ends,
     FirstAllowed,
     engine_on,
     mixed,
@@ -146,7 +147,7 @@ def test_answers_end_where_the_memory_does() -> None:
 def test_own_targets_and_stamps_reach_the_record() -> None:
     seen: list[Any] = []
     with engine_on(mixed()) as engine:
-        engine.instances.on_end = lambda request, record, finish: seen.append(record.copy())
+        engine.observers.append(Ends(lambda request, record, finish: seen.append(record.copy())))
         send(engine, PROMPTS[1], ttft_s=0.25, tpot_s=0.03).wait()
         until(lambda: len(seen) == 1)
     record = seen[0]

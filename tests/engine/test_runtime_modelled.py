@@ -208,7 +208,6 @@ def test_aborts_and_broken_transfers_give_every_block_back() -> None:
         clock = VirtualClock(slots_of(len(state.inst), len(state.link)).total, int(60e12))
         vandal = Vandal(state, clock, n_roots, seed=seed)
         runtime = Runtime(state, RandomPolicy(seed), vandal, clock)
-        vandal.attach(runtime)
         runtime.run()
         for lost in vandal.lost:
             interrupt.release_blocks(runtime.words, *lost)

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from live_cases import TOKENIZER, until
+from live_cases import TOKENIZER, Ends, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.errors import SlalomError
@@ -188,12 +188,10 @@ def test_bad_target_headers_are_refused_and_good_ones_reach_the_core(served: Ser
     bad = served.post("/v1/completions", {"prompt": PROMPT}, headers={"x-slo-ttft-ms": "soon"})
     assert (bad.status_code, "x-slo-ttft-ms" in bad.text) == (400, True)
     seen: list[int] = []
-    observe = served.engine.instances.on_end
-    served.engine.instances.on_end = lambda request, record, finish: (
-        seen.append(int(record["tpot_slo"])), observe(request, record, finish)
-    )[1]  # fmt: skip
+    observer = Ends(lambda request, record, finish: seen.append(int(record["tpot_slo"])))
+    served.engine.observers.append(observer)
     served.post("/v1/completions", {"prompt": PROMPT, **GREEDY}, headers={"x-llm-d-slo-tpot-ms": "40"})
-    served.engine.instances.on_end = observe
+    served.engine.observers.remove(observer)
     assert seen == [40 * 10**9]
 
 
@@ -210,8 +208,12 @@ def test_classes_and_priorities_of_requests_reach_the_core(served: Served, tmp_p
     seen: list[tuple[int, int, int]] = []
     scenario = ROOT / "env/scenarios/classes-6xa100.yaml"
     server = Served(classes=str(scenario))
-    server.engine.instances.on_end = lambda request, record, finish: seen.append(
-        (int(record["cls"]), int(record["ttft_slo"]) // 10**9, int(record["priority"]))
+    server.engine.observers.append(
+        Ends(
+            lambda request, record, finish: seen.append(
+                (int(record["cls"]), int(record["ttft_slo"]) // 10**9, int(record["priority"]))
+            )
+        )
     )
     try:
         body = {"prompt": PROMPT, **GREEDY}

@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 
 from engine.core.columns import Kind
 from engine.errors import SlalomError
+from engine.live.door import TurnedAway
+from engine.live.fate import fate_of, fate_of_refused
+from engine.live.request import Ticket
 from env.scenario import Scenario
 from eval.explain.cli import app, explain_policy
 from eval.explain.log import explain_decision, summary
@@ -86,7 +89,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         policy, state, log=DecisionLog(path, writer="thread"), deadline_us=1e6, breaker={"failures": 1000}
     )
     for r, row in enumerate(state.req):
-        guard.outcomes.observe(r, r, row, "")
+        ticket = Ticket(1, 1, lambda delta: None)
+        ticket.number = ticket.slot = r
+        guard.outcomes.request_ended(ticket, row, "", fate_of(row, ""))
     guard.close()
     return path
 
@@ -131,8 +136,8 @@ def test_refused_requests_are_part_of_the_log(log: Path, tmp_path: Path) -> None
     path.write_bytes(log.read_bytes())
     writer = DecisionLog(path, writer="thread")
     outcomes = Outcomes(4, DriftConfig(), writer, ["chat"])
-    outcomes.refused(901, 0, "overloaded")
-    outcomes.refused(902, 0, "draining")
+    for number, reason in ((901, "overloaded"), (902, "draining")):
+        outcomes.request_refused(TurnedAway(number, 0, reason), fate_of_refused(reason))
     writer.close()
     found = explain_decision(path, request="901")
     assert found["decisions"] == []
