@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engine.common.options import option, takes
+from engine.common.options import option, run_command, takes
 from engine.errors import SlalomError
 from eval.options import parse_rates, parse_requests
 
@@ -280,12 +280,8 @@ def _print(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    """Entry point: :class:`SlalomError` becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"eval-policy: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("eval-policy", app)
 
 
 if __name__ == "__main__":

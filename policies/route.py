@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engine.common.options import option, same, takes
+from engine.common.options import option, run_command, same, takes
 from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
-from engine.jit.kernel import is_warm
-from engine.jit.warm import told
 from policies import serve
 
 if TYPE_CHECKING:
@@ -232,31 +228,15 @@ def route(options: Options) -> None:
 
     /dashboard shows it live, /metrics counts it, and clients on this machine may change policy and mode under /admin.
     """
-    from engine.server.ending import reserve
-    from engine.server.keys import find_key
-    from engine.server.running import limits_of, run_server
+    from engine.server.running import open_and_serve
 
-    find_key(options.api_key, options.api_key_file)
-    limits = limits_of(options)
-    door = reserve(options.host, options.port)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
-    cold = not is_warm("engine.core.loop")
-    with told("compiling the scheduling core for this machine, once") if cold else nullcontext():
-        router, application = build(options)
-    where = f"http://{options.host}:{door.getsockname()[1]}"
-    n = len(router.state.inst)
-    print(f"routing to {n} engines on {where} with policy {router.runtime.policy.name}", file=sys.stderr)
-    run_server(application, door, options.drain_s, limits)
+    open_and_serve(options, lambda: build(options), lambda router: f"routing to {len(router.state.inst)} engines")
 
 
 def main() -> None:
-    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"route: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("route", app)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,19 @@ Heavy imports wait until the options are known to be good.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engine.common.options import option, takes
+from engine.common.options import option, run_command, takes
 from engine.common.yaml_documents import read_yaml
 from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, arranged
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
-from engine.jit.kernel import is_warm
-from engine.jit.warm import told
 from policies.guard.build import GuardOptions, build_guard
 from policies.load import load_policy
 from policies.setting import Setting
@@ -347,30 +343,14 @@ def serve(options: Options) -> None:
     /dashboard shows it live, /metrics counts it, and clients on this machine may change policy, roles and mode under
     /admin.
     """
-    from engine.server.ending import reserve
-    from engine.server.keys import find_key
-    from engine.server.running import limits_of, run_server
+    from engine.server.running import open_and_serve
 
-    find_key(options.api_key, options.api_key_file)  # said before the model is loaded
-    limits = limits_of(options)
-    door = reserve(options.host, options.port)
-    port = door.getsockname()[1]
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    cold = not is_warm("engine.core.loop")
-    with told("compiling the scheduling core for this machine, once") if cold else nullcontext():
-        engine, application = build(options)
-    where = f"http://{options.host}:{port}"
-    print(f"serving {options.model} on {where} with policy {engine.runtime.policy.name}", file=sys.stderr)
-    run_server(application, door, options.drain_s, limits)
+    open_and_serve(options, lambda: build(options), lambda engine: f"serving {options.model}")
 
 
 def main() -> None:
-    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"serve: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("serve", app)
 
 
 if __name__ == "__main__":

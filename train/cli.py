@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from engine.common.options import option, takes
+from engine.common.options import option, run_command, takes
 from engine.errors import SlalomError
 
 __all__ = ["app", "main"]
@@ -165,12 +165,8 @@ def _decided(o: Options) -> Options:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"train-policy: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("train-policy", app)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-__all__ = ["option", "same", "takes"]
+from engine.errors import SlalomError
+
+__all__ = ["option", "run_command", "same", "takes"]
 
 T = TypeVar("T")
 
@@ -67,3 +70,12 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
 
 def _default(options: type, name: str) -> Any:
     return getattr(options, name, inspect.Parameter.empty)  # a dataclass keeps defaults as attributes of the class
+
+
+def run_command(name: str, app: Callable[[], Any]) -> None:
+    """What an entry point does: a mistake of the user becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except SlalomError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -20,7 +20,7 @@ import torch
 import typer
 
 from engine.calibration.quick import measure
-from engine.errors import SlalomError
+from engine.common.options import run_command
 from engine.lanes.partitions import Lanes, make_device
 from engine.live.graphs import Capturer, CudaCapturer
 from engine.live.hosts import GraphSizes, LocalExecutor, lane_graphs
@@ -237,12 +237,8 @@ def _end_with_input() -> None:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"serve-worker: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("serve-worker", app)
 
 
 if __name__ == "__main__":

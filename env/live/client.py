@@ -6,22 +6,47 @@ import heapq
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from engine.calibration.probe import StepTrace
 from engine.core.kinds import RequestState
 from engine.core.setup import blank_requests
+from engine.latency.evaluate import TICKS_PER_S
 from engine.live.fate import Fate
 from engine.live.observer import Observer
 from engine.live.request import ABORT, Ticket
+from engine.live.scheduler import Scheduler
+from env.scenario import Scenario
 from env.surrogate.arena import requests_of
+from env.surrogate.simulate import RunResult
 from env.workload import Trace
 
-__all__ = ["Client", "Send", "from_zero", "targets_of"]
+__all__ = ["DRAIN_S", "Client", "EngineRun", "Send", "play", "said_of", "targets_of"]
 
+#: Seconds that requests still open at the last arrival are given, unless the caller says otherwise.
+DRAIN_S = 60.0
 _LEAD_S = 0.02
 Send = Callable[[int, list[int]], Ticket]
+
+
+@dataclass(frozen=True, eq=False)
+class EngineRun(RunResult):
+    """A run on the engine, or on engines of others.
+
+    :param device: what it ran on, model and precision included
+    :param lag_s: float64 (R,), how late the client sent each request; nan for those never sent
+    :param steps: every step of every lane; none where engines of others ran them
+    :param transfers: (blocks, seconds) of every KV transfer
+    """
+
+    device: str
+    lag_s: np.ndarray
+    steps: tuple[StepTrace, ...]
+    transfers: tuple[tuple[int, float], ...]
 
 
 class Client(Observer):
@@ -100,7 +125,39 @@ def _tokens(trace: Trace, row: int, vocabulary: int) -> list[int]:
     return [int(t) for t in tokens]
 
 
-def from_zero(records: np.ndarray, zero: int) -> np.ndarray:
+def play(scheduler: Scheduler, client: Client, send: Send, drain_s: float, **said: Any) -> EngineRun:
+    """Let ``client`` send its trace to ``scheduler``, which is started and closed here.
+
+    :param said: the other fields of :class:`EngineRun`, but for what the records and the clock say
+    :raises RuntimeError: the scheduler failed meanwhile
+    """
+    scheduler.observers.append(client)
+    begin, zero = time.perf_counter(), scheduler.clock.read()
+    try:
+        scheduler.start()
+        client.send_all(send, drain_s)
+        with suppress(Exception):
+            scheduler.call(lambda: scheduler.instances.doom_all(ABORT))
+    finally:
+        scheduler.close(timeout_s=10.0)
+    if scheduler.failure is not None:
+        raise RuntimeError("the scheduler failed while it replayed the scenario") from scheduler.failure
+    state = scheduler.state
+    return EngineRun(
+        req=_from_zero(client.records, zero), cluster=state.cluster[0], inst=state.inst, cls=state.cls, itl=state.itl,
+        duration_s=(scheduler.clock.read() - zero) / TICKS_PER_S, wall_s=time.perf_counter() - begin,
+        decisions=sum(scheduler.runtime.decisions.values()), policy=scheduler.runtime.policy.name,
+        events=int(state.cluster[0]["tokens_out"]), lag_s=client.lag_s, steps=(), transfers=(), **said,
+    )  # fmt: skip
+
+
+def said_of(scenario: Scenario, rate: float, seed: int) -> dict[str, Any]:
+    """Fields of :class:`EngineRun` that say what was asked for."""
+    names = tuple(c.name for c in scenario.classes)
+    return {"class_names": names, "n_gpus": scenario.n_gpus(), "rate": rate, "seed": seed, "scenario": scenario.name}
+
+
+def _from_zero(records: np.ndarray, zero: int) -> np.ndarray:
     """Stamps counted from the start of the run, as the surrogate's are."""
     for name in ("arrival", "placed", "prefill_start", "first_token", "last_token", "finished"):
         happened = records[name] >= 0

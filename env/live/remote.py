@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,15 +16,13 @@ from engine.core.policy import Policy
 from engine.core.setup import InstanceSpec
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
-from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import build_state
-from engine.live.request import ABORT, Ticket
+from engine.live.request import Ticket
 from engine.remote.discover import EngineFacts
 from engine.remote.fleet import Fleet
 from engine.remote.rehearse import rehearse
 from engine.remote.router import Router
-from env.live.client import Client, from_zero, targets_of
-from env.live.replay import DRAIN_S, EngineRun
+from env.live.client import DRAIN_S, Client, EngineRun, play, said_of, targets_of
 from env.scenario import Scenario
 from env.surrogate.arena import Arena, arena_of, build_trace, check_classes
 from env.surrogate.simulate import bind_policy
@@ -118,7 +115,6 @@ def replay(
     fleet = Fleet([(engine.url, engine.keeps) for engine in engines])
     router = Router(state, bound, fleet)
     client = Client(trace, _VOCABULARY)
-    router.observers.append(client)
     model, counts = engines[0].model, all(engine.counts for engine in engines)
     common = {"model": model, "temperature": 0, "ignore_eos": True, "stream": True}
     common |= {"stream_options": {"include_usage": True} | ({"continuous_usage_stats": True} if counts else {})}
@@ -130,23 +126,6 @@ def replay(
             whole=False, strip_usage=False, cls=int(trace.cls[row]), **targets_of(trace, row),
         )  # fmt: skip
 
-    begin, zero = time.perf_counter(), router.clock.read()
+    device = f"{len(engines)} engines of {model}"
     with _open(fleet):
-        try:
-            router.start()
-            client.send_all(send, drain_s)
-            with suppress(Exception):
-                router.call(lambda: router.instances.doom_all(ABORT))
-        finally:
-            router.close(timeout_s=10.0)
-    if router.failure is not None:
-        raise RuntimeError("the router failed while it replayed the scenario") from router.failure
-    end = router.clock.read()
-    return EngineRun(
-        req=from_zero(client.records, zero), cluster=state.cluster[0], inst=state.inst, cls=state.cls, itl=state.itl,
-        class_names=tuple(c.name for c in scenario.classes), n_gpus=scenario.n_gpus(),
-        duration_s=(end - zero) / TICKS_PER_S, wall_s=time.perf_counter() - begin,
-        decisions=sum(router.runtime.decisions.values()), events=int(state.cluster[0]["tokens_out"]), rate=rate,
-        seed=seed, policy=bound.name, scenario=scenario.name, device=f"{len(engines)} engines of {model}",
-        lag_s=client.lag_s, steps=(), transfers=(),
-    )  # fmt: skip
+        return play(router, client, send, drain_s, device=device, **said_of(scenario, rate, seed))

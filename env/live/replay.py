@@ -10,56 +10,33 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from engine.calibration.bench import warm_up
-from engine.calibration.probe import StepProbe, StepTrace
+from engine.calibration.probe import StepProbe
 from engine.core.policy import Policy
 from engine.core.setup import InstanceSpec
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
-from engine.latency.evaluate import TICKS_PER_S
 from engine.live.engine import Engine, build_state
-from engine.live.request import ABORT, Delta, Ticket
+from engine.live.request import Delta, Ticket
 from engine.model import SamplingParams, load_model, load_tokenizer
-from env.live.client import Client, from_zero, targets_of
+from env.live.client import DRAIN_S, Client, EngineRun, play, said_of, targets_of
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace, check_classes
-from env.surrogate.simulate import RunResult, bind_policy
+from env.surrogate.simulate import bind_policy
 from env.workload import Trace
 
-__all__ = ["DRAIN_S", "EngineRun", "Park", "park_of", "replay"]
-
-#: Seconds that requests still open at the last arrival are given, unless the caller says otherwise.
-DRAIN_S = 60.0
+__all__ = ["Park", "park_of", "replay"]
 
 
 def _ignore(delta: Delta) -> None:
     """Nobody listens: the engine's own stamps are the record."""
-
-
-@dataclass(frozen=True, eq=False)
-class EngineRun(RunResult):
-    """A run on the engine.
-
-    :param device: what it ran on, model and precision included
-    :param lag_s: float64 (R,), how late the client sent each request; nan for those never sent
-    :param steps: every step of every lane
-    :param transfers: (blocks, seconds) of every KV transfer
-    """
-
-    device: str
-    lag_s: np.ndarray
-    steps: tuple[StepTrace, ...]
-    transfers: tuple[tuple[int, float], ...]
 
 
 class Park:
@@ -172,7 +149,6 @@ def replay(
     check_fits(trace, engine)
     probe = StepProbe(engine)
     client = Client(trace, engine.vocab_size)
-    engine.observers.append(client)
 
     def send(row: int, prompt: list[int]) -> Ticket:
         params = SamplingParams(temperature=0.0, max_tokens=int(trace.output[row]), ignore_eos=True)
@@ -182,28 +158,12 @@ def replay(
     gc.collect()
     gc.freeze()
     gc.disable()
-    begin, decided = time.perf_counter(), engine.runtime.decisions
-    zero = engine.clock.read()
     try:
-        engine.start()
-        client.send_all(send, drain_s)
-        with suppress(Exception):
-            engine.call(lambda: engine.instances.doom_all(ABORT))
+        run = play(engine, client, send, drain_s, device=park.name, **said_of(scenario, rate, seed))
     finally:
         gc.enable()
         gc.unfreeze()
-        engine.close(timeout_s=10.0)
-    if engine.failure is not None:
-        raise RuntimeError("the engine failed while it replayed the scenario") from engine.failure
-    end = engine.clock.read()
-    return EngineRun(
-        req=from_zero(client.records, zero), cluster=state.cluster[0], inst=state.inst, cls=state.cls, itl=state.itl,
-        class_names=tuple(c.name for c in scenario.classes), n_gpus=scenario.n_gpus(),
-        duration_s=(end - zero) / TICKS_PER_S, wall_s=time.perf_counter() - begin,
-        decisions=sum(decided.values()), events=len(probe.steps), rate=rate, seed=seed, policy=bound.name,
-        scenario=scenario.name, device=park.name, lag_s=client.lag_s, steps=tuple(probe.steps),
-        transfers=tuple(probe.transfers),
-    )  # fmt: skip
+    return replace(run, events=len(probe.steps), steps=tuple(probe.steps), transfers=tuple(probe.transfers))
 
 
 _SCRATCHED: set[tuple[str, str]] = set()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engine.common.options import option, takes
+from engine.common.options import option, run_command, takes
 from engine.common.progress import Display
 from engine.errors import SlalomError
 from engine.model.device import choose_device, choose_dtype, where
@@ -232,12 +232,8 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"calibrate: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("calibrate", app)
 
 
 if __name__ == "__main__":

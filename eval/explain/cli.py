@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.common.options import run_command
 from engine.errors import SlalomError
 
 __all__ = ["app", "explain_policy", "main"]
@@ -100,12 +101,8 @@ def explain(
 
 
 def main() -> None:
-    """Entry point: :class:`SlalomError` becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"explain-policy: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("explain-policy", app)
 
 
 if __name__ == "__main__":

@@ -40,23 +40,24 @@ def roofline(model: str = "llama-8b", *, timed: bool = True) -> list[dict[str, A
     :raises RuntimeError: no Triton
     """
     config = DUMMY_SHAPES[model]
-    with _no_device() as launched:
+    launched: list[Any] = []
+    with without_device(launched.append):
         runner = _without_memory(config)
         steps = [("decode", n, _decodes(n)) for n in BATCHES] + [("prefill", n, _prompt(n)) for n in PROMPTS]
         return [_row(runner, kind, n, spans, launched, timed) for kind, n, spans in steps]
 
 
-def _row(runner: ModelRunner, kind: str, n: int, spans: Spans, launched: list[int], timed: bool) -> dict[str, Any]:
+def _row(runner: ModelRunner, kind: str, n: int, spans: Spans, launched: list[Any], timed: bool) -> dict[str, Any]:
     config, decodes = runner.model.config, kind == "decode"
     n_bytes, flop = _cost(config, n, decodes)
-    launched[0] = 0
+    launched.clear()
     with _Launches() as ours:
         _eager(runner, spans)
     memory_ms, compute_ms = n_bytes / BYTES_PER_S * 1e3, flop / FLOP_PER_S * 1e3
     replayed = n <= (DECODES if decodes else CHUNKS)[-1]
     row = {
         "step": kind, "n": n, "gb": n_bytes * 1e-9, "tflop": flop * 1e-12, "memory_ms": memory_ms,
-        "compute_ms": compute_ms, "floor_ms": max(memory_ms, compute_ms), "launches": ours.n + launched[0],
+        "compute_ms": compute_ms, "floor_ms": max(memory_ms, compute_ms), "launches": ours.n + len(launched),
         "replayed": replayed,
     }  # fmt: skip
     if timed:
@@ -156,20 +157,19 @@ class _NoDevice:
 
 
 @contextmanager
-def _no_device() -> Iterator[list[int]]:
-    """Triton's kernels are specialised, and compiled where new, but not run; their number is in the list."""
+def without_device(launched: Callable[[Any], object]) -> Iterator[None]:
+    """Triton's kernels are specialised, and compiled where new, but not run; ``launched`` gets each that would be."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    launched, usual, active = [0], JITFunction.__getitem__, driver._active
+    usual, active = JITFunction.__getitem__, driver._active
 
     def launch(self: Any, grid: Any) -> Any:
-        launched[0] += 1
-        return lambda *args, **kwargs: self.warmup(*args, grid=grid, **kwargs)
+        return lambda *args, **kwargs: launched(self.warmup(*args, grid=grid, **kwargs))
 
     JITFunction.__getitem__, driver._active = launch, _NoDevice()
     try:
-        yield launched
+        yield
     finally:
         JITFunction.__getitem__, driver._active = usual, active
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from engine.common.options import run_command
 from engine.errors import SlalomError
 
 __all__ = ["app", "main"]
@@ -215,12 +216,8 @@ def schedule(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Entry point: :class:`SlalomError` becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"plan-placement: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("plan-placement", app)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import typer
 from engine.common.documents import json_of
 from engine.common.files import read_json, write_bytes, write_json
 from engine.common.lines import lines
+from engine.common.options import run_command
 from engine.errors import SlalomError
 from env.measure.stats import stratified_iqm
 
@@ -368,12 +369,8 @@ def seeds(
 
 
 def main() -> None:
-    """Entry point: :class:`SlalomError` becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"seeds: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    run_command("seeds", app)
 
 
 if __name__ == "__main__":

@@ -22,18 +22,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.columns import Col, Ctx, Kind, Need
+from engine.core.columns import Col, Ctx, Kind
 from engine.core.policy import POLICY_SIGNATURE
 from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, or_hold
-from policies.rule import Param, Rule
-from policies.rules.parts.arima import slow_decide
+from policies.rule import Param
+from policies.rules.parts.arima import planner_rule
 from policies.rules.parts.disaggregated import CONDITIONAL_PARAMS, local_instance
-from policies.rules.parts.layout import split_layout, split_params
+from policies.rules.parts.layout import split_params
 from policies.rules.parts.planner import (
     ISL,
     ITL,
-    MEMORY_CELLS,
     OSL,
     PLANNER_PARAMS,
     RATE,
@@ -45,7 +44,7 @@ from policies.rules.parts.planner import (
     predicted,
 )
 from policies.rules.parts.pools import in_prefill_pool, least_prefill
-from policies.rules.parts.profile_tables import itl_prof, kv_tokens, largest_batch, tpot_slo, ttft_prof, with_tables
+from policies.rules.parts.profile_tables import itl_prof, kv_tokens, largest_batch, tpot_slo, ttft_prof
 
 __all__ = ["RULE", "correction", "decide", "plan"]
 
@@ -134,15 +133,11 @@ def decide(context, candidates, mask, params, memory):
     return or_hold(choice, candidates, mask)
 
 
-RULE = Rule(
-    name="dopd",
+RULE = planner_rule(
+    "dopd",
+    decide,
+    _PARAMS,
+    split_params(),
     doc="balances prefill and decode instances by forecast load, places prompts by length",
     source="DOPD (arXiv 2511.20982), planner of liao4s/DOPD with its defects repaired",
-    decide=decide,
-    needs=Need.LOAD | Need.PREDICT,
-    memory_size=MEMORY_CELLS,
-    params=(*_PARAMS, *split_params()),
-    prepare=with_tables(_PARAMS),
-    slow=lambda values: slow_decide(decide, values["forecast"]),
-    arrange=split_layout("dopd"),
 )

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.columns import Kind, Need
+from engine.core.columns import Kind
 from engine.core.policy import POLICY_SIGNATURE
 from engine.jit.kernel import kernel
 from policies.common import kind_of
-from policies.rule import Param, Rule
+from policies.rule import Param
 from policies.rules.dopd import correction
-from policies.rules.parts.arima import slow_decide
+from policies.rules.parts.arima import planner_rule
 from policies.rules.parts.disaggregated import CONDITIONAL_PARAMS, answer_conditionally
-from policies.rules.parts.layout import split_layout, split_params
+from policies.rules.parts.layout import split_params
 from policies.rules.parts.planner import (
     ISL,
-    MEMORY_CELLS,
     OSL,
     PLANNER_PARAMS,
     RATE,
@@ -36,7 +35,7 @@ from policies.rules.parts.planner import (
     interval_closed,
     predicted,
 )
-from policies.rules.parts.profile_tables import itl_prof, ttft_prof, with_tables
+from policies.rules.parts.profile_tables import itl_prof, ttft_prof
 
 __all__ = ["RULE", "concurrency", "decide", "plan"]
 
@@ -85,15 +84,11 @@ def decide(context, candidates, mask, params, memory):
     return answer_conditionally(context, candidates, mask, params[3], params[4])
 
 
-RULE = Rule(
-    name="dopd_code",
+RULE = planner_rule(
+    "dopd_code",
+    decide,
+    _PARAMS,
+    split_params(prefill_tokens=None),
     doc="DOPD's planner exactly as released, defects included",
     source="liao4s/DOPD, components/planner_dopd.py (arXiv 2511.20982)",
-    decide=decide,
-    needs=Need.LOAD | Need.PREDICT,
-    memory_size=MEMORY_CELLS,
-    params=(*_PARAMS, *split_params(prefill_tokens=None)),
-    prepare=with_tables(_PARAMS),
-    slow=lambda values: slow_decide(decide, values["forecast"]),
-    arrange=split_layout("dopd_code"),
 )

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.columns import Kind, Need
+from engine.core.columns import Kind
 from engine.core.policy import POLICY_SIGNATURE
 from engine.jit.kernel import kernel
 from policies.common import kind_of
-from policies.rule import Rule
 from policies.rules.dopd import correction
-from policies.rules.parts.arima import slow_decide
+from policies.rules.parts.arima import planner_rule
 from policies.rules.parts.disaggregated import CONDITIONAL_PARAMS, answer_conditionally
-from policies.rules.parts.layout import split_layout, split_params
+from policies.rules.parts.layout import split_params
 from policies.rules.parts.planner import (
     ISL,
-    MEMORY_CELLS,
     OSL,
     PLANNER_PARAMS,
     RATE,
@@ -35,7 +33,7 @@ from policies.rules.parts.planner import (
     interval_closed,
     predicted,
 )
-from policies.rules.parts.profile_tables import itl_prof, largest_batch, tpot_slo, ttft_prof, with_tables
+from policies.rules.parts.profile_tables import itl_prof, largest_batch, tpot_slo, ttft_prof
 
 __all__ = ["RULE", "decide", "plan"]
 
@@ -74,15 +72,11 @@ def decide(context, candidates, mask, params, memory):
     return answer_conditionally(context, candidates, mask, params[3], params[4])
 
 
-RULE = Rule(
-    name="dyn_sla",
+RULE = planner_rule(
+    "dyn_sla",
+    decide,
+    _PARAMS,
+    split_params(prefill_tokens=None),
     doc="Dynamo's SLA planner: instances from forecast load and profiled throughput under the targets",
     source="NVIDIA Dynamo SLA planner, as opposed to DOPD in arXiv 2511.20982 (DYN-SLA)",
-    decide=decide,
-    needs=Need.LOAD | Need.PREDICT,
-    memory_size=MEMORY_CELLS,
-    params=(*_PARAMS, *split_params(prefill_tokens=None)),
-    prepare=with_tables(_PARAMS),
-    slow=lambda values: slow_decide(decide, values["forecast"]),
-    arrange=split_layout("dyn_sla"),
 )

@@ -22,46 +22,26 @@ from engine.kernels.static import StaticBatch
 from engine.model import KVPool, Llama, ModelRunner
 from engine.model.config import DUMMY_SHAPES
 from engine.model.llama import Carry
+from eval.gpu_check.roofline import without_device
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled then")
 triton = pytest.importorskip("triton")
 STEPS, MOST = 4000, 10
 
 
-class NoDevice:
-    """As much of a driver as the front end asks for."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 @contextmanager
-def without_device(monkeypatch: pytest.MonkeyPatch, launched: Callable[[Any], None]) -> Iterator[pytest.MonkeyPatch]:
-    """Kernels are specialised, and compiled unless a hook says no, but not run; ``launched`` gets what was compiled."""
-    from triton.runtime import driver
+def fresh(launched: Callable[[Any], object]) -> Iterator[None]:
+    """No GPU, and nothing specialised so far; ``launched`` gets what was compiled."""
     from triton.runtime.jit import JITFunction
 
     from engine.kernels import triton_attention, triton_rows
-
-    def launch(self: Any, grid: Any) -> Any:
-        return lambda *args, **kwargs: launched(self.warmup(*args, grid=grid, **kwargs))
 
     for module in (triton_attention, triton_rows):
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):
                 kernel.device_caches.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(JITFunction, "__getitem__", launch)
-        patch.setattr(driver, "_active", NoDevice())
-        yield patch
+    with without_device(launched):
+        yield
 
 
 @contextmanager
@@ -73,7 +53,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
         met.add((fn.name.rpartition(".")[2], key))
         return True  # do not compile
 
-    with without_device(monkeypatch, lambda kernel: None) as patch:
+    with fresh(lambda kernel: None), monkeypatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "jit_cache_hook", ask)
         yield met
 
@@ -146,11 +126,9 @@ def test_what_graphs_launch_has_been_met_in_the_warm_up(runner: ModelRunner, mon
 
 
 @pytest.mark.slow
-def test_every_variant_that_serving_meets_compiles_for_hopper(
-    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_variant_that_serving_meets_compiles_for_hopper(runner: ModelRunner) -> None:
     compiled: list[Any] = []
-    with without_device(monkeypatch, compiled.append):
+    with fresh(compiled.append):
         runner.warm(132)
     kernels = {id(kernel): kernel for kernel in compiled}
     assert len(kernels) == MOST

@@ -13,7 +13,8 @@ import env  # noqa: F401  (registers the environment)
 from engine.core.kinds import RequestState, Role
 from engine.errors import SlalomError
 from engine.latency import Profile
-from env.live.replay import Engine, EngineRun, Park, model_of, replay
+from env.live.client import EngineRun
+from env.live.replay import Engine, Park, model_of, replay
 from env.measure.on_engine import engine_facts
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace

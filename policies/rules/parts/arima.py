@@ -17,12 +17,16 @@ from typing import Any
 import numpy as np
 from numba import njit, objmode
 
+from engine.core.columns import Need
 from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
+from policies.rule import Param, Rule
 from policies.rules.parts.forecast import SERIES_CELLS
-from policies.rules.parts.planner import AHEAD, LIBRARY, PENDING, SERIES
+from policies.rules.parts.layout import split_layout
+from policies.rules.parts.planner import AHEAD, LIBRARY, MEMORY_CELLS, PENDING, SERIES
+from policies.rules.parts.profile_tables import with_tables
 
-__all__ = ["forecast_series", "slow_decide"]
+__all__ = ["forecast_series", "planner_rule"]
 
 _LEAST_POINTS = 5
 
@@ -78,7 +82,7 @@ def _with_library(decide: Callable[..., Any]) -> Any:
     return slow
 
 
-def slow_decide(decide: Callable[..., Any], method: Any) -> Any:
+def _slow_decide(decide: Callable[..., Any], method: Any) -> Any:
     """What runs instead of ``decide`` for this forecast method: None but for the library's.
 
     :raises SlalomError: the library is wanted and not installed
@@ -87,3 +91,24 @@ def slow_decide(decide: Callable[..., Any], method: Any) -> Any:
         return None
     _model()
     return _with_library(decide)
+
+
+def planner_rule(
+    name: str, decide: Callable[..., Any], own: tuple[Param, ...], layout: tuple[Param, ...], *, doc: str, source: str
+) -> Rule:
+    """A planner of a split fleet that forecasts its load and knows the profile.
+
+    :param own: the parameters that ``decide`` reads, before the profile's tables; ``layout``: those of the split
+    """
+    return Rule(
+        name=name,
+        doc=doc,
+        source=source,
+        decide=decide,
+        needs=Need.LOAD | Need.PREDICT,
+        memory_size=MEMORY_CELLS,
+        params=(*own, *layout),
+        prepare=with_tables(own),
+        slow=lambda values: _slow_decide(decide, values["forecast"]),
+        arrange=split_layout(name),
+    )
