@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
 
-from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Ctx, Kind, Need
+from engine.core.columns import Ctx, Kind, Need
 from engine.core.policy import Policy
 from engine.live.engine import Engine
-from env.gym.vector_env import asked_kinds, observed_candidates
+from env.gym.base import DecisionVecEnv
 from env.live.replay import Park, model_of, park_of, replay
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of
-from env.surrogate.simulate import bind_policy
 
 __all__ = ["EngineVecEnv"]
 
@@ -85,7 +81,7 @@ class _Learner:
         return {"rule": self.rule.describe()}
 
 
-class EngineVecEnv(VecEnv):
+class EngineVecEnv(DecisionVecEnv):
     """One cluster on the engine; parameters as :class:`env.gym.vector_env.SlalomVecEnv`, which has those not named
     here.
 
@@ -108,14 +104,8 @@ class EngineVecEnv(VecEnv):
         auto_reset: bool = True,
         advise: bool = False,
     ) -> None:
-        arena = arena_of(scenario)
-        self.scenario, self.split, self.n_requests = scenario, split, n_requests
-        self.kinds = tuple(asked_kinds(scenario) if kinds is None else kinds)
-        self.n_candidates = observed_candidates(len(arena.specs), self.kinds)
-        self.n_features, self.n_context = CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
-        self.beta = beta if beta is not None else 1.0 / (8.0 * max(max(c.ttft_s for c in arena.classes), 0.25))
-        self.rates = rates or (0.7 * scenario.reference_rate, 1.3 * scenario.reference_rate)
-        self.policy: Policy = bind_policy(policy, scenario)
+        super().__init__(scenario, 1, policy, rates=rates, kinds=kinds, beta=beta, advise=advise)
+        self.split, self.n_requests = split, n_requests
         self.park = park or park_of(model_of(scenario)[0], "auto", model_of(scenario)[1])
         self.episodes = SimpleNamespace(seed=seed, number=np.full(1, -1, np.int64), forget=lambda: None)
         self._auto_reset, self.advise = auto_reset, advise
@@ -123,21 +113,13 @@ class EngineVecEnv(VecEnv):
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._now: _Asked | None = None
-        self._elapsed, self._action = np.zeros(1), 0
+        self._action = 0
         self._return, self._length = 0.0, 0
-        self.render_mode = None
-        low, size = np.float32(-100.0), self.n_context + self.n_candidates * (self.n_features + advise)
-        super().__init__(1, gym.spaces.Box(low, -low, (size,), np.float32), gym.spaces.Discrete(self.n_candidates))
 
     @property
     def trace(self) -> np.ndarray:
         """Which arrival sequence is played, int64 (1,)."""
         return self.episodes.number
-
-    @property
-    def elapsed_s(self) -> np.ndarray:
-        """Seconds between the decision that the last step answered and the next one, (1,)."""
-        return self._elapsed
 
     def action_masks(self) -> np.ndarray:
         """Allowed actions, bool (1, K)."""
@@ -248,20 +230,3 @@ class EngineVecEnv(VecEnv):
     def close(self) -> None:
         """End the running episode."""
         self._leave()
-
-    # -- the rest of the VecEnv interface --------------------------------------------------------------------------
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name)]
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        setattr(self, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        if method_name == "action_masks":
-            return [self.action_masks()[0]]
-        method: Callable[..., Any] = getattr(self, method_name)
-        return [method(*args, **kwargs)]
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, Literal
 
-import gymnasium as gym
 import numba
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv
 
-from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Kind, max_candidates
+from engine.core.columns import Kind, max_candidates
 from engine.core.policy import Policy
+from env.gym.base import DecisionVecEnv
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from env.surrogate.batch import ENDED, LAST, advance_many, new_buffers
 from env.surrogate.compiled import POLICY_ARGS, FirstClass, compiled
 from env.surrogate.episodes import Episodes
-from env.surrogate.simulate import bind_policy
 
-__all__ = ["SlalomVecEnv", "asked_kinds", "observed_candidates"]
+__all__ = ["SlalomVecEnv"]
 
 _F8, _F8T, _I8, _I8T = numba.float64[::1], numba.float64[:, ::1], numba.int64[::1], numba.int64[:, ::1]
 _SIGNATURE = (
@@ -29,28 +27,7 @@ _SIGNATURE = (
 )  # fmt: skip
 
 
-def asked_kinds(scenario: Scenario) -> tuple[Kind, ...]:
-    """Decision kinds that occur in ``scenario``."""
-    d = scenario.decisions
-    kinds = [Kind.PLACE_PREFILL]
-    if d.place_decode or d.reallocate or any(group.role == "prefill" for group in scenario.cluster):
-        kinds.append(Kind.PLACE_DECODE)
-    if d.reallocate:
-        kinds.append(Kind.REALLOCATE)
-    if d.tune:
-        kinds.append(Kind.TUNE)
-    return tuple(kinds)
-
-
-def observed_candidates(n_instances: int, kinds: Collection[Kind]) -> int:
-    """Candidate rows of an observation."""
-    k = n_instances + 2
-    if Kind.REALLOCATE in kinds:
-        k = max(k, 1 + 3 * n_instances)
-    return max(k, 5) if Kind.TUNE in kinds else k
-
-
-class SlalomVecEnv(VecEnv):
+class SlalomVecEnv(DecisionVecEnv):
     """``n_envs`` simulated clusters; one step answers one decision in each of them.
 
     An episode serves ``n_requests`` and is *truncated* at the decision about the last of them (never terminated):
@@ -88,23 +65,16 @@ class SlalomVecEnv(VecEnv):
         jitter: bool = True,
         advise: bool = False,
     ) -> None:
-        arena = arena_of(scenario)
-        n = len(arena.specs)
-        self.scenario = scenario
-        self.kinds = tuple(asked_kinds(scenario) if kinds is None else kinds)
-        self.n_candidates = observed_candidates(n, self.kinds)
-        self.n_features, self.n_context = CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS
-        self.beta = beta if beta is not None else 1.0 / (8.0 * max(max(c.ttft_s for c in arena.classes), 0.25))
-        self.policy = bind_policy(policy, scenario)
-        self.buffers = new_buffers(n_envs, self.n_candidates, max_candidates(n), advise)
-        reference = scenario.reference_rate
+        super().__init__(scenario, n_envs, policy, rates=rates, kinds=kinds, beta=beta, advise=advise)
+        most = max_candidates(len(arena_of(scenario).specs))
+        self.buffers = new_buffers(n_envs, self.n_candidates, most, advise)
         self.episodes = Episodes(
             scenario,
             n_envs,
             seed=seed,
             split=split,
             n_requests=n_requests,
-            rates=rates or (0.7 * reference, 1.3 * reference),
+            rates=self.rates,
             groups=min(groups or max(n_envs // 8, 1), n_envs),
             plan=self.policy.arrangement,
             beta=self.beta,
@@ -120,15 +90,6 @@ class SlalomVecEnv(VecEnv):
         self._actions = np.full(n_envs, -1, np.int64)
         self._infos: list[dict[str, Any]] = [{} for _ in range(n_envs)]
         self._returns, self._lengths = np.zeros(n_envs), np.zeros(n_envs, np.int64)
-        self._elapsed = np.zeros(n_envs)
-        self.render_mode = None
-        low = np.float32(-100.0)
-        size = self.buffers.observation.shape[1]
-        super().__init__(
-            n_envs,
-            gym.spaces.Box(low, -low, (size,), np.float32),
-            gym.spaces.Discrete(self.n_candidates),
-        )
 
     # -- what a learner reads beside the usual --------------------------------------------------------
 
@@ -136,11 +97,6 @@ class SlalomVecEnv(VecEnv):
     def trace(self) -> np.ndarray:
         """Which arrival sequence each cluster is on, int64 (n_envs,)."""
         return self.episodes.trace_id
-
-    @property
-    def elapsed_s(self) -> np.ndarray:
-        """Simulated seconds between the decision that the last step answered and the next one, (n_envs,)."""
-        return self._elapsed
 
     def action_masks(self) -> np.ndarray:
         """Allowed actions, bool (n_envs, K); a view."""
@@ -226,20 +182,3 @@ class SlalomVecEnv(VecEnv):
         """Continue with the episodes after those of ``env_state``; the next ``reset`` starts them."""
         self.episodes.number[:] = np.asarray(json.loads(state)["episode"], np.int64) + 1
         self._reset_seeds()  # it is the sequence of the seed in force that goes on
-
-    # -- the rest of the VecEnv interface ---------------------------------------------------------------
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        setattr(self, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        chosen: Sequence[int] = list(self._get_indices(indices))
-        if method_name == "action_masks":
-            return [self.buffers.mask[i] for i in chosen]
-        return [getattr(self, method_name)(*args, **kwargs)] * len(chosen)
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * len(list(self._get_indices(indices)))
