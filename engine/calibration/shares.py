@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from engine.lanes.base import WHOLE, Device
 from engine.live.graphs import Capturer
 from engine.model.llama import Llama
 
-__all__ = ["measure_share", "measured_shares", "share_sizes"]
+__all__ = ["measure_share", "share_sizes"]
 
 _REPEATS = 5
 
@@ -134,8 +134,3 @@ def measure_share(
         "corun_decode": max(statistics.median(slowed), 1.0),
         "guard": max(*slowed, 1.0),
     }
-
-
-def measured_shares(model: Llama, device: Device, space: Space, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
-    """:func:`measure_share` by size (as text, for JSON)."""
-    return {str(size): measure_share(model, device, space, size) for size in sizes}

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from engine.latency import Profile, list_profiles
-from engine.latency.fit import DecodeSamples, fit_decode, fit_prefill
-from engine.latency.profile import profiles_dir
-from engine.latency.published.make import published
-from engine.latency.published.operators import (
+from published_operators import (
     ELEMENTWISE,
     attention_table,
     layers_linear_s,
     operator_samples,
     vidur_linear_s,
 )
+
+from engine.latency import Profile, list_profiles
+from engine.latency.fit import DecodeSamples, fit_decode, fit_prefill
+from engine.latency.profile import profiles_dir
+from engine.latency.published.make import published
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = Path(os.environ.get("SLALOM_SHARED", ROOT.parent / "shared")) / "profiles"

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trace_stats import describe, gap_cv, reused_tokens
 
 from engine.errors import SlalomError
 from env.workload import Trace, read_trace, write_trace
-from env.workload.stats import describe, gap_cv, reused_tokens
 
 MOONCAKE = [
     {"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 2]},

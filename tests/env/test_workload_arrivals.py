@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 from scipy.stats import kstest
+from trace_stats import gap_cv, idc
 
 from env.workload.arrivals import ArrivalSpec, on_clock, weibull_shape
-from env.workload.stats import gap_cv, idc
 
 ARRIVAL: TypeAdapter = TypeAdapter(ArrivalSpec)
 

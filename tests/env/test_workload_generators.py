@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from trace_stats import describe, idc
 
 from engine.errors import SlalomError
 from env.workload import SPLIT_NAMES, parse_workload
-from env.workload.stats import describe, idc
 
 AZURE_CONV = {"kind": "preset", "name": "azure-conv"}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trace_stats import describe, gap_cv
 
 from engine.errors import SlalomError
 from env.workload import SPLIT_NAMES, parse_workload
-from env.workload.stats import describe, gap_cv
 
 SHARED = Path(os.environ.get("SLALOM_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "traces"
 

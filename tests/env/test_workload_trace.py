@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from trace_stats import describe, idc, reused_tokens
 
 from engine.errors import SlalomError
 from env.workload import Trace, assign_classes, concat, merge, scale_rate
 from env.workload.hashing import chain, refine
-from env.workload.stats import describe, idc, reused_tokens
 
 
 @st.composite

@@ -266,7 +266,8 @@ Fitted = tuple[
     Quad, tuple[float, ...], tuple[float, ...], Triple, tuple[float, float, int, int]
 ]  # prefill a, b, c, d; knot tokens; knot seconds; decode a, b, c; held-out errors and point counts
 
-# Our fits (engine.latency.fit, seed 0) in seconds to sums of published operator times, see operators.py:
+# Our fits (engine.latency.fit, seed 0) in seconds to sums of published operator times, by
+# tests/engine/published_operators.py:
 # A100: microsoft/vidur 7d475133 Meta-Llama-3-8B mlp.csv + AISimulate 0.13.0 A100 attention (vLLM 0.14.0);
 # H100: LLMServingSim 5daddb21 Llama-3.1-8B layers + vidur Llama-2-7b norms and rope (same width) + AISimulate
 # H100 attention (vLLM 0.24.0).
