@@ -14,6 +14,7 @@ import yaml
 
 from engine.jit import sources
 from env.measure.contender import Contender
+from env.scenario import Scenario
 
 __all__ = ["code_sha256", "file_sha256", "policy_sha256", "scenario_hash"]
 
@@ -41,7 +42,7 @@ def policy_sha256(contender: Contender) -> str:
     return digest.hexdigest()
 
 
-def scenario_hash(scenario: Any) -> str:
+def scenario_hash(scenario: Scenario) -> str:
     """Digest of a scenario's content, of the latency profiles it names and of the trace files it replays."""
     digest = hashlib.sha256(scenario.hash().encode())
     for profile in scenario.load_profiles():

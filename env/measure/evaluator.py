@@ -23,6 +23,7 @@ from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.metrics import block_counts, detailed, outcomes, summarize
 from env.measure.pool import finished, processes
+from env.scenario import Scenario
 
 __all__ = ["Evaluator", "arranged", "bound", "point_of", "simulated"]
 
@@ -30,7 +31,7 @@ __all__ = ["Evaluator", "arranged", "bound", "point_of", "simulated"]
 _ARRANGED: dict[tuple[str, str], Any] = {}
 
 
-def arranged(scenario: Any, contender: Contender) -> Any:
+def arranged(scenario: Scenario, contender: Contender) -> Scenario:
     """The scenario on the fixed arrangement that ``contender`` brings, made once per content; else as it is."""
     if not contender.cluster:
         return scenario
@@ -41,7 +42,7 @@ def arranged(scenario: Any, contender: Contender) -> Any:
     return _ARRANGED[key]
 
 
-def _served(scenario: Any) -> dict[str, Any]:
+def _served(scenario: Scenario) -> dict[str, Any]:
     """What is served, under vLLM's names; None for what a surrogate has not (tokenizer, guard)."""
     arrival = getattr(getattr(scenario, "workload", None), "arrival", None)
     kind, cv = getattr(arrival, "kind", None), getattr(arrival, "cv", None)
@@ -55,7 +56,7 @@ def _served(scenario: Any) -> dict[str, Any]:
     }
 
 
-def bound(scenario: Any, contender: Contender) -> Any:
+def bound(scenario: Scenario, contender: Contender) -> Any:
     """The policy ready to decide in ``scenario``, on the instance plans that ``contender`` brings, if it does.
 
     :raises SlalomError: it does not fit the scenario
@@ -68,7 +69,7 @@ def bound(scenario: Any, contender: Contender) -> Any:
     return replace(policy, arrangement=tuple(InstancePlan(**plan) for plan in contender.plans))
 
 
-def simulated(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Any:
+def simulated(scenario: Scenario, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Any:
     """The run of one point, a ``RunResult``."""
     from env.surrogate.simulate import simulate
 
@@ -78,7 +79,7 @@ def simulated(scenario: Any, contender: Contender, rate: float, seed: int, setti
 
 
 def measure(
-    scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings,
+    scenario: Scenario, contender: Contender, rate: float, seed: int, settings: PointSettings,
     watch: Callable[[Any], None] | None = None,
 ) -> Point:  # fmt: skip
     """Simulate one point; ``watch`` is shown the run."""
@@ -108,7 +109,6 @@ def point_of(
 class Evaluator:
     """Answers for points of one scenario, from memory, from the folder or by simulating.
 
-    :param scenario: ``env.scenario.Scenario``
     :param settings: common to all points
     :param jobs: 1 simulates here; more starts that many processes
     :param folder: finished points are kept here and read back; None keeps them in memory only
@@ -120,7 +120,7 @@ class Evaluator:
 
     def __init__(
         self,
-        scenario: Any,
+        scenario: Scenario,
         settings: PointSettings,
         *,
         jobs: int = 1,

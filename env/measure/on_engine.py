@@ -10,6 +10,7 @@ import numpy as np
 
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import arranged, bound, point_of
+from env.scenario import Scenario
 
 __all__ = ["engine_facts", "measure", "measure_remote", "on_park", "on_remote", "open_park"]
 
@@ -22,7 +23,7 @@ def open_park(model: str, profile_model: str, dtype: str, device: str = "auto") 
     return park_of(model or profile_model, device, dtype)
 
 
-def park_for(scenario: Any, model: str = "", device: str = "auto") -> Any:
+def park_for(scenario: Scenario, model: str = "", device: str = "auto") -> Any:
     """The park that ``scenario`` runs on.
 
     :raises SlalomError: no model is named, and the profile is of another engine
@@ -53,7 +54,7 @@ def engine_facts(run: Any) -> dict[str, Any]:
 
 
 def measure(
-    scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, *, park: Any
+    scenario: Scenario, contender: Contender, rate: float, seed: int, settings: PointSettings, *, park: Any
 ) -> Point:
     """As :func:`env.measure.evaluator.measure`, on the engine of ``park``."""
     from env.live.replay import replay
@@ -62,7 +63,7 @@ def measure(
 
 
 def measure_remote(
-    scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, *, engines: Any
+    scenario: Scenario, contender: Contender, rate: float, seed: int, settings: PointSettings, *, engines: Any
 ) -> Point:
     """As :func:`env.measure.evaluator.measure`, on engines of others (:class:`engine.remote.discover.EngineFacts`)."""
     from env.live.remote import replay
@@ -71,7 +72,7 @@ def measure_remote(
 
 
 def _measured(
-    replay: Callable[..., Any], backend: str, scenario: Any, contender: Contender, rate: float, seed: int,
+    replay: Callable[..., Any], backend: str, scenario: Scenario, contender: Contender, rate: float, seed: int,
     settings: PointSettings,
 ) -> Point:  # fmt: skip
     """The point of one run, played by ``replay`` on what it was given."""
@@ -93,7 +94,7 @@ def on_remote(urls: Sequence[str]) -> dict[str, Any]:
     return {"measure": partial(measure_remote, engines=engines), "label": f"remote {engines}"}
 
 
-def on_park(scenario: Any, model: str, note: Callable[[str], None]) -> dict[str, Any]:
+def on_park(scenario: Scenario, model: str, note: Callable[[str], None]) -> dict[str, Any]:
     """How an evaluator measures on our engine; ``note`` hears on which."""
     park = park_for(scenario, model)
     note(f"engine: {park.name}")

@@ -29,13 +29,13 @@ def run() -> dict[str, Any]:
             "ok": apart <= 0.02}  # fmt: skip
 
 
-def _both(scenario: Any, policy: str) -> dict[str, Any]:
+def _both(scenario: Scenario, policy: str) -> dict[str, Any]:
     found: dict[str, Any] = {mode: _search(scenario, policy, mode) for mode in ("sequential", "plain")}
     rates = zip(found["sequential"]["rates"], found["plain"]["rates"], strict=True)
     return found | {"apart": max(abs(a / b - 1.0) if b else float(a > 0.0) for a, b in rates)}
 
 
-def _search(scenario: Any, policy: str, mode: Any) -> dict[str, Any]:
+def _search(scenario: Scenario, policy: str, mode: Any) -> dict[str, Any]:
     with Evaluator(scenario, PointSettings(), measure=measure_sustained) as evaluator:
         search = Search(evaluator, Contender(policy), SEEDS, mode=mode)
     return {

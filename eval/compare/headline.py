@@ -26,6 +26,7 @@ from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.sustained import DEFINITION
 from env.measure.sustained_search import Search, measure_sustained, run_settings
+from env.scenario import Scenario
 
 __all__ = ["GRID", "SUSTAINED", "answers", "lead_with", "meetings", "search_all", "search_one"]
 
@@ -36,7 +37,7 @@ Table = Mapping[str, dict[str, Any]]
 
 
 def search_one(
-    scenario: Any, contender: Contender, seeds: Sequence[int], settings: PointSettings, targets: Sequence[float],
+    scenario: Scenario, contender: Contender, seeds: Sequence[int], settings: PointSettings, targets: Sequence[float],
     folder: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Sustained goodput of one policy, JSON-ready; ``by_seed`` for the first target."""
@@ -52,7 +53,7 @@ def _quiet() -> None:
 
 
 def search_all(
-    scenario: Any,
+    scenario: Scenario,
     contenders: Sequence[Contender],
     seeds: Sequence[int],
     settings: PointSettings,

@@ -24,6 +24,7 @@ from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import TARGETS
 from env.measure.sustained_search import measure_sustained
+from env.scenario import Scenario
 from eval.compare.headline import SUSTAINED, lead_with, meetings, search_all
 from eval.compare.paired import compare
 from eval.compare.verdict import is_learned, meeting_point, ranking
@@ -81,7 +82,7 @@ class Request:
     :param sustained: lead with sustained goodput (see ``eval.sustained``); only where goodput is searched by simulating
     """
 
-    scenario: Any
+    scenario: Scenario
     policies: tuple[str, ...]
     rates: tuple[float, ...] | None = None
     seeds: int = 3
@@ -233,7 +234,7 @@ def _unfinished(request: Request, rate: float) -> str:
     return workload.unfinished(rate, request.settings.n_requests) if workload is not None else ""
 
 
-def scaled(scenario: Any, factor: float) -> Any:
+def scaled(scenario: Scenario, factor: float) -> Scenario:
     """The scenario with every TTFT and TPOT target multiplied by ``factor``.
 
     :raises SlalomError: not a positive number

@@ -20,6 +20,7 @@ from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import bound
 from env.measure.metrics import outcomes
+from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace, horizon_s
 from env.surrogate.clock import new_sim
 from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
@@ -32,7 +33,7 @@ _BINS = 60  # of attainment over time
 
 
 def shadow(
-    scenario: Any, subject: Contender, rival: Contender, rate: float, seed: int, settings: PointSettings
+    scenario: Scenario, subject: Contender, rival: Contender, rate: float, seed: int, settings: PointSettings
 ) -> dict[str, Any]:
     """Run ``subject`` with ``rival`` looking over its shoulder, then ``rival`` alone on the same arrivals.
 
@@ -65,7 +66,7 @@ class _Watched:
 
     def __init__(
         self,
-        scenario: Any,
+        scenario: Scenario,
         contender: Contender,
         rate: float,
         seed: int,

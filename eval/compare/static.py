@@ -19,6 +19,7 @@ from env.measure.contender import STATIC_PLAN as NAME
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.level import mean_level, measure_level
+from env.scenario import Scenario
 from eval.placement.disaggregation import reference, siblings
 from eval.placement.placement import Arrangement, arrangements, orders, variants
 from train.search.fitness import merged
@@ -103,7 +104,7 @@ def _level(evaluator: Evaluator, arrangement: Arrangement, seeds: Sequence[int])
 
 
 def search_static(
-    scenario: Any,
+    scenario: Scenario,
     trials: int,
     *,
     knee: float,
@@ -164,7 +165,7 @@ def _knee(search: Evaluator, listed: Sequence[Arrangement], least: float) -> flo
 
 
 def _trials(
-    scenario: Any, listed: list[Arrangement], trials: int, scored: list[tuple[float, Arrangement]]
+    scenario: Scenario, listed: list[Arrangement], trials: int, scored: list[tuple[float, Arrangement]]
 ) -> Iterator[Arrangement]:
     """What to try next; ``scored`` grows between two answers."""
     families: dict[str, list[Arrangement]] = {}

@@ -150,7 +150,7 @@ def cells_of(request: TableRequest) -> list[str]:
 # -- one cell --------------------------------------------------------------------------------------------------
 
 
-def steady_requests(scenario: Any, rate: float) -> int:
+def steady_requests(scenario: Scenario, rate: float) -> int:
     """Requests of a run at ``rate`` that is long against the time one request may take, at least the scenario's."""
     trace = build_trace(scenario, rate, 1000, 0, "train")
     shares = np.bincount(trace.cls, minlength=len(scenario.classes)) / trace.n
@@ -175,7 +175,7 @@ def _knee(task: _Task) -> dict[str, Any]:
     return {"knee": best, "requests": n}
 
 
-def _reference(scenario: Any, settings: PointSettings, start: float) -> float:
+def _reference(scenario: Scenario, settings: PointSettings, start: float) -> float:
     best = 0.0
     with Evaluator(scenario, settings) as evaluator:
         for rule in _REFERENCES:
@@ -203,7 +203,7 @@ def run_cell(task: _Task) -> dict[str, Any]:
         return cell | {"refused": str(error), "untuned": None, "tuned": None}
 
 
-def _figures(task: _Task, scenario: Any, evaluator: Evaluator, contender: Contender) -> dict[str, Any]:
+def _figures(task: _Task, scenario: Scenario, evaluator: Evaluator, contender: Contender) -> dict[str, Any]:
     """Sustained goodput with interval, and what the policy does at the scenario's reference rate."""
     seeds, key = range(task.request.seeds), f"{TARGET:g}"
     found = answers(search_one(scenario, contender, seeds, evaluator.settings, (TARGET,), None), key)
@@ -231,7 +231,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _effort(scenario: Any, settings: PointSettings, asked: float | None) -> dict[str, Any]:
+def _effort(scenario: Scenario, settings: PointSettings, asked: float | None) -> dict[str, Any]:
     """Of a search: half the requests of a run, one seed; then four finalists on two fresh seeds.
 
     :param asked: simulated requests, at most
@@ -244,7 +244,7 @@ def _effort(scenario: Any, settings: PointSettings, asked: float | None) -> dict
     }  # fmt: skip
 
 
-def _tuned(task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator) -> dict[str, Any] | None:
+def _tuned(task: _Task, scenario: Scenario, settings: PointSettings, evaluator: Evaluator) -> dict[str, Any] | None:
     if task.request.tune == 0 or os.path.isdir(task.policy):
         return None
     rates = [factor * task.knee for factor in FACTORS]
@@ -259,7 +259,7 @@ def _tuned(task: _Task, scenario: Any, settings: PointSettings, evaluator: Evalu
     return _figures(task, scenario, evaluator, contender) | {"search": search}
 
 
-def _static(task: _Task, scenario: Any, settings: PointSettings, evaluator: Evaluator) -> dict[str, Any]:
+def _static(task: _Task, scenario: Scenario, settings: PointSettings, evaluator: Evaluator) -> dict[str, Any]:
     trials = task.request.tune or TRIALS
     effort = _effort(scenario, settings, task.request.tune_requests)
     found = search_static(scenario, trials, knee=task.knee, factors=FACTORS, **effort)

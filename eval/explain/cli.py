@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from engine.common.options import run_command
 from engine.errors import SlalomError
+
+if TYPE_CHECKING:
+    from env.scenario import Scenario
 
 __all__ = ["app", "explain_policy", "main"]
 
@@ -25,7 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def explain_policy(
-    policy: str, scenario: Any, *, rate: float | None = None, requests: int = 1500, seeds: int = 3, depth: int = 3
+    policy: str, scenario: Scenario, *, rate: float | None = None, requests: int = 1500, seeds: int = 3, depth: int = 3
 ) -> dict[str, Any]:
     """Everything ``--policy`` shows, as plain data.
 

@@ -23,6 +23,7 @@ from engine.core.columns import Col, Ctx, Kind, Need
 from engine.core.kinds import RequestState
 from engine.core.policy import Policy
 from engine.errors import SlalomError
+from env.scenario import Scenario
 
 __all__ = ["BASELINE", "Decision", "Recorder", "deviations", "distil", "gain", "importance", "record"]
 
@@ -121,7 +122,7 @@ class Recorder:
             self.kept[at] = decision
 
 
-def record(scenario: Any, policy: Any, *, rate: float, n_requests: int, seed: int, limit: int = 4000) -> Recorder:
+def record(scenario: Scenario, policy: Any, *, rate: float, n_requests: int, seed: int, limit: int = 4000) -> Recorder:
     """Play ``n_requests`` of the scenario's test window and keep what was decided.
 
     :raises SlalomError: unknown policy; a run without a single choice
@@ -285,7 +286,13 @@ def deviations(recorder: Recorder, kind: Kind) -> dict[str, Any] | None:
 
 
 def gain(
-    scenario: Any, policy: Any, *, rate: float, n_requests: int, seeds: Sequence[int], differing: Mapping[int, set[int]]
+    scenario: Scenario,
+    policy: Any,
+    *,
+    rate: float,
+    n_requests: int,
+    seeds: Sequence[int],
+    differing: Mapping[int, set[int]],
 ) -> dict[str, Any]:
     """Attainment of both policies on the same arrivals, and of the requests where they differed.
 

@@ -31,6 +31,7 @@ from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
 from env.measure.metrics import outcomes
+from env.scenario import Scenario
 from eval.fidelity.errors import Case, row_of, summary_of
 from eval.fidelity.promise import promise_of
 from eval.fidelity.remote import is_router
@@ -69,7 +70,7 @@ def observed(run: Any) -> dict[str, Any]:
     }
 
 
-def sources(run: Any, scenario: Any) -> dict[str, float]:
+def sources(run: Any, scenario: Scenario) -> dict[str, float]:
     """Where an engine run parts from the profile: relative to the time of all its steps."""
     from engine.core.durations import step_ticks
     from engine.latency import pack
@@ -105,7 +106,7 @@ def sources(run: Any, scenario: Any) -> dict[str, float]:
 # -- planning ------------------------------------------------------------------------------------------------
 
 
-def plan(scenario: Any, policies: Sequence[str], loads: Sequence[float], run_s: float) -> list[Case]:
+def plan(scenario: Scenario, policies: Sequence[str], loads: Sequence[float], run_s: float) -> list[Case]:
     """The cases of one scenario: loads are shares of the median goodput the surrogate finds for ``policies``.
 
     Of the best policy's goodput, most others would be asked for more than they can serve.
@@ -228,18 +229,18 @@ def fidelity(
     }
 
 
-def _surrogate(simulate: Any, scenario: Any, case: Case, slowdown: float = 1.0) -> Any:
+def _surrogate(simulate: Any, scenario: Scenario, case: Case, slowdown: float = 1.0) -> Any:
     return simulate(
         scenario, case.policy, rate=case.rate, n_requests=case.n_requests, seed=1, slowdown=slowdown
     )  # fmt: skip
 
 
-def _at_speed(simulate: Any, scenario: Any, case: Case, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _at_speed(simulate: Any, scenario: Scenario, case: Case, entry: Mapping[str, Any]) -> dict[str, Any]:
     """The surrogate at the speed that the machine had around the engine run ``entry``."""
     return observed(_surrogate(simulate, scenario, case, float(np.mean(entry["slowdown"]))))
 
 
-def _path(out: Path | None, scenario: Any, case: Case, repetition: int, device: str) -> Path | None:
+def _path(out: Path | None, scenario: Scenario, case: Case, repetition: int, device: str) -> Path | None:
     if out is None:
         return None
     # Not the fidelity that this very command writes into the profile: more repetitions may follow.
@@ -311,7 +312,6 @@ def command(
     """``eval-policy --fidelity``; with ``engines`` on those of others, else on our own."""
     from rich.console import Console
 
-    from env.scenario import Scenario
     from eval.options import parse_rates
 
     if out is not None and not resume and os.path.exists(out / "runs") and any((out / "runs").iterdir()):

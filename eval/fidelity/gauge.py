@@ -19,6 +19,7 @@ from engine.calibration.assemble import predict_s
 from engine.calibration.bench import Bench
 from engine.calibration.points import Point
 from engine.latency import pack
+from env.scenario import Scenario
 
 __all__ = ["Gauge"]
 
@@ -36,7 +37,7 @@ class Gauge:
     :param rounds: times that each reference step is taken
     """
 
-    def __init__(self, model: Any, scenario: Any, rounds: int = 3) -> None:
+    def __init__(self, model: Any, scenario: Scenario, rounds: int = 3) -> None:
         heads, shares = pack(scenario.load_profiles())
         self._rounds = rounds
         self._expected, self._benches = [], []

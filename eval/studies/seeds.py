@@ -34,6 +34,7 @@ from engine.common.lines import lines
 from engine.common.options import run_command
 from engine.errors import SlalomError
 from env.measure.stats import stratified_iqm
+from env.scenario import Scenario
 
 __all__ = ["Curve", "Stage", "app", "main", "read_stages", "summarise"]
 
@@ -127,7 +128,7 @@ def read_stages(folder: Path) -> list[Stage]:
 class _Yardstick:
     """The largest rate with a level of 90 % on fresh validation windows; kept in a folder, so measured once."""
 
-    def __init__(self, scenario: Any, folder: Path) -> None:
+    def __init__(self, scenario: Scenario, folder: Path) -> None:
         from env.measure.digest import code_sha256, scenario_hash
         from env.surrogate.arena import arena_of
         from train.search.fitness import Fitness
@@ -177,7 +178,7 @@ class _Yardstick:
 
 
 def _best_rule(
-    scenario: Any, rules: Sequence[str], requests: float, yardstick: _Yardstick, out: Path
+    scenario: Scenario, rules: Sequence[str], requests: float, yardstick: _Yardstick, out: Path
 ) -> dict[str, Any]:
     """The best of ``rules``, each as published and tuned with ``requests`` simulated requests.
 
@@ -219,7 +220,6 @@ def _best_rule(
 
 def _curves(scenario_name: str, runs: int, rules: Sequence[str], out: Path) -> tuple[list[Curve], dict[str, Any]]:
     """The curves of one scenario's trainings and the rule they are measured by."""
-    from env.scenario import Scenario
     from eval.studies.scoreboard import CHECKPOINTS, OPPONENTS
 
     scenario = Scenario.load(scenario_name)

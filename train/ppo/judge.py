@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from env.measure.contender import Contender, PointSettings
 from env.measure.level import measure_level, run_length
 from env.measure.pool import processes, watched
+from env.scenario import Scenario
 
 __all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_level"]
 
@@ -47,7 +48,7 @@ class Judge(Protocol):
 
 
 def mean_level(
-    scenario: Any, contender: Contender, rates: Sequence[float], seeds: Sequence[int], settings: PointSettings
+    scenario: Scenario, contender: Contender, rates: Sequence[float], seeds: Sequence[int], settings: PointSettings
 ) -> Verdict:
     """Simulate every (rate, seed)."""
     rows = []
@@ -65,7 +66,7 @@ class SimulatorJudge:
     :param background: judge in a second process; otherwise ``submit`` blocks until it is done
     """
 
-    def __init__(self, scenario: Any, rates: Sequence[float], n_requests: int, *, background: bool = True) -> None:
+    def __init__(self, scenario: Scenario, rates: Sequence[float], n_requests: int, *, background: bool = True) -> None:
         self._scenario, self._rates = scenario, tuple(rates)
         self._settings = PointSettings(n_requests=n_requests, split="valid")
         self._pool = processes(1, niceness=5) if background else None  # it must not slow the training beside it

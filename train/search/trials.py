@@ -17,6 +17,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.level import mean_level
+from env.scenario import Scenario
 from policies.rule import Param, Rule, Value
 from train.search.fitness import merged
 from train.search.levers import Levers
@@ -209,7 +210,11 @@ def _trial(
 
 
 def _remote_trial(
-    scenario: Any, settings: PointSettings, measure: Callable[..., Any], contender: Contender | None, course: _Course
+    scenario: Scenario,
+    settings: PointSettings,
+    measure: Callable[..., Any],
+    contender: Contender | None,
+    course: _Course,
 ) -> tuple[Outcome | None, int]:
     """As :func:`_trial`, as a job of its own; with the requests simulated."""
     with Evaluator(scenario, settings, measure=measure) as here:
