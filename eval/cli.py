@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -22,6 +22,8 @@ from eval.options import parse_rates, parse_requests
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from eval.compare.result import Comparison
 
 __all__ = ["app", "main"]
 
@@ -157,7 +159,7 @@ def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> Non
     for path in written.values():
         console.print(f"wrote {path}", highlight=False)
     if o.as_json:
-        sys.stdout.write(json.dumps(result, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(result.to_json(), allow_nan=False) + "\n")
     else:
         _print(result, Console(width=None if sys.stdout.isatty() else 120))
 
@@ -230,7 +232,7 @@ def _kept(what: str, out: Path | None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _write(result: dict[str, Any], out: Path | None) -> dict[str, Path]:
+def _write(result: Comparison, out: Path | None) -> dict[str, Path]:
     if out is None:
         return {}
     from eval.report.page import write_report
@@ -238,42 +240,36 @@ def _write(result: dict[str, Any], out: Path | None) -> dict[str, Path]:
     return write_report(result, out)
 
 
-def _print(result: dict[str, Any], console: Console) -> None:
+def _print(result: Comparison, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from eval.compare.verdict import is_sustained, lost_share, meeting_point, ranking, verdict
+    from eval.compare.verdict import lost_share, verdict
 
-    searched, lasting = result["mode"] == "goodput", is_sustained(result)
-    kind = ": sustained goodput in requests/s" if lasting else ": classic goodput in requests/s"
-    title = result["settings"]["scenario"] + (kind if searched else ": attainment in %")
+    kind = ": sustained goodput in requests/s" if result.is_sustained else ": classic goodput in requests/s"
+    title = result.settings["scenario"] + (kind if result.searched else ": attainment in %")
     table = Table(title=escape(title))
     table.add_column("policy", no_wrap=True)
-    if searched:
-        heads = [f"at {100 * t:g} %" for t in result["targets"]] + ["95 % interval", "per GPU"]
-        heads += [f"classic at {100 * result['targets'][0]:g} %", "stability"] if lasting else []
+    if result.searched:
+        heads = [f"at {100 * t:g} %" for t in result.targets] + ["95 % interval", "per GPU"]
+        heads += [f"classic at {100 * result.lead:g} %", "stability"] if result.is_sustained else []
     else:
-        heads = [f"{p['rate']:.4g}/s" for p in result["policies"][0]["points"]] + [
-            "IQM",
-            "95 % interval",
-        ]
-    heads.append(f"lost at {meeting_point(result, result['policies'][0])['rate']:.4g}/s")
+        heads = [f"{p['rate']:.4g}/s" for p in result.policies[0].points] + ["IQM", "95 % interval"]
+    heads.append(f"lost at {result.meeting_point(result.policies[0])['rate']:.4g}/s")
     for head in heads:
         table.add_column(escape(head), justify="right", no_wrap=True)
-    for policy in ranking(result):
-        if searched:
-            found = [policy["goodput"][f"{t:g}"] for t in result["targets"]]
-            cells = [f"{f['rate']:.4g}" for f in found]
-            cells += [f"{found[0]['low']:.4g} to {found[0]['high']:.4g}", f"{found[0]['per_gpu']:.4g}"]
-            if lasting:
-                classic = policy["classic_goodput"][f"{result['targets'][0]:g}"]
-                cells += [f"{classic['rate']:.4g}", f"{policy['sustained']['stability_limit']:.4g}"]
+    for side in result.ranking():
+        if over := side.iqm_attainment:
+            cells = [f"{100 * p['slo_attainment']:.2f}" for p in side.points]
+            cells += [f"{100 * over.value:.2f}", f"{100 * over.low:.2f} to {100 * over.high:.2f}"]
         else:
-            over = policy["iqm_attainment"]
-            cells = [f"{100 * p['slo_attainment']:.2f}" for p in policy["points"]]
-            cells += [f"{100 * over['value']:.2f}", f"{100 * over['low']:.2f} to {100 * over['high']:.2f}"]
-        cells.append(f"{100 * lost_share(meeting_point(result, policy)):.2f} %")
-        table.add_row(escape(policy["label"]), *cells)
+            cells = [f"{side.at(target).rate:.4g}" for target in result.targets]
+            found = side.at(result.lead)
+            cells += ["{:.4g} to {:.4g}".format(*found.interval), f"{found.per_gpu:.4g}"]
+            if result.is_sustained:
+                cells += [f"{side.classic_at(result.lead).rate:.4g}", f"{side.sustained['stability_limit']:.4g}"]
+        cells.append(f"{100 * lost_share(result.meeting_point(side)):.2f} %")
+        table.add_row(escape(side.label), *cells)
     console.print(table)
     for sentence in verdict(result):
         console.print(f"• {escape(sentence)}", highlight=False)

@@ -27,6 +27,7 @@ from env.measure.evaluator import Evaluator
 from env.measure.sustained import DEFINITION
 from env.measure.sustained_search import Search, measure_sustained, run_settings
 from env.scenario import Scenario
+from eval.compare.result import Comparison
 
 __all__ = ["GRID", "SUSTAINED", "answers", "lead_with", "meetings", "search_all", "search_one"]
 
@@ -98,20 +99,20 @@ def meetings(found: Table, settings: PointSettings, target: float) -> dict[float
     return {rate: run_settings(settings, rate, lone_s, **length) for rate in rates[:2]}
 
 
-def lead_with(result: dict[str, Any], found: Table) -> dict[str, Any]:
-    """Put sustained goodput in the first place of ``result`` (of ``eval.compare.compare``), the classic in the second.
+def lead_with(result: Comparison, found: Table) -> Comparison:
+    """Put sustained goodput in the first place of ``result``, the classic in the second.
 
     :param found: of :func:`search_all`
     """
-    first = f"{result['targets'][0]:g}"
-    for policy in result["policies"]:
+    first, content = f"{result.lead:g}", result.to_json()
+    for policy in content["policies"]:
         policy.update(answers(found[policy["label"]], first))
-    for pair in result["pairs"]:
+    for pair in content["pairs"]:
         pair["goodput"] = {key: _pair(pair["a"], pair["b"], found, key, key == first) for key in pair["goodput"]}
-    result["goodput_kind"] = "sustained"
-    result["definition"] = asdict(DEFINITION)
-    result["simulated_requests"] += sum(entry["simulated_requests"] for entry in found.values())
-    return result
+    content["goodput_kind"] = "sustained"
+    content["definition"] = asdict(DEFINITION)
+    content["simulated_requests"] += sum(entry["simulated_requests"] for entry in found.values())
+    return Comparison.from_json(content)
 
 
 def answers(entry: Mapping[str, Any], first: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from env.measure.digest import policy_sha256
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import TARGETS, find_goodput, goodput_of_curve
 from env.measure.stats import antitonic, bootstrap_attainment, bootstrap_weights, crossing, interval, stratified_iqm
+from eval.compare.result import Comparison
 
 __all__ = ["Curve", "compare", "measured_goodput"]
 
@@ -69,7 +70,7 @@ def compare(
     on_policy: Callable[[str], None] | None = None,
     parallel: int = 1,
     meetings: Mapping[float, PointSettings] | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Measure every contender and compare each with each.
 
     :param rates: requests per second asked of all contenders; None searches each one's goodput
@@ -79,8 +80,6 @@ def compare(
     :param parallel: contenders measured at the same time, for evaluators whose points run elsewhere
     :param meetings: rates at which all are put side by side after a search, and runs to do it with, instead of the
         rates that this search finds best
-    :return: JSON-ready dict: ``mode``, ``policies`` (points, goodput with intervals), ``pairs``, and the goodputs of
-        the two best, where all of them were measured: ``at_rate``, ``second_rate``
     :raises SlalomError: no contender, names not unique, or whatever the evaluator raises
     """
     labels = [c.name for c in contenders]
@@ -111,7 +110,7 @@ def compare(
                 found.points[rate] = evaluator.points(found.contender, rate, seeds)
     weights = bootstrap_weights(len(seeds), evaluator.settings.n_blocks, resamples, seed=0)
     resampled = [_Resampled(found, weights, targets) for found in curves]
-    return {
+    return Comparison.from_json({
         "mode": "goodput" if rates is None else "rates",
         "targets": list(targets),
         "at_rate": common[0] if common else None,
@@ -119,7 +118,7 @@ def compare(
         "simulated_requests": evaluator.simulated_requests,
         "policies": [r.as_dict(rates) for r in resampled],
         "pairs": [_pair(a, b, rates) for a, b in combinations(resampled, 2)],
-    }
+    })  # fmt: skip
 
 
 def _curve(

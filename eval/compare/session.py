@@ -27,7 +27,7 @@ from env.measure.sustained_search import measure_sustained
 from env.scenario import Scenario
 from eval.compare.headline import SUSTAINED, lead_with, meetings, search_all
 from eval.compare.paired import compare
-from eval.compare.verdict import is_learned, meeting_point, ranking
+from eval.compare.result import Comparison
 
 __all__ = [
     "MOST_TRIALS",
@@ -158,7 +158,7 @@ def label_of(policy: str) -> str:
     return folder.parent.name if folder.name in ("best", "last") else folder.name
 
 
-def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]:
+def evaluate(request: Request, watcher: Watcher | None = None) -> Comparison:
     """Tune (if asked), compare and return the whole result; with ``out`` every finished part is kept there.
 
     :raises SlalomError: bad policy, rate or scenario; folder not writable; disk full
@@ -215,16 +215,15 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> dict[str, Any]
         )
     if lasting:
         result = lead_with(result, lasting)
-    result["settings"] = _settings(request, seeds, tuning)
+    result = result.having(settings=_settings(request, seeds, tuning))
     pair = closest_pair(result, contenders)
     if pair is not None:
         from eval.compare.shadow import shadow
 
         watcher.phase("timeline", None)
-        label = pair[0].name
-        point = meeting_point(result, next(p for p in result["policies"] if p["label"] == label))
+        point = result.meeting_point(result.side(pair[0].name))
         seed = _usual_seed(point, seeds)
-        result["shadow"] = shadow(request.scenario, *pair, point["rate"], seed, request.settings)
+        result = result.having(shadow=shadow(request.scenario, *pair, point["rate"], seed, request.settings))
     return result
 
 
@@ -250,18 +249,18 @@ def scaled(scenario: Scenario, factor: float) -> Scenario:
     return scenario.with_overrides(changed)
 
 
-def closest_pair(result: dict[str, Any], contenders: Sequence[Contender]) -> tuple[Contender, Contender] | None:
+def closest_pair(result: Comparison, contenders: Sequence[Contender]) -> tuple[Contender, Contender] | None:
     """Whose decisions are worth comparing: the best learned policy (else the best of all) and the best other rule.
 
     A static plan is no part of it: it decides about other instances.
     """
     by_name = {contender.name: contender for contender in contenders if not contender.cluster}
-    order = [p for p in ranking(result) if p["label"] in by_name]
-    subject = next((p for p in order if is_learned(p)), order[0] if order else None)
-    rival = next((p for p in order if p is not subject and not is_learned(p)), None)
+    order = [side for side in result.ranking() if side.label in by_name]
+    subject = next((side for side in order if side.is_learned), order[0] if order else None)
+    rival = next((side for side in order if side is not subject and not side.is_learned), None)
     if subject is None or rival is None:
         return None
-    return by_name[subject["label"]], by_name[rival["label"]]
+    return by_name[subject.label], by_name[rival.label]
 
 
 def _usual_seed(point: dict[str, Any], seeds: Sequence[int]) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.common.files import write_bytes, write_json, write_text
-from eval.compare.verdict import is_sustained, ranking, verdict
+from eval.compare.result import Comparison, Side
+from eval.compare.verdict import verdict
 from eval.report.html import Markup, render
 from eval.report.parts import cards, starved, watched_sentences, way_rows
 
@@ -58,17 +59,17 @@ range over seeds.</p>
 """
 
 
-def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+def write_report(result: Comparison, folder: Path) -> dict[str, Path]:
     """Write ``result.json``, ``report.html`` and one PNG per picture into ``folder``.
 
-    :param result: of :func:`eval.compare.paired.compare`, with its ``settings``
+    :param result: with its ``settings``
     :return: what was written, by name
     :raises SlalomError: the folder cannot be written or the disk is full
     """
     from eval.report.plots import figures
 
     written = {"result": folder / "result.json", "report": folder / "report.html"}
-    write_json(written["result"], result)
+    write_json(written["result"], result.to_json())
     drawn = {}
     for stem, (figure, caption) in figures(result).items():
         png = io.BytesIO()
@@ -93,8 +94,8 @@ def embed(figure: Any, caption: str, stem: str) -> Markup:
     return Markup(page).format(caption, picture)
 
 
-def _page(result: Mapping[str, Any], drawn: Mapping[str, Markup]) -> str:
-    settings = result["settings"]
+def _page(result: Comparison, drawn: Mapping[str, Markup]) -> str:
+    settings = result.settings
     title = f"Slalom: {settings['scenario']}"
     if settings.get("slo_scale", 1.0) != 1.0:
         title += f", targets times {settings['slo_scale']:g}"
@@ -106,11 +107,11 @@ def _page(result: Mapping[str, Any], drawn: Mapping[str, Markup]) -> str:
         cards=cards(result),
         verdict=[(_kind(text), text) for text in verdict(result)],
         starved=starved(result),
-        watched=result.get("shadow"),
+        watched=result.shadow,
         watched_sentences=watched_sentences,
         way_rows=way_rows,
         per_class=_per_class(result),
-        goodput=_goodput_table(result) if result["mode"] == "goodput" else None,
+        goodput=_goodput_table(result) if result.searched else None,
         points=_point_table(result),
         tuning=_tuning(settings),
         definition=_definition(result),
@@ -130,41 +131,42 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def _goodput_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    if is_sustained(result):
+def _goodput_table(result: Comparison) -> tuple[list[str], list[list[str]]]:
+    if result.is_sustained:
         return _sustained_table(result)
     head = ["policy", "tuned"]
-    for target in result["targets"]:
+    for target in result.targets:
         head += [f"goodput at {100 * target:g} % [1/s]", "95 % interval"]
     head.append("per GPU")
     rows = []
-    for policy in ranking(result):
-        row = [policy["label"], "yes" if policy["tuned"] else "no"]
-        for target in result["targets"]:
-            found = policy["goodput"][f"{target:g}"]
-            row += [_figure(found["rate"]), f"{_figure(found['low'])} to {_figure(found['high'])}"]
-        rows.append([*row, _figure(policy["goodput"][f"{result['targets'][0]:g}"]["per_gpu"])])
+    for side in result.ranking():
+        row = [side.label, "yes" if side.tuned else "no"]
+        for target in result.targets:
+            found = side.at(target)
+            row += [_figure(found.rate), f"{_figure(found.low)} to {_figure(found.high)}"]
+        rows.append([*row, _figure(side.at(result.lead).per_gpu)])
     return head, rows
 
 
-def _sustained_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _sustained_table(result: Comparison) -> tuple[list[str], list[list[str]]]:
     """Sustained goodput, what it was found with, and the classic figure beside it."""
-    shares = [f"{100 * target:g} %" for target in result["targets"]]
+    shares = [f"{100 * target:g} %" for target in result.targets]
     head = ["policy", "tuned", *(f"sustained at {share} [1/s]" for share in shares), "95 % interval", "per GPU"]
     head += [f"classic at {shares[0]}", "stability limit", "P99 TTFT [s]", "longest wait [s]"]
     head += ["refused", "unserved", "worst class [%]", "worst length [%]", "no more, because"]
-    first, rows = f"{result['targets'][0]:g}", []
-    for policy in ranking(result):
-        found, at = policy["goodput"][first], policy["goodput"][first]["at"]
-        row = [policy["label"], "yes" if policy["tuned"] else "no"]
-        row += [_figure(policy["goodput"][f"{t:g}"]["rate"]) for t in result["targets"]]
-        row += [f"{_figure(found['low'])} to {_figure(found['high'])}", _figure(found["per_gpu"])]
-        row += [_figure(policy["classic_goodput"][first]["rate"]), _figure(policy["sustained"]["stability_limit"])]
+    rows = []
+    for side in result.ranking():
+        found = side.at(result.lead)
+        at = found.at
+        row = [side.label, "yes" if side.tuned else "no"]
+        row += [_figure(side.at(target).rate) for target in result.targets]
+        row += [f"{_figure(found.low)} to {_figure(found.high)}", _figure(found.per_gpu)]
+        row += [_figure(side.classic_at(result.lead).rate), _figure(side.sustained["stability_limit"])]
         row += [_figure(at["p99_ttft_s"]), _figure(at["longest_wait_s"])] if at else ["–"] * 2
         row += [str(at["refused"]), str(at["unserved"])] if at else ["–"] * 2
         worst = (at["worst_class"], at["worst_length"]) if at else ()
         row += [f"{name}: {_share(share)}" for name, share in worst] or ["–"] * 2
-        rows.append([*row, found["fails_above"]])
+        rows.append([*row, found.fails_above])
     return head, rows
 
 
@@ -179,20 +181,20 @@ _COLUMNS = {
 _COUNT_COLUMNS = ("shed", "failed", "unfinished", "preemptions", "migrations", "role_switches")
 
 
-def _points(result: Mapping[str, Any], policy: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _points(result: Comparison, side: Side) -> list[Mapping[str, Any]]:
     """Every rate where rates were asked for; after a search only the one where all policies meet."""
-    if result["mode"] == "goodput" and result["at_rate"]:
-        return [p for p in policy["points"] if p["rate"] == result["at_rate"]]
-    return list(policy["points"])
+    if result.searched and result.at_rate:
+        return [p for p in side.points if p["rate"] == result.at_rate]
+    return list(side.points)
 
 
-def _point_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _point_table(result: Comparison) -> tuple[list[str], list[list[str]]]:
     head = ["policy", "rate [1/s]", "attainment [%]", "95 % interval", "TTFT met [%]", "TPOT met [%]"]
     rows = []
-    for policy in ranking(result):
-        for p in _points(result, policy):
+    for side in result.ranking():
+        for p in _points(result, side):
             metric = p["slo_attainment_by_metric"]
-            row = [policy["label"], _figure(p["rate"]), _share(p["slo_attainment"])]
+            row = [side.label, _figure(p["rate"]), _share(p["slo_attainment"])]
             row += [
                 f"{_share(p['low'])} to {_share(p['high'])}",
                 _share(metric["ttft"]),
@@ -204,14 +206,14 @@ def _point_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return [*head, *_COLUMNS.values(), *names], rows
 
 
-def _per_class(result: Mapping[str, Any]) -> list[list[str]]:
+def _per_class(result: Comparison) -> list[list[str]]:
     """One class is all the requests there are: nothing to show."""
     rows = []
-    for policy in ranking(result):
-        for p in _points(result, policy):
+    for side in result.ranking():
+        for p in _points(result, side):
             for name, share in p["slo_attainment_by_class"].items():
                 figures = [_share(share[key]) for key in ("slo_attainment", "ttft", "tpot")]
-                rows.append([policy["label"], _figure(p["rate"]), name, *figures])
+                rows.append([side.label, _figure(p["rate"]), name, *figures])
     return rows if len({row[2] for row in rows}) > 1 else []
 
 
@@ -230,11 +232,11 @@ def _tuning(settings: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _definition(result: Mapping[str, Any]) -> str:
+def _definition(result: Comparison) -> str:
     """Sustained goodput in words; empty where the classic figure was measured."""
-    if not is_sustained(result):
+    if not result.is_sustained:
         return ""
-    about, policies = result["definition"], [policy["sustained"] for policy in result["policies"]]
+    about, policies = result.definition, [side.sustained for side in result.policies]
     return (
         f"Sustained goodput: the largest rate that, after a warm-up of {policies[0]['warmup_s']:.0f} s, over at "
         f"least {about['seconds'] / 60:g} minutes, {about['requests']:,} requests and {about['lone_times']:g} times "

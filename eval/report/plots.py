@@ -8,14 +8,13 @@ global state, so drawing works without a display and in threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from eval.compare.verdict import is_sustained, meeting_point, ranking
+from eval.compare.result import Comparison, Side
 from eval.report.plots_shadow import decisions, timeline
 
 __all__ = ["claim_figure", "figures"]
@@ -25,21 +24,19 @@ _LINES = ("-", "--", "-.", ":")
 _STRICTER = ("D", "v", "s")  # goodput at the second, third, ... target
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
-Result = Mapping[str, Any]
 
-
-def figures(result: Result) -> dict[str, tuple[Figure, str]]:
+def figures(result: Comparison) -> dict[str, tuple[Figure, str]]:
     """All pictures of a result: file stem -> (figure, what it shows, for readers who cannot see it)."""
     drawn = {
         "attainment": (_attainment(result), "SLO attainment over request rate, one line per policy"),
         "latency": (_latency(result), "P90 TTFT and P90 TPOT over request rate, one line per policy"),
         "breakdown": (_breakdown(result), "Attainment per target and per SLO class, one bar per policy"),
     }
-    if result["mode"] == "goodput":
-        kind = "Sustained goodput" if is_sustained(result) else "Goodput"
+    if result.searched:
+        kind = "Sustained goodput" if result.is_sustained else "Goodput"
         caption = f"{kind} of every policy with 95 % intervals, best on top; marks: at stricter shares"
         drawn["goodput"] = (_goodput(result), caption)
-    if watched := result.get("shadow"):
+    if watched := result.shadow:
         where = f"seed {watched['seed']} at {watched['rate']:.4g} requests/s"
         caption = f"One run over time ({where}): attainment by time of arrival, load, roles of {watched['subject']}"
         drawn["timeline"] = (timeline(watched), caption)
@@ -69,18 +66,18 @@ def _figure(width: float = 8.0, height: float = 4.8, columns: int = 1) -> tuple[
     return figure, axes
 
 
-def _range_of_interest(result: Result) -> tuple[float, float]:
+def _range_of_interest(result: Comparison) -> tuple[float, float]:
     """Rates worth drawing: a search also visits far too low and far too high ones."""
-    if result["mode"] == "rates":
-        rates = [point["rate"] for policy in result["policies"] for point in policy["points"]]
+    if not result.searched:
+        rates = [point["rate"] for side in result.policies for point in side.points]
         return min(rates), max(rates)
-    found = [g["rate"] for policy in result["policies"] for g in policy["goodput"].values() if g["rate"] > 0]
+    found = [goodput.rate for side in result.policies for goodput in side.goodput.values() if goodput.rate > 0]
     return (0.6 * min(found), 1.6 * max(found)) if found else (0.0, float("inf"))
 
 
-def _drawn_points(result: Result, policy: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _drawn_points(result: Comparison, side: Side) -> list[dict[str, Any]]:
     low, high = _range_of_interest(result)
-    return [point for point in policy["points"] if low <= point["rate"] <= high]
+    return [point for point in side.points if low <= point["rate"] <= high]
 
 
 def _legend(figure: Figure, axis: Axes, entries: int) -> None:
@@ -89,33 +86,33 @@ def _legend(figure: Figure, axis: Axes, entries: int) -> None:
         figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False)
 
 
-def _attainment(result: Result) -> Figure:
+def _attainment(result: Comparison) -> Figure:
     figure, (axis,) = _figure()
-    for index, policy in enumerate(ranking(result)):
-        points = _drawn_points(result, policy)
+    for index, side in enumerate(result.ranking()):
+        points = _drawn_points(result, side)
         rates = [p["rate"] for p in points]
         style = _style(index)
-        axis.plot(rates, [100 * p["slo_attainment"] for p in points], label=policy["label"], **style)
+        axis.plot(rates, [100 * p["slo_attainment"] for p in points], label=side.label, **style)
         low, high = [100 * p["low"] for p in points], [100 * p["high"] for p in points]
         axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    target = 100 * result["targets"][0]
+    target = 100 * result.lead
     axis.axhline(target, color="#555555", linewidth=1)
     axis.annotate(f"{target:g} %", (0.005, target), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
     axis.set(xlabel="request rate [1/s]", ylabel="requests meeting both targets [% of sent]", ylim=(0, 102))
-    _legend(figure, axis, len(result["policies"]))
+    _legend(figure, axis, len(result.policies))
     return figure
 
 
-def _latency(result: Result) -> Figure:
+def _latency(result: Comparison) -> Figure:
     figure, axes = _figure(width=10.0, columns=2)
     for axis, metric in zip(axes, ("ttft", "tpot"), strict=True):
         key, drawn = f"p90_{metric}_ms", 0
-        for index, policy in enumerate(ranking(result)):
-            points = [p for p in _drawn_points(result, policy) if p[key] is not None]
+        for index, side in enumerate(result.ranking()):
+            points = [p for p in _drawn_points(result, side) if p[key] is not None]
             style = _style(index)
             rates = [p["rate"] for p in points]
             drawn += len(points)
-            axis.plot(rates, [p[key] for p in points], label=policy["label"], **style)
+            axis.plot(rates, [p[key] for p in points], label=side.label, **style)
             low, high = [p[f"{key}_range"][0] for p in points], [p[f"{key}_range"][1] for p in points]
             axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.set(xlabel="request rate [1/s]", ylabel=f"P90 {metric.upper()} [ms]")
@@ -125,45 +122,44 @@ def _latency(result: Result) -> Figure:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(LogFormatter())
         axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
-    _legend(figure, axes[0], len(result["policies"]))
+    _legend(figure, axes[0], len(result.policies))
     return figure
 
 
-def _goodput(result: Result) -> Figure:
-    order = ranking(result)[::-1]
+def _goodput(result: Comparison) -> Figure:
+    order = result.ranking()[::-1]
     figure, (axis,) = _figure(height=1.4 + 0.42 * len(order))
-    key = f"{result['targets'][0]:g}"
-    for index, policy in enumerate(order):
-        found = policy["goodput"][key]
-        error = [[max(found["rate"] - found["low"], 0.0)], [max(found["high"] - found["rate"], 0.0)]]
-        colour, hatch = ("#E69F00", "//") if policy["tuned"] else ("#0072B2", "")
-        axis.barh(index, found["rate"], color=colour, hatch=hatch, edgecolor="white", height=0.7)
-        axis.errorbar(found["rate"], index, xerr=error, color="black", capsize=3, linewidth=1.2)
-        end = max(found["rate"], found["high"])
-        for mark, target in zip(_STRICTER, result["targets"][1:], strict=False):
-            rate = policy["goodput"][f"{target:g}"]["rate"]
+    for index, side in enumerate(order):
+        found = side.at(result.lead)
+        low, high = found.interval
+        error = [[max(found.rate - low, 0.0)], [max(high - found.rate, 0.0)]]
+        colour, hatch = ("#E69F00", "//") if side.tuned else ("#0072B2", "")
+        axis.barh(index, found.rate, color=colour, hatch=hatch, edgecolor="white", height=0.7)
+        axis.errorbar(found.rate, index, xerr=error, color="black", capsize=3, linewidth=1.2)
+        end = max(found.rate, high)
+        for mark, target in zip(_STRICTER, result.targets[1:], strict=False):
+            rate = side.at(target).rate
             label = f"at {100 * target:g} %" if index == 0 else None
             axis.plot(rate, index, mark, color="white", markeredgecolor="black", markersize=6, label=label)
-        if is_sustained(result):
-            classic = policy["classic_goodput"][key]["rate"]
-            label = f"classic at {100 * result['targets'][0]:g} %" if index == 0 else None
+        if result.is_sustained:
+            classic = side.classic_at(result.lead).rate
+            label = f"classic at {100 * result.lead:g} %" if index == 0 else None
             axis.plot(classic, index, "|", color="black", markersize=14, markeredgewidth=2, label=label)
             end = max(end, classic)
-        axis.annotate(f"{found['rate']:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(f"{found.rate:.4g}", (end, index), (6, 0), textcoords="offset points", va="center", fontsize=9)
     axis.margins(x=0.12)
     axis.set_xlim(left=0)
-    if len(result["targets"]) > 1 or is_sustained(result):
+    if len(result.targets) > 1 or result.is_sustained:
         figure.legend(loc="outside upper right", fontsize=9, frameon=False, ncols=4)
-    axis.set_yticks(range(len(order)), [p["label"] for p in order])
-    kind = "sustained goodput" if is_sustained(result) else "goodput"
-    axis.set_xlabel(f"{kind} at {100 * result['targets'][0]:g} % [requests/s]; hatched: tuned")
+    axis.set_yticks(range(len(order)), [side.label for side in order])
+    kind = "sustained goodput" if result.is_sustained else "goodput"
+    axis.set_xlabel(f"{kind} at {100 * result.lead:g} % [requests/s]; hatched: tuned")
     return figure
 
 
-def _breakdown(result: Result) -> Figure:
+def _breakdown(result: Comparison) -> Figure:
     """At the rate where the best policy just holds the target, or at the highest rate asked."""
-    order = ranking(result)
-    rows = [(policy["label"], meeting_point(result, policy)) for policy in order]
+    rows = [(side.label, result.meeting_point(side)) for side in result.ranking()]
     classes = list(dict.fromkeys(name for _, p in rows for name in p["slo_attainment_by_class"]))
     if len(classes) == 1:
         classes = []  # they are all the requests there are

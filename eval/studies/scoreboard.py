@@ -210,7 +210,7 @@ def score(name: str, out: Path, effort: Effort) -> dict[str, Any]:
     :raises SlalomError: targets that no reference rule meets at any rate
     """
     request, watcher = _request(name, out, effort)
-    result = evaluate(request, watcher)
+    result = evaluate(request, watcher).to_json()
     write_json(out / _folder(name, effort.slo_scale) / "result.json", result)
     return row(result, name) | _budget(result, name)
 

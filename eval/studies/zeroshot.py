@@ -147,7 +147,7 @@ def zeroshot(
         targets=(float(_TARGET),), knee_rules=KNEE_RULES, prune=True, sustained=True,
         tune_requests=effort.share * requests, only_tuned=True,
     )  # fmt: skip
-    result = evaluate(request, watcher)
+    result = evaluate(request, watcher).to_json()
     write_json(folder / "result.json", result)
     facts = {
         "budget": effort.budget,

@@ -2,11 +2,13 @@
 
 import pytest
 
-from env.measure.contender import PointSettings
+from env.measure.contender import Contender, PointSettings
+from env.measure.evaluator import Evaluator
 from env.scenario import Scenario
 from eval.compare.headline import lead_with
+from eval.compare.paired import compare
 from eval.compare.session import Request, evaluate
-from eval.compare.verdict import ranking, reasons, verdict
+from eval.compare.verdict import reasons, verdict
 from eval.report.page import write_report
 
 
@@ -24,40 +26,41 @@ def result():
 
 
 def test_the_headline_is_sustained_and_classic_is_no_lower(result):
-    assert result["goodput_kind"] == "sustained"
-    for policy in result["policies"]:
-        found, classic = policy["goodput"]["0.9"], policy["classic_goodput"]["0.9"]
-        assert 0.0 < found["rate"] <= classic["rate"] < 1.01 * policy["sustained"]["stability_limit"]
-        assert found["low"] < found["rate"] < found["high"]
-        assert found["verdict"]["met"]
-        assert found["fails_above"]
-        assert found["at"]["longest_wait_targets"] <= 10.0
+    assert result.is_sustained
+    for side in result.policies:
+        found, classic = side.at(0.9), side.classic_at(0.9)
+        assert 0.0 < found.rate <= classic.rate < 1.01 * side.sustained["stability_limit"]
+        assert found.low < found.rate < found.high
+        assert found.verdict["met"]
+        assert found.fails_above
+        assert found.at["longest_wait_targets"] <= 10.0
 
 
 def test_request_goodput_at_the_headline_rate_agrees_with_it(result):
-    best = ranking(result)[0]
-    rate = best["goodput"]["0.9"]["rate"]
-    assert result["at_rate"] == rate
-    point = next(p for p in best["points"] if p["rate"] == rate)
+    best = result.ranking()[0]
+    rate = best.at(0.9).rate
+    assert result.at_rate == rate
+    point = next(p for p in best.points if p["rate"] == rate)
     assert point["request_goodput"] == pytest.approx(rate * point["slo_attainment"], rel=0.03)
-    assert point["slo_attainment"] == pytest.approx(best["goodput"]["0.9"]["at"]["attainment"], abs=1e-9)
+    assert point["slo_attainment"] == pytest.approx(best.at(0.9).at["attainment"], abs=1e-9)
     assert all(run["num_prompts"] >= 20_000 for run in point["runs"])
 
 
 def test_the_verdict_names_the_clause_that_ends_it(result):
     told = " ".join(verdict(result))
     assert "sustains 90 % of requests sent up to" in told
-    for policy in result["policies"]:
-        assert f"{policy['label']} sustains {policy['goodput']['0.9']['rate']:.4g} requests/s" in told
+    for side in result.policies:
+        assert f"{side.label} sustains {side.at(0.9).rate:.4g} requests/s" in told
     assert "fails by (" in told
 
 
 def test_a_pair_is_compared_seed_by_seed(result):
-    pair = result["pairs"][0]
-    gap = pair["goodput"]["0.9"]["difference"]
-    a, b = (next(p for p in result["policies"] if p["label"] == pair[side]) for side in "ab")
-    assert gap["value"] == pytest.approx(a["goodput"]["0.9"]["rate"] - b["goodput"]["0.9"]["rate"])
-    assert gap["low"] < gap["value"] < gap["high"]
+    pair = result.pairs[0]
+    gap = pair.goodput["0.9"].difference
+    a, b = result.side(pair.a), result.side(pair.b)
+    assert gap.value == pytest.approx(a.at(0.9).rate - b.at(0.9).rate)
+    assert gap.low < gap.value < gap.high
+    assert result.difference(b, a) == (-gap.high, -gap.low)
 
 
 def test_the_page_leads_with_it_and_defines_it(result, tmp_path):
@@ -69,16 +72,21 @@ def test_the_page_leads_with_it_and_defines_it(result, tmp_path):
 
 def test_a_policy_that_holds_no_rate_is_last_with_its_reason():
     def entry(rate):
-        at = {"rate": rate, "above": {"rate": 1.0, "failed": "(b) x"}, "fails_above": "(b) x", "at": None}
+        at = {
+            "rate": rate,
+            "above": {"rate": 1.0, "failed": "(b) x"},
+            "fails_above": "(b) x",
+            "at": None,
+            "per_gpu": rate,
+        }
         return {"goodput": {"0.9": at}, "classic": {"0.9": at | {"rate": 9.0}}, "by_seed": [rate] * 3,
                 "simulated_requests": 1, "missing": ["too short"]}  # fmt: skip
 
-    plain = {"0.9": {"rate": 9.0}}
-    result = {"mode": "goodput", "targets": [0.9], "simulated_requests": 0,
-              "policies": [{"label": name, "goodput": plain} for name in "ab"],
-              "pairs": [{"a": "a", "b": "b", "goodput": plain}]}  # fmt: skip
+    with Evaluator(Scenario.load("tiny-4xa100"), PointSettings(n_requests=64)) as evaluator:
+        contenders = [Contender("least_tokens", label=name) for name in "ab"]
+        result = compare(evaluator, contenders, [0], start=8.0, targets=(0.9,), resamples=10)
     led = lead_with(result, {"a": entry(0.0), "b": entry(5.0)})
-    assert [p["label"] for p in ranking(led)] == ["b", "a"]
+    assert [side.label for side in led.ranking()] == ["b", "a"]
     assert "a sustains no rate: 1 fails by (b) x." in reasons(led)
     assert "a: too short." in reasons(led)
-    assert led["pairs"][0]["goodput"]["0.9"]["difference"]["high"] < 0
+    assert led.pairs[0].goodput["0.9"].difference.high < 0

@@ -42,7 +42,7 @@ def result(request):
     with Evaluator(Scenario(), PointSettings(n_requests=500), measure=synthetic_measure) as evaluator:
         compared = compare(evaluator, contenders, [0, 1], rates=rates, start=8.0, resamples=200)
     settings = {"scenario": "tiny", "seeds": [0, 1], "warmup": 0.05, "drain": 0.0, "commit": "abc123"}
-    return compared | {"settings": settings | {"scenario_yaml": "name: <script>alert(1)</script>\n"}}
+    return compared.having(settings=settings | {"scenario_yaml": "name: <script>alert(1)</script>\n"})
 
 
 def test_report_is_one_offline_file_with_all_numbers(result, tmp_path):
@@ -55,7 +55,7 @@ def test_report_is_one_offline_file_with_all_numbers(result, tmp_path):
     for needed in ("<b>bold</b> & co", "abc123", "<script>alert(1)</script>", "95 % interval", "beats"):
         assert needed in text
     assert len(html) < 2_000_000
-    assert read_json(written["result"]) == result
+    assert read_json(written["result"]) == result.to_json()
 
 
 WATCHED = {
@@ -91,7 +91,7 @@ WATCHED = {
 
 
 def test_a_watched_run_is_told_with_its_losses(result, tmp_path):
-    written = write_report(result | {"shadow": WATCHED}, tmp_path)
+    written = write_report(result.having(shadow=WATCHED), tmp_path)
     page = Page(written["report"].read_text())
     text = " ".join(" ".join(page.text).split())
     assert page.outside == []
@@ -107,13 +107,13 @@ def test_a_watched_run_is_told_with_its_losses(result, tmp_path):
 
 
 def test_scaled_targets_stand_in_the_title(result, tmp_path):
-    result["settings"]["slo_scale"] = 0.5
+    result.settings["slo_scale"] = 0.5
     assert "targets times 0.5</h1>" in write_report(result, tmp_path)["report"].read_text()
 
 
 def test_the_worst_class_is_named(result, tmp_path):
-    for policy in result["policies"]:
-        for point in policy["points"]:
+    for side in result.policies:
+        for point in side.points:
             shares = {"slo_attainment": 0.25, "ttft": 0.5, "tpot": 0.5}
             point["slo_attainment_by_class"] = {"chat": shares | {"slo_attainment": 0.9}, "batch <b>": shares}
     text = " ".join(Page(write_report(result, tmp_path)["report"].read_text()).text)

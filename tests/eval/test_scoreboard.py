@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,9 +82,9 @@ def test_opponents_are_searched_under_the_scaled_targets_with_their_share_of_the
 ) -> None:
     asked = []
 
-    def fake(request: Any, watcher: Any) -> dict[str, Any]:
+    def fake(request: Any, watcher: Any) -> Any:
         asked.append(request)
-        return result()
+        return SimpleNamespace(to_json=result)
 
     monkeypatch.setattr(scoreboard, "evaluate", fake)
     for scale in (1.0, 0.5):
