@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +16,7 @@ from engine.common import documents
 from engine.common.regular import LARGE
 from engine.errors import SlalomError
 
-__all__ = ["claim", "read_json", "write_bytes", "write_json", "write_text"]
+__all__ = ["claim", "kept", "read_json", "write_bytes", "write_json", "write_text"]
 
 
 _SUM = "content_sha256"
@@ -105,6 +106,20 @@ def read_json(path: Path) -> Any:
         if seal != _sum(value):
             raise SlalomError("result file", str(path), "its content has changed since it was written: delete it")
     return value
+
+
+def kept(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``path`` holds, of which ``make`` is asked first where it is not there; None: nothing is kept.
+
+    :raises SlalomError: as :func:`read_json` and :func:`write_bytes`
+    """
+    if path is not None and path.exists():
+        found: dict[str, Any] = read_json(path)
+        return found
+    made = make()
+    if path is not None:
+        write_json(path, made, sealed=True)
+    return made
 
 
 def _sum(value: Any) -> str:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.common.files import claim, read_json, write_json
+from engine.common.files import claim, kept
 from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
 from env.measure.contender import STATIC_PLAN as STATIC
@@ -334,30 +335,26 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
     watcher.phase("knee", None)
     knee = best_knee(request.scenario, request.settings, request.knee_rules)
     rates = tuple(factor * knee for factor in KNEE)
-    found = []
-    for contender in asked:
-        if os.path.isdir(contender.policy):
-            continue
-        watcher.phase(f"tune {contender.name}", None)
-        stored = _tuning_file(request, contender, rates)
-        if stored is not None and stored.exists():
-            found.append(read_json(stored))
-            continue
+
+    def search(contender: Contender) -> dict[str, Any]:
         trials = request.tune or TRIALS
         told = _trial_watcher(watcher, contender.name, trials)
         effort: dict[str, Any] = {"settings": request.settings, "jobs": request.jobs, "on_trial": told}
         effort["requests"] = request.tune_requests
         if contender.policy == STATIC:
-            entry = search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
-        else:
-            best = tune(
-                contender.policy, request.scenario, trials, rates=rates, knee=knee, levers=EVERY, prune=request.prune,
-                pool=pool, width=2 * width, **effort,
-            )  # fmt: skip
-            entry = {"policy": contender.policy, **best.as_dict()}
-        if stored is not None:
-            write_json(stored, entry, sealed=True)
-        found.append(entry)
+            return search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
+        best = tune(
+            contender.policy, request.scenario, trials, rates=rates, knee=knee, levers=EVERY, prune=request.prune,
+            pool=pool, width=2 * width, **effort,
+        )  # fmt: skip
+        return {"policy": contender.policy, **best.as_dict()}
+
+    found = []
+    for contender in asked:
+        if os.path.isdir(contender.policy):
+            continue
+        watcher.phase(f"tune {contender.name}", None)
+        found.append(kept(_tuning_file(request, contender, rates), partial(search, contender)))
     return found
 
 

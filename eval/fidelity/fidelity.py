@@ -16,12 +16,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.common.files import read_json, write_json
+from engine.common.files import kept, write_json
 from engine.common.progress import Display
 from engine.common.provenance import commit, machine, versions
 from engine.core.kinds import LaneKind
@@ -178,25 +179,23 @@ def fidelity(
     ours = {c: observed(_surrogate(simulate, by_name[c.scenario], c)) for c in known}
     theirs: dict[Case, list[dict[str, Any]]] = {c: [] for c in cases}
     done, total = 0, repetitions * len(cases)
+
+    def played(case: Case) -> dict[str, Any]:
+        scenario = by_name[case.scenario]
+        speed = [gauges[case.scenario]()] if gauges else []
+        run = replay(
+            scenario, case.policy, rate=case.rate, n_requests=case.n_requests, seed=1, park=parks[case.scenario],
+            drain_s=2.0 * run_s,
+        )  # fmt: skip
+        entry = observed(run) | {"sources": sources(run, scenario)}
+        return entry | ({"slowdown": [*speed, gauges[case.scenario]()]} if gauges else {})
+
     for repetition in range(repetitions):
         for case in cases:
             scenario = by_name[case.scenario]
             say(f"{case.policy} at {case.rate:.3g}/s, {case.scenario}", done, total)
             path = _path(out, scenario, case, repetition, parks[case.scenario].name)
-            if path is not None and path.exists():
-                theirs[case].append(read_json(path))
-            else:
-                speed = [gauges[case.scenario]()] if gauges else []
-                run = replay(
-                    scenario, case.policy, rate=case.rate, n_requests=case.n_requests, seed=1,
-                    park=parks[case.scenario], drain_s=2.0 * run_s,
-                )  # fmt: skip
-                entry = observed(run) | {"sources": sources(run, scenario)}
-                if gauges:
-                    entry["slowdown"] = [*speed, gauges[case.scenario]()]
-                if path is not None:
-                    write_json(path, entry, sealed=True)
-                theirs[case].append(entry)
+            theirs[case].append(kept(path, partial(played, case)))
             done += 1
     say("done", done, total)
     table = [row_of(case, [ours[case]], theirs[case]) for case in known]

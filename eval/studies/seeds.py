@@ -29,7 +29,7 @@ import numpy as np
 import typer
 
 from engine.common.documents import json_of
-from engine.common.files import read_json, write_bytes, write_json
+from engine.common.files import kept, read_json, write_bytes, write_json
 from engine.common.lines import lines
 from engine.common.options import run_command
 from engine.errors import SlalomError
@@ -166,13 +166,12 @@ class _Yardstick:
 
     def _kept(self, parts: list[Any], bind: Any) -> float:
         digest = hashlib.sha256(json.dumps([*self._identity, *parts], sort_keys=True).encode()).hexdigest()[:24]
-        path = self._folder / f"{digest}.json"
-        if not path.exists():
+
+        def measured() -> dict[str, Any]:
             policy, n = bind(self._fitness.setting), self.scenario.n_requests
-            write_json(
-                path, {"goodput": self._fitness.goodput(policy, self._start, self._windows, n, 0.01)}, sealed=True
-            )
-        found = float(read_json(path)["goodput"])
+            return {"goodput": self._fitness.goodput(policy, self._start, self._windows, n, 0.01)}
+
+        found = float(kept(self._folder / f"{digest}.json", measured)["goodput"])
         self._start = found or self._start  # the next policy is searched near the last
         return found
 
@@ -209,8 +208,8 @@ def _best_rule(
                 prune=True,
             )  # fmt: skip
             write_json(path, found.as_dict(), sealed=True)
-        kept = read_json(path)
-        facts = {"rule": rule, "values": kept["values"], "plans": kept["plans"] or None}
+        best_found = read_json(path)
+        facts = {"rule": rule, "values": best_found["values"], "plans": best_found["plans"] or None}
         table.append({"rule": rule, "tuned": True, "goodput": yardstick.design(facts)})
     best = max(table, key=lambda entry: float(entry["goodput"]))
     if not best["goodput"]:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from engine.common.appends import append_line, heal
-from engine.common.files import read_json, write_json
+from engine.common.files import kept, read_json, write_json
 from engine.errors import SlalomError
 
 
@@ -44,6 +44,21 @@ def test_what_is_resumed_from_is_sealed(tmp_path):
     path.write_text(path.read_text().replace("8.25", "8.75"))
     with pytest.raises(SlalomError, match="has changed"):
         read_json(path)
+
+
+def test_what_is_kept_is_made_once(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"n": len(made)}
+
+    path = tmp_path / "kept.json"
+    assert [kept(path, make), kept(path, make)] == [{"n": 1}] * 2
+    assert [kept(None, make), kept(None, make)] == [{"n": 2}, {"n": 3}]
+    path.write_text(path.read_text().replace("1", "2", 1))
+    with pytest.raises(SlalomError, match="has changed"):
+        kept(path, make)
 
 
 @pytest.mark.parametrize("end", [b'{"cut', b"\0" * 4096, b'{"cut' + b"\0" * 70_000])
