@@ -20,6 +20,7 @@ from policies.load import load_policy
 #: What a run is judged by. Block numbers and planning scratch may differ between jumping and stepping.
 OUTCOME = ("req", "cluster", "cls", "itl", "link", "due")
 PLANNING = ("steps",)  # times a lane was planned: once per jump
+ADDRESSES = ("seen",)  # of arrays: others in every run
 
 
 def assert_same_outcome(a: ClusterState, b: ClusterState) -> None:
@@ -34,7 +35,7 @@ def assert_same_outcome(a: ClusterState, b: ClusterState) -> None:
 def assert_same_bytes(a: tuple[ClusterState, Sim], b: tuple[ClusterState, Sim]) -> None:
     for x, y in zip(a, b, strict=True):
         for name, left, right in zip(x._fields, x, y, strict=True):
-            assert left.tobytes() == right.tobytes(), name
+            assert name in ADDRESSES or left.tobytes() == right.tobytes(), name
 
 
 @settings(max_examples=100)
