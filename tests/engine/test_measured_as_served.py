@@ -113,15 +113,16 @@ def test_a_worker_decodes_by_graphs_of_its_lane(monkeypatch: pytest.MonkeyPatch)
         made.append(Rerun())
         return made[-1]
 
-    worker = Worker(MODEL, frozenset(), "127.0.0.1", make)
+    worker = Worker(MODEL, frozenset(), make)
     worker._administer({"do": "pools", "blocks": {"0": 32}, "block_tokens": 16})
-    lanes = [worker._lane({"lane": l, "pool": 0, "graphs": [128, 4, 8]}) for l in (0, 1)]
+    lanes = [worker._lane({"lane": l, "pool": 0, "instance": 0, "sizes": [], "graphs": [128, 4, 8]}) for l in (0, 1)]
     bench = Bench(MODEL, kv_tokens=512)
     greedy = partial(lanes[1].run, layers=(0, MODEL.config.n_layers))
     cold, spans = SamplingParams(temperature=0.0), bench.spans(Point("decode", bs=2, ctx=20))
-    plain = Worker(MODEL, frozenset(), "127.0.0.1")
+    plain = Worker(MODEL, frozenset())
     plain._administer({"do": "pools", "blocks": {"0": 32}, "block_tokens": 16})
-    expected = plain._lane({"lane": 1, "pool": 0}).run(spans, (0, MODEL.config.n_layers), [cold] * 2, [0, 0])
+    lane = plain._lane({"lane": 1, "pool": 0, "instance": 0, "sizes": []})
+    expected = lane.run(spans, (0, MODEL.config.n_layers), [cold] * 2, [0, 0])
     assert greedy(spans, params=[cold] * 2, steps=[0, 0]) == expected
     assert [capturer.replays for capturer in made] == [0, 1]
     lanes[1].close()

@@ -9,6 +9,7 @@ import pytest
 from audit import recount
 from remote_cases import Mock, Routed, all_at_once, mocks, routed, until
 
+from engine.live.observer import Observer
 from engine.remote.handover import body_of_prefill, can_part, kv_of
 from eval.benchmarks.mock_engine import text_of
 
@@ -63,9 +64,12 @@ def test_the_time_of_a_first_token_is_that_of_the_engine_whose_client_gets_it() 
         options: dict[str, Any] = {"kv_transfer": True, "roles": "prefill,decode", "policy": "static_split"}
         with routed(engines, **options) as router:
             found: list[float] = []
-            router.router.instances.on_first = lambda request, record: found.append(
-                (record["first_token"] - record["arrival"]) * 1e-12
-            )
+
+            class First(Observer):
+                def request_begun(self, request: Any, record: Any) -> None:
+                    found.append((record["first_token"] - record["arrival"]) * 1e-12)
+
+            router.router.observers.append(First())
             ask(router, BODIES[:1])
             assert 0.4 <= found[0] < 10.0
             assert len(found) == 1

@@ -22,9 +22,6 @@ _HANDOVER = int(RequestState.HANDOVER)
 _IDLE, _K_PREFILL = int(LaneKind.IDLE), int(LaneKind.PREFILL)
 #: Requests that one receiver has on the way at most: each stands still for no longer than so many transfers.
 _ON_THE_WAY = 4
-#: Prompts of each queue, the last ones, that are placed anew when an instance begins to prefill: looking at a queue
-#: takes time in proportion to its length.
-_ANEW = 64
 
 
 @kernel
@@ -123,8 +120,14 @@ def hand_out(s, i):
 
 
 @kernel
-def _place_anew(s, i, r):
-    """Ask again where the prompts go that wait at instance ``i``, from ``r`` to the end, and have not been started."""
+def begin_role_change(s, i, role):
+    """Answer REALLOCATE: drain instance ``i`` and then make it ``role``.
+
+    Prompts not yet started are placed anew, and so is inbound KV when the new role cannot decode.
+    """
+    s.inst[i].target_role = role
+    s.cluster[0].moving_roles += 1
+    r = s.lists[queue_of(i), 0]
     while r >= 0:
         after = s.req[r].next
         if s.req[r].state == _WAITING and s.req[r].blocks == 0 and s.req[r].generated == 0:
@@ -135,17 +138,6 @@ def _place_anew(s, i, r):
             s.req[r].inst = -1
             push_back(s.lists, s.req, PLACING, r)
         r = after
-
-
-@kernel
-def begin_role_change(s, i, role):
-    """Answer REALLOCATE: drain instance ``i`` and then make it ``role``.
-
-    Prompts not yet started are placed anew, and so is inbound KV when the new role cannot decode.
-    """
-    s.inst[i].target_role = role
-    s.cluster[0].moving_roles += 1
-    _place_anew(s, i, s.lists[queue_of(i), 0])
     if role == _PREFILL:
         while s.lists[inbound_of(i), 2] > 0:
             r = pop_front(s.lists, s.req, inbound_of(i))
@@ -190,11 +182,7 @@ def _flush_cache(s, p):
 
 @kernel
 def end_role_change(s, i):
-    """The switch of instance ``i`` has been paid for: it serves in its new role from now on.
-
-    Where that is to prefill, the prompts at the end of every queue are placed anew: they came while the instance
-    drained, or were given up, and would wait where they are whatever room there is here.
-    """
+    """The switch of instance ``i`` has been paid for: it serves in its new role from now on."""
     if s.profile[s.inst[i].profile].switch_full == 1 and s.pool[s.inst[i].pool].sharers == 1:
         _flush_cache(s, s.inst[i].pool)
     if (s.inst[i].role == _MULTIPLEXED) != (s.inst[i].target_role == _MULTIPLEXED):
@@ -207,9 +195,3 @@ def end_role_change(s, i):
     s.lane[i, 0].layer_to = 0
     s.cluster[0].moving_roles -= 1
     s.cluster[0].n_switches += 1
-    if s.inst[i].role != _DECODE:
-        for j in range(s.cluster[0].n_instances):
-            r = s.lists[queue_of(j), 1]
-            for _ in range(_ANEW - 1):
-                r = s.req[r].prev if r >= 0 and s.req[r].prev >= 0 else r
-            _place_anew(s, j, r)

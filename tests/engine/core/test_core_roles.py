@@ -69,19 +69,6 @@ def play(what: Case, *changes: int, horizon_s: float = 1e4) -> ClusterState:
     return ends[1]
 
 
-@kernel(POLICY_SIGNATURE)
-def spreading(context, candidates, mask, params, memory):
-    """Like ``changing``, but a prompt goes to the prefill instance with the fewest tokens queued."""
-    if int(context[Ctx.KIND]) != Kind.PLACE_PREFILL:
-        return changing(context, candidates, mask, params, memory)
-    best = -1
-    for k in range(mask.shape[0]):
-        if mask[k] != 0 and int(candidates[k, Col.ROLE]) == Role.PREFILL:
-            if best < 0 or candidates[k, Col.QUEUE_TOKENS] < candidates[best, Col.QUEUE_TOKENS]:
-                best = k
-    return best
-
-
 TO_PREFILL = (1, int(Role.PREFILL))
 
 
@@ -128,27 +115,6 @@ def test_several_change_at_once_but_never_below_what_must_stay_able() -> None:
         driver.finish()
         assert (state.inst["target_role"] >= 0).sum() + (state.inst["role"][1:] == Role.PREFILL).sum() >= 1
         assert state.cluster[0]["moving_roles"] <= expected
-
-
-@pytest.mark.parametrize("waiting", [12, 200])
-def test_prompts_that_wait_elsewhere_are_placed_anew_when_an_instance_begins_to_prefill(waiting: int) -> None:
-    """A second each, all queued before the change, which ends at 1.05 s: the two share what is left."""
-    options = ClusterOptions(reallocate=True, control_s=1.0)
-    what = case(options, *(RequestSpec(1000, 1, ttft_slo_s=1e3) for _ in range(waiting)))
-    first = replace(what.instances[0], prefill_tokens=1000)
-    what = replace(what, instances=(first, *(replace(x, prefill_tokens=1000) for x in what.instances[1:])))
-    state, sim = what.build(horizon_s=1e4)
-    driver = Driver(what, state, sim, decide=spreading)
-    driver.params = np.array(TO_PREFILL, np.float64)
-    driver.finish()
-    assert (state.req["state"][:waiting] == RequestState.FINISHED).all()
-    moved = state.req["inst"][:waiting] == 1
-    if waiting < 64:
-        assert state.req["finished"].max() < (1.05 + (waiting - 1) / 2 + 1.0) * 1e12
-        assert 4 <= moved.sum() <= 6
-    else:  # only the last of a long queue are looked at again, and all of them are fewer than are left in front
-        assert moved.sum() == 64
-        assert moved[-64:].all()
 
 
 @pytest.mark.parametrize("role", [Role.MIXED, Role.MULTIPLEXED])
