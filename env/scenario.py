@@ -24,10 +24,10 @@ from pydantic import (
     model_validator,
 )
 
+from engine.common.documents import bad_input
 from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from engine.latency import Profile
-from engine.latency.profile import bad_input
 from env.sections import (
     Count,
     Decisions,
@@ -181,6 +181,11 @@ class Scenario(Section):
         for path, value in overrides.items():
             _replace(content, path, value)
         return Scenario.parse(content, self.name)
+
+    def fixed_on(self, *groups: Mapping[str, Any], **overrides: Any) -> Scenario:
+        """The scenario on these groups of instances, with every lever but placement off; ``overrides``: by path too."""
+        fixed = {"cluster": [dict(group) for group in groups], "decisions": {}, "min_prefill": 1, "min_decode": 1}
+        return self.with_overrides(fixed | overrides)
 
     def hash(self) -> str:
         """SHA-256 (hex) of everything but the description, the same on every machine."""

@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from engine.common.options import refuses
 from engine.common.provenance import commit, machine
 from engine.errors import SlalomError
 
@@ -46,6 +47,7 @@ def run(name: str, **options: Any) -> dict[str, Any]:
     return {"benchmark": name, **figures, "commit": commit(), "machine": machine()}
 
 
+@refuses("bench")
 def main(arguments: list[str] | None = None) -> int:
     """Command line; the exit code is 2 on an unknown name, 1 when a soak or an attack found something."""
     parser = argparse.ArgumentParser(prog="python -m eval.bench", description=__doc__)
@@ -53,12 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one line instead of an indented object")
     parser.add_argument("--minutes", type=float, help="of the soak (30) and of the attack (3)")
     options = parser.parse_args(arguments)
-    try:
-        timed = options.minutes is not None and options.name in ("soak", "attack")
-        result = run(options.name, **({"minutes": options.minutes} if timed else {}))
-    except SlalomError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+    timed = options.minutes is not None and options.name in ("soak", "attack")
+    result = run(options.name, **({"minutes": options.minutes} if timed else {}))
     print(json.dumps(result, indent=None if options.json else 1))
     return 0 if result.get("ok", True) else 1
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.common.documents import bad_input
 from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 
@@ -56,6 +57,4 @@ def load_recipe(name: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise SlalomError(f"{path.name}: {where}", first.get("input"), first["msg"]) from error
+        raise bad_input(path.name, error) from error

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 from scipy.stats import qmc
 
 from engine.calibration.points import Kind, Measured, Point
+from engine.latency.rough import relative_nnls
 
 __all__ = ["KINDS", "Space", "doubts", "held_out_error", "next_points"]
 
@@ -99,20 +99,13 @@ def features(points: Sequence[Point]) -> np.ndarray:
     return np.asarray(rows)
 
 
-def _fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    weighted = x / y[:, None]
-    scale = np.linalg.norm(weighted, axis=0)
-    scale[scale == 0.0] = 1.0
-    return np.asarray(nnls(weighted / scale, np.ones(len(y)), maxiter=1000)[0] / scale)
-
-
 def doubts(measured: Sequence[Measured], candidates: Sequence[Point], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(expected relative error, expected seconds) of each candidate; see the module's first lines."""
     x, y = features([m.point for m in measured]), np.array([m.seconds for m in measured])
     where = features(candidates)
     rng = np.random.default_rng(seed)
     draws = [rng.integers(0, len(y), len(y)) for _ in range(_RESAMPLES)]
-    predicted = np.array([where @ _fit(x[d], y[d]) for d in draws])
+    predicted = np.array([where @ relative_nnls(x[d], y[d]) for d in draws])
     mean = predicted.mean(axis=0)
     spread = predicted.std(axis=0) / np.maximum(mean, 1e-9)
     missed = np.abs(_left_out(x, y))
@@ -134,7 +127,7 @@ def _left_out(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     for k in range(_FOLDS):
         out = fold == k
         if out.any() and (~out).any():
-            error[out] = (x[out] @ _fit(x[~out], y[~out])) / y[out] - 1.0
+            error[out] = (x[out] @ relative_nnls(x[~out], y[~out])) / y[out] - 1.0
     return error
 
 

@@ -15,7 +15,7 @@ from engine.calibration.probe import StepProbe, StepTrace
 from engine.core.kinds import Batching, LaneKind, Role
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass
 from engine.core.state import ClusterState
-from engine.latency.evaluate import PROFILE, SHARE
+from engine.latency.rough import device_tables, relative_nnls
 from engine.live.engine import Engine, build_state
 from engine.live.request import Delta
 from engine.model.llama import Llama
@@ -77,16 +77,10 @@ class Link:
 
 def _state(model: Llama, specs: Sequence[InstanceSpec], requests: int) -> ClusterState:
     """A cluster for ``specs``; nothing here decides by the profile, so it says next to nothing."""
-    profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
-    profile["n_layers"], profile["n_shares"], profile["total_sms"] = model.config.n_layers, 1, 1
-    profile["regime_bs"] = 2**30
-    share["sms"] = 1
-    share["prefill"][0, 0, 2] = share["decode_small"][0, 0, 2] = 1e-3
-    for name in ("corun_prefill", "corun_decode", "guard"):
-        share[name] = 1.0
+    tables = device_tables((0.0, 0.0, 1e-3, 0.0), (0.0, 0.0, 1e-3), n_layers=model.config.n_layers)
     links = [LinkSpec() for _ in specs]
     targets = [SloClass(60.0, 60.0)]
-    return build_state(specs, profile, share, classes=targets, links=links, max_requests=requests, prefix_cache=False)
+    return build_state(specs, *tables, classes=targets, links=links, max_requests=requests, prefix_cache=False)
 
 
 def _serve(engine: Engine, prompts: Sequence[int], output: int, timeout_s: float = 120.0) -> None:
@@ -188,7 +182,7 @@ def link_time(
     block_bytes = model.config.kv_elements_per_token * model.embed.weight.dtype.itemsize * 16
     rows = np.array([[1.0, blocks * block_bytes * 1e-9] for blocks in by_size])
     middle = np.array([float(np.median(seconds)) for seconds in by_size.values()])
-    latency, per_gb = nnls(rows / middle[:, None], np.ones(len(middle)))[0]
+    latency, per_gb = relative_nnls(rows, middle)
     return Link(float(latency), 1e9 / float(per_gb) if per_gb > 0 else float("inf"), len(probe.transfers))
 
 

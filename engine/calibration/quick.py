@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.calibration.bench import Bench
 from engine.calibration.points import Point
-from engine.latency.evaluate import PROFILE, SHARE
+from engine.latency.rough import device_tables, relative_nnls
 from engine.model.config import ModelConfig
 from engine.model.llama import Llama
 
@@ -34,15 +34,6 @@ def _best_s(step: Callable[[], object], tries: int = 3) -> float:
         step()
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
-
-
-def _line(rows: list[list[float]], seconds: list[float]) -> np.ndarray:
-    """Coefficients, none below zero, that fit ``rows @ x = seconds`` with small relative error."""
-    from scipy.optimize import nnls
-
-    weights = 1.0 / np.asarray(seconds)
-    found: np.ndarray = nnls(np.asarray(rows) * weights[:, None], np.ones(len(rows)))[0]
-    return found
 
 
 def measure(model: Llama, *, eager: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -67,20 +58,16 @@ def _measured(config: ModelConfig, element_bytes: int, bench: Bench) -> tuple[np
         return _best_s(lambda: bench.step(spans))
 
     prefill = [timed(Point("prefill", n=n, prompts=1)) for n in _PREFILL_TOKENS]
-    per_token, start = _line([[float(n), 1.0] for n in _PREFILL_TOKENS], prefill)
+    per_token, start = relative_nnls(np.array([[float(n), 1.0] for n in _PREFILL_TOKENS]), np.array(prefill))
     decode = [timed(Point("decode", bs=sequences, ctx=context)) for sequences, context in _DECODE]
-    per_context, per_sequence, base = _line([[float(b * c), float(b), 1.0] for b, c in _DECODE], decode)
+    rows = np.array([[float(b * c), float(b), 1.0] for b, c in _DECODE])
+    per_context, per_sequence, base = relative_nnls(rows, np.array(decode))
 
-    profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
-    profile["n_layers"], profile["n_shares"], profile["total_sms"] = config.n_layers, 1, 1
-    profile["regime_bs"] = 2**30
+    profile, share = device_tables(
+        (0.0, 0.0, max(per_token, _TINY_S), start), (per_context, per_sequence, max(base, _TINY_S)),
+        n_layers=config.n_layers,
+    )  # fmt: skip
     profile["kv_bytes_per_token"] = config.kv_elements_per_token * element_bytes
     profile["migrate_latency_s"] = 1e-3
-    share["sms"] = 1
-    share["prefill"][0, 0] = (0.0, 0.0, max(per_token, _TINY_S), start)
-    share["decode_small"][0, 0] = (per_context, per_sequence, max(base, _TINY_S))
-    share["decode_large"] = share["decode_small"]
     share["fused_shared_s"] = base
-    for name in ("corun_prefill", "corun_decode", "guard"):
-        share[name] = 1.0
     return profile, share

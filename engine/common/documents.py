@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.common.regular import SMALL, check_regular
 from engine.errors import SlalomError
 
-__all__ = ["DEEPEST", "json_of", "read_json", "read_text"]
+if TYPE_CHECKING:  # whoever has such an error has imported it
+    from pydantic import ValidationError
+
+__all__ = ["DEEPEST", "bad_input", "json_of", "read_json", "read_text"]
 
 
 #: Values within values.
@@ -100,3 +103,19 @@ def _is_deep(value: Any) -> bool:
             return False
         level = [x for part in inside for x in (part.values() if isinstance(part, dict) else part)]
     return True
+
+
+def bad_input(source: str, error: ValidationError) -> SlalomError:
+    """The first fault pydantic found, as the one exception users see.
+
+    :param source: file or object the input came from, shown before the field
+    """
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "no such key here; correct its spelling or remove it"
+    value = first.get("input")
+    if not where and isinstance(value, dict):
+        value = value.get("name", sorted(value))  # the whole content would say nothing
+    return SlalomError(f"{source}: {where}" if where else source, value, message)

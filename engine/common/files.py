@@ -16,7 +16,7 @@ from engine.common import documents
 from engine.common.regular import LARGE
 from engine.errors import SlalomError
 
-__all__ = ["claim", "kept", "read_json", "write_bytes", "write_json", "write_text"]
+__all__ = ["claim", "digest_of", "kept", "read_json", "write_bytes", "write_json", "write_text"]
 
 
 _SUM = "content_sha256"
@@ -88,7 +88,7 @@ def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
     :param sealed: an object gets the sum of its content, which :func:`read_json` checks: for what is resumed from
     """
     if sealed:
-        value = {**value, _SUM: _sum(value)}
+        value = {**value, _SUM: digest_of(value)}
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -103,7 +103,7 @@ def read_json(path: Path) -> Any:
         raise SlalomError("result file", str(path), f"delete it or choose another folder ({error})") from error
     if isinstance(value, dict) and _SUM in value:
         seal = value.pop(_SUM)
-        if seal != _sum(value):
+        if seal != digest_of(value):
             raise SlalomError("result file", str(path), "its content has changed since it was written: delete it")
     return value
 
@@ -122,5 +122,6 @@ def kept(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any
     return made
 
 
-def _sum(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """Digest of a value that JSON can hold: part of the names of what is kept."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

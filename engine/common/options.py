@@ -17,14 +17,15 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
 import typer
 
 from engine.errors import SlalomError
 
-__all__ = ["option", "run_command", "same", "takes"]
+__all__ = ["option", "refuses", "run_command", "same", "takes"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -72,10 +73,24 @@ def _default(options: type, name: str) -> Any:
     return getattr(options, name, inspect.Parameter.empty)  # a dataclass keeps defaults as attributes of the class
 
 
+def refuses(name: str) -> Callable[[Callable[P, T]], Callable[P, T | int]]:
+    """Decorator of a command that gives its exit code: a mistake of the user is one line on standard error and 2."""
+
+    def made(function: Callable[P, T]) -> Callable[P, T | int]:
+        @functools.wraps(function)
+        def command(*given: P.args, **named: P.kwargs) -> T | int:
+            try:
+                return function(*given, **named)
+            except SlalomError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
+
+        return command
+
+    return made
+
+
 def run_command(name: str, app: Callable[[], Any]) -> None:
-    """What an entry point does: a mistake of the user becomes one line on standard error and exit code 2."""
-    try:
-        app()
-    except SlalomError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+    """What an entry point does with a command of typer, see :func:`refuses`."""
+    if code := refuses(name)(app)():
+        sys.exit(code)

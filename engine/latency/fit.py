@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from engine.common.documents import bad_input
 from engine.errors import SlalomError
 from engine.latency.evaluate import MAX_KNOTS
-from engine.latency.profile import FitError, Profile, Share, bad_input
+from engine.latency.profile import FitError, Profile, Share
+from engine.latency.rough import relative_nnls
 
 __all__ = [
     "DecodeFit",
@@ -116,7 +118,7 @@ def fit_prefill(samples: PrefillSamples, *, knots: bool = True, seed: int = 0) -
     features, y = _checked("prefill samples", samples.features(), samples.seconds)
     train, test = _split(len(y), seed)
     quadratic = np.column_stack([features, np.ones(len(y))])
-    x = _relative_nnls(quadratic[train], y[train])
+    x = relative_nnls(quadratic[train], y[train])
     best = PrefillFit(
         _four(x), (), (), _mape(quadratic[train] @ x, y[train]), _mape(quadratic[test] @ x, y[test]), len(y)
     )
@@ -127,7 +129,7 @@ def fit_prefill(samples: PrefillSamples, *, knots: bool = True, seed: int = 0) -
         if len(at) < 3:
             break
         basis = np.column_stack([features[:, :2], np.ones(len(y)), _ramps(features[:, 2], at)])
-        x = _relative_nnls(basis[train], y[train])
+        x = relative_nnls(basis[train], y[train])
         held_out = _mape(basis[test] @ x, y[test])
         if held_out < best.held_out_mape:
             heights = x[2] + np.concatenate([[0.0, 0.0], np.cumsum(x[3:])])
@@ -241,16 +243,6 @@ def _split(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def _relative_nnls(features: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """argmin over x ≥ 0 of Σ((features·x − y)/y)²; columns are scaled, their units differ by 10¹⁰."""
-    from scipy.optimize import nnls
-
-    weighted = features / y[:, None]
-    scale = np.linalg.norm(weighted, axis=0)
-    scale[scale == 0.0] = 1.0
-    return np.asarray(nnls(weighted / scale, np.ones(len(y)), maxiter=1000)[0] / scale)
-
-
 def _mape(predicted: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(np.abs(predicted - y) / y))
 
@@ -293,7 +285,7 @@ def _fit_regimes(features: np.ndarray, y: np.ndarray, train: np.ndarray, test: n
     for regime in (False, True):
         rows = train[large[train] == regime]
         if len(rows) >= MIN_POINTS // 2:
-            found[regime] = _relative_nnls(features[rows], y[rows])
+            found[regime] = relative_nnls(features[rows], y[rows])
     for regime in (False, True):
         x = found[regime] if regime in found else found[not regime]
         predicted[large == regime] = features[large == regime] @ x

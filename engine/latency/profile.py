@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.common.documents import json_of, read_text
+from engine.common.documents import bad_input, json_of, read_text
 from engine.common.names import Name
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
@@ -32,7 +32,6 @@ __all__ = [
     "Provenance",
     "Roofline",
     "Share",
-    "bad_input",
     "list_profiles",
     "pack",
     "profiles_dir",
@@ -374,19 +373,3 @@ def _pack_share(profile: Profile, share: Share, out: np.void) -> None:
     out["decode_large"] = share.decode_large_s or share.decode_small_s
     for field in ("fused_shared_s", "corun_prefill", "corun_decode", "guard"):
         out[field] = getattr(share, field)
-
-
-def bad_input(source: str, error: ValidationError) -> SlalomError:
-    """The first fault pydantic found, as the one exception users see.
-
-    :param source: file or object the input came from, shown before the field
-    """
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "no such key here; correct its spelling or remove it"
-    value = first.get("input")
-    if not where and isinstance(value, dict):
-        value = value.get("name", sorted(value))  # the whole content would say nothing
-    return SlalomError(f"{source}: {where}" if where else source, value, message)

@@ -8,13 +8,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from engine.core.kinds import Role
-from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace, horizon_s, seen_in
 from env.surrogate.clock import new_sim
-from env.surrogate.compiled import FirstClass
-from env.surrogate.simulate import bind_policy, ready
+from env.surrogate.simulate import bind_policy, driver
 
 __all__ = ["RoleTimeline", "role_timeline"]
 
@@ -44,7 +42,7 @@ def role_timeline(
     state = arena_of(scenario).cluster(bound.arrangement, trace, horizon_s(trace))
     seen = seen_in(scenario, split, [seed, 11])
     sim = new_sim(state, n_roots=trace.n_roots, seen=seen, cells=len(bound.memory))
-    run, memory, decide = ready(), bound.memory.copy(), FirstClass(bound.decide)
+    go_on = driver(state, sim, bound, _LOOK)
     times, counts, before = [], [], b""
     taken = _LOOK
     while True:
@@ -56,7 +54,4 @@ def role_timeline(
             counts.append(now)
         if taken < _LOOK:
             return RoleTimeline(np.array(times), np.array(counts), int(state.cluster[0]["n_switches"]))
-        taken = run(
-            addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
-            decide, bound.params, memory, int(bound.needs), _LOOK,
-        )  # fmt: skip
+        taken = go_on()

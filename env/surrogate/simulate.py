@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,13 +18,13 @@ from engine.jit.rows import addresses
 from engine.latency.evaluate import TICKS_PER_S
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace, horizon_s, jittered, seen_in, slowed
-from env.surrogate.clock import new_sim
+from env.surrogate.clock import Sim, new_sim
 from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate.long import LongRun, is_long
 from env.surrogate.loop import run
 from env.workload import Trace
 
-__all__ = ["RunResult", "bind_policy", "ready", "simulate"]
+__all__ = ["RunResult", "bind_policy", "driver", "ready", "simulate"]
 
 _SLICE = 200_000  # decisions, about a second
 
@@ -77,6 +77,14 @@ def ready() -> Any:
     return compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
 
 
+def driver(state: ClusterState, sim: Sim, policy: Policy, most: int = 0) -> Callable[[], int]:
+    """The compiled loop over one cluster: each call takes at most ``most`` decisions (0: all) and says how many."""
+    return partial(
+        ready(), addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
+        FirstClass(policy.decide), policy.params, policy.memory.copy(), int(policy.needs), most,
+    )  # fmt: skip
+
+
 def simulate(
     scenario: Scenario,
     policy: Any,
@@ -121,10 +129,7 @@ def simulate(
         fix = "leave it out of a run of months: its clock starts anew on the way"
         raise SlalomError("observation_delay_s", seen.delay_s, fix)
     sim = new_sim(state, n_roots=trace.n_roots, fast_forward=fast_forward, seen=seen, cells=len(bound.memory), **truth)
-    go_on = partial(
-        ready(), addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
-        FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), _SLICE,
-    )  # fmt: skip
+    go_on = driver(state, sim, bound, _SLICE)
 
     def play() -> None:
         while go_on() == _SLICE:  # compiled code hears no Ctrl-C: it comes up for air

@@ -13,7 +13,7 @@ from engine.errors import SlalomError
 from env.workload.hashing import chain
 from env.workload.rawfile import Table, read_csv, read_jsonl
 from env.workload.timeunit import to_seconds
-from env.workload.trace import Trace
+from env.workload.trace import COLUMNS, Trace
 
 __all__ = ["FORMATS", "TraceFormat", "read_trace"]
 
@@ -297,18 +297,5 @@ def _spread(trace: Trace, spread_s: float, seed: int) -> Trace:
     moved = trace.arrival_s.copy()
     moved[: trace.n_roots] += jitter
     order = np.concatenate([np.argsort(moved[: trace.n_roots], kind="stable"), np.arange(trace.n_roots, trace.n)])
-    columns = {
-        column: getattr(trace, column)[order]
-        for column in (
-            "prompt",
-            "output",
-            "cls",
-            "ttft_s",
-            "tpot_s",
-            "next_turn",
-            "think_s",
-            "hash_start",
-            "hash_n",
-        )
-    }
-    return replace(trace, arrival_s=moved[order], **columns)
+    columns = {column: getattr(trace, column)[order] for column in COLUMNS}
+    return replace(trace, **(columns | {"arrival_s": moved[order]}))

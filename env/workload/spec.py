@@ -55,6 +55,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
+from engine.common.documents import bad_input
 from engine.errors import SlalomError
 from env.workload.arrivals import ArrivalSpec, PoissonArrivals
 from env.workload.base import Model, Split, WorkloadBase, check_request, stream
@@ -178,6 +179,4 @@ def parse_workload(section: Any, where: str = "workload") -> WorkloadBase:
     try:
         return _ADAPTER.validate_python(section)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise SlalomError(f"{where}.{place}".rstrip("."), first.get("input"), first["msg"]) from error
+        raise bad_input(where, error) from error

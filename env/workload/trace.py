@@ -14,7 +14,8 @@ from env.workload.hashing import refine, salt
 
 __all__ = ["Trace", "assign_classes", "classes_by_name", "concat", "merge", "scale_rate"]
 
-_COLUMNS: dict[str, type] = {
+#: What there is of each request, and as which type.
+COLUMNS: dict[str, type] = {
     "arrival_s": np.float64,
     "prompt": np.int32,
     "output": np.int32,
@@ -76,7 +77,7 @@ class Trace:
     bound: bool = False
 
     def __post_init__(self) -> None:
-        for column, dtype in _COLUMNS.items():
+        for column, dtype in COLUMNS.items():
             object.__setattr__(self, column, self._cast(column, dtype))
         object.__setattr__(self, "hashes", np.ascontiguousarray(self.hashes, np.uint64))
         self._check_rows()
@@ -212,7 +213,7 @@ class Trace:
         kept = np.flatnonzero(keep)
         place = np.full(self.n + 1, -1, np.int32)
         place[kept] = np.arange(len(kept), dtype=np.int32)
-        columns = {column: getattr(self, column)[kept] for column in _COLUMNS}
+        columns = {column: getattr(self, column)[kept] for column in COLUMNS}
         columns["next_turn"] = place[columns["next_turn"]]
         return replace(self, n_roots=int(keep[: self.n_roots].sum()), **columns)
 
@@ -254,7 +255,7 @@ class Trace:
     def _roots(self, first: int, last: int) -> Trace:
         last = min(last, self.n_roots)
         if self.n_roots == self.n:
-            columns = {column: getattr(self, column)[first:last] for column in _COLUMNS}
+            columns = {column: getattr(self, column)[first:last] for column in COLUMNS}
             return replace(self, n_roots=max(last - first, 0), **columns)
         owner = self.owner()
         return self.rows((owner >= first) & (owner < last))
@@ -305,7 +306,7 @@ def merge(traces: Sequence[Trace], name: str = "mix") -> Trace:
     traces = [classes_by_name(t, names) for t in traces]  # the same name, the same class
     unit = math.gcd(*(t.hash_tokens for t in traces))
     parts = [_with_unit(t, unit, key) for key, t in enumerate(traces)]
-    joined = {c: np.concatenate([getattr(t, c) for t in parts]) for c in _COLUMNS}
+    joined = {c: np.concatenate([getattr(t, c) for t in parts]) for c in COLUMNS}
     offsets = np.cumsum([0, *(t.n for t in parts)])
     joined["next_turn"] = np.concatenate(
         [np.where(t.next_turn >= 0, t.next_turn + off, -1) for t, off in zip(parts, offsets, strict=False)]

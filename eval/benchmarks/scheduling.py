@@ -118,13 +118,19 @@ class _Bench:
         return time.perf_counter() - begin, begin - lane_begin
 
 
-def _iteration() -> dict[str, dict[str, float]]:
-    """Microseconds of one iteration with a full decode batch: in the scheduler's thread, and in the lane's."""
+def _full() -> _Bench:
+    """One instance with a full decode batch."""
     bench, rng = _Bench(1, "least_tokens", slots=2 * BATCH), np.random.default_rng(0)
     for _ in range(BATCH):
         bench.submit(rng, ITERATIONS + 200)
     while int(bench.engine.state.inst[0]["run_n"]) < BATCH:
         bench.answer()
+    return bench
+
+
+def _iteration() -> dict[str, dict[str, float]]:
+    """Microseconds of one iteration with a full decode batch: in the scheduler's thread, and in the lane's."""
+    bench = _full()
     for _ in range(50):
         bench.answer()
     heard = bench.heard
@@ -138,11 +144,7 @@ def _core_iteration() -> dict[str, float]:
     from engine.core import loop
     from engine.jit.rows import addresses
 
-    bench, rng = _Bench(1, "least_tokens", slots=2 * BATCH), np.random.default_rng(0)
-    for _ in range(BATCH):
-        bench.submit(rng, ITERATIONS + 200)
-    while int(bench.engine.state.inst[0]["run_n"]) < BATCH:
-        bench.answer()
+    bench = _full()
     words, started = addresses(bench.engine.state), np.zeros(16, np.int32)
     spent = []
     for k in range(ITERATIONS // 2):

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from scipy.optimize import minimize
 
@@ -33,13 +32,12 @@ from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
 from engine.core.ticks import arrival_ticks
 from engine.errors import SlalomError
-from engine.jit.rows import addresses
-from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
+from engine.latency.evaluate import TICKS_PER_S
 from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share, pack
+from engine.latency.rough import device_tables
 from engine.remote.discover import EngineFacts
 from env.surrogate.clock import new_sim
-from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate.loop import run
+from env.surrogate.simulate import driver
 from eval.calibrate.gaps import steps_of
 from eval.calibrate.request_log import EngineSettings, RequestLog, read_bench, read_log, read_settings
 from policies.load import load_policy
@@ -73,12 +71,7 @@ Tables = tuple[np.ndarray, np.ndarray]
 
 
 def _tables(coefficients: np.ndarray) -> Tables:
-    profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
-    profile["n_layers"] = profile["n_shares"] = profile["total_sms"] = share["sms"] = 1
-    profile["regime_bs"] = 2**30
-    share["corun_prefill"] = share["corun_decode"] = share["guard"] = 1.0
-    share["prefill"][0, 0, 2:] = coefficients[:2]
-    share["decode_small"] = share["decode_large"] = coefficients[2:5]
+    profile, share = device_tables((0.0, 0.0, *coefficients[:2]), coefficients[2:5].tolist())
     share["fused_shared_s"] = coefficients[5]
     return profile, share
 
@@ -123,11 +116,7 @@ def replay(
     state.cluster["n_requests"] = log.n
     state = state._replace(req=req)
     sim = new_sim(state, n_roots=log.n)
-    drive = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
-    drive(
-        addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
-        FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), 0,
-    )  # fmt: skip
+    driver(state, sim, bound)()
     first, last = state.req["first_token"] / TICKS_PER_S, state.req["finished"] / TICKS_PER_S
     gaps = np.where(log.output > 1, log.output - 1, np.nan)
     return first - log.arrival_s, (last - first) / gaps

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,8 +22,8 @@ from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace, horizon_s
 from env.surrogate.clock import new_sim
-from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate.loop import run
+from env.surrogate.compiled import FirstClass
+from env.surrogate.simulate import ready
 
 __all__ = ["SAMPLES", "shadow"]
 
@@ -81,7 +80,7 @@ class _Watched:
         self.placed: dict[int, tuple[bool, str]] = {}  # request -> did they differ, and how
         self._settings, self._times, self._roles, self._shares = settings, [], [], []  # type: ignore[var-annotated]
         self._sim = sim = new_sim(self.state, n_roots=trace.n_roots)
-        step = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
+        step = ready()
         asked = bound(scenario, other) if other is not None else None
         needs = int(policy.needs) | (int(asked.needs) if asked is not None else 0)
         words = addresses(self.state), addresses(sim), sim.context, sim.candidates, sim.mask

@@ -96,15 +96,9 @@ def relative(ours: Tensor, expected: Tensor) -> float:
     return float((ours.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12))
 
 
-def _attention(
-    rig: Rig,
-    kernels: Kernels,
-    lengths: list[tuple[int, int]],
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    sms: int,
-) -> float:
-    attend, (query, cache, batch, scale) = _attending(rig, kernels, lengths, shape, dtype, sms)
+def _attention(rig: Rig, *given: Any) -> float:
+    """Relative error of :func:`_attending`'s attention."""
+    attend, (query, cache, batch, scale) = _attending(rig, *given)
     return relative(attend(), TorchKernels().attend(query.float(), cache.float(), batch, scale))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec, SloClass
-from engine.latency.evaluate import PROFILE, SHARE
+from engine.latency.rough import device_tables
 from engine.live.engine import Engine, build_state
 from engine.model import SamplingParams, load_model, load_tokenizer
 from eval.gpu_check.report import Cases
@@ -39,13 +39,10 @@ def engine_tokens(rig: Rig, cases: Cases) -> dict[str, Any]:
     model, tokenizer = load_model("dummy:tiny", device=rig.device), load_tokenizer("dummy:tiny")
     total = torch.get_num_threads() if rig.dry else rig.gpu.total
     sizes = [1] if rig.dry else [20, 60, total]
-    profile, share = np.zeros(1, PROFILE), np.zeros((1, len(sizes)), SHARE)
-    profile["n_layers"], profile["n_shares"], profile["total_sms"] = model.config.n_layers, len(sizes), sizes[-1]
-    profile["regime_bs"], profile["kv_bytes_per_token"] = 2**30, 512.0
-    share["sms"], share["prefill"], share["decode_small"] = sizes, (0.0, 0.0, 1e-5, 1e-3), (1e-7, 1e-5, 1e-3)
-    share["decode_large"] = share["decode_small"]
-    for name in ("corun_prefill", "corun_decode", "guard"):
-        share[name] = 1.0
+    profile, share = device_tables(
+        (0.0, 0.0, 1e-5, 1e-3), (1e-7, 1e-5, 1e-3), n_layers=model.config.n_layers, sms=sizes
+    )
+    profile["kv_bytes_per_token"] = 512.0
     greedy = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     prompts = [list(range(1, 1 + n)) for n in (5, 33, 200, 70, 16, 120)]
     kv = 2048

@@ -18,24 +18,12 @@ from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
 from policies.rule import BoundPolicy
 from policies.rules.distserve import decide as place
+from policies.rules.parts.planner import flip
 
 __all__ = ["scheduled"]
 
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 _HEAD = 3  # params before the first plan: DistServe's queue, number of profiles, number of plans
-
-
-@kernel
-def _flip(candidates, mask, profile, role, new):
-    """Row that turns the least loaded instance of ``profile`` and ``role`` into ``new``; -1: none may change now."""
-    best, load = -1, np.inf
-    for k in range(candidates.shape[0]):
-        if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0 or int(candidates[k, Col.PROFILE]) != profile:
-            continue
-        if int(candidates[k, Col.ROLE]) == role and int(candidates[k, Col.NEW_ROLE]) == new:
-            if candidates[k, Col.OUTSTANDING] < load:
-                best, load = k, candidates[k, Col.OUTSTANDING]
-    return best
 
 
 @kernel(POLICY_SIGNATURE)
@@ -57,9 +45,9 @@ def decide(context, candidates, mask, params, memory):
         wanted = int(params[at + 1 + profile])
         row = -1
         if wanted > have:
-            row = _flip(candidates, mask, profile, _DECODE, _PREFILL)
+            row = flip(candidates, mask, _DECODE, _PREFILL, profile)
         elif wanted < have:
-            row = _flip(candidates, mask, profile, _PREFILL, _DECODE)
+            row = flip(candidates, mask, _PREFILL, _DECODE, profile)
         if row >= 0:
             return row
     return hold(candidates, mask)

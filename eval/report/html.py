@@ -5,12 +5,13 @@ A template extends ``base`` and fills its block ``body``; whatever is put into i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jinja2 import DictLoader, Environment
 from markupsafe import Markup
 
-__all__ = ["Markup", "render"]
+__all__ = ["Markup", "markdown_table", "render"]
 
 _BASE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -44,6 +45,12 @@ _TABLE = """{% macro table(head, rows, kind="") -%}
 
 _PAGES = Environment(autoescape=True, trim_blocks=True, loader=DictLoader({"base": _BASE}))
 _PAGES.globals["table"] = getattr(_PAGES.from_string(_TABLE).module, "table")  # noqa: B009  (made by jinja2)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    cells = (head, ["---"] * len(head), *rows)
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
 def render(body: str, **data: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.common.files import write_json, write_text
-from eval.report.html import render
+from eval.report.html import markdown_table, render
 
 __all__ = ["markdown", "page", "summary", "write_table"]
 
@@ -135,12 +135,8 @@ def markdown(result: Mapping[str, Any], *, level: int = 2) -> str:
     lines = [f"Commit `{str(result['settings']['commit'])[:12]}`, {result['settings']['date'][:10]}.", ""]
     for title, said, head, rows in _sections(result):
         lines += [f"{'#' * level} {title}", "", *(f"{sentence}\n" for sentence in said)]
-        lines += [_line(head), _line(["---"] * len(head)), *(_line(row) for row in rows), ""]
+        lines += [*markdown_table(head, rows), ""]
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 _BODY = """

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.common.files import read_json
+from engine.common.options import refuses
 from engine.core.kinds import Order
 from engine.errors import SlalomError
 from env.scenario import Scenario
@@ -59,6 +60,7 @@ def variants(design: Design, scenario: Scenario) -> Iterator[tuple[str, Design]]
         yield "the scenario's arrangement", replace(design, plans=None, theta=theta)
 
 
+@refuses("ablate")
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 on a folder that is no run of ``--algo direct``."""
     parser = argparse.ArgumentParser(prog="python -m eval.studies.ablate", description=__doc__.splitlines()[0])
@@ -67,12 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print("| scenario | part taken out | rate with a level of 90 %, req/s | of the whole |")
     print("| --- | --- | --- | --- |")
-    try:
-        for run in options.runs:
-            _ablate(run, range(_FIRST_SEED, _FIRST_SEED + options.seeds))
-    except SlalomError as error:
-        print(f"ablate: {error}", file=sys.stderr)
-        return 2
+    for run in options.runs:
+        _ablate(run, range(_FIRST_SEED, _FIRST_SEED + options.seeds))
     return 0
 
 

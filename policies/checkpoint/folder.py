@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import save as format_safetensors
 
-from engine.common.documents import json_of
+from engine.common.documents import bad_input, json_of
 from engine.common.regular import LARGE, SMALL, check_regular
 from engine.core.columns import Kind, Need
 from engine.core.policy import InstancePlan
@@ -210,7 +210,7 @@ def _manifest(facts: Facts, **parts: Any) -> Manifest:
             **parts,
         )
     except ValidationError as error:
-        raise _refusal("checkpoint", error) from error
+        raise bad_input("checkpoint", error) from error
 
 
 def _json(data: Any, where: str) -> bytes:
@@ -293,7 +293,7 @@ def load(folder: Path) -> LoadedPolicy:
     try:
         manifest = Manifest.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        raise _refusal(where, error) from error
+        raise bad_input(where, error) from error
     if manifest.columns_sha256 != column_hash():
         raise SlalomError(
             f"{where}: columns_sha256",
@@ -337,10 +337,3 @@ def _read(path: Path) -> bytes:
 
 def _read_json(path: Path) -> Any:
     return json_of(_read(path), str(path))
-
-
-def _refusal(where: str, error: ValidationError) -> SlalomError:
-    """The first complaint of pydantic as a :class:`SlalomError`."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return SlalomError(f"{where}: {place}" if place else where, first.get("input"), first["msg"])

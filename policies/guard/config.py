@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from engine.common.documents import read_json
+from engine.common.documents import bad_input, read_json
 from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 
@@ -107,6 +107,4 @@ class GuardConfig(_Strict):
             config = cls.model_validate(data)
             return cls.model_validate(config.model_dump() | {k: v for k, v in given.items() if v is not None})
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise SlalomError(f"{where}: {place}", first.get("input"), first["msg"]) from error
+            raise bad_input(where, error) from error

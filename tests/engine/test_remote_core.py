@@ -78,6 +78,14 @@ class Desk:
         return np.flatnonzero(np.isin(self.state.req["state"], states)).tolist()  # type: ignore[no-any-return]
 
 
+def one_handed_over() -> Desk:
+    """Engines that prefill and decode apart, the first of which has been handed a prompt of 100 tokens."""
+    desk = Desk(apart=True)
+    desk.arrive(0, 100)
+    desk.settle(lambda allowed: 0)
+    return desk
+
+
 def test_an_engine_gets_what_it_can_start_soon_and_the_rest_waits_here() -> None:
     desk = Desk(1)
     for r in range(6):
@@ -182,9 +190,7 @@ def test_the_books_agree_with_a_recount_after_everything_that_can_be_seen(order:
 
 
 def test_a_prompt_that_moves_is_judged_when_its_client_gets_the_first_token() -> None:
-    desk = Desk(apart=True)
-    desk.arrive(0, 100)
-    desk.settle(lambda allowed: 0)
+    desk = one_handed_over()
     assert int(desk.state.req[0]["arrival"]) == 0
     desk.now = TICKS_PER_S // 2
     observed.book_prefilled(desk.words, 0, desk.now)
@@ -204,9 +210,7 @@ def test_a_prompt_that_moves_is_judged_when_its_client_gets_the_first_token() ->
 
 
 def test_a_prompt_whose_kv_is_lost_begins_anew() -> None:
-    desk = Desk(apart=True)
-    desk.arrive(0, 100)
-    desk.settle(lambda allowed: 0)
+    desk = one_handed_over()
     observed.book_prefilled(desk.words, 0, 5)
     desk.settle(lambda allowed: 1)
     observed.forget_first_token(desk.words, 0)
@@ -221,9 +225,7 @@ def test_a_prompt_whose_kv_is_lost_begins_anew() -> None:
 
 
 def test_who_is_away_is_not_asked_to_decode() -> None:
-    desk = Desk(apart=True)
-    desk.arrive(0, 100)
-    desk.settle(lambda allowed: 0)
+    desk = one_handed_over()
     observed.set_away(desk.words, 0, 1)
     observed.book_prefilled(desk.words, 0, 5)
     asked: list[list[int]] = []

@@ -4,7 +4,6 @@ A PREFILL instance that takes one prompt at a time and requests of one token mak
 time is the prefill, TTFT is the time in the system.
 """
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,11 +11,10 @@ from hypothesis import strategies as st
 
 from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass, blank_requests, new_cluster
-from engine.jit.rows import addresses
-from engine.latency.evaluate import PROFILE, SHARE, TICKS_PER_S
+from engine.latency.evaluate import TICKS_PER_S
+from engine.latency.rough import device_tables
 from env.surrogate.clock import new_sim
-from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate.loop import run
+from env.surrogate.simulate import driver
 from policies.load import load_policy
 from policies.setting import Setting
 
@@ -25,12 +23,7 @@ US = TICKS_PER_S // 1_000_000
 
 def latency(prefill=(0.0, 0.0, 0.0, 0.0), decode=(0.0, 0.0, 0.0)):
     """A device of one share: coefficients in seconds, no overheads, nothing saved by fusing."""
-    profile, share = np.zeros(1, PROFILE), np.zeros((1, 1), SHARE)
-    profile["n_layers"] = profile["n_shares"] = profile["total_sms"] = share["sms"] = 1
-    profile["regime_bs"] = 2**30
-    share["prefill"], share["decode_small"] = prefill, decode
-    share["corun_prefill"] = share["corun_decode"] = share["guard"] = 1.0
-    return profile, share
+    return device_tables(prefill, decode)
 
 
 def serve(device, arrival, prompt, output, *, n=1, policy="least_tokens", fast_forward=True, **spec):
@@ -44,11 +37,7 @@ def serve(device, arrival, prompt, output, *, n=1, policy="least_tokens", fast_f
     state.cluster["n_requests"] = len(req)
     state = state._replace(req=req)
     sim = new_sim(state, n_roots=len(req), fast_forward=fast_forward)
-    drive = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
-    drive(
-        addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
-        FirstClass(bound.decide), bound.params, bound.memory.copy(), int(bound.needs), 0,
-    )  # fmt: skip
+    driver(state, sim, bound)()
     return state.req
 
 

@@ -195,11 +195,14 @@ def adopt(candidates, params, memory, n_p, n_d):
 
 
 @kernel
-def flip(candidates, mask, role, new):
-    """Row that turns the least loaded instance of ``role`` into ``new``; -1 when none may change now."""
+def flip(candidates, mask, role, new, profile=-1):
+    """Row that turns the least loaded instance of ``role`` (and ``profile``, if 0 or more) into ``new``; -1 when none
+    may change now."""
     best, load = -1, np.inf
     for k in range(candidates.shape[0]):
         if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0:
+            continue
+        if profile >= 0 and int(candidates[k, Col.PROFILE]) != profile:
             continue
         if int(candidates[k, Col.ROLE]) == role and int(candidates[k, Col.NEW_ROLE]) == new:
             here = candidates[k, Col.OUTSTANDING]
