@@ -15,7 +15,7 @@ from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from env.surrogate.simulate import bind_policy
 
-__all__ = ["DecisionVecEnv"]
+__all__ = ["DecisionVecEnv", "SharedVecEnv"]
 
 
 def _asked_kinds(scenario: Scenario) -> tuple[Kind, ...]:
@@ -39,8 +39,28 @@ def _observed_candidates(n_instances: int, kinds: Collection[Kind]) -> int:
     return max(k, 5) if Kind.TUNE in kinds else k
 
 
-class DecisionVecEnv(VecEnv):
-    """``n_envs`` clusters that share their attributes and are never wrapped one by one.
+class SharedVecEnv(VecEnv):
+    """Environments that share their attributes and are never wrapped one by one."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        setattr(self, attr_name, value)
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        chosen = list(self._get_indices(indices))
+        if method_name == "action_masks":
+            masks = getattr(self, method_name)()
+            return [masks[i] for i in chosen]
+        return [getattr(self, method_name)(*args, **kwargs)] * len(chosen)
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [False] * len(list(self._get_indices(indices)))
+
+
+class DecisionVecEnv(SharedVecEnv):
+    """``n_envs`` clusters.
 
     :param rates: (low, high) arrival rates, requests per second; 0.7 to 1.3 times the reference rate if not given
     :param kinds: decision kinds the learner answers; None: all that occur
@@ -80,18 +100,3 @@ class DecisionVecEnv(VecEnv):
     def action_masks(self) -> np.ndarray:
         """Allowed actions, bool (n_envs, K)."""
         raise NotImplementedError
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        setattr(self, attr_name, value)
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        chosen = list(self._get_indices(indices))
-        if method_name == "action_masks":
-            return [self.action_masks()[i] for i in chosen]
-        return [getattr(self, method_name)(*args, **kwargs)] * len(chosen)
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * len(list(self._get_indices(indices)))

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 from engine.errors import SlalomError
+from env.gym.base import SharedVecEnv
 from env.measure.digest import code_sha256
 from env.measure.pool import check_code
 from train.collect.pieces import cut, join, pieces_for
@@ -37,22 +38,6 @@ ATTRIBUTES = ("n_context", "n_features", "n_candidates", "beta")
 def own_traces(trace: NDArray[np.int64], worker: int) -> NDArray[np.int64]:
     """Names of arrival sequences that no other worker uses: each counts its groups from 0, with seeds of its own."""
     return trace + (worker << 40)
-
-
-class RemoteVecEnv(VecEnv):
-    """The part of SB3's contract that training does not use, for environments that live in other processes."""
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        raise NotImplementedError("settings are fixed when the environments are built")
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        raise NotImplementedError("environments live in batches, not one by one")
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * len(list(self._get_indices(indices)))
 
 
 class Rollout(NamedTuple):
@@ -168,7 +153,7 @@ def _columns(buffer: Any) -> dict[str, NDArray[Any]]:
     return {name: value for name, value in arrays.items() if value.shape[:2] == shape and name not in skip}
 
 
-class RayCollector(RemoteVecEnv):
+class RayCollector(SharedVecEnv):
     """``workers`` actors as seen by the learner: whole rollouts through :meth:`begin` and :meth:`take`.
 
     It has the shape of a ``VecEnv`` because SB3 asks for one; single steps are not offered.

@@ -30,6 +30,7 @@ from train.ppo.learner import DispatchPPO
 from train.ppo.state import save_state
 
 __all__ = [
+    "Between",
     "Evaluation",
     "EvaluationCallback",
     "InterruptCallback",
@@ -81,7 +82,16 @@ class Evaluation:
     levels: tuple[tuple[float, ...], ...]
 
 
-class EvaluationCallback(BaseCallback):
+class Between(BaseCallback):
+    """A callback that acts between updates only."""
+
+    model: DispatchPPO
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class EvaluationCallback(Between):
     """Exports a deployable snapshot now and then, has it judged, keeps the best as ``best/``.
 
     :param export: writes the current network as a checkpoint folder
@@ -92,8 +102,6 @@ class EvaluationCallback(BaseCallback):
     :param every_frames: frames between snapshots instead; then every snapshot is waited for, so a run is
         reproducible
     """
-
-    model: DispatchPPO
 
     def __init__(
         self,
@@ -138,9 +146,6 @@ class EvaluationCallback(BaseCallback):
             self._start(name, int(frames), float(trained_s))
 
     # -- SB3
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_start(self) -> None:
         self._collect(wait=False)
@@ -206,21 +211,16 @@ class EvaluationCallback(BaseCallback):
             self._on_result(evaluation)
 
 
-class StateCallback(BaseCallback):
+class StateCallback(Between):
     """Writes the training state every ``every_s`` wall seconds and at the end.
 
     :param extra: JSON-ready state of other callbacks, saved along
     """
 
-    model: DispatchPPO
-
     def __init__(self, path: Path, every_s: float, extra: Callable[[], dict[str, Any]]) -> None:
         super().__init__()
         self._path, self._every_s, self._extra = path, every_s, extra
         self._last = time.monotonic()
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_start(self) -> None:
         if self.model.stop or time.monotonic() - self._last >= self._every_s:
@@ -235,10 +235,9 @@ class StateCallback(BaseCallback):
         self._last = time.monotonic()
 
 
-class InterruptCallback(BaseCallback):
+class InterruptCallback(Between):
     """Ctrl-C or SIGTERM ends the training after the current update; a second one at once."""
 
-    model: DispatchPPO
     signal_number: int = 0
 
     def _on_training_start(self) -> None:
@@ -249,9 +248,6 @@ class InterruptCallback(BaseCallback):
             raise KeyboardInterrupt
         self.signal_number = number
 
-    def _on_step(self) -> bool:
-        return True
-
     def _on_rollout_start(self) -> None:
         if self.signal_number:
             self.model.stop = True
@@ -261,10 +257,8 @@ class InterruptCallback(BaseCallback):
             signal.signal(number, handler)
 
 
-class ProgressCallback(BaseCallback):
+class ProgressCallback(Between):
     """Shows frames, frames per second, score against the base rule and the time split after each update."""
-
-    model: DispatchPPO
 
     def __init__(self, display: Display, score: Callable[[], str]) -> None:
         super().__init__()
@@ -273,9 +267,6 @@ class ProgressCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._frames, self._since = self.model.num_timesteps, time.perf_counter()
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_start(self) -> None:
         frames = self.model.num_timesteps

@@ -23,15 +23,16 @@ import optuna
 import torch
 import yaml
 from optuna.trial import TrialState
-from stable_baselines3.common.callbacks import BaseCallback
 
 from engine.common.files import write_json, write_text
+from engine.common.options import refuses
 from engine.errors import SlalomError
 from env.measure.contender import Contender
 from env.scenario import Scenario
 from train.budget import Budget, parse_budget
 from train.config import TrainConfig, load_config
 from train.export import Publisher
+from train.ppo.callbacks import Between
 from train.ppo.judge import SimulatorJudge
 from train.ppo.learner import DispatchPPO
 from train.run import Request, make_env, run_or_read
@@ -77,17 +78,12 @@ def _ended(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"learning_rate_final": 0.1 * values["learning_rate"]}
 
 
-class _Until(BaseCallback):
+class _Until(Between):
     """Stops a training between updates where ``done`` says so."""
-
-    model: DispatchPPO
 
     def __init__(self, done: Callable[[DispatchPPO], bool]) -> None:
         super().__init__()
         self._done = done
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_start(self) -> None:
         self.model.stop = self._done(self.model)
@@ -219,6 +215,7 @@ def _finish(study: optuna.Study, course: _Course, settings: TrainConfig, seed: i
     return result
 
 
+@refuses("settings")
 def main(arguments: list[str] | None = None) -> int:
     """Command line; a mistake of the user is one line and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m train.search.settings", description=__doc__.splitlines()[0])
@@ -236,9 +233,6 @@ def main(arguments: list[str] | None = None) -> int:
             options.scenario, options.trials, budget, options.out, seed=options.seed, rule=options.rule,
             config=options.config,
         )  # fmt: skip
-    except SlalomError as error:
-        print(f"settings: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("settings: stopped; the same command goes on", file=sys.stderr)
         return 130
