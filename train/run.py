@@ -48,7 +48,6 @@ from train.search.direct import rules_of
 from train.search.generalist import named, train_generalist
 from train.search.journal import Journal
 from train.search.rule import SearchResult, search_rule
-from train.search.space import Design
 
 __all__ = ["Interrupted", "Request", "run", "run_or_read"]
 
@@ -203,11 +202,9 @@ def _generalist(
         report=lambda phase, done, note: display.update(done, note),
         journal=journal,
     )
-    assert design.plans is not None
-    assert design.theta is not None
-    plans, theta = [asdict(plan) for plan in design.plans], design.theta.tolist()
     base = SearchResult(
-        design.rule, {}, 0.0, 0.0, 0.0, 0, requests, seconds, "generalist", plans, theta, universal=True
+        **design.facts, knee=0.0, default_score=0.0, score=0.0, trials=0, requests=requests, seconds=seconds,
+        sampler="generalist", universal=True,
     )  # fmt: skip
     write_json(folder.base, asdict(base), sealed=True)
     journal.close(done=True)
@@ -248,13 +245,6 @@ def _published(publisher: Publisher, folder: Path) -> SearchResult:
     return replace(base, folder=str(folder))
 
 
-def _plain(design: Design) -> dict[str, Any]:
-    """A design as JSON data, under the names of :class:`SearchResult`."""
-    plans = None if design.plans is None else [asdict(plan) for plan in design.plans]
-    theta = None if design.theta is None else design.theta.tolist()
-    return {"rule": design.rule, "values": dict(design.values), "plans": plans, "theta": theta}
-
-
 def _warm_up(scenario: Scenario, config: TrainConfig, rule: str, display: Display) -> None:
     """Compile the kernels (once per version and machine) before any clock of the budget runs."""
     display.phase("compile")
@@ -284,7 +274,7 @@ def _base(
         journal = _journal(request, [scenario], config, folder, display)
         found = search_all(
             scenario, config, display, request.budget, request.algorithm == "direct", request.seed,
-            lambda seconds, design: log.write("incumbent", seconds=round(seconds, 2), **_plain(design)), journal,
+            lambda seconds, design: log.write("incumbent", seconds=round(seconds, 2), **design.facts), journal,
         )  # fmt: skip
         write_json(folder.base, asdict(found), sealed=True)
         journal.close(done=True)

@@ -8,7 +8,6 @@ changed scenario, checkpoint or simulator is measured anew instead of being serv
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.common.files import read_json, write_json
+from engine.common.files import digest_of, read_json, write_json
 from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
@@ -25,7 +24,7 @@ from env.measure.metrics import block_counts, detailed, outcomes, summarize
 from env.measure.pool import finished, processes
 from env.scenario import Scenario
 
-__all__ = ["Evaluator", "arranged", "bound", "point_of", "simulated"]
+__all__ = ["Evaluator", "arranged", "bound", "lone_time", "point_of", "simulated"]
 
 
 _ARRANGED: dict[tuple[str, str], Any] = {}
@@ -37,8 +36,7 @@ def arranged(scenario: Scenario, contender: Contender) -> Scenario:
         return scenario
     key = (scenario.hash(), json.dumps(contender.cluster))
     if key not in _ARRANGED:
-        fixed = {"cluster": list(contender.cluster), "decisions": {}, "min_prefill": 1, "min_decode": 1}
-        _ARRANGED[key] = scenario.with_overrides(fixed)
+        _ARRANGED[key] = scenario.fixed_on(*contender.cluster)
     return _ARRANGED[key]
 
 
@@ -174,7 +172,7 @@ class Evaluator:
 
     def _key(self, contender: Contender, rate: float, seed: int, settings: PointSettings) -> str:
         parts = [*self._base[:2], settings.__dict__, *self._base[2:], policy_sha256(contender), repr(float(rate)), seed]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        return digest_of(parts)[:32]
 
     def _recall(self, key: str) -> bool:
         if key in self._known:
@@ -209,3 +207,16 @@ class Evaluator:
         jobs = [(self.scenario, contender, rate, seed, settings) for seed in seeds]
         for _, point in finished(self._executor(len(seeds)), self._measure, jobs):
             yield point
+
+
+def lone_time(evaluator: Evaluator, contender: Contender, seed: int = 0) -> float:
+    """P90 of the time in the system of requests that come one at a time, seconds.
+
+    :raises SlalomError: the policy serves nobody
+    """
+    rate = evaluator.scenario.reference_rate / 200.0
+    settings = replace(evaluator.settings, n_requests=400, warmup=0.0, drain=0.0, detailed=False)
+    p90 = evaluator.points(contender, rate, [seed], settings)[0].metrics["p90_e2el_ms"]
+    if p90 is None:
+        raise SlalomError("policy", contender.name, f"it serves nobody at {rate:.3g} requests/s: does it fit?")
+    return float(p90) / 1e3

@@ -17,7 +17,7 @@ import numpy as np
 
 from env.measure.stats import antitonic, crossing
 
-__all__ = ["TARGETS", "Goodput", "GoodputResult", "find_goodput", "goodput_of_curve"]
+__all__ = ["TARGETS", "Goodput", "GoodputResult", "find_goodput", "goodput_of_curve", "largest_rate"]
 
 TARGETS = (0.90, 0.95, 0.99)
 _WIDEST = 2.0**12  # the search stays within this factor of the starting rate
@@ -112,6 +112,17 @@ def find_goodput(
     return GoodputResult(
         tuple(goodput_of_curve(rates, curve, target) for target in targets), tuple(rates), tuple(curve)
     )
+
+
+def largest_rate(
+    attainment: Callable[[float], float], start: float, target: float = 0.9, *, tolerance: float = 0.01, **search: float
+) -> float:
+    """:func:`find_goodput` at one target: requests per second, 0 where no rate reaches it.
+
+    :param search: ``step`` and ``widest``
+    """
+    found = find_goodput(attainment, start, targets=(target,), tolerance=tolerance, **search)
+    return found.goodput[0].rate
 
 
 def _unloaded(known: dict[float, float], rate: float) -> bool:

@@ -15,6 +15,7 @@ episode where the workload has one (:func:`run_length`).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -22,12 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, Point, PointSettings, Split
 from env.measure.evaluator import Evaluator, arranged, simulated
-from env.measure.metrics import Outcomes, outcomes
+from env.measure.metrics import Outcomes, outcomes, refusals, waits
 from env.measure.sustained import DEFINITION, QUANTILES, backlog_of
 from env.surrogate.simulate import simulate
 
@@ -78,15 +78,12 @@ def _cost_of_growth(req: np.ndarray, r: np.ndarray) -> float:
 
 
 def _cost_of_waits(r: np.ndarray, found: Outcomes, tail_factor: float) -> float:
-    started = r["first_token"] >= 0
-    gone = (r["state"] == RequestState.SHED) | (r["state"] == RequestState.FAILED)
-    refused = gone & ~started
-    late = refused & (r["finished"] - r["arrival"] > r["ttft_slo"])
+    refused, late = refusals(r)
     wrong = int(late.sum()) + int((~found.finished & ~refused).sum())
     cost = _UNSERVED + wrong / len(r) if wrong else 0.0
     cost += _REFUSED * max(float(refused.mean()) - DEFINITION.limit_margin, 0.0)
-    wait = np.where(started, r["first_token"] - r["arrival"], 0) / np.maximum(r["ttft_slo"], 1)
-    return cost + _DOUBLING * math.log2(max(float(wait.max()) / (_NEAR * tail_factor), 1.0))
+    tail = float((waits(r) / np.maximum(r["ttft_slo"], 1)).max())
+    return cost + _DOUBLING * math.log2(max(tail / (_NEAR * tail_factor), 1.0))
 
 
 def measure_level(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
@@ -168,8 +165,4 @@ def longest_run(scenario: Any, rate: float, n: int, seeds: Sequence[int], split:
 
     if gives(n):
         return n
-    low, high = least, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if gives(middle) else (low, middle)
-    return low
+    return bisect_left(range(n), True, lo=least + 1, key=lambda n: not gives(n)) - 1

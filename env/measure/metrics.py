@@ -25,7 +25,8 @@ from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
 __all__ = [
-    "Outcomes", "absolute_s", "block_counts", "detailed", "histogram_stats", "on_one_clock", "outcomes", "summarize",
+    "Outcomes", "absolute_s", "block_counts", "detailed", "histogram_stats", "on_one_clock", "outcomes", "refusals",
+    "summarize", "waits",
 ]  # fmt: skip
 
 PERCENTILES = (90, 95, 99)
@@ -72,7 +73,7 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
     r = req[rows]
     started = r["first_token"] >= 0
     finished = r["state"] == RequestState.FINISHED
-    wait = np.where(started, r["first_token"] - r["arrival"], 0)
+    wait = waits(r)
     span = np.where(finished, r["last_token"] - r["first_token"], 0)
     gaps = np.maximum(r["generated"].astype(np.int64) - 1, 0)
     tpot_slo = np.minimum(r["tpot_slo"], 2 * FOREVER // np.maximum(gaps, 1))  # the product fits 64 bits
@@ -86,6 +87,19 @@ def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
         ttft_ok=started & (wait <= r["ttft_slo"]),
         tpot_ok=finished & ((gaps == 0) | (span <= tpot_slo * gaps)),
     )
+
+
+def refusals(r: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of the requests ``r`` were refused (ended before a first token), and which of these later than their TTFT
+    target."""
+    gone = (r["state"] == RequestState.SHED) | (r["state"] == RequestState.FAILED)
+    refused = gone & (r["first_token"] < 0)
+    return refused, refused & (r["finished"] - r["arrival"] > r["ttft_slo"])
+
+
+def waits(r: NDArray[Any]) -> NDArray[np.int64]:
+    """How long each of the requests ``r`` waited for its first token, in ticks; 0 where none came."""
+    return np.where(r["first_token"] >= 0, r["first_token"] - r["arrival"], 0)
 
 
 def absolute_s(run: Any, stamp: str) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
-from env.measure.goodput import find_goodput
+from env.measure.goodput import largest_rate
 from env.measure.metrics import outcomes
 from env.measure.sustained import DEFINITION, sample_of, worst_of
 from env.scenario import Scenario
@@ -147,6 +147,5 @@ def phase_goodput(
             return standing(scenario, run, phases, goal)
 
         near = found[-1] if found and found[-1] > 0.0 else start or scenario.reference_rate
-        result = find_goodput(attainment, near, targets=(goal,), tolerance=tolerance, step=1.15)
-        found.append(result.goodput[0].rate)
+        found.append(largest_rate(attainment, near, goal, tolerance=tolerance, step=1.15))
     return found

@@ -32,7 +32,7 @@ from scipy.stats import norm, theilslopes
 
 from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
-from env.measure.metrics import Outcomes, block_counts, on_one_clock, outcomes
+from env.measure.metrics import Outcomes, block_counts, on_one_clock, outcomes, refusals, waits
 
 __all__ = [
     "DEFINITION",
@@ -139,11 +139,8 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
     r = run.req[found.rows]
     req, per_s = on_one_clock(run)
     first, last = (int(req["arrival"][found.rows[k]]) for k in (0, -1))
-    started = r["first_token"] >= 0
-    gone = (r["state"] == RequestState.SHED) | (r["state"] == RequestState.FAILED)
-    refused = gone & ~started
-    late = refused & (r["finished"] - r["arrival"] > r["ttft_slo"])
-    wait = np.where(started, r["first_token"] - r["arrival"], 0).astype(np.float64)
+    refused, late = refusals(r)
+    wait = waits(r)
     block_sent, block_good = block_counts(found, 20)
     lengths, edges = _by_length(r["prompt"], found.good)
     span_s = (last - first) / per_s
@@ -158,7 +155,7 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
         block_good=block_good,
         tail=float((wait / np.maximum(r["ttft_slo"], 1)).max()),
         longest_wait_s=float(wait.max()) / TICKS_PER_S,
-        p99_ttft_s=float(np.nanpercentile(found.ttft_s, 99)) if started.any() else None,
+        p99_ttft_s=float(np.nanpercentile(found.ttft_s, 99)) if (r["first_token"] >= 0).any() else None,
         refused=int(refused.sum()),
         refused_late=int(late.sum()),
         unserved=int((~found.finished & ~refused).sum()),

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,7 +33,7 @@ import numpy as np
 
 from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
-from env.measure.evaluator import Evaluator, arranged, bound, measure
+from env.measure.evaluator import Evaluator, arranged, bound, lone_time, measure
 from env.measure.goodput import TARGETS
 from env.measure.level import longest_run, turns_of
 from env.measure.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
@@ -44,7 +45,6 @@ SHORT = 8  # a short run is this part of a full one
 _FIRST, _LOWEST = 0.85, 0.01  # of the stability limit: the rate that is asked first, and the least
 _DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the next
 _UP = 1.06
-_LONE_REQUESTS = 400
 _PLAIN = "predicted_ttft"  # the rule that tells what an arrangement can do
 _ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _ABOVE = 4  # rates that must fail in a row where only waits fail them
@@ -52,7 +52,7 @@ _SATURATED = 0.97  # who serves less than this part of what is sent is saturated
 
 
 def measure_sustained(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
-    """As :func:`eval.points.measure`, with the facts of ``eval.sustained`` under ``sustained``."""
+    """As :func:`env.measure.evaluator.measure`, with the facts of ``env.measure.sustained`` under ``sustained``."""
     kept: list[Any] = []
     point = measure(scenario, contender, rate, seed, settings, watch=kept.append)
     return replace(point, metrics=point.metrics | {"sustained": sample_of(kept[0], warmup=settings.warmup).as_dict()})
@@ -156,7 +156,7 @@ class Search:
         self.turns = turns_of(evaluator.scenario)
         natural_s = evaluator.scenario.workload.natural_s
         self._length: dict[str, Any] = {"turns": self.turns, "natural_s": natural_s, "definition": definition}
-        self.lone_s = self._lone()
+        self.lone_s = lone_time(evaluator, contender, self.seeds[0])
         self.limit = self._limit()
         self.found = tuple(self._find(Goal(target)) for target in self.targets)
         #: clause (a) alone, over runs of the same length
@@ -178,16 +178,6 @@ class Search:
             self._most = longest_run(scenario, rate, settings.n_requests, self.seeds, given.split, given.n_blocks)
             return self._samples(rate, seeds, settings, who)
         return [Sample(**p.metrics["sustained"]) for p in points]
-
-    def _lone(self) -> float:
-        """P90 of the time in the system of requests that come one at a time, seconds."""
-        scenario = self.evaluator.scenario
-        rate = scenario.reference_rate / 200.0
-        settings = replace(self.evaluator.settings, n_requests=_LONE_REQUESTS, warmup=0.0, drain=0.0, detailed=False)
-        p90 = self.evaluator.points(self.contender, rate, self.seeds[:1], settings)[0].metrics["p90_e2el_ms"]
-        if p90 is None:
-            raise SlalomError("policy", self.contender.name, f"it serves nobody at {rate:.3g} requests/s: does it fit?")
-        return float(p90) / 1e3
 
     def _limit(self) -> float:
         """Where stability ends on the arrangement of this policy: as it decides, or by least predicted TTFT if that
@@ -360,10 +350,9 @@ class Search:
             step, at = 2 * step, at + (step if upwards else -step)
         low = max((k for k, v in known.items() if v), default=None)
         high = min((k for k, v in known.items() if not v), default=None)
-        while low is not None and high is not None and high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if held(middle) else (low, middle)
-        return self.rate_of(low) if low is not None else 0.0
+        if low is None or high is None:
+            return self.rate_of(low) if low is not None else 0.0
+        return self.rate_of(low + bisect_left(range(low + 1, high), True, key=lambda index: not held(index)))
 
     # -- the whole -------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ lone request takes, after a warm-up); and, where goodputs are compared, as *sust
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,21 +17,19 @@ import numpy as np
 
 from engine.errors import SlalomError
 from engine.latency import Profile
-from engine.latency.evaluate import TICKS_PER_S
 from engine.latency.profile import Share
 from env.measure.contender import Contender, PointSettings
-from env.measure.evaluator import Evaluator
-from env.measure.goodput import find_goodput
+from env.measure.evaluator import Evaluator, lone_time
+from env.measure.goodput import largest_rate
 from env.measure.metrics import outcomes
 from env.measure.sustained_search import Search, measure_sustained, run_settings
 from env.scenario import Scenario
 from env.surrogate.simulate import RunResult, simulate
-from eval.placement.disaggregation import LEAST_LOAD
 
 __all__ = [
     "ORIGINAL", "STEADY", "SUSTAINED", "Claim", "Curve", "Lasting", "Passes", "Reading", "changed_profile",
-    "clustered", "joint", "lasting", "lone", "ratio", "ratio_interval", "ratios", "search", "share_at", "slower",
-    "steady_share", "sustained",
+    "joint", "lasting", "lone", "ratio", "ratio_interval", "ratios", "search", "share_at", "slower",
+    "sustained",
 ]  # fmt: skip
 
 ORIGINAL, STEADY, SUSTAINED = "the original's run length", "steady state", "sustained goodput"
@@ -133,30 +131,27 @@ Passes = Callable[[RunResult, float], float]  # of a run, and the share of its a
 _SETTINGS = PointSettings(warmup=0.05)
 
 
-def share_at(scenario: Scenario, passes: Passes, policy: str, rate: float, n: int, seeds: Sequence[int]) -> float:
-    """Mean of ``passes`` over ``seeds`` at one rate."""
-    runs = (simulate(scenario, policy, rate=rate, n_requests=n, seed=seed) for seed in seeds)
-    return float(np.mean([passes(run, _SETTINGS.warmup) for run in runs]))
+def share_at(
+    scenario: Scenario, passes: Passes, policy: str, rate: float, n: int | None, seeds: Sequence[int],
+    lone_s: float = 0.0,
+) -> float:  # fmt: skip
+    """Mean of ``passes`` over ``seeds`` at one rate.
 
-
-def steady_share(
-    scenario: Scenario, passes: Passes, policy: str, rate: float, seeds: Sequence[int], lone_s: float
-) -> float:
-    """:func:`share_at` in runs as long as sustained goodput asks.
-
-    :param lone_s: see :func:`lone`
+    :param n: requests of a run; None: runs as long as sustained goodput asks
+    :param lone_s: see :func:`lone`, for those
     """
-    natural_s = scenario.workload.natural_s
-    settings = run_settings(_SETTINGS, rate, lone_s, natural_s=natural_s)
-    runs = (simulate(scenario, policy, rate=rate, n_requests=settings.n_requests, seed=seed) for seed in seeds)
-    return float(np.mean([passes(run, settings.warmup) for run in runs]))
+    warmup = _SETTINGS.warmup
+    if n is None:
+        settings = run_settings(_SETTINGS, rate, lone_s, natural_s=scenario.workload.natural_s)
+        n, warmup = settings.n_requests, settings.warmup
+    runs = (simulate(scenario, policy, rate=rate, n_requests=n, seed=seed) for seed in seeds)
+    return float(np.mean([passes(run, warmup) for run in runs]))
 
 
 def lone(scenario: Scenario, policy: str) -> float:
-    """P90 of the time in the system of requests that come one at a time, seconds."""
-    req = simulate(scenario, policy, rate=scenario.reference_rate / 200.0, n_requests=400).req
-    done = req[req["finished"] >= 0]
-    return float(np.quantile(done["finished"] - done["arrival"], 0.9)) / TICKS_PER_S
+    """:func:`env.measure.evaluator.lone_time` on the test windows."""
+    with Evaluator(scenario, _SETTINGS) as evaluator:
+        return lone_time(evaluator, Contender(policy))
 
 
 def search(
@@ -169,13 +164,9 @@ def search(
     lone_s = 0.0 if n else lone(scenario, policy)
 
     def share(rate: float) -> float:
-        if rate < LEAST_LOAD * scenario.reference_rate:
-            return 0.0
-        if n:
-            return share_at(scenario, passes, policy, rate, n, seeds)
-        return steady_share(scenario, passes, policy, rate, seeds, lone_s)
+        return share_at(scenario, passes, policy, rate, n, seeds, lone_s)
 
-    return find_goodput(share, scenario.reference_rate, targets=(goal,), tolerance=0.01).at(goal).rate
+    return largest_rate(share, scenario.reference_rate, goal)
 
 
 class Lasting(NamedTuple):
@@ -252,12 +243,6 @@ def ratio_interval(
 def joint(run: RunResult, warmup: float) -> float:
     """Share of the requests sent that meets both targets."""
     return float(outcomes(run, warmup=warmup).good.mean())
-
-
-def clustered(scenario: Scenario, *groups: Mapping[str, Any], **overrides: Any) -> Scenario:
-    """The scenario on these groups of instances, without levers."""
-    fixed = {"cluster": [dict(g) for g in groups], "decisions": {}, "min_prefill": 1, "min_decode": 1}
-    return scenario.with_overrides(fixed | overrides)
 
 
 def changed_profile(profile: Profile, folder: Path, name: str, **changes: Any) -> str:

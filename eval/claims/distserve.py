@@ -26,7 +26,6 @@ from eval.claims.claim import (
     Lasting,
     Reading,
     changed_profile,
-    clustered,
     joint,
     lasting,
     ratio,
@@ -70,8 +69,7 @@ def distserve_search() -> Claim:
     own = base.with_overrides({"workload.lengths": S1_LENGTHS})
     effort: dict[str, Any] = {"node_gpus": 4, "prefill_tokens": 16384}
     pooled, preset = (algorithm_2(x, 1.0, n_requests=300, seeds=range(10), **effort) for x in (own, base))
-    pair = clustered(
-        own,
+    pair = own.fixed_on(
         {"count": 1, "role": "prefill", "profile": pooled.prefill, "prefill_tokens": 16384},
         {"count": 1, "role": "decode", "profile": pooled.decode, "max_batch": 1024},
         **{"links.bandwidth_gb_s": 300.0},
@@ -149,7 +147,7 @@ def _readme_search(pair: Scenario, seed: int, n: int) -> float:
 def _vllm(scenario: Scenario, profile: str, **changes: Any) -> Scenario:
     """One instance; prompts first and whole, as the vLLM of late 2023, unless ``changes`` say otherwise."""
     group = {"count": 1, "role": "mixed", "profile": profile, "batching": "prefill_first", "max_batch": 1024}
-    return clustered(scenario, group | {"prefill_tokens": 16384} | changes, profile=profile)
+    return scenario.fixed_on(group | {"prefill_tokens": 16384} | changes, profile=profile)
 
 
 _DRAWS = range(10)  # of runs as short as the original's
@@ -179,8 +177,7 @@ def _sizes() -> tuple[_Size, ...]:
         ("13B", base, "opt-13b-a100-tp2", "opt-13b-a100-tp1", "opt-13b-a100-tp1", 100),
         ("66B", large, "opt-66b-a100-tp4", "opt-66b-a100-tp4", "opt-66b-a100-tp4", 25),
     ):
-        pair = clustered(
-            scenario,
+        pair = scenario.fixed_on(
             {"count": 1, "role": "prefill", "profile": prefill},
             {"count": 1, "role": "decode", "profile": decode, "max_batch": 1024},
             profile=decode,

@@ -27,7 +27,6 @@ from eval.claims.claim import (
     Passes,
     Reading,
     changed_profile,
-    clustered,
     ratio,
     ratio_interval,
     search,
@@ -96,8 +95,7 @@ _CHUNKS = (128, 256, 512, 1024)
 def _chunked(base: Scenario, profile: str) -> dict[str, tuple[Scenario, str]]:
     group = {"count": 1, "role": "mixed", "profile": profile}
     return {
-        f"chunked {c}": (clustered(base, {**group, "chunk_tokens": c}, profile=profile), "least_tokens")
-        for c in _CHUNKS
+        f"chunked {c}": (base.fixed_on({**group, "chunk_tokens": c}, profile=profile), "least_tokens") for c in _CHUNKS
     }
 
 
@@ -134,10 +132,10 @@ def _small() -> tuple[float, float, str]:
         "rates": {"low": 0.5, "high": 100.0},
         "reference_rate": 8.0,
     })  # fmt: skip
-    ours = search(clustered(base, {"count": 1, "role": "multiplexed"}), _tbt(50.0), "muxwise", 1.0, 2000)
+    ours = search(base.fixed_on({"count": 1, "role": "multiplexed"}), _tbt(50.0), "muxwise", 1.0, 2000)
     found = {
         c: search(
-            clustered(base, {"count": 1, "role": "mixed", "chunk_tokens": c}), _tbt(50.0), "least_tokens", 1.0, 2000
+            base.fixed_on({"count": 1, "role": "mixed", "chunk_tokens": c}), _tbt(50.0), "least_tokens", 1.0, 2000
         )
         for c in (256, 512, 1024, 2048)
     }
@@ -149,10 +147,10 @@ def muxwise() -> Claim:
     """S6: MuxWise against chunked prefill and disaggregation, Llama-70B TP 8, Tool&Agent, P99 TBT of 100 ms."""
     base = Scenario.load("muxwise-70b-2x8xa100").with_overrides({"workload": _tool_agent()})
     profile = Profile.load("llama-70b-a100-tp8")
-    both = clustered(base, {"count": 1, "role": "prefill"}, {"count": 1, "role": "decode"})
+    both = base.fixed_on({"count": 1, "role": "prefill"}, {"count": 1, "role": "decode"})
     systems = {
-        "MuxWise": (clustered(base, {"count": 1, "role": "multiplexed"}), "muxwise"),
-        "pdmux table": (clustered(base, {"count": 1, "role": "multiplexed"}, decisions={"tune": True}), "pdmux_table"),
+        "MuxWise": (base.fixed_on({"count": 1, "role": "multiplexed"}), "muxwise"),
+        "pdmux table": (base.fixed_on({"count": 1, "role": "multiplexed"}, decisions={"tune": True}), "pdmux_table"),
         "disaggregated": (both, "distserve"),
     } | _chunked(base, profile.name)
     rates = {
@@ -270,7 +268,7 @@ def _beyond(over: float) -> bool:
 def _apart(base: Scenario, half: str) -> Scenario:
     """Prefill and decode on one half of the GPUs each."""
     groups = ({"count": 1, "role": role, "profile": half} for role in ("prefill", "decode"))
-    return clustered(base, *groups, profile=half)
+    return base.fixed_on(*groups, profile=half)
 
 
 def _other_tables(profile: Profile, folder: Path) -> dict[str, str]:

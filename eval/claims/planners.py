@@ -19,7 +19,6 @@ from eval.claims.claim import (
     lone,
     search,
     share_at,
-    steady_share,
 )
 
 __all__ = ["planners"]
@@ -75,9 +74,7 @@ def _at_published(scenario: Scenario, seeds: Sequence[int], n: int | None = _REQ
     lone_s = lone(scenario, "dyn_sla")
 
     def share(rule: str) -> float:
-        if n is None:
-            return steady_share(scenario, joint, rule, rate, seeds, lone_s)
-        return share_at(scenario, joint, rule, rate, n, seeds)
+        return share_at(scenario, joint, rule, rate, n, seeds, lone_s)
 
     return _At(rate, {label: 100.0 * share(rule) for label, rule in _POLICIES.items()})
 

@@ -9,7 +9,6 @@ under ``claims``; ``FILE.md`` or ``FILE.html`` gets that page alone. The experim
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -179,18 +178,15 @@ def from_dict(found: dict[str, Any]) -> Claim:
 
 def page_markdown(claims: Sequence[Claim]) -> str:
     """One page: the table, then a section per claim with its note and everything measured."""
+    from eval.report.html import markdown_table
+
     lines = ["# Published results, reproduced", "", f"Commit {commit()}, `eval-policy --reproduce all`.", ""]
-    lines += [_row(_HEAD), _row(["---"] * len(_HEAD)), *(_row(_cells(claim)) for claim in claims)]
+    lines += markdown_table(_HEAD, map(_cells, claims))
     for claim in claims:
         lines += ["", f"## {claim.name}: {claim.title}", "", f"Source: {claim.source}.", ""]
         lines += [line for sentence in _said(claim) for line in (sentence, "")]
-        lines += [_row(("measured", "figure", "unit")), _row(["---"] * 3)]
-        lines += [_row(row) for row in _rows(claim)]
+        lines += markdown_table(("measured", "figure", "unit"), _rows(claim))
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 _BODY = """
@@ -238,7 +234,7 @@ def _write(claims: Sequence[Claim], found: Sequence[dict[str, Any]], out: Path) 
     if out.suffix in pages:
         write_text(out, pages[out.suffix](claims))
         return [out]
-    from eval.report.plots import claim_figure
+    from eval.report.plots import claim_figure, png_of
 
     written = [out / "reproduced.json"]
     write_json(written[0], list(found))
@@ -247,10 +243,8 @@ def _write(claims: Sequence[Claim], found: Sequence[dict[str, Any]], out: Path) 
         write_text(written[-1], page(claims))
     for claim in claims:
         if claim.curves:
-            picture = io.BytesIO()
-            claim_figure(claim).savefig(picture, format="png", dpi=150)
             written.append(out / f"{claim.name}.png")
-            write_bytes(written[-1], picture.getvalue())
+            write_bytes(written[-1], png_of(claim_figure(claim)))
     return written
 
 

@@ -13,7 +13,6 @@ from eval.claims.claim import (
     Curve,
     Lasting,
     Reading,
-    clustered,
     joint,
     lasting,
     ratio,
@@ -37,21 +36,21 @@ def tropical() -> Claim:
         "reference_rate": 1.0,
     })  # fmt: skip
     split = ({"count": 2, "role": "prefill"}, {"count": 2, "role": "decode"})
-    apart = clustered(base, *split, **{"decisions": {"hold": True}})
+    apart = base.fixed_on(*split, **{"decisions": {"hold": True}})
     first = {"count": 4, "role": "mixed", "batching": "prefill_first", "prefill_tokens": 16384}
     systems = {
         "Tropical": (apart, "tropical"),
         "Tropical, released code": (apart, "tropical_code"),
         "DistServe": (apart, "distserve"),
-        _VLLM: (clustered(base, first), "least_tokens"),
-        "vLLM chunked 512": (clustered(base, {"count": 4, "role": "mixed", "chunk_tokens": 512}), "least_tokens"),
-        "vLLM chunked 2048": (clustered(base, {"count": 4, "role": "mixed", "chunk_tokens": 2048}), "least_tokens"),
+        _VLLM: (base.fixed_on(first), "least_tokens"),
+        "vLLM chunked 512": (base.fixed_on({"count": 4, "role": "mixed", "chunk_tokens": 512}), "least_tokens"),
+        "vLLM chunked 2048": (base.fixed_on({"count": 4, "role": "mixed", "chunk_tokens": 2048}), "least_tokens"),
     }
     rates = {label: search(scenario, joint, policy, 0.9, _REQUESTS) for label, (scenario, policy) in systems.items()}
     splits: dict[str, float] = {}
     for k in (1, 3):
-        other = clustered(
-            base, {"count": k, "role": "prefill"}, {"count": 4 - k, "role": "decode"}, decisions={"hold": True}
+        other = base.fixed_on(
+            {"count": k, "role": "prefill"}, {"count": 4 - k, "role": "decode"}, decisions={"hold": True}
         )
         for label in ("Tropical", "DistServe"):
             splits[f"ablation, split {k}:{4 - k}: {label}"] = search(other, joint, systems[label][1], 0.9, _REQUESTS)

@@ -11,11 +11,10 @@ It is never narrower than the grid of rates.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from scipy.stats import t as student
 
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
+from env.measure.pool import finished, processes
 from env.measure.sustained import DEFINITION
 from env.measure.sustained_search import Search, measure_sustained, run_settings
 from env.scenario import Scenario
@@ -49,10 +49,6 @@ def search_one(
         return search.as_dict() | {"by_seed": by_seed, "simulated_requests": evaluator.simulated_requests}
 
 
-def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-
-
 def search_all(
     scenario: Scenario,
     contenders: Sequence[Contender],
@@ -71,23 +67,13 @@ def search_all(
     :param on_policy: called with the name of each that is finished
     """
     fixed = (tuple(seeds), settings, tuple(targets), folder if pool is None else None)
-    if pool is None and jobs <= 1:
-        found = {}
-        for contender in contenders:
-            on_policy(contender.name)
-            found[contender.name] = search_one(scenario, contender, *fixed)
-        return found
-    own = pool or ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
-    try:
-        work = {own.submit(search_one, scenario, contender, *fixed): contender.name for contender in contenders}
-        done = {}
-        for future in as_completed(work):
-            done[work[future]] = future.result()
-            on_policy(work[future])
-        return {contender.name: done[contender.name] for contender in contenders}
-    finally:
-        if pool is None:
-            own.shutdown(wait=True, cancel_futures=True)
+    work = [(scenario, contender, *fixed) for contender in contenders]
+    done = {}
+    with processes(jobs) if pool is None and jobs > 1 else nullcontext(pool) as where:
+        for job, found in finished(where, search_one, work):
+            done[job[1].name] = found
+            on_policy(job[1].name)
+    return {contender.name: done[contender.name] for contender in contenders}
 
 
 def meetings(found: Table, settings: PointSettings, target: float) -> dict[float, PointSettings]:

@@ -25,7 +25,7 @@ from env.measure.goodput import TARGETS, find_goodput, goodput_of_curve
 from env.measure.stats import antitonic, bootstrap_attainment, bootstrap_weights, crossing, interval, stratified_iqm
 from eval.compare.result import Comparison
 
-__all__ = ["Curve", "compare", "measured_goodput"]
+__all__ = ["Curve", "compare"]
 
 Floats = NDArray[np.float64]
 _POOLED = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_tpot_ms", "p90_itl_ms", "p99_itl_ms", "p90_e2el_ms")
@@ -142,36 +142,6 @@ def _curve(
         for rate in sorted(set(rates)):
             attainment(rate)
     return curve
-
-
-def measured_goodput(
-    evaluator: Evaluator,
-    contender: Contender,
-    seeds: Sequence[int],
-    *,
-    start: float,
-    target: float = 0.9,
-    tolerance: float = 0.02,
-    step: float = 1.35,
-    widest: float = 64.0,
-) -> dict[str, Any]:
-    """Goodput of one contender at one target, with its interval, from few runs: the search starts close by.
-
-    :param start: requests per second, the goodput of a neighbour (another rule, or this one before tuning)
-    :param step: see :func:`env.measure.goodput.find_goodput`, with ``widest``
-    :return: ``rate``, ``low``, ``high`` (bootstrap 95 %), ``per_gpu``, ``rates`` and ``attainment`` as measured
-    """
-    curve = Curve(contender)
-
-    def attainment(rate: float) -> float:
-        curve.points[rate] = evaluator.points(contender, rate, seeds)
-        return float(curve.attainment([rate])[0])
-
-    find_goodput(attainment, start, targets=(target,), tolerance=tolerance, step=step, widest=widest)
-    weights = bootstrap_weights(len(seeds), evaluator.settings.n_blocks, 1000, seed=0)
-    found = _Resampled(curve, weights, (target,)).as_dict(None)
-    figures = {key: found["goodput"][f"{target:g}"][key] for key in ("rate", "low", "high", "per_gpu")}
-    return figures | {"rates": curve.rates, "attainment": curve.attainment(curve.rates).tolist()}
 
 
 def _goodput(curve: Curve, target: float) -> float:

@@ -82,6 +82,7 @@ class Side(_Part):
     tuned: bool
     goodput: dict[str, Found]
     points: list[dict[str, Any]]
+    cluster: list[dict[str, Any]] = []
     iqm_attainment: Share | None = None
     classic_goodput: dict[str, Found] = {}
     sustained: dict[str, Any] = {}
@@ -158,6 +159,12 @@ class Comparison(_Part):
             return sorted(self.policies, key=lambda side: -side.at(self.lead).rate)
         return sorted(self.policies, key=lambda side: -_asked(side.iqm_attainment).value)
 
+    def duel(self) -> tuple[Side, Side | None]:
+        """The best learned policy (without one, the best of all) and the best rule beside it."""
+        order = self.ranking()
+        subject = next((side for side in order if side.is_learned), order[0])
+        return subject, next((side for side in order if side is not subject and not side.is_learned), None)
+
     def meeting_point(self, side: Side) -> dict[str, Any]:
         """Where policies are put side by side: at the best one's goodput, or at the highest rate asked."""
         rate = self.at_rate or side.points[-1]["rate"]
@@ -171,11 +178,14 @@ class Comparison(_Part):
         assert gap.high is not None, "the target that leads has an interval"
         return (gap.low, gap.high) if sign > 0 else (-gap.high, -gap.low)
 
-    def ratio(self, subject: Side, rival: Side) -> tuple[float | None, float | None]:
-        """Interval of subject ÷ rival in goodput at the first target; None where there is no bound."""
+    def ratio(self, subject: Side, rival: Side, target: float | None = None) -> Gap:
+        """Subject ÷ rival in goodput at a target, the first one where none is given."""
+        target = self.lead if target is None else target
         pair, sign = self._pair(subject.label, rival.label)
-        found = pair.goodput[f"{self.lead:g}"].ratio
-        return (found.low, found.high) if sign > 0 else (_inverse(found.high), _inverse(found.low))
+        found = pair.goodput[f"{target:g}"].ratio
+        low, high = (found.low, found.high) if sign > 0 else (_inverse(found.high), _inverse(found.low))
+        ours, theirs = subject.at(target).rate, rival.at(target).rate
+        return Gap(value=ours / theirs if theirs > 0.0 else None, low=low, high=high)
 
     def mean_difference(self, subject: Side, rival: Side) -> float:
         """Mean attainment of subject − rival over the rates asked."""

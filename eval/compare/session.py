@@ -5,8 +5,6 @@ The command ``eval-policy`` is a thin door to :func:`evaluate`; scripts and note
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -16,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.common.files import claim, kept
+from engine.common.files import claim, digest_of, kept
 from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
 from env.measure.contender import STATIC_PLAN as STATIC
@@ -77,7 +75,6 @@ class Request:
     :param ray: ``auto`` or the address of a Ray cluster that simulates; None: this machine
     :param slo_scale: what the TTFT and TPOT targets of ``scenario`` were multiplied by (see :func:`scaled`); told only
     :param targets: shares of requests at which goodput is searched, in ascending order
-    :param knee_rules: the best goodput of these at their defaults says at which rates rules are tuned
     :param backend: simulate, or replay in real time on our engine or on ``engines`` (addresses)
     :param model: that the engine serves; that of the scenario's profile if empty
     :param sustained: lead with sustained goodput (see ``eval.sustained``); only where goodput is searched by simulating
@@ -94,7 +91,6 @@ class Request:
     ray: str | None = None
     slo_scale: float = 1.0
     targets: tuple[float, ...] = TARGETS
-    knee_rules: tuple[str, ...] = ("least_tokens",)
     backend: Literal["surrogate", "gpu", "remote"] = "surrogate"
     engines: tuple[str, ...] = ()
     model: str = ""
@@ -190,7 +186,7 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> Comparison:
         watcher.phase("sustained goodput", None)
         lasting = search_all(
             request.scenario, contenders, seeds, request.settings, request.targets, jobs=request.jobs, folder=folder,
-            pool=pool, on_policy=lambda name: watcher.phase(f"sustained goodput: {name}", None),
+            pool=pool, on_policy=lambda name: watcher.phase(f"sustained goodput: {name} is searched", None),
         )  # fmt: skip
         engine = {"measure": measure_sustained, "label": SUSTAINED}
     per_policy = len(seeds) * (len(request.rates) if request.rates else 25)
@@ -256,12 +252,10 @@ def closest_pair(result: Comparison, contenders: Sequence[Contender]) -> tuple[C
     A static plan is no part of it: it decides about other instances.
     """
     by_name = {contender.name: contender for contender in contenders if not contender.cluster}
-    order = [side for side in result.ranking() if side.label in by_name]
-    subject = next((side for side in order if side.is_learned), order[0] if order else None)
-    rival = next((side for side in order if side is not subject and not side.is_learned), None)
-    if subject is None or rival is None:
+    if not by_name:
         return None
-    return by_name[subject.label], by_name[rival.label]
+    subject, rival = result.having(policies=[side for side in result.policies if side.label in by_name]).duel()
+    return (by_name[subject.label], by_name[rival.label]) if rival is not None else None
 
 
 def _usual_seed(point: dict[str, Any], seeds: Sequence[int]) -> int:
@@ -333,7 +327,7 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
 
     pool, width = _pool(request)
     watcher.phase("knee", None)
-    knee = best_knee(request.scenario, request.settings, request.knee_rules)
+    knee = best_knee(request.scenario, request.settings)
     rates = tuple(factor * knee for factor in KNEE)
 
     def search(contender: Contender) -> dict[str, Any]:
@@ -344,8 +338,8 @@ def tune_all(request: Request, contenders: Sequence[Contender], watcher: Watcher
         if contender.policy == STATIC:
             return search_static(request.scenario, trials, knee=knee, factors=KNEE, **effort).as_dict()
         best = tune(
-            contender.policy, request.scenario, trials, rates=rates, knee=knee, levers=EVERY, prune=request.prune,
-            pool=pool, width=2 * width, **effort,
+            contender.policy, request.scenario, trials, knee=knee, levers=EVERY, prune=request.prune, pool=pool,
+            width=2 * width, **effort,
         )  # fmt: skip
         return {"policy": contender.policy, **best.as_dict()}
 
@@ -371,5 +365,4 @@ def _tuning_file(request: Request, contender: Contender, rates: Sequence[float])
     parts += ["prunes"] if request.prune else []
     parts += [request.tune_requests] if request.tune_requests < float("inf") else []
     parts.append(request.settings.__dict__)
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    return request.out / "tuning" / f"{contender.name.split(':')[0]}-{digest}.json"
+    return request.out / "tuning" / f"{contender.name.split(':')[0]}-{digest_of(parts)[:16]}.json"

@@ -13,8 +13,6 @@ changed since is measured anew.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -26,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.common.files import digest_of
 from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
 from engine.jit import sources
@@ -37,12 +36,11 @@ from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from eval.compare.cells import measured
 from eval.compare.headline import answers, search_one
-from eval.compare.paired import measured_goodput
 from eval.compare.session import label_of, scaled
 from eval.compare.static import TRIALS, search_static
 from policies.registry import names
 from train.search.levers import EVERY
-from train.search.tune import MANNER, tune
+from train.search.tune import MANNER, best_knee, tune
 
 __all__ = [
     "FACTORS",
@@ -68,7 +66,6 @@ TRAFFIC = (
 )
 #: Rates of the tuning objective, as multiples of the scenario's knee.
 FACTORS = (0.85, 1.05, 1.3)
-_REFERENCES = ("least_tokens", "static_split", "predicted_ttft", "linear_score")  # the best: a scenario's knee
 SPANS = 10.0
 MOST_REQUESTS = 20_000
 TARGET = 0.9
@@ -116,17 +113,12 @@ class _Task:
     def file(self, folder: Path) -> Path:
         """Where the cell is kept: the name holds a digest of all that determines it."""
         scenario, settings = self.loaded()
-        parts: list[Any] = [
-            code_sha256(),
-            scenario_hash(scenario),
-            policy_sha256(Contender(self.policy)),
-            asdict(settings),
-        ]
+        policy = policy_sha256(Contender(self.policy))
+        parts: list[Any] = [code_sha256(), scenario_hash(scenario), policy, asdict(settings)]
         parts += [self.request.seeds, self.request.tune, self.knee, list(FACTORS), MANNER]
         parts += [self.request.tune_requests, self.request.only_tuned, _measuring()]
-        digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         label = label_of(self.policy).split(":")[0] if self.policy else "knee"
-        return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest}.json"
+        return folder / "cells" / f"{Path(self.scenario).stem}.{label}-{digest_of(parts)[:16]}.json"
 
 
 @cache
@@ -160,31 +152,10 @@ def steady_requests(scenario: Scenario, rate: float) -> int:
 
 
 def _knee(task: _Task) -> dict[str, Any]:
-    """The best goodput of a few reference rules on the ``train`` split, coarse, and the requests of a run."""
+    """The best knee of a few reference rules on the ``train`` split, and the requests of a run."""
     scenario, settings = task.loaded()
-    best, n = 0.0, settings.n_requests
-    for _ in range(3):
-        best = _reference(scenario, replace(settings, split="train", n_requests=n), best or scenario.reference_rate)
-        if best == 0.0:
-            fix = "its targets are met at no rate; loosen them or change the cluster"
-            raise SlalomError("scenario", task.scenario, fix)
-        needed = n if task.request.requests else steady_requests(scenario, best)
-        if needed <= 1.2 * n:
-            break
-        n = needed
-    return {"knee": best, "requests": n}
-
-
-def _reference(scenario: Scenario, settings: PointSettings, start: float) -> float:
-    best = 0.0
-    with Evaluator(scenario, settings) as evaluator:
-        for rule in _REFERENCES:
-            try:
-                found = measured_goodput(evaluator, Contender(rule), (0,), start=best or start, tolerance=0.1)
-            except SlalomError:
-                continue  # this reference does not fit the cluster
-            best = max(best, found["rate"])
-    return best
+    knee = best_knee(scenario, settings)
+    return {"knee": knee, "requests": task.request.requests or steady_requests(scenario, knee)}
 
 
 def run_cell(task: _Task) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def _goodput_line(result: Comparison, subject: Side, rival: Side) -> str:
     verb = _verb(result, subject, rival)
     if theirs == 0.0:
         return f"{verb}: {rival.label} reaches the target at no rate."
-    span = " to ".join("unbounded" if b is None else f"{b:.3f}" for b in result.ratio(subject, rival))
+    ratio = result.ratio(subject, rival)
+    span = " to ".join("unbounded" if b is None else f"{b:.3f}" for b in (ratio.low, ratio.high))
     kind = "sustained goodput" if result.is_sustained else "goodput"
     return f"{verb}: {kind} {ours / theirs:.3f} times as high (95 % interval {span})."
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
+
+from engine.common.files import digest_of
 
 __all__ = ["Case", "row_of", "summary_of"]
 
@@ -33,8 +33,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        about = json.dumps([self.scenario, self.policy, self.rate, self.n_requests])
-        return hashlib.sha256(about.encode()).hexdigest()[:16]
+        return digest_of([self.scenario, self.policy, self.rate, self.n_requests])[:16]
 
 
 def _figures(entry: Mapping[str, Any]) -> dict[str, float]:

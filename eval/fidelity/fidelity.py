@@ -11,7 +11,6 @@ against what they did. *host*: time between steps, against the profile's. *clien
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.common.files import kept, write_json
+from engine.common.files import digest_of, kept, write_json
 from engine.common.progress import Display
 from engine.common.provenance import commit, machine, versions
 from engine.core.kinds import LaneKind
@@ -112,20 +111,18 @@ def plan(scenario: Scenario, policies: Sequence[str], loads: Sequence[float], ru
 
     Of the best policy's goodput, most others would be asked for more than they can serve.
     """
-    from env.measure.goodput import find_goodput
+    from env.measure.goodput import largest_rate
 
     settings = PointSettings(n_requests=max(int(20 * scenario.reference_rate), 200))
     goodput = {}
     with Evaluator(scenario, settings) as evaluator:
         for policy in (p for p in policies if not is_router(p)):
             contender = Contender(policy)
-            found = find_goodput(
+            goodput[policy] = largest_rate(
                 lambda rate, c=contender: evaluator.attainment(c, rate, [0]),  # type: ignore[misc]
                 scenario.reference_rate,
-                targets=(0.9,),
                 tolerance=0.02,
             )
-            goodput[policy] = _rate_of(found)
     typical = float(np.median(list(goodput.values())))
     if typical <= 0.0:
         fix = "no policy serves 90 % of the requests in time at any rate: loosen the targets of its classes"
@@ -136,11 +133,6 @@ def plan(scenario: Scenario, policies: Sequence[str], loads: Sequence[float], ru
         n = max(int(rate * run_s), 20)
         cases += [Case(scenario.name, p, load, rate, rate / max(goodput.get(p, typical), 1e-9), n) for p in policies]
     return cases
-
-
-def _rate_of(found: Any) -> float:
-    """The rate of the first target in a :class:`env.measure.goodput.GoodputResult`."""
-    return float(found.goodput[0].rate)
 
 
 # -- running -------------------------------------------------------------------------------------------------
@@ -245,7 +237,7 @@ def _path(out: Path | None, scenario: Scenario, case: Case, repetition: int, dev
     # Not the fidelity that this very command writes into the profile: more repetitions may follow.
     profiles = [p.model_dump_json(exclude={"fidelity"}) for p in scenario.load_profiles()]
     about = [code_sha256(), scenario.hash(), profiles, device, case.key, repetition]
-    return out / "runs" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]}.json"
+    return out / "runs" / f"{digest_of(about)[:24]}.json"
 
 
 # -- keeping -------------------------------------------------------------------------------------------------

@@ -8,40 +8,36 @@ left out (the shipped profiles are measured without); a configuration is therefo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import numba
 import numpy as np
 
 from engine.core.kinds import Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, new_cluster
 from engine.errors import SlalomError
-from engine.jit.rows import addresses
 from engine.latency import Profile, pack
 from engine.latency.profile import list_profiles
-from env.measure.goodput import find_goodput
+from env.measure.goodput import largest_rate
 from env.measure.metrics import outcomes
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace, horizon_s, requests_of
 from env.surrogate.clock import new_sim
-from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
-from env.surrogate.loop import run
-from env.surrogate.simulate import simulate
-from env.workload import Trace
+from env.surrogate.simulate import driver, simulate
+from env.workload import Split, Trace
 from policies.load import load_policy
 from policies.setting import Setting
 
 __all__ = [
-    "LEAST_LOAD",
     "Disaggregated",
     "algorithm_1",
     "algorithm_2",
     "choose_algorithm",
     "phase_goodput",
     "reference",
+    "shares_met",
     "siblings",
     "steady_requests",
     "transfer_s",
@@ -49,8 +45,6 @@ __all__ = [
 
 #: Bandwidth inside a node where Algorithm 2 places both phases: NVLink of A100 (600 GB/s, one direction).
 NODE_GB_S = 300.0
-#: Below this part of the reference rate nobody waits for anybody: who fails there fails at any rate.
-LEAST_LOAD = 2.0**-12
 _AMPLE_TOKENS = 4_000_000
 _BATCHES = 16
 
@@ -177,8 +171,6 @@ def phase_goodput(
     links = (LinkSpec(bytes_per_s=0.0, latency_s=0.0),) * 2
 
     def attainment(rate: float) -> float:
-        if rate < LEAST_LOAD * scenario.reference_rate:
-            return 0.0
         trace = requests_at(rate) if requests_at else build_trace(scenario, rate, n_requests, 0, "valid")
         options = ClusterOptions(horizon_s=horizon_s(trace))
         state = new_cluster(specs, table, share, classes=classes, links=links, options=options)
@@ -186,15 +178,29 @@ def phase_goodput(
         state = state._replace(req=requests_of(trace))
         policy = load_policy("distserve", Setting.of_state(state))
         sim = new_sim(state, n_roots=trace.n_roots)
-        drive = compiled(run, WORDS, WORDS, *POLICY_ARGS, numba.float64[::1], numba.int64, numba.int64)
-        drive(
-            addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
-            FirstClass(policy.decide), policy.params, policy.memory.copy(), int(policy.needs), 0,
-        )  # fmt: skip
+        driver(state, sim, policy)()
         found = outcomes(SimpleNamespace(req=state.req))
         return float((found.ttft_ok if phase == "prefill" else found.tpot_ok).mean())
 
-    return find_goodput(attainment, scenario.reference_rate, targets=(goal,), tolerance=tolerance).at(goal).rate
+    return largest_rate(attainment, scenario.reference_rate, goal, tolerance=tolerance)
+
+
+def shares_met(
+    scenario: Scenario, policy: tuple[str, Mapping[str, Any]], rate: float, n_requests: int, seeds: Sequence[int],
+    split: Split = "valid",
+) -> tuple[float, float, float]:  # fmt: skip
+    """Shares of requests with both targets met, TTFT met and TPOT met, over all seeds.
+
+    :param policy: a rule and its values
+    """
+    name, values = policy
+    rows = []
+    for seed in seeds:
+        run = simulate(scenario, name, rate=rate, n_requests=n_requests, seed=seed, split=split, values=values)
+        found = outcomes(run)
+        rows.append((found.good.mean(), found.ttft_ok.mean(), found.tpot_ok.mean()))
+    both, ttft, tpot = np.mean(rows, axis=0)
+    return float(both), float(ttft), float(tpot)
 
 
 def _fitting(scenario: Scenario, node_gpus: int) -> list[Profile]:
@@ -262,10 +268,7 @@ def algorithm_2(
                 {"count": 1, "role": "prefill", "profile": reference(scenario, p), "prefill_tokens": prefill_tokens},
                 {"count": 1, "role": "decode", "profile": reference(scenario, d), "max_batch": max_batch},
             ]
-            pair = scenario.with_overrides({
-                "cluster": groups, "links.bandwidth_gb_s": node_gb_s, "decisions": {},
-                "min_prefill": 1, "min_decode": 1,
-            })  # fmt: skip
+            pair = scenario.fixed_on(*groups, **{"links.bandwidth_gb_s": node_gb_s})
             found = _pair_goodput(pair, prefill_tokens, goal, n_requests, tolerance, seeds)
             if found > 0.0 and (best is None or found / (p.tp + d.tp) > best[0]):
                 best = (found / (p.tp + d.tp), found, p, d)
@@ -279,17 +282,9 @@ def algorithm_2(
 def _pair_goodput(
     pair: Scenario, prefill_tokens: int, goal: float, n_requests: int, tolerance: float, seeds: Sequence[int]
 ) -> float:
-    def attainment(rate: float) -> float:
-        if rate < LEAST_LOAD * pair.reference_rate:
-            return 0.0
-        shares = []
-        for seed in seeds:
-            values = {"prefill_tokens": prefill_tokens}
-            result = simulate(
-                pair, "distserve", rate=rate, n_requests=n_requests, seed=seed, split="valid", values=values
-            )
-            found = outcomes(result)
-            shares.append((found.ttft_ok.mean(), found.tpot_ok.mean()))
-        return float(np.mean(shares, axis=0).min())
+    policy = "distserve", {"prefill_tokens": prefill_tokens}
 
-    return find_goodput(attainment, pair.reference_rate, targets=(goal,), tolerance=tolerance).at(goal).rate
+    def attainment(rate: float) -> float:
+        return min(shares_met(pair, policy, rate, n_requests, seeds)[1:])
+
+    return largest_rate(attainment, pair.reference_rate, goal, tolerance=tolerance)

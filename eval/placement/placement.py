@@ -18,22 +18,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from engine.errors import SlalomError
 from engine.latency import Profile
-from env.measure.goodput import find_goodput
-from env.measure.metrics import outcomes
+from env.measure.goodput import largest_rate
 from env.scenario import Scenario
 from env.sections import InstanceGroup
-from env.surrogate.simulate import simulate
 from eval.placement.disaggregation import (
-    LEAST_LOAD,
     Disaggregated,
     algorithm_1,
     algorithm_2,
     choose_algorithm,
     reference,
+    shares_met,
     siblings,
     steady_requests,
 )
@@ -68,9 +64,7 @@ class Arrangement:
 
     def applied(self, scenario: Scenario) -> Scenario:
         """The scenario on this arrangement, with every lever but placement switched off."""
-        groups = [g.model_dump(mode="json") for g in self.groups]
-        fixed = {"cluster": groups, "decisions": {}, "min_prefill": 1, "min_decode": 1}
-        return scenario.with_overrides(fixed)
+        return scenario.fixed_on(*(g.model_dump(mode="json") for g in self.groups))
 
 
 def _budget(group: InstanceGroup) -> str:
@@ -195,20 +189,6 @@ def orders(arrangement: Arrangement) -> Iterator[Arrangement]:
 # -- what they are worth ---------------------------------------------------------------------------------------
 
 
-def _shares(scenario: Scenario, arrangement: Arrangement, rate: float, effort: Effort) -> tuple[float, float, float]:
-    """Shares of requests with both targets met, TTFT met and TPOT met, over all seeds."""
-    policy, values = arrangement.policy
-    rows = []
-    for seed in effort.seeds:
-        run = simulate(
-            scenario, policy, rate=rate, n_requests=effort.n_requests, seed=seed, split=effort.split, values=values
-        )
-        found = outcomes(run)
-        rows.append((found.good.mean(), found.ttft_ok.mean(), found.tpot_ok.mean()))
-    both, ttft, tpot = np.mean(rows, axis=0)
-    return float(both), float(ttft), float(tpot)
-
-
 def measure(scenario: Scenario, arrangement: Arrangement, goal: float, effort: Effort) -> Found:
     """Goodput of one arrangement; 0 where no rate reaches the goal.
 
@@ -217,12 +197,10 @@ def measure(scenario: Scenario, arrangement: Arrangement, goal: float, effort: E
     applied = arrangement.applied(scenario)
 
     def attainment(rate: float) -> float:
-        loaded = rate >= LEAST_LOAD * scenario.reference_rate
-        return _shares(applied, arrangement, rate, effort)[0] if loaded else 0.0
+        return shares_met(applied, arrangement.policy, rate, effort.n_requests, effort.seeds, effort.split)[0]
 
-    start = scenario.reference_rate
-    found = find_goodput(attainment, start, targets=(goal,), tolerance=effort.tolerance).at(goal)
-    return Found(arrangement, found.rate, applied.n_gpus())
+    rate = largest_rate(attainment, scenario.reference_rate, goal, tolerance=effort.tolerance)
+    return Found(arrangement, rate, applied.n_gpus())
 
 
 def _best(found: list[Found], family: str | None = None) -> list[Found]:
@@ -316,7 +294,8 @@ def reason(scenario: Scenario, ranked: list[Found], goal: float, effort: Effort)
     if not others:
         return "No other family of arrangements fits on these GPUs."
     rival = others[0].arrangement
-    both, ttft, tpot = _shares(rival.applied(scenario), rival, best.rate, effort)
+    on = rival.applied(scenario)
+    both, ttft, tpot = shares_met(on, rival.policy, best.rate, effort.n_requests, effort.seeds, effort.split)
     slow = [text for share, text in ((ttft, "prompts wait"), (tpot, "decode steps are too slow")) if share < goal]
     cause = " and ".join(slow) or "different requests miss one or the other"
     return (

@@ -66,16 +66,14 @@ def write_report(result: Comparison, folder: Path) -> dict[str, Path]:
     :return: what was written, by name
     :raises SlalomError: the folder cannot be written or the disk is full
     """
-    from eval.report.plots import figures
+    from eval.report.plots import figures, png_of
 
     written = {"result": folder / "result.json", "report": folder / "report.html"}
     write_json(written["result"], result.to_json())
     drawn = {}
     for stem, (figure, caption) in figures(result).items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
         written[stem] = folder / f"{stem}.png"
-        write_bytes(written[stem], png.getvalue())
+        write_bytes(written[stem], png_of(figure))
         drawn[stem] = embed(figure, caption, stem)
     write_text(written["report"], _page(result, drawn))
     return written

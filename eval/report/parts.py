@@ -13,16 +13,9 @@ __all__ = ["cards", "starved", "watched_sentences", "way_rows"]
 Row = Mapping[str, Any]
 
 
-def _subject_and_rival(result: Comparison) -> tuple[Side, Side | None]:
-    """The best learned policy (without one, the best of all) and the best rule beside it."""
-    order = result.ranking()
-    subject = next((side for side in order if side.is_learned), order[0])
-    return subject, next((side for side in order if side is not subject and not side.is_learned), None)
-
-
 def cards(result: Comparison) -> Iterator[tuple[str, str, str]]:
     """(figure, what it is, ``win``, ``loss`` or nothing), the most asked for first."""
-    subject, rival = _subject_and_rival(result)
+    subject, rival = result.duel()
     point = result.meeting_point(subject)
     if over := subject.iqm_attainment:
         yield f"{100 * over.value:.1f} %", f"of requests met by {subject.label}", ""

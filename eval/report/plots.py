@@ -7,6 +7,7 @@ global state, so drawing works without a display and in threads.
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Any
 
@@ -17,9 +18,9 @@ from matplotlib.ticker import LogFormatter
 from eval.compare.result import Comparison, Side
 from eval.report.plots_shadow import decisions, timeline
 
-__all__ = ["claim_figure", "figures"]
+__all__ = ["COLOURS", "blank", "claim_figure", "figures", "png_of"]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _STRICTER = ("D", "v", "s")  # goodput at the second, third, ... target
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -47,9 +48,9 @@ def figures(result: Comparison) -> dict[str, tuple[Figure, str]]:
 
 
 def _style(index: int) -> dict[str, Any]:
-    n = len(_COLOURS)
+    n = len(COLOURS)
     return {
-        "color": _COLOURS[index % n],
+        "color": COLOURS[index % n],
         "linestyle": _LINES[(index // n) % len(_LINES)],
         "marker": _MARKERS[index % len(_MARKERS)],
         "markersize": 4,
@@ -57,7 +58,15 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _figure(width: float = 8.0, height: float = 4.8, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def png_of(figure: Figure) -> bytes:
+    """The picture as a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()
+
+
+def blank(width: float = 8.0, height: float = 4.8, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure [inches] with so many empty axes side by side."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
     for axis in axes:
@@ -87,7 +96,7 @@ def _legend(figure: Figure, axis: Axes, entries: int) -> None:
 
 
 def _attainment(result: Comparison) -> Figure:
-    figure, (axis,) = _figure()
+    figure, (axis,) = blank()
     for index, side in enumerate(result.ranking()):
         points = _drawn_points(result, side)
         rates = [p["rate"] for p in points]
@@ -104,7 +113,7 @@ def _attainment(result: Comparison) -> Figure:
 
 
 def _latency(result: Comparison) -> Figure:
-    figure, axes = _figure(width=10.0, columns=2)
+    figure, axes = blank(width=10.0, columns=2)
     for axis, metric in zip(axes, ("ttft", "tpot"), strict=True):
         key, drawn = f"p90_{metric}_ms", 0
         for index, side in enumerate(result.ranking()):
@@ -128,7 +137,7 @@ def _latency(result: Comparison) -> Figure:
 
 def _goodput(result: Comparison) -> Figure:
     order = result.ranking()[::-1]
-    figure, (axis,) = _figure(height=1.4 + 0.42 * len(order))
+    figure, (axis,) = blank(height=1.4 + 0.42 * len(order))
     for index, side in enumerate(order):
         found = side.at(result.lead)
         low, high = found.interval
@@ -164,7 +173,7 @@ def _breakdown(result: Comparison) -> Figure:
     if len(classes) == 1:
         classes = []  # they are all the requests there are
     groups = ["both", "TTFT", "TPOT", *(f"class {name}" for name in classes)]
-    figure, (axis,) = _figure(width=max(8.0, 1.6 * len(groups) + 3.0))
+    figure, (axis,) = blank(width=max(8.0, 1.6 * len(groups) + 3.0))
     width = 0.8 / len(rows)
     for index, (label, point) in enumerate(rows):
         by_class = point["slo_attainment_by_class"]
@@ -172,13 +181,13 @@ def _breakdown(result: Comparison) -> Figure:
         shares = [point["slo_attainment"], metric["ttft"], metric["tpot"]]
         shares += [by_class.get(name, {}).get("slo_attainment") or 0.0 for name in classes]
         places = [g + (index + 0.5) * width - 0.4 for g in range(len(groups))]
-        n = len(_COLOURS)
+        n = len(COLOURS)
         axis.bar(
             places,
             [100 * s for s in shares],
             width,
             label=label,
-            color=_COLOURS[index % n],
+            color=COLOURS[index % n],
             hatch=("", "//", "..", "xx")[(index // n) % 4],
             edgecolor="white",
         )
@@ -190,7 +199,7 @@ def _breakdown(result: Comparison) -> Figure:
 
 def claim_figure(claim: Any) -> Figure:
     """A reproduced result (``eval.claims.claim.Claim``): published points as markers, ours as lines over them."""
-    figure, (axis,) = _figure()
+    figure, (axis,) = blank()
     systems = {label: place for place, label in enumerate(dict.fromkeys(_system(c.label) for c in claim.curves))}
     names = [x for curve in claim.curves for x in curve.x if isinstance(x, str)]
     order = {name: place for place, name in enumerate(dict.fromkeys(names))}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.common.files import read_json, write_json
+from engine.common.options import refuses
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.scenario import Scenario
@@ -27,7 +28,7 @@ from eval.compare.headline import search_one
 from eval.studies.scoreboard import CHECKPOINTS, MOST_TRIALS, OPPONENTS
 from train.budget import parse_budget
 from train.search.levers import EVERY
-from train.search.tune import KNEE, knee_rate, tune
+from train.search.tune import knee_rate, tune
 
 __all__ = ["main", "parts_of", "table"]
 
@@ -44,14 +45,13 @@ def parts_of(name: str, requests: float) -> Iterator[tuple[str, Any, Contender]]
     scenario = Scenario.load(name)
     settings = PointSettings(n_requests=scenario.n_requests)
     yield "least predicted TTFT, the scenario's arrangement", scenario, Contender(_RULE)
-    knee = knee_rate(scenario, settings, policy=_RULE, start=scenario.reference_rate)
+    knee = knee_rate(scenario, settings, policy=_RULE)
     for text, levers in (
         ("+ best arrangement", tuple(lever for lever in EVERY if lever != "order")),
         ("+ queue order", EVERY),
     ):
         found = tune(
-            _RULE, scenario, MOST_TRIALS, rates=[x * knee for x in KNEE], knee=knee, levers=levers, requests=requests,
-            settings=settings, prune=True,
+            _RULE, scenario, MOST_TRIALS, knee=knee, levers=levers, requests=requests, settings=settings, prune=True,
         )  # fmt: skip
         told = ", ".join(f"{key.removeprefix('lever.')} {value}" for key, value in found.levers.items())
         yield f"{text} ({told})", scenario, Contender(_RULE, found.values, tuned=True, plans=found.plans)
@@ -88,6 +88,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@refuses("parts")
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 on a scenario without a checkpoint."""
     about = (__doc__ or "").splitlines()[0]
@@ -100,20 +101,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     known = sorted(path.name for path in CHECKPOINTS.glob("*") if path.name in OPPONENTS)
     rows: list[dict[str, Any]] = []
-    try:
-        for name in options.scenarios or known:
-            if name not in known:
-                raise SlalomError("scenario", name, f"checkpoints stand for: {', '.join(known)}")
-            if options.read:
-                stored = options.out / f"{name}.json"
-                rows += read_json(stored) if stored.exists() else []
-                continue
-            training = read_json(CHECKPOINTS / name / "policy.json")["training"]
-            spent = parse_budget(options.requests).frames if options.requests else None
-            rows += measured(name, float(spent or training["search_requests"]), options.seeds, options.out)
-    except SlalomError as error:
-        print(f"parts: {error}", file=sys.stderr)
-        return 2
+    for name in options.scenarios or known:
+        if name not in known:
+            raise SlalomError("scenario", name, f"checkpoints stand for: {', '.join(known)}")
+        if options.read:
+            stored = options.out / f"{name}.json"
+            rows += read_json(stored) if stored.exists() else []
+            continue
+        training = read_json(CHECKPOINTS / name / "policy.json")["training"]
+        spent = parse_budget(options.requests).frames if options.requests else None
+        rows += measured(name, float(spent or training["search_requests"]), options.seeds, options.out)
     print(table(rows))
     return 0
 

@@ -30,15 +30,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.common.files import read_json, write_json
+from engine.common.options import refuses
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
+from eval.compare.result import Comparison, Side
 from eval.compare.session import MOST_TRIALS, Request, Watcher, contenders_of, evaluate, scaled, tune_all
 from eval.studies.scoretable import TARGETS, table, told
 from train.search.direct import rules_of
 from train.search.levers import EVERY
-from train.search.tune import KNEE, best_knee, tune
+from train.search.tune import best_knee, tune
 
 __all__ = [
     "CHECKPOINTS",
@@ -46,12 +48,12 @@ __all__ = [
     "Effort",
     "Lines",
     "main",
-    "pair_ratio",
     "row",
     "score",
     "screen",
     "search",
     "table",
+    "told_ratio",
 ]
 
 CHECKPOINTS = ROOT / "checkpoints" / "policies"
@@ -65,8 +67,6 @@ OPPONENTS: dict[str, tuple[str, ...]] = {
     "shift-pd-8xa100": ("lodestar", "muxwise"),
     "classes-6xa100": ("splitwise", "predicted_ttft"),
 }
-#: Whose best knee says where opponents are tuned when the targets are not the scenario's own.
-KNEE_RULES = ("least_tokens", "predicted_ttft", "static_split", "linear_score")
 _SHOWN = 3  # opponents in the table of what is held
 _SCREENED = 600_000  # simulated requests of a rule's search in a screening
 
@@ -115,64 +115,69 @@ def _trained_with(checkpoint: Path) -> float:
 # -- one scenario ----------------------------------------------------------------------------------------------
 
 
-def row(result: dict[str, Any], learned: str) -> dict[str, Any]:
+def row(result: Comparison, learned: str) -> dict[str, Any]:
     """One scenario's figures: the checkpoint, its best opponent at every target, ratio with 95 % interval, and at the
     common rate what happens to waits, classes and throughput.
 
-    :param result: of :func:`eval.compare.session.evaluate`
     :param learned: label of the checkpoint
     """
-    mine = next(p for p in result["policies"] if p["label"] == learned)
-    rivals = [p for p in result["policies"] if p["label"] != learned]
-    found: dict[str, Any] = {"scenario": result["settings"]["scenario"]}
-    for target in mine["goodput"]:
+    mine = result.side(learned)
+    rivals = [side for side in result.policies if side is not mine]
+    found: dict[str, Any] = {"scenario": result.settings["scenario"]}
+    for target in mine.goodput:
         best = _best(rivals, target)
         found[target] = {
-            "learned": mine["goodput"][target]["rate"],
-            "opponent": best["label"],
-            "rate": best["goodput"][target]["rate"],
-            **pair_ratio(result["pairs"], mine, best, target),
+            "learned": mine.goodput[target].rate,
+            "opponent": best.label,
+            "rate": best.goodput[target].rate,
+            **told_ratio(result, mine, best, target),
         }
-    leaders = sorted(rivals, key=lambda p: -float(p["goodput"][TARGETS[0]]["rate"]))[:_SHOWN]
-    found["held"] = [_held(p) for p in (mine, *leaders)]
-    rules = [p for p in rivals if not p["cluster"]]
+    leaders = sorted(rivals, key=lambda side: -side.goodput[TARGETS[0]].rate)[:_SHOWN]
+    found["held"] = [_held(side) for side in (mine, *leaders)]
+    rules = [side for side in rivals if not side.cluster]
     opponent = _best(rivals, TARGETS[0])
-    for key in ("at_rate", "second_rate"):
-        if result.get(key):
+    for key, rate in (("at_rate", result.at_rate), ("second_rate", result.second_rate)):
+        if rate:
             found[key] = {
-                "rate": result[key],
-                "learned": _standing(mine, result[key]),
-                "opponent": _standing(opponent, result[key]),
-                "rule": _standing(_best(rules, TARGETS[0]), result[key]) if rules else None,
+                "rate": rate,
+                "learned": _standing(mine, rate),
+                "opponent": _standing(opponent, rate),
+                "rule": _standing(_best(rules, TARGETS[0]), rate) if rules else None,
             }
     return found
 
 
-def _held(policy: dict[str, Any]) -> dict[str, Any]:
-    """What ``policy`` sustains at each target, its classic goodput and limit, and who fares worst at its rate."""
-    first = policy["goodput"][TARGETS[0]]
+def told_ratio(result: Comparison, ours: Side, theirs: Side, target: str) -> dict[str, float | None]:
+    """``ratio`` of ours to theirs (None where the rival holds the target at no rate), ``low``, ``high`` (no bound)."""
+    found = result.ratio(ours, theirs, float(target))
+    return {"ratio": found.value, "low": found.low, "high": found.high}
+
+
+def _held(side: Side) -> dict[str, Any]:
+    """What a policy sustains at each target, its classic goodput and limit, and who fares worst at its rate."""
+    first, classic = side.goodput[TARGETS[0]], side.classic_goodput.get(TARGETS[0])
     return {
-        "label": policy["label"],
-        **{target: policy["goodput"][target]["rate"] for target in TARGETS},
-        "classic": policy.get("classic_goodput", {}).get(TARGETS[0], {}).get("rate"),
-        "limit": policy.get("sustained", {}).get("stability_limit"),
-        "at": first.get("at"),
-        "ends_by": (first.get("fails_above") or "").split(":")[0],
+        "label": side.label,
+        **{target: side.goodput[target].rate for target in TARGETS},
+        "classic": classic and classic.rate,
+        "limit": side.sustained.get("stability_limit"),
+        "at": first.at,
+        "ends_by": first.fails_above.split(":")[0],
     }
 
 
-def _best(policies: Sequence[dict[str, Any]], target: str) -> dict[str, Any]:
-    return max(policies, key=lambda p: float(p["goodput"][target]["rate"]))
+def _best(sides: Sequence[Side], target: str) -> Side:
+    return max(sides, key=lambda side: side.goodput[target].rate)
 
 
-def _standing(policy: dict[str, Any], rate: float) -> dict[str, Any]:
-    """What ``policy`` does at ``rate``: its worst class, its longest wait, finished requests per second."""
-    point = min(policy["points"], key=lambda p: abs(p["rate"] - rate))
+def _standing(side: Side, rate: float) -> dict[str, Any]:
+    """What a policy does at ``rate``: its worst class, its longest wait, finished requests per second."""
+    point = min(side.points, key=lambda p: abs(p["rate"] - rate))
     classes = {name: c["slo_attainment"] for name, c in point["slo_attainment_by_class"].items()}
     worst = min(classes, key=lambda name: classes[name])
     finished = [run["request_throughput"] for run in point["runs"]]
     return {
-        "label": policy["label"],
+        "label": side.label,
         "attainment": point["slo_attainment"],
         "worst_class": worst,
         "worst_class_attainment": classes[worst],
@@ -182,36 +187,14 @@ def _standing(policy: dict[str, Any], rate: float) -> dict[str, Any]:
     }
 
 
-def pair_ratio(
-    pairs: list[dict[str, Any]], ours: dict[str, Any], theirs: dict[str, Any], target: str
-) -> dict[str, Any]:
-    """Goodput of ``ours`` ÷ goodput of ``theirs`` with its 95 % interval, from the pairs of a comparison.
-
-    :param ours: an entry of ``policies``
-    :return: ``ratio`` (None where the rival holds the target at no rate), ``low``, ``high`` (None: without bound)
-    :raises KeyError: no such pair
-    """
-    a, b = ours["label"], theirs["label"]
-    mine, rival = (float(p["goodput"][target]["rate"]) for p in (ours, theirs))
-    value = mine / rival if rival > 0.0 else None
-    for pair in pairs:
-        ratio = pair["goodput"][target]["ratio"]
-        if (pair["a"], pair["b"]) == (a, b):
-            return {"ratio": value, "low": ratio["low"], "high": ratio["high"]}
-        if (pair["a"], pair["b"]) == (b, a):
-            low, high = (None if not ratio[k] else 1.0 / ratio[k] for k in ("high", "low"))
-            return {"ratio": value, "low": low, "high": high}
-    raise KeyError((a, b))
-
-
 def score(name: str, out: Path, effort: Effort) -> dict[str, Any]:
     """Tune, compare, note; read back where this was done before.
 
     :raises SlalomError: targets that no reference rule meets at any rate
     """
     request, watcher = _request(name, out, effort)
-    result = evaluate(request, watcher).to_json()
-    write_json(out / _folder(name, effort.slo_scale) / "result.json", result)
+    result = evaluate(request, watcher)
+    write_json(out / _folder(name, effort.slo_scale) / "result.json", result.to_json())
     return row(result, name) | _budget(result, name)
 
 
@@ -231,14 +214,12 @@ def screen(name: str, requests: float = _SCREENED) -> list[tuple[str, float, dic
     """
     scenario = Scenario.load(name)
     settings = PointSettings(n_requests=scenario.n_requests)
-    knee = best_knee(scenario, settings, KNEE_RULES)
+    knee = best_knee(scenario, settings)
     found = []
     for rule in rules_of(scenario):
-        rates = [factor * knee for factor in KNEE]
         best = tune(
-            rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=EVERY, requests=requests, settings=settings,
-            prune=True,
-        )  # fmt: skip
+            rule, scenario, MOST_TRIALS, knee=knee, levers=EVERY, requests=requests, settings=settings, prune=True
+        )
         found.append((rule, best.rates[2], dict(best.levers)))
         print(f"{name}: {rule} {best.rates[2]:.2f}/s, {best.levers}", file=sys.stderr, flush=True)
     return sorted(found, key=lambda entry: -entry[1])
@@ -252,16 +233,16 @@ def _request(name: str, out: Path, effort: Effort) -> tuple[Request, Lines]:
     folder = out / _folder(name, effort.slo_scale)
     request = Request(
         scenario, (*rivals, str(checkpoint)), None, effort.seeds, settings, effort.trials or MOST_TRIALS, effort.jobs,
-        folder, slo_scale=effort.slo_scale, knee_rules=KNEE_RULES, prune=True, sustained=True,
+        folder, slo_scale=effort.slo_scale, prune=True, sustained=True,
         tune_requests=effort.share * _trained_with(checkpoint), only_tuned=True,
     )  # fmt: skip
     return request, Lines(folder.name)
 
 
-def _budget(result: dict[str, Any], name: str) -> dict[str, Any]:
+def _budget(result: Comparison, name: str) -> dict[str, Any]:
     """Simulated requests of the rules' searches, as a share of the checkpoint's; a static plan's ends when it knows no
     further arrangement."""
-    settings = result["settings"]
+    settings = result.settings
     rules = [entry for entry in settings["tuning"] if "cluster" not in entry]
     spent = min((int(entry["simulated_requests"]) for entry in rules), default=0)
     facts = {
@@ -277,10 +258,11 @@ def _folder(name: str, slo_scale: float) -> str:
 
 
 def _read(name: str, out: Path, slo_scale: float) -> dict[str, Any]:
-    result = read_json(out / _folder(name, slo_scale) / "result.json")
+    result = Comparison.from_json(read_json(out / _folder(name, slo_scale) / "result.json"))
     return row(result, name) | _budget(result, name)
 
 
+@refuses("scoreboard")
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 on a scenario without a checkpoint."""
     about = (__doc__ or "").splitlines()[0]
@@ -305,30 +287,26 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     rows = []
     refused: dict[str, str] = {}
-    try:
-        for name in options.scenarios:
-            if name not in known:
-                raise SlalomError("scenario", name, f"checkpoints stand for: {', '.join(known) or 'none'}")
-        scaled(Scenario.load(known[0]), effort.slo_scale)  # refuses a factor that is none
-        for name in options.scenarios or known:
-            if options.read:
-                stored = options.out / _folder(name, effort.slo_scale) / "result.json"
-                if options.scenarios or stored.exists():
-                    rows.append(_read(name, options.out, effort.slo_scale))
+    for name in options.scenarios:
+        if name not in known:
+            raise SlalomError("scenario", name, f"checkpoints stand for: {', '.join(known) or 'none'}")
+    scaled(Scenario.load(known[0]), effort.slo_scale)  # refuses a factor that is none
+    for name in options.scenarios or known:
+        if options.read:
+            stored = options.out / _folder(name, effort.slo_scale) / "result.json"
+            if options.scenarios or stored.exists():
+                rows.append(_read(name, options.out, effort.slo_scale))
+            continue
+        try:
+            if options.screen:
+                print("\n".join(f"{name} {rule} {knee:.2f} {levers}" for rule, knee, levers in screen(name)))
                 continue
-            try:
-                if options.screen:
-                    print("\n".join(f"{name} {rule} {knee:.2f} {levers}" for rule, knee, levers in screen(name)))
-                    continue
-                if options.search:
-                    search(name, options.out, effort)
-                    continue
-                rows.append(score(name, options.out, effort))
-            except SlalomError as error:  # the others have their comparison all the same
-                refused[name] = str(error)
-    except SlalomError as error:
-        print(f"scoreboard: {error}", file=sys.stderr)
-        return 2
+            if options.search:
+                search(name, options.out, effort)
+                continue
+            rows.append(score(name, options.out, effort))
+        except SlalomError as error:  # the others have their comparison all the same
+            refused[name] = str(error)
     if rows:
         write_json(options.out / f"{_folder('scoreboard', effort.slo_scale)}.json", rows)
         print(table(rows))

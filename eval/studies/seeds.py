@@ -16,12 +16,11 @@ without the compilation of kernels (once per version and machine).
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +28,7 @@ import numpy as np
 import typer
 
 from engine.common.documents import json_of
-from engine.common.files import kept, read_json, write_bytes, write_json
+from engine.common.files import digest_of, kept, read_json, write_bytes, write_json
 from engine.common.lines import lines
 from engine.common.options import run_command
 from engine.errors import SlalomError
@@ -144,17 +143,10 @@ class _Yardstick:
 
     def design(self, facts: dict[str, Any]) -> float:
         """The same of a design given by its ``rule``, ``values``, ``plans`` and ``theta``."""
-        from engine.core.policy import InstancePlan
         from train.search.space import Design
 
-        plans, theta = facts.get("plans"), facts.get("theta")
-        design = Design(
-            facts["rule"],
-            facts["values"],
-            None if plans is None else tuple(InstancePlan(**plan) for plan in plans),
-            None if theta is None else np.array(theta),
-        )
-        return self._kept([facts["rule"], facts["values"], plans, theta], design.bind)
+        design = Design.of(facts)
+        return self._kept(list(design.facts.values()), design.bind)
 
     def folder(self, path: Path) -> float:
         """The same of a checkpoint."""
@@ -165,13 +157,12 @@ class _Yardstick:
         return self._kept([policy_sha256(Contender(str(path)))], load(path).bind)
 
     def _kept(self, parts: list[Any], bind: Any) -> float:
-        digest = hashlib.sha256(json.dumps([*self._identity, *parts], sort_keys=True).encode()).hexdigest()[:24]
-
         def measured() -> dict[str, Any]:
             policy, n = bind(self._fitness.setting), self.scenario.n_requests
             return {"goodput": self._fitness.goodput(policy, self._start, self._windows, n, 0.01)}
 
-        found = float(kept(self._folder / f"{digest}.json", measured)["goodput"])
+        path = self._folder / f"{digest_of([*self._identity, *parts])[:24]}.json"
+        found = float(kept(path, measured)["goodput"])
         self._start = found or self._start  # the next policy is searched near the last
         return found
 
@@ -188,28 +179,28 @@ def _best_rule(
     from eval.studies.scoreboard import MOST_TRIALS
     from policies import registry
     from train.search.levers import EVERY
-    from train.search.tune import KNEE, MANNER, knee_rate, tune
+    from train.search.tune import MANNER, knee_rate, tune
 
     settings = PointSettings(n_requests=scenario.n_requests)
     table: list[dict[str, Any]] = []
-    knee = 0.0
+
+    @cache
+    def knee() -> float:
+        return knee_rate(scenario, settings)
+
+    def tuned(rule: str) -> dict[str, Any]:
+        print(f"{scenario.name}: tune {rule}, {requests / 1e6:.1f} M requests", file=sys.stderr, flush=True)
+        return tune(
+            rule, scenario, MOST_TRIALS, knee=knee(), levers=EVERY, requests=requests, settings=settings, prune=True
+        ).as_dict()
+
     for rule in rules:
         defaults = registry.get(rule).values()
         table.append({"rule": rule, "tuned": False, "goodput": yardstick.design({"rule": rule, "values": defaults})})
         identity = [code_sha256(), scenario_hash(scenario), rule, requests, MANNER]
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        path = out / f"{scenario.name}-{rule}-{digest}.json"
-        if not path.exists():
-            knee = knee or knee_rate(scenario, settings, start=scenario.reference_rate)
-            rates = [factor * knee for factor in KNEE]
-            print(f"{scenario.name}: tune {rule}, {requests / 1e6:.1f} M requests", file=sys.stderr, flush=True)
-            found = tune(
-                rule, scenario, MOST_TRIALS, rates=rates, knee=knee, levers=EVERY, requests=requests, settings=settings,
-                prune=True,
-            )  # fmt: skip
-            write_json(path, found.as_dict(), sealed=True)
-        best_found = read_json(path)
-        facts = {"rule": rule, "values": best_found["values"], "plans": best_found["plans"] or None}
+        path = out / f"{scenario.name}-{rule}-{digest_of(identity)[:16]}.json"
+        found = kept(path, partial(tuned, rule))
+        facts = {"rule": rule, "values": found["values"], "plans": found["plans"] or None}
         table.append({"rule": rule, "tuned": True, "goodput": yardstick.design(facts)})
     best = max(table, key=lambda entry: float(entry["goodput"]))
     if not best["goodput"]:
@@ -273,12 +264,9 @@ def _times(times: Sequence[float | None]) -> dict[str, Any]:
 
 
 def _draw(summary: dict[str, Any]) -> bytes:
-    from matplotlib.figure import Figure
+    from eval.report.plots import blank, png_of
 
-    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
-    axis = figure.add_subplot()
-    axis.grid(True, alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
+    figure, (axis,) = blank(8.0, 4.6)
     for run in summary["runs"]:
         axis.step(run["seconds"], run["ratio"], where="post", color="#999999", linewidth=0.8, alpha=0.7)
     axis.plot(summary["seconds"], summary["ratio_iqm"], color="#0072B2", linewidth=2, label="interquartile mean")
@@ -291,9 +279,7 @@ def _draw(summary: dict[str, Any]) -> bytes:
         axis.axhline(bar, color="#D55E00", linewidth=1, linestyle="--", label=label)
     axis.set(xlabel="wall seconds of search and training", ylabel="goodput at 90 % ÷ the best tuned rule's")
     axis.legend(frameon=False, fontsize=9, loc="lower right")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    return picture.getvalue()
+    return png_of(figure)
 
 
 def _told(summary: dict[str, Any], rules: Sequence[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from engine.common.files import read_json, write_bytes, write_json, write_text
+from engine.common.options import refuses
 from engine.common.provenance import commit
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings, Split
@@ -31,6 +31,7 @@ from env.measure.digest import code_sha256
 from env.measure.evaluator import Evaluator, bound
 from env.measure.sustained_search import Search, measure_sustained
 from env.scenario import Scenario
+from eval.report.plots import COLOURS, png_of
 from eval.studies.scoreboard import CHECKPOINTS
 
 __all__ = ["Effort", "contenders", "drawn", "main", "measured", "study", "table"]
@@ -38,7 +39,6 @@ __all__ = ["Effort", "contenders", "drawn", "main", "measured", "study", "table"
 SCENARIOS = ("azure-conv-4xa100", "classes-6xa100", "shift-pd-8xa100")
 RULES = ("predicted_ttft", "least_tokens", "power_of_two", "round_robin")
 _TARGET = 0.9
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "v", "D", "x")
 Say = Callable[[str], None]
 
@@ -170,7 +170,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
     axes = figure.subplots(len(scenarios), len(routers), sharex=True, sharey="row", squeeze=False)
     for line, scenario in zip(axes, scenarios, strict=True):
         for axis, n in zip(line, routers, strict=True):
-            for policy, colour, marker in zip(policies, _COLOURS, _MARKERS, strict=False):
+            for policy, colour, marker in zip(policies, COLOURS, _MARKERS, strict=False):
                 shown = [rates.get((scenario, policy, delay, n), float("nan")) for delay in delays]
                 axis.plot(delays, shown, label=policy, color=colour, marker=marker, markersize=4)
             axis.set_ylim(0, None)
@@ -185,6 +185,7 @@ def picture(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+@refuses("staleness")
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 on bad input."""
     about = (__doc__ or "").splitlines()[0]
@@ -200,20 +201,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/staleness"))
     options = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
-    try:
-        effort = Effort(
-            tuple(options.delays), tuple(options.routers), options.budget, options.seeds, options.split,
-            options.rate, options.requests,
-        )  # fmt: skip
-        for name in options.scenario:
-            rows += study(Scenario.load(name), effort, options.out / name, lambda text: print(text, file=sys.stderr))
-            write_json(options.out / "staleness.json", {"rows": rows, "commit": commit()})
-        image = io.BytesIO()
-        picture(rows).savefig(image, format="png", dpi=150)
-        write_bytes(options.out / "staleness.png", image.getvalue())
-    except SlalomError as error:
-        print(f"staleness: {error}", file=sys.stderr)
-        return 2
+    effort = Effort(
+        tuple(options.delays), tuple(options.routers), options.budget, options.seeds, options.split,
+        options.rate, options.requests,
+    )  # fmt: skip
+    for name in options.scenario:
+        rows += study(Scenario.load(name), effort, options.out / name, lambda text: print(text, file=sys.stderr))
+        write_json(options.out / "staleness.json", {"rows": rows, "commit": commit()})
+    write_bytes(options.out / "staleness.png", png_of(picture(rows)))
     print(table(rows))
     return 0
 

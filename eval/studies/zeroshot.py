@@ -25,11 +25,13 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.common.files import write_json, write_text
+from engine.common.options import refuses
 from engine.errors import SlalomError
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
+from eval.compare.result import Comparison
 from eval.compare.session import Request, evaluate, label_of
-from eval.studies.scoreboard import CHECKPOINTS, KNEE_RULES, MOST_TRIALS, OPPONENTS, Lines, pair_ratio
+from eval.studies.scoreboard import CHECKPOINTS, MOST_TRIALS, OPPONENTS, Lines, told_ratio
 
 __all__ = ["BAR", "Effort", "main", "native", "rows_of", "table", "variant", "zeroshot"]
 
@@ -144,11 +146,11 @@ def zeroshot(
     policies = (*(str(path) for path in checkpoints), str(folder / "native" / "best"), *rules)
     request = Request(
         scenario, policies, None, effort.seeds, settings, MOST_TRIALS, effort.jobs, folder,
-        targets=(float(_TARGET),), knee_rules=KNEE_RULES, prune=True, sustained=True,
+        targets=(float(_TARGET),), prune=True, sustained=True,
         tune_requests=effort.share * requests, only_tuned=True,
     )  # fmt: skip
-    result = evaluate(request, watcher).to_json()
-    write_json(folder / "result.json", result)
+    result = evaluate(request, watcher)
+    write_json(folder / "result.json", result.to_json())
     facts = {
         "budget": effort.budget,
         "native_requests": requests,
@@ -159,32 +161,27 @@ def zeroshot(
     return [row | facts for row in rows_of(result, [label_of(str(path)) for path in checkpoints])]
 
 
-def rows_of(result: dict[str, Any], labels: Sequence[str]) -> list[dict[str, Any]]:
+def rows_of(result: Comparison, labels: Sequence[str]) -> list[dict[str, Any]]:
     """Every checkpoint's goodput beside that of ``native`` and of the best rule.
 
-    :param result: of :func:`eval.compare.session.evaluate`
     :param labels: of the checkpoints
     """
-    by_label = {policy["label"]: policy for policy in result["policies"]}
-    twin = by_label["native"]
-    rules = [policy for label, policy in by_label.items() if label not in labels and label != "native"]
-    rule = max(rules, key=lambda policy: float(policy["goodput"][_TARGET]["rate"]))
-    rows = []
-    for label in labels:
-        mine = by_label[label]
-        rows.append(
-            {
-                "variant": result["settings"]["scenario"],
-                "checkpoint": label,
-                "zero_shot": mine["goodput"][_TARGET]["rate"],
-                "native": twin["goodput"][_TARGET]["rate"],
-                "to_native": pair_ratio(result["pairs"], mine, twin, _TARGET),
-                "rule": rule["label"],
-                "rule_rate": rule["goodput"][_TARGET]["rate"],
-                "to_rule": pair_ratio(result["pairs"], mine, rule, _TARGET),
-            }
-        )
-    return rows
+    twin = result.side("native")
+    rules = [side for side in result.policies if side.label not in (*labels, "native")]
+    rule = max(rules, key=lambda side: side.goodput[_TARGET].rate)
+    return [
+        {
+            "variant": result.settings["scenario"],
+            "checkpoint": mine.label,
+            "zero_shot": mine.goodput[_TARGET].rate,
+            "native": twin.goodput[_TARGET].rate,
+            "to_native": told_ratio(result, mine, twin, _TARGET),
+            "rule": rule.label,
+            "rule_rate": rule.goodput[_TARGET].rate,
+            "to_rule": told_ratio(result, mine, rule, _TARGET),
+        }
+        for mine in map(result.side, labels)
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -243,6 +240,7 @@ def _checkpoint(text: str) -> Path:
     raise SlalomError("--checkpoint", text, f"give a checkpoint folder, or one of: {known}")
 
 
+@refuses("zeroshot")
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit code 2 on bad input."""
     about = (__doc__ or "").splitlines()[0]
@@ -265,22 +263,18 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
-    try:
-        scenario = Scenario.load(options.scenario)
-        checkpoints = [_checkpoint(text) for text in options.checkpoint or ("generalist", "azure-conv-4xa100")]
-        rules = options.rule or OPPONENTS.get(scenario.name, _RULES)[:2]
-        chosen = _variants(scenario, options.instances, options.profiles)
-        for each in chosen:
-            try:
-                rows += zeroshot(each, checkpoints, rules, options.out / each.name, effort)
-            except SlalomError as error:  # a policy or rule that does not fit one variant may fit the others
-                if len(chosen) == 1:
-                    raise
-                refused[each.name] = str(error)
-            write_json(options.out / "zeroshot.json", rows)
-    except SlalomError as error:
-        print(f"zeroshot: {error}", file=sys.stderr)
-        return 2
+    scenario = Scenario.load(options.scenario)
+    checkpoints = [_checkpoint(text) for text in options.checkpoint or ("generalist", "azure-conv-4xa100")]
+    rules = options.rule or OPPONENTS.get(scenario.name, _RULES)[:2]
+    chosen = _variants(scenario, options.instances, options.profiles)
+    for each in chosen:
+        try:
+            rows += zeroshot(each, checkpoints, rules, options.out / each.name, effort)
+        except SlalomError as error:  # a policy or rule that does not fit one variant may fit the others
+            if len(chosen) == 1:
+                raise
+            refused[each.name] = str(error)
+        write_json(options.out / "zeroshot.json", rows)
     if rows:
         print(table(rows))
         print(f"\nWindows: {effort.split}; native trainings: {effort.budget} each.")

@@ -36,9 +36,11 @@ def test_goodput_search_finds_the_truth_and_the_ratio_has_a_paired_interval(eval
     assert ratio.low < 1 / 1.1 < ratio.high < 1.0
     alone = better.at(0.9)
     assert ratio.high - ratio.low < (alone.high - alone.low) / alone.rate  # pairing cancels luck
-    assert result.ratio(plain, better) == (ratio.low, ratio.high)
-    low, high = result.ratio(better, plain)  # told from the other side
-    assert (low, high) == (1 / ratio.high, 1 / ratio.low)
+    found = result.ratio(plain, better)
+    assert (found.value, found.low, found.high) == (ratio.value, ratio.low, ratio.high)
+    found = result.ratio(better, plain)  # told from the other side
+    assert (found.low, found.high) == (1 / ratio.high, 1 / ratio.low)
+    assert found.value == pytest.approx(1 / ratio.value)
 
 
 def test_a_comparison_reads_back_what_it_wrote(evaluator):

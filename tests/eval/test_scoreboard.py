@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from eval.compare.result import Comparison
 from eval.studies import scoreboard
-from eval.studies.scoreboard import CHECKPOINTS, Effort, main, pair_ratio, row, score
+from eval.studies.scoreboard import CHECKPOINTS, Effort, main, row, score
 from eval.studies.scoretable import table
 
 TARGETS = ("0.9", "0.95", "0.99")
@@ -20,16 +20,23 @@ def policy(label: str, rates: tuple[float, float, float], wait: float = 1.0, pla
     classes = {"chat": {"slo_attainment": 0.9}, "code": {"slo_attainment": 0.9 - wait / 100.0}}
     runs = [{"request_throughput": 10.0 - wait}, {"request_throughput": 10.0 + wait}]
     point = {"rate": 20.0, "slo_attainment": 0.9, "slo_attainment_by_class": classes, "worst_wait_s": wait}
-    goodput = {target: {"rate": rate} for target, rate in zip(TARGETS, rates, strict=True)}
-    return {"label": label, "goodput": goodput, "points": [point | {"runs": runs}], "cluster": [{}] if plan else []}
+    found = {"low": None, "high": None, "per_gpu": 1.0}
+    goodput = {target: found | {"rate": rate} for target, rate in zip(TARGETS, rates, strict=True)}
+    facts: dict[str, Any] = {"label": label, "policy_id": label, "values": {}, "tuned": False, "goodput": goodput}
+    return facts | {"points": [point | {"runs": runs}], "cluster": [{}] if plan else []}
 
 
 def pair(a: str, b: str, low: float | None, high: float | None) -> dict[str, Any]:
-    ratio = {"value": 1.0, "low": low, "high": high}
-    return {"a": a, "b": b, "goodput": {target: {"ratio": ratio} for target in TARGETS}}
+    gap = {"value": 1.0, "low": low, "high": high}
+    return {
+        "a": a,
+        "b": b,
+        "goodput": {target: {"ratio": gap, "difference": gap} for target in TARGETS},
+        "attainment": [],
+    }
 
 
-def result() -> dict[str, Any]:
+def result(**changes: Any) -> Comparison:
     policies = [
         policy("rule", (10.0, 9.0, 0.0), wait=5.0),
         policy("static_plan", (12.0, 6.0, 0.0), wait=7.0, plan=True),
@@ -38,7 +45,10 @@ def result() -> dict[str, Any]:
     pairs = [pair("rule", SCENARIO, 0.5, 0.8), pair(SCENARIO, "static_plan", 1.1, 1.4)]
     tuning = [{"trials": 40, "simulated_requests": 1e6}]
     settings = {"scenario": SCENARIO, "tuning": tuning, "requests_per_run": 2000, "split": "valid", "slo_scale": 1.0}
-    return {"policies": policies, "pairs": pairs, "at_rate": 20.0, "settings": settings}
+    facts = {"mode": "goodput", "targets": [0.9, 0.95, 0.99], "second_rate": None, "simulated_requests": 0}
+    return Comparison.from_json(
+        facts | {"policies": policies, "pairs": pairs, "at_rate": 20.0, "settings": settings} | changes
+    )
 
 
 def test_the_best_opponent_is_chosen_at_each_target_and_pairs_are_read_in_both_directions() -> None:
@@ -55,17 +65,18 @@ def test_waits_classes_and_throughput_stand_beside_those_of_opponent_and_rule() 
     assert [at[key]["worst_wait_s"] for key in ("learned", "opponent", "rule")] == [3.0, 7.0, 5.0]
     assert at["learned"]["worst_class"] == "code"
     assert at["learned"]["finished_per_s"] == 10.0
-    second = result() | {"second_rate": 20.0}
+    second = result(second_rate=20.0)
     assert row(second, SCENARIO)["second_rate"] == at
     assert table([row(second, SCENARIO)]).count("| 3.0 | 7.0 | 5.0 |") == 2
 
 
 def test_a_rival_without_goodput_leaves_no_ratio_and_a_lost_target_is_a_ratio_of_zero() -> None:
-    pairs = [pair("a", "b", None, None)]
-    have, lack = policy("a", (5.0, 0.0, 0.0)), policy("b", (0.0, 5.0, 0.0))
-    assert pair_ratio(pairs, have, lack, "0.9")["ratio"] is None
-    assert pair_ratio(pairs, have, lack, "0.95")["ratio"] == 0.0
-    assert pair_ratio(pairs, lack, have, "0.9")["ratio"] == 0.0
+    policies = [policy("a", (5.0, 0.0, 0.0)), policy("b", (0.0, 5.0, 0.0))]
+    found = result(policies=policies, pairs=[pair("a", "b", None, None)])
+    have, lack = found.policies
+    assert found.ratio(have, lack, 0.9).value is None
+    assert found.ratio(have, lack, 0.95).value == 0.0
+    assert found.ratio(lack, have, 0.9).value == 0.0
 
 
 def test_the_table_averages_ratios_and_names_what_has_none() -> None:
@@ -84,13 +95,12 @@ def test_opponents_are_searched_under_the_scaled_targets_with_their_share_of_the
 
     def fake(request: Any, watcher: Any) -> Any:
         asked.append(request)
-        return SimpleNamespace(to_json=result)
+        return result()
 
     monkeypatch.setattr(scoreboard, "evaluate", fake)
     for scale in (1.0, 0.5):
         score(SCENARIO, tmp_path, Effort(share=0.5, slo_scale=scale))
     plain, halved = asked
-    assert plain.knee_rules == halved.knee_rules == scoreboard.KNEE_RULES
     assert (plain.out, halved.out) == (tmp_path / SCENARIO, tmp_path / f"{SCENARIO}-slo0.5")
     for before, after in zip(plain.scenario.classes, halved.scenario.classes, strict=True):
         assert (after.ttft_s, after.tpot_s) == (before.ttft_s / 2, before.tpot_s / 2)
@@ -114,7 +124,7 @@ def test_opponents_can_be_searched_before_anybody_sees_the_test_windows(
 def test_finished_results_are_read_back_without_simulating(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from engine.common.files import write_json
 
-    write_json(tmp_path / SCENARIO / "result.json", result())
+    write_json(tmp_path / SCENARIO / "result.json", result().to_json())
     assert main([SCENARIO, "--read", "--out", str(tmp_path)]) == 0
     assert "1.250" in capsys.readouterr().out
     assert main(["classes-6xa100", "--read", "--out", str(tmp_path)]) == 2

@@ -10,13 +10,14 @@ import torch
 
 from engine.common.progress import Display
 from engine.errors import SlalomError
-from env.measure.contender import Contender, PointSettings
+from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from policies.checkpoint.folder import LoadedPolicy, load
 from policies.network.scoring import ScoringNetwork
 from train.config import TrainConfig
-from train.search.rule import SearchResult, knee_of
+from train.search.rule import KNEE_NEAR, SearchResult
+from train.search.tune import knee_rate
 
 __all__ = ["load_network", "network_of", "start_from"]
 
@@ -65,7 +66,7 @@ def start_from(init: Path, scenario: Scenario, config: TrainConfig, display: Dis
     display.phase("knee")
     display.update(0.0, f"knee of {loaded.name}")
     settings = PointSettings(n_requests=config.tune_requests, split="train")
-    knee = knee_of(Contender(str(init)), scenario, settings, scenario.reference_rate)
+    knee = knee_rate(scenario, settings, policy=str(init), tolerance=KNEE_NEAR)
     display.update(1.0, f"{knee:.3g} requests/s")
     rule, plans, past = loaded.manifest.rule, loaded.manifest.arrangement, loaded.manifest.training
     effort = int(past.get("search_requests", 0)) + int(past.get("frames", 0))  # it counts, whoever spent it

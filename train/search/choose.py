@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 
 from engine.common.progress import Display
 from env.measure.sustained import DEFINITION
@@ -89,8 +88,7 @@ def search_all(
     best = max(range(len(scores)), key=lambda i: (scores[i], -i))
     design = found.finalists[best]
     return SearchResult(
-        rule=design.rule,
-        values=dict(design.values),
+        **design.facts,
         knee=found.knee,
         default_score=scores[-1],
         score=scores[best],
@@ -98,6 +96,4 @@ def search_all(
         requests=found.requests,
         seconds=round(found.seconds + time.monotonic() - begin, 2),
         sampler="direct",
-        plans=None if design.plans is None else [asdict(plan) for plan in design.plans],
-        theta=None if design.theta is None else design.theta.tolist(),
     )

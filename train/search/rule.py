@@ -17,22 +17,20 @@ from pydantic import TypeAdapter
 
 from engine.common.files import read_json
 from engine.common.progress import Display
-from engine.core.policy import InstancePlan
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
-from env.measure.evaluator import Evaluator
-from env.measure.goodput import find_goodput
-from env.measure.level import mean_level, measure_level
 from env.scenario import Scenario
 from policies import registry
 from policies.rule import Value
 from train.config import TrainConfig
 from train.search.space import Design
-from train.search.tune import KNEE, tune
+from train.search.tune import KNEE, knee_rate, tune
 from train.search.tuned import TuneResult
 
-__all__ = ["SearchResult", "knee_of", "search_rule"]
+__all__ = ["KNEE_NEAR", "SearchResult", "search_rule"]
 
+#: Tolerance of the knee that a training starts from: its rates follow it.
+KNEE_NEAR = 0.03
 _SEEDS = (0, 1)  # of the search, as in train.search.tune
 
 
@@ -99,9 +97,7 @@ class SearchResult:
     @property
     def design(self) -> Design:
         """The same for the direct search and for networks."""
-        plans = None if self.plans is None else tuple(InstancePlan(**plan) for plan in self.plans)
-        theta = None if self.theta is None else np.array(self.theta)
-        return Design(self.rule, self.values, plans, theta, self.universal)
+        return Design.of(vars(self), self.universal)
 
 
 def search_rule(
@@ -136,7 +132,7 @@ def search_rule(
     settings = PointSettings(n_requests=config.tune_requests, split="train")
     display.phase("knee")
     display.update(0.0, f"knee of {rule} with its defaults")
-    knee = knee_of(Contender(rule), scenario, settings, scenario.reference_rate)
+    knee = knee_rate(scenario, settings, policy=rule, tolerance=KNEE_NEAR)
     rates = tuple(factor * knee for factor in KNEE)
     display.update(1.0, f"{knee:.3g} requests/s")
     per_trial = len(rates) * len(_SEEDS) * settings.n_requests
@@ -171,7 +167,7 @@ def search_rule(
     return SearchResult(
         rule=rule,
         values=best.values,
-        knee=knee_of(Contender(rule, best.values), scenario, settings, knee),
+        knee=knee_rate(scenario, settings, policy=Contender(rule, best.values), start=knee, tolerance=KNEE_NEAR),
         default_score=found[0].default,
         score=best.score,
         trials=watch.trials,
@@ -219,18 +215,3 @@ def _rounds(rule: str, budget: int) -> list[tuple[set[str], int, _Ranking, float
     if not discrete or not continuous or budget < 12:
         return [(discrete | continuous, budget, _LAST, 0.8)]
     return [(discrete, budget // 6, _FIRST, 0.25), (continuous, budget - budget // 6, _LAST, 0.8)]
-
-
-def knee_of(contender: Contender, scenario: Scenario, settings: PointSettings, start: float) -> float:
-    """The largest rate with a level of 90 % on the ``train`` split, requests per second.
-
-    :raises SlalomError: there is none
-    """
-    with Evaluator(scenario, settings, measure=measure_level) as evaluator:
-        found = find_goodput(
-            lambda rate: mean_level(evaluator, contender, rate, _SEEDS), start, targets=(0.9,), tolerance=0.03
-        )
-    if found.goodput[0].rate <= 0.0:
-        fix = "its targets are met at no rate; loosen them or change the cluster"
-        raise SlalomError("scenario", contender.name, fix)
-    return found.goodput[0].rate

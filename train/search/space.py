@@ -8,7 +8,7 @@ whatever the search starts from is one of its points.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,22 @@ class Design:
     theta: np.ndarray | None = None
     universal: bool = False
     kinds: frozenset[Kind] | None = None
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], universal: bool = False) -> Design:
+        """The design whose :attr:`facts` these are."""
+        plans, theta = facts.get("plans"), facts.get("theta")
+        return cls(
+            facts["rule"], facts["values"], None if plans is None else tuple(InstancePlan(**plan) for plan in plans),
+            None if theta is None else np.array(theta), universal,
+        )  # fmt: skip
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Rule, values, plans and theta as JSON data."""
+        plans = None if self.plans is None else [asdict(plan) for plan in self.plans]
+        theta = None if self.theta is None else self.theta.tolist()
+        return {"rule": self.rule, "values": dict(self.values), "plans": plans, "theta": theta}
 
     def bind(self, setting: Setting) -> BoundPolicy:
         """Ready to run.

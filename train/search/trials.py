@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, wait
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 
 import optuna
 
+from engine.common.files import digest_of
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
@@ -238,9 +237,8 @@ class Study:
     ) -> None:
         chosen = new_sampler(sampler, seed)
         self.objective, self.sampler = objective, type(chosen).__name__
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        name = objective.subject.rule.name
-        self._record = Record(storage, f"{name}-{self.sampler}-{digest}" if storage is not None else name)
+        name = f"{objective.subject.rule.name}-{self.sampler}-{digest_of(identity)[:12]}"
+        self._record = Record(storage, name)
         self._study = optuna.create_study(direction="maximize", sampler=chosen)
         defaults = objective.subject.defaults
         for drawn in [defaults, *(drawn for drawn in first if drawn != defaults)]:

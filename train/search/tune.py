@@ -25,7 +25,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
-from env.measure.goodput import find_goodput
+from env.measure.goodput import find_goodput, largest_rate
 from env.measure.level import mean_level, measure_level, run_length
 from policies.registry import get, parse
 from train.search.fitness import merged, rates_between
@@ -40,6 +40,7 @@ KNEE = tuple(rates_between(0.7, 1.0))
 #: Part of the names of stored results: how searches go about it, which no digest of the simulator's sources tells.
 MANNER = "levels, levers"
 VALID_SEED = 1_000  # seeds of the final ranking start here, away from the search's
+_KNEE_RULES = ("least_tokens", "predicted_ttft", "static_split", "linear_score")
 _FOLLOW = (0.1, 0.3, 0.6)  # shares of the budget after which the rates follow the best setting's knee
 _MOVED = 1.06  # factor between two knees from which on the rates move
 _FEW = 8  # trials below which they stay
@@ -50,32 +51,41 @@ def knee_rate(
     scenario: Any,
     settings: PointSettings,
     *,
-    policy: str = "least_tokens",
+    policy: str | Contender = "least_tokens",
     seeds: Sequence[int] = (0, 1),
-    start: float = 1.0,
+    start: float | None = None,
+    tolerance: float = 0.05,
     measure: Callable[..., Any] = measure_level,
     length: Callable[..., int] = run_length,
 ) -> float:
-    """The largest rate at which a reference rule has a level of 90 % on the ``train`` split: where :func:`tune` looks.
+    """The largest rate [1/s] at which a policy has a level of 90 % on the ``train`` split: where :func:`tune` looks.
 
-    :raises SlalomError: the reference rule has it at no rate
+    :param start: first rate tried; None: the scenario's reference rate
+    :raises SlalomError: it has that level at no rate
     """
+    contender = Contender(policy) if isinstance(policy, str) else policy
     with Evaluator(scenario, replace(settings, split="train"), measure=measure) as evaluator:
-        rate = _knees(evaluator, Contender(policy), start, seeds, length)[0]
+        rate = largest_rate(
+            lambda rate: mean_level(evaluator, contender, rate, seeds, length), start or scenario.reference_rate,
+            tolerance=tolerance,
+        )  # fmt: skip
     if rate <= 0.0:
-        raise SlalomError("scenario", policy, "its targets are met at no rate; loosen them or change the cluster")
+        fix = "its targets are met at no rate; loosen them or change the cluster"
+        raise SlalomError("scenario", contender.name, fix)
     return rate
 
 
-def best_knee(scenario: Any, settings: PointSettings, rules: Sequence[str]) -> float:
-    """The best knee of ``rules``; one without a knee (it does not fit, or never has a level of 90 %) is no help.
+def best_knee(scenario: Any, settings: PointSettings) -> float:
+    """The best knee of a few rules at their defaults, where all rules of a scenario are tuned.
+
+    One that does not fit, or never has a level of 90 %, is no help.
 
     :raises SlalomError: none of them has one
     """
     found, refusal = 0.0, None
-    for rule in rules:
+    for rule in _KNEE_RULES:
         try:
-            found = max(found, knee_rate(scenario, settings, policy=rule, start=found or scenario.reference_rate))
+            found = max(found, knee_rate(scenario, settings, policy=rule, start=found))
         except SlalomError as error:
             refusal = error
     if found == 0.0:
@@ -89,7 +99,7 @@ def tune(
     scenario: Any,
     trials: int,
     *,
-    rates: Sequence[float],
+    rates: Sequence[float] | None = None,
     knee: float | None = None,
     levers: Collection[str] = (),
     requests: float = float("inf"),
@@ -113,7 +123,7 @@ def tune(
 
     :param rule_name: name of a rule, or ``name:param=value``: parameters given there stay as given
     :param trials: at most; a full one simulates at least ``len(rates) * len(seeds) * settings.n_requests`` requests
-    :param rates: requests per second of the objective, e.g. ``KNEE`` × :func:`knee_rate`
+    :param rates: requests per second of the objective; None: ``KNEE`` × ``knee``
     :param knee: what ``rates`` are multiples of; they then follow the knee of the best setting. None: they stay
     :param levers: of the arrangement that are searched as well, some of ``train.search.levers.EVERY``
     :param requests: simulated requests after which the search ends, the final ranking not counted
@@ -128,6 +138,7 @@ def tune(
     :param length: says how many requests a run takes, see ``env.measure.level.run_length``
     :raises SlalomError: unknown rule, or a budget below one trial
     """
+    rates = [factor * knee for factor in KNEE] if rates is None and knee is not None else rates
     if trials < 1 or not rates or not seeds:
         raise SlalomError("tune", trials, "give at least one trial, rate and seed")
     name, fixed = parse(rule_name)
@@ -159,7 +170,7 @@ def tune(
                 break
             before = here.simulated_requests
             leaders = [drawn for drawn, _ in distinct_best(studies[-1].objective, finalists)]
-            found, strict = _knees(here, subject.contender(leaders[0]), knee, seeds, length, step=1.3, widest=64.0)
+            found, strict = _knees(here, subject.contender(leaders[0]), knee, seeds, length)
             following += studies[-1].once("knees", here.simulated_requests - before)
             if found > 0.0 and max(found / knee, knee / found) > _MOVED:
                 low, high = _STRICT
@@ -209,15 +220,11 @@ def _levers(rule: str, scenario: Any, free: Collection[str]) -> Levers:
 
 
 def _knees(
-    here: Evaluator, contender: Contender, start: float, seeds: Sequence[int], length: Callable[..., int],
-    **search: float,
-) -> tuple[float, float]:  # fmt: skip
-    """The largest rates with a level of 90 and of 99 %, as far as ``here`` tells; 0 where there are none.
-
-    :param search: see :func:`env.measure.goodput.find_goodput`
-    """
+    here: Evaluator, contender: Contender, near: float, seeds: Sequence[int], length: Callable[..., int]
+) -> tuple[float, float]:
+    """The largest rates with a level of 90 and of 99 %, as far as ``here`` tells; 0 where there are none."""
     found = find_goodput(
-        lambda rate: mean_level(here, contender, rate, seeds, length), start, targets=(0.9, 0.99), tolerance=0.05,
-        **search,
+        lambda rate: mean_level(here, contender, rate, seeds, length), near, targets=(0.9, 0.99), tolerance=0.05,
+        step=1.3, widest=64.0,
     )  # fmt: skip
     return found.goodput[0].rate, found.goodput[1].rate
