@@ -16,7 +16,8 @@ three steps and the search goes on at the first that decides:
 3. full runs of all seeds: the definition itself. The rate that is answered has always come this far.
 
 The bracket starts below the stability limit of the policy's arrangement: the work done per second in a short run that
-sends more than is served, by the policy itself or by least predicted TTFT on the same instances, whichever does more.
+sends more than is served, or keeps up, by the policy itself or by least predicted TTFT on the same instances, whichever
+does more.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ _UP = 1.06
 _PLAIN = "predicted_ttft"  # the rule that tells what an arrangement can do
 _ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _ABOVE = 4  # rates that must fail in a row where only waits fail them
-_SATURATED = 0.97  # who serves less than this part of what is sent is saturated
+_LIMIT_RUNS = 16
+_SATURATED = 0.97  # who does less than this part of the work that arrives is saturated
 
 
 def measure_sustained(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
@@ -102,10 +104,6 @@ class Found:
             "above": self.above.as_dict() if self.above else None,
             "fails_above": self.above.failed if self.above else "",
         }
-
-
-def _by_a_wait(verdict: Verdict) -> bool:
-    return all(clause.letter == "b" for clause in verdict.clauses if not clause.met)
 
 
 class Goal(NamedTuple):
@@ -187,25 +185,33 @@ class Search:
         plain = Contender(_PLAIN, cluster=own.cluster, plans=tuple(asdict(plan) for plan in plans))
         return max(self._limit_of(contender) for contender in (own, plain))
 
-    def _limit_of(self, contender: Contender) -> float:
-        """The rate whose work is done per second when more is sent."""
-        rate = 2.0 * self.evaluator.scenario.reference_rate
-        served = self._overloaded(contender, rate, 120.0, 5.0)
-        for _ in range(12):
-            if served < _SATURATED * rate:
-                rate = 1.25 * served
-                served = self._overloaded(contender, rate, 300.0, 10.0)
-                if served < _SATURATED * rate:
-                    break
-            rate *= 2.0
-            served = self._overloaded(contender, rate, 120.0, 5.0)
-        return served
+    @property
+    def stability_limit(self) -> float:
+        """The limit, or what full runs have served where that is more."""
+        full = [runs.full for runs in self._runs.values() if len(runs.full) == len(self.seeds)]
+        return max([self.limit, *(float(np.mean([s.served for s in samples])) / self.turns for samples in full)])
 
-    def _overloaded(self, contender: Contender, rate: float, seconds: float, lone_times: float) -> float:
+    def _limit_of(self, contender: Contender) -> float:
+        """The most work that is done per second when more is sent, or under a load that is kept up with.
+
+        Whether a run keeps up is told by what arrived in it: bursty arrivals are off their rate by some percent.
+        """
+        rate, kept, beyond = 2.0 * self.evaluator.scenario.reference_rate, 0.0, False
+        for _ in range(_LIMIT_RUNS):
+            sample = self._overloaded(contender, rate, *((300.0, 10.0) if beyond else (120.0, 5.0)))
+            served = sample.served / self.turns
+            if sample.served >= _SATURATED * sample.offered:
+                kept, rate = max(kept, served), rate * (1.25 if beyond else 2.0)
+            elif beyond:
+                break
+            else:
+                beyond, rate = True, 1.25 * max(kept, served)
+        return max(kept, served)
+
+    def _overloaded(self, contender: Contender, rate: float, seconds: float, lone_times: float) -> Sample:
         n = math.ceil(rate * self.turns * max(seconds, lone_times * self.lone_s))
         settings = replace(self.evaluator.settings, n_requests=max(n, 2_000), warmup=1 / 3, drain=0.0, detailed=False)
-        sample = self._samples(rate, self.seeds[:1], settings, contender)[0]
-        return sample.served / self.turns
+        return self._samples(rate, self.seeds[:1], settings, contender)[0]
 
     # -- one rate --------------------------------------------------------------------------------------
 
@@ -298,7 +304,7 @@ class Search:
             known = self._verdicts.get((index, goal))
             if known is None:
                 return index
-            if not _by_a_wait(known):
+            if any(clause.letter != "b" for clause in known.clauses if not clause.met):
                 return None
         return None
 
@@ -377,7 +383,7 @@ class Search:
         return {
             "goodput": entries,
             "classic": classic,
-            "stability_limit": self.limit,
+            "stability_limit": self.stability_limit,
             "lone_p90_s": self.lone_s,
             "turns": self.turns,
             "natural_s": self._length["natural_s"],

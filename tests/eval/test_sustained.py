@@ -169,6 +169,14 @@ def test_the_stability_limit_is_one_over_the_service_time(found):
     assert found.limit == pytest.approx(1.0 / found.lone_s, rel=0.02)
 
 
+@pytest.mark.parametrize("changes", [{"reference_rate": 1.0}, {"workload.arrival": {"kind": "gamma", "cv": 3.0}}])
+def test_the_stability_limit_hangs_on_the_cluster_not_on_how_many_happened_to_arrive(server, found, changes):
+    """The rate of 2,000 arrivals is some percent off the one asked for: who serves all of them is not saturated."""
+    other = search(server.with_overrides(changes), targets=(0.9,))
+    assert other.limit == pytest.approx(found.limit, rel=0.02)
+    assert other.as_dict()["stability_limit"] >= other.found[0].rate
+
+
 def lindley(arrival, service, skip):
     """Share of a single server's customers that leave within the target, by Lindley's recursion."""
     work = np.arange(1, len(arrival) + 1) * service
