@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["PromptTooLong", "SlalomError"]
-
 
 class SlalomError(ValueError):
     """Bad input: one line with the field, the value found and what to do. Commands turn it into exit code 2.

@@ -44,8 +44,6 @@ from env.sections import (
 )
 from env.workload import WorkloadSpec
 
-__all__ = ["Placement", "Scenario", "list_scenarios", "scenarios_dir"]
-
 Regime = Literal[
     "prefill-bound", "balanced", "decode-bound", "tiny", "prefix-bound", "bursty", "shifting", "slo-classes"
 ]

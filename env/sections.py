@@ -17,24 +17,6 @@ from pydantic import (
 from engine.common.names import Name
 from engine.core.setup import LEAST_INTERVAL_S
 
-__all__ = [
-    "Count",
-    "Decisions",
-    "Delay",
-    "InstanceGroup",
-    "Interval",
-    "Links",
-    "NonNegative",
-    "Positive",
-    "Randomised",
-    "Rates",
-    "RoleName",
-    "Routers",
-    "Rows",
-    "Section",
-    "SloClass",
-]
-
 RoleName = Literal["prefill", "decode", "mixed", "multiplexed"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from env.surrogate.parts import PARTS
 
-__all__ = ["STAGES"]
-
 
 def simulator() -> None:
     from env.scenario import Scenario

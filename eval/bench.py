@@ -15,8 +15,6 @@ from engine.common.options import refuses
 from engine.common.provenance import commit, machine
 from engine.errors import SlalomError
 
-__all__ = ["NAMES", "main", "run"]
-
 NAMES = {
     "surrogate": "requests simulated per second, one core",
     "scale": "cost per request and memory at 10 thousand to 1 million requests",

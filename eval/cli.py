@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from eval.compare.result import Comparison
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

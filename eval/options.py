@@ -6,9 +6,6 @@ import re
 
 from engine.errors import SlalomError
 
-__all__ = ["parse_rates", "parse_requests"]
-
-
 _MOST_RATES = 1_000
 
 

@@ -12,8 +12,6 @@ from engine.errors import SlalomError
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 from policies.setting import Setting
 
-__all__ = ["all_mixed", "fitted", "prefill_decode_split", "resized", "served_per_s"]
-
 #: Mean prompt and answer where nothing is known of the workload, tokens: those of chats.
 _CHAT = (1200.0, 200.0)
 _MOST_PER_S, _HALVINGS = 2.0**20, 48

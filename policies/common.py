@@ -13,19 +13,6 @@ from engine.core.columns import Col, Ctx, Kind
 from engine.core.kinds import Role
 from engine.jit.kernel import kernel
 
-__all__ = [
-    "default_answer",
-    "hold",
-    "is_instance",
-    "kind_of",
-    "least",
-    "least_decode",
-    "only_decoders",
-    "or_hold",
-    "stay_in_place",
-    "takes_prompts",
-]
-
 
 @kernel
 def kind_of(context):

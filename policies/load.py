@@ -12,8 +12,6 @@ from engine.errors import SlalomError
 from policies.registry import get, parse
 from policies.setting import Setting
 
-__all__ = ["load_policy"]
-
 
 def load_policy(spec: str | Path, setting: Setting, values: Mapping[str, Any] | None = None) -> Policy:
     """The policy that ``spec`` names, bound to ``setting``.

@@ -15,8 +15,6 @@ from pathlib import Path
 from engine.errors import SlalomError
 from policies.rule import Rule
 
-__all__ = ["GROUP", "get", "names", "parse"]
-
 GROUP = "slalom.policies"
 
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from engine.live.guard import Guard
     from engine.workers.pool import Workers
 
-__all__ = ["Options", "app", "build", "main"]
-
 _log = logging.getLogger("slalom.serve")
 _WARM_UP_TOKENS = 256
 _DAY_MS = 86_400_000.0

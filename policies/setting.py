@@ -15,8 +15,6 @@ from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 
-__all__ = ["Setting", "SloTarget"]
-
 
 class SloTarget(NamedTuple):
     """One SLO class: its weight and targets. ``ttft_factor`` 0 means the fixed ``ttft_s``, else the target is

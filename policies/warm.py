@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["STAGES"]
-
 
 def rules() -> None:
     from policies import registry

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from engine.errors import SlalomError
 
-__all__ = ["Budget", "parse_budget"]
-
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _FRAMES = {"": 1, "k": 1_000, "M": 1_000_000}
 

@@ -16,8 +16,6 @@ import typer
 from engine.common.options import option, run_command, takes
 from engine.errors import SlalomError
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _BUDGET, _CONTROLLER_BUDGET = "2m", "15m"
 

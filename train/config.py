@@ -14,8 +14,6 @@ from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from env.scenario import list_scenarios
 
-__all__ = ["TrainConfig", "load_config"]
-
 
 class TrainConfig(BaseModel):
     """Every dial of ``train-policy``; the defaults suit two cores and about two minutes."""

@@ -23,8 +23,6 @@ from train.ppo.learner import DispatchPPO
 from train.ppo.start import load_network, network_of
 from train.search.rule import SearchResult
 
-__all__ = ["Publisher"]
-
 
 @dataclass(frozen=True)
 class Publisher:

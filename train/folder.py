@@ -26,8 +26,6 @@ from engine.common.files import claim, read_json, write_json, write_text
 from engine.errors import SlalomError
 from train.config import TrainConfig
 
-__all__ = ["RunFolder"]
-
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -27,8 +27,6 @@ from train.ppo.judge import Judge
 from train.ppo.learner import DispatchPPO
 from train.ppo.state import load_state
 
-__all__ = ["learn", "monitor_seeds"]
-
 _FIRST_SEED = 2_000  # windows watched during training start here, those of the selection elsewhere
 _UNLIMITED = 10**15
 

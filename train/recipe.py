@@ -16,8 +16,6 @@ from engine.common.documents import bad_input
 from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 
-__all__ = ["Recipe", "load_recipe", "recipe_names"]
-
 _FOLDER = Path(__file__).parent / "recipes"
 
 

@@ -49,8 +49,6 @@ from train.search.generalist import named, train_generalist
 from train.search.journal import Journal
 from train.search.rule import SearchResult, search_rule
 
-__all__ = ["Interrupted", "Request", "run", "run_or_read"]
-
 
 class Interrupted(Exception):
     """The user asked to stop; everything is saved.

@@ -20,8 +20,6 @@ from engine.latency.fit import MIN_POINTS, DecodeSamples, PrefillSamples, fit_pr
 from engine.latency.profile import Profile, Provenance, Roofline, Share, pack
 from engine.model.llama import Llama
 
-__all__ = ["Calibration", "assemble", "device_name", "model_facts", "plot", "predict_s"]
-
 #: Wall slow-down beside busy neighbours that thread time does not show, beyond which somebody else was computing.
 _DISTURBED = 1.3
 

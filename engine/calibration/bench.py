@@ -25,8 +25,6 @@ from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
 from engine.model.sampling import SamplingParams
 
-__all__ = ["Bench", "believed", "roofline", "warm_up"]
-
 _BLOCK = 16
 #: A repeat that takes this much longer by the wall than by its thread's clock was interrupted.
 QUIET = 1.04

@@ -17,8 +17,6 @@ from engine.lanes.partitions import make_device
 from engine.model.llama import Llama
 from engine.model.tokenizer import Tokenizer
 
-__all__ = ["Campaign", "Limits"]
-
 #: Points of the first, space-filling set beside the corners.
 _FIRST = {"prefill": 9, "decode": 9, "fused": 6}
 _BATCH = 4

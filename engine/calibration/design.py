@@ -16,8 +16,6 @@ from scipy.stats import qmc
 from engine.calibration.points import Kind, Measured, Point
 from engine.latency.rough import relative_nnls
 
-__all__ = ["KINDS", "Space", "doubts", "held_out_error", "next_points"]
-
 KINDS: tuple[Kind, ...] = ("prefill", "decode", "fused")
 _RESAMPLES = 12
 _FOLDS = 5

@@ -13,8 +13,6 @@ from engine.latency.fit import MIN_POINTS, DecodeSamples, PrefillSamples, fit_de
 from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share, pack
 from engine.remote.discover import EngineFacts
 
-__all__ = ["fused_error", "profile_of", "step_errors"]
-
 #: Where an engine does not say how much KV it has.
 _KV_TOKENS = 2**17
 

@@ -22,8 +22,6 @@ from engine.model.llama import Llama
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
 
-__all__ = ["Host", "Link", "host_time", "link_time", "neighbour_time", "role_change_s"]
-
 _PROMPTS = (32, 128, 512, 1024)
 
 

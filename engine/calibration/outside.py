@@ -27,8 +27,6 @@ from engine.remote.discover import EngineFacts
 from engine.remote.stream import Splitter, n_tokens, payload
 from engine.remote.wire import Wire
 
-__all__ = ["Limits", "held_out", "measure"]
-
 _IDS = range(1000, 10_000)  # ids that any vocabulary has
 _GAPS = 6  # decode steps of a point
 _ENOUGH = 3 * MIN_POINTS  # points of a kind, before a small error is believed

@@ -13,8 +13,6 @@ from engine.common.appends import append_line, heal
 from engine.common.regular import check_regular
 from engine.errors import SlalomError
 
-__all__ = ["Kind", "Measured", "Point", "Store"]
-
 _log = logging.getLogger("slalom.calibrate")
 Kind = Literal["prefill", "decode", "fused"]
 

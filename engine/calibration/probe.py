@@ -9,8 +9,6 @@ import numpy as np
 from engine.live.engine import Engine
 from engine.live.observer import Observer
 
-__all__ = ["StepProbe", "StepTrace"]
-
 
 @dataclass(slots=True)
 class StepTrace:

@@ -17,8 +17,6 @@ from engine.latency.rough import device_tables, relative_nnls
 from engine.model.config import ModelConfig
 from engine.model.llama import Llama
 
-__all__ = ["measure"]
-
 _PREFILL_TOKENS = (16, 64, 192)
 _DECODE = ((1, 32), (1, 192), (4, 32), (8, 32), (8, 96))  # sequences, context tokens of each
 _BLOCK = 16

@@ -22,8 +22,6 @@ from engine.lanes.base import WHOLE, Device
 from engine.live.graphs import Capturer
 from engine.model.llama import Llama
 
-__all__ = ["measure_share", "share_sizes"]
-
 _REPEATS = 5
 
 

@@ -11,8 +11,6 @@ from typing import BinaryIO
 
 from engine.errors import SlalomError
 
-__all__ = ["append_line", "heal", "whole_bytes"]
-
 _log = logging.getLogger("slalom.files")
 _AT_ONCE = 65536
 

@@ -18,9 +18,6 @@ from engine.errors import SlalomError
 if TYPE_CHECKING:  # whoever has such an error has imported it
     from pydantic import ValidationError
 
-__all__ = ["DEEPEST", "bad_input", "json_of", "read_json", "read_text"]
-
-
 #: Values within values.
 DEEPEST = 64
 #: Values of a JSON document, counted by its punctuation: each takes up to some 100 bytes.

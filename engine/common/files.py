@@ -16,9 +16,6 @@ from engine.common import documents
 from engine.common.regular import LARGE
 from engine.errors import SlalomError
 
-__all__ = ["claim", "digest_of", "kept", "read_json", "write_bytes", "write_json", "write_text"]
-
-
 _SUM = "content_sha256"
 #: Folders that this process has claimed, and the files whose locks it holds.
 _CLAIMED: dict[Path, IO[str]] = {}

@@ -10,8 +10,6 @@ from pathlib import Path
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
-__all__ = ["LONGEST_LINE", "lines"]
-
 LONGEST_LINE = 16 * 2**20
 #: A packed file may unpack to so many times its size, or to _ROOM characters; logs and traces reach a third of that.
 _UNPACKED = 50

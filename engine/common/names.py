@@ -6,8 +6,6 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-__all__ = ["Name"]
-
 
 def _printable(text: str) -> str:
     if not text.isprintable():

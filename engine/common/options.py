@@ -23,8 +23,6 @@ import typer
 
 from engine.errors import SlalomError
 
-__all__ = ["option", "refuses", "run_command", "same", "takes"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

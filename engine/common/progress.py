@@ -12,8 +12,6 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["Display"]
-
 _FOREVER = 1e9
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from engine.jit.sources import ROOT
 
-__all__ = ["commit", "machine", "versions"]
-
 _PACKAGES = ("slalom", "numpy", "numba", "optuna", "torch", "stable-baselines3")
 
 

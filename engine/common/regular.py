@@ -10,8 +10,6 @@ from pathlib import Path
 
 from engine.errors import SlalomError
 
-__all__ = ["LARGE", "SMALL", "check_regular"]
-
 #: Bytes of a file that is written by hand or describes something: settings, scenarios, profiles, manifests.
 SMALL = 64 * 2**20
 #: Bytes of a file with data: weights of a policy, traces, logs.

@@ -10,8 +10,6 @@ import yaml
 from engine.common.documents import DEEPEST, read_text
 from engine.errors import SlalomError
 
-__all__ = ["read_yaml"]
-
 #: Bytes and values of a YAML file: its parser takes a second for so many.
 _YAML_BYTES = 2**20
 _YAML_VALUES = 50_000

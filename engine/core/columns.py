@@ -11,18 +11,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = [
-    "CANDIDATE_DIMENSIONLESS",
-    "CONTEXT_DIMENSIONLESS",
-    "N_CANDIDATE",
-    "N_CONTEXT",
-    "Col",
-    "Ctx",
-    "Kind",
-    "Need",
-    "max_candidates",
-]
-
 
 class Kind(IntEnum):
     """The four decision kinds (DESIGN.md section 4)."""

@@ -8,8 +8,6 @@ from engine.core.kinds import LaneKind
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_line, decode_s, fused_shared_s, prefill_s, times, to_ticks
 
-__all__ = ["step_ticks", "transfer_ticks"]
-
 _K_PREFILL, _K_DECODE = int(LaneKind.PREFILL), int(LaneKind.DECODE)
 
 

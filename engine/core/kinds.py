@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-__all__ = ["Batching", "LaneKind", "Order", "RequestState", "Role", "Split"]
-
 
 class Role(IntEnum):
     """What an instance does (DESIGN.md section 4)."""

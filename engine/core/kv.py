@@ -13,8 +13,6 @@ import numpy as np
 
 from engine.jit.kernel import kernel
 
-__all__ = ["adopt", "blocks_for", "evictable_cost", "find_prefix", "grow", "publish", "release", "release_chain"]
-
 
 @kernel(forceinline=True)
 def blocks_for(tokens, block_tokens):

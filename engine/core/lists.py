@@ -8,24 +8,6 @@ from __future__ import annotations
 
 from engine.jit.kernel import kernel
 
-__all__ = [
-    "ENDED",
-    "HANDOVER",
-    "HELD",
-    "PLACING",
-    "inbound_of",
-    "link_list",
-    "n_lists",
-    "place_by_work",
-    "pop_front",
-    "push_back",
-    "push_before",
-    "push_front",
-    "queue_of",
-    "ready_of",
-    "remove",
-]
-
 PLACING = 0  # requests that wait for a PLACE_PREFILL decision
 HANDOVER = 1  # ... for a PLACE_DECODE decision
 HELD = 2  # a policy answered HOLD

@@ -33,34 +33,6 @@ from engine.jit.kernel import kernel
 from engine.jit.rows import make_attach
 from engine.latency.evaluate import PROFILE, SHARE, to_ticks
 
-__all__ = [
-    "answer",
-    "ask",
-    "begin",
-    "chain_hashes",
-    "describe_step",
-    "describe_transfer",
-    "end_control",
-    "end_interval",
-    "end_step",
-    "end_transfer",
-    "finish_lane",
-    "finish_switch",
-    "finish_transfer",
-    "kick",
-    "last_token",
-    "link_ticks",
-    "next_changed",
-    "next_ended",
-    "start_idle",
-    "step_columns",
-    "step_ticks",
-    "switch_ticks",
-    "wake",
-    "wake_idle",
-    "wake_time",
-]
-
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 
 

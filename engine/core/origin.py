@@ -16,8 +16,6 @@ from engine.core.kinds import LaneKind, RequestState
 from engine.core.state import NEVER, ClusterState
 from engine.latency.evaluate import TICKS_PER_S
 
-__all__ = ["FAR", "STAMPS", "move_origin", "shift_for"]
-
 #: From here on the origin is moved: 13 days.
 FAR = 2**60
 _KEPT = 86_400 * TICKS_PER_S  # of the past, for rules that look back

@@ -21,8 +21,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numba import types
 
-__all__ = ["POLICY_SIGNATURE", "POLICY_TYPE", "InstancePlan", "Policy"]
-
 POLICY_SIGNATURE = types.int64(
     types.float64[::1], types.float64[:, ::1], types.uint8[::1], types.float64[::1], types.float64[::1]
 )

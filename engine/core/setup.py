@@ -28,8 +28,6 @@ from engine.core.state import (
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S, to_ticks
 
-__all__ = ["ClusterOptions", "InstanceSpec", "LinkSpec", "SloClass", "arranged", "blank_requests", "new_cluster"]
-
 NO_LIMIT = 2**60
 #: Control and hold intervals below this would leave no time for anything else.
 LEAST_INTERVAL_S = 1e-5

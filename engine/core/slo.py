@@ -14,8 +14,6 @@ from engine.core.lists import ENDED, push_back
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import times
 
-__all__ = ["ITL_BINS", "end_request", "itl_edges_s", "on_first_token", "record_gaps", "seal"]
-
 #: Token gaps are counted in bins 2 % wide between 10 µs and about 3,000 s.
 ITL_BINS = 1024
 _ITL_LOW = 1e7  # ticks

@@ -14,23 +14,6 @@ import numpy as np
 from engine.jit.rows import make_attach
 from engine.latency.evaluate import PROFILE, SHARE
 
-__all__ = [
-    "BLOCK",
-    "CACHED",
-    "CLUSTER",
-    "INSTANCE",
-    "LANE",
-    "LINK",
-    "MAX_TABLE",
-    "NEVER",
-    "POOL",
-    "REQUEST",
-    "SLO_CLASS",
-    "ClusterState",
-    "attach",
-]
-
-
 #: A time that never comes: later than any stamp with a target added to it.
 NEVER = 2**63 - 1
 #: Rows that a table of SM splits may have.

@@ -7,8 +7,6 @@ import numpy as np
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
-__all__ = ["LONGEST_RUN_S", "LONGEST_STRETCH_S", "arrival_ticks", "check_length", "duration_ticks"]
-
 #: So long a stretch of simulated time may be counted from one origin: 49 days. With targets and step times added, its
 #: stamps still fit 64 bits.
 LONGEST_STRETCH_S = 49 * 86_400.0

@@ -25,8 +25,6 @@ from engine.errors import SlalomError
 from engine.jit import sources
 from engine.jit.parts import PART, Compiler, rebuilt
 
-__all__ = ["CACHE_DIR", "is_compiled", "is_warm", "kernel"]
-
 
 def _usable(folder: Path) -> bool:
     """Whether ``folder`` is there, ours and closed to others' writing: numba unpickles what lies in it."""

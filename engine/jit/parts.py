@@ -22,8 +22,6 @@ from numba.core.dispatcher import _FunctionCompiler
 
 from engine.jit.rows import RowsType, StateType
 
-__all__ = ["PART", "Compiler", "rebuilt"]
-
 #: How a part's library calls itself on disk.
 PART = "part"
 

@@ -25,8 +25,6 @@ from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["CHECKED", "WORDS", "RowsType", "address", "addresses", "copy_rows", "make_attach", "state_type"]
-
 CHECKED = os.environ.get("SLALOM_BOUNDS", "") == "1"
 #: int64 words per array in the address vector: address, rows, columns.
 WORDS = 3

@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["ROOT", "closure", "dotted", "path_of", "sha256"]
-
 #: The folder that holds ``engine``, ``policies``, ``env``, ``train`` and ``eval``.
 ROOT = Path(__file__).resolve().parents[2]
 _IMPORT = re.compile(r"^(?:from\s+(\S+)\s+import\s+(\([^)]*\)|[^\n#]*)|import\s+([^\n#]+))", re.MULTILINE)

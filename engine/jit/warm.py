@@ -21,8 +21,6 @@ from itertools import zip_longest
 
 from engine.jit import sources
 
-__all__ = ["Step", "cores", "told", "warm"]
-
 Step = Callable[[], None]
 #: Seconds after which somebody who waits hears that it goes on.
 QUIET_S = 10.0

@@ -10,8 +10,6 @@ from torch import Tensor
 from engine.kernels.batch import Batch
 from engine.kernels.work import Tiling
 
-__all__ = ["Kernels"]
-
 
 class Kernels(ABC):
     """Four operations. T rows, H query heads, K KV heads (K divides H), D head width.

@@ -13,8 +13,6 @@ from torch import Tensor
 from engine.kernels.packing import upload
 from engine.kernels.work import Tiling, Work, work_list
 
-__all__ = ["Batch", "Scored", "Span", "Spans"]
-
 _COLUMNS = ("tokens", "positions", "query_starts", "context_lens", "block_tables", "slots", "sample_rows")
 
 

@@ -17,8 +17,6 @@ from engine.jit.kernel import kernel
 from engine.kernels.batch import Batch
 from engine.kernels.reference import TorchKernels
 
-__all__ = ["CompiledKernels"]
-
 
 class CompiledKernels(TorchKernels):
     """Kernels of a CPU in float32. A sequence's result does not depend on what else is in the batch."""

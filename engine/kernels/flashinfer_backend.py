@@ -18,8 +18,6 @@ from engine.kernels.batch import Batch
 from engine.kernels.packing import upload
 from engine.kernels.triton_backend import TritonKernels
 
-__all__ = ["FlashInferKernels"]
-
 #: Passes of fewer rows may be replayed by graphs, whose kernels must be the same whatever they hold.
 LEAST_ROWS = 512
 _TYPES = (torch.float16, torch.bfloat16)

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["offsets", "upload", "view"]
-
 #: Bytes. Triton compiles a kernel anew for a pointer that is not a multiple of 16.
 _ALIGNMENT = 16
 

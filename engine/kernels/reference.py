@@ -11,8 +11,6 @@ from torch import Tensor
 from engine.kernels.base import Kernels
 from engine.kernels.batch import Batch
 
-__all__ = ["TorchKernels"]
-
 
 class TorchKernels(Kernels):
     """Reference kernels. ``attend`` loops over sequences on the host (block tables stay on the device)."""

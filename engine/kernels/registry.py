@@ -10,8 +10,6 @@ import torch
 from engine.errors import SlalomError
 from engine.kernels.base import Kernels
 
-__all__ = ["KERNELS", "make_kernels"]
-
 #: Names a user may choose. ``auto`` is Triton on a CUDA device and the compiled ones on a CPU, nothing else: FlashInfer
 #: has not been measured, on a whole device or on a partition.
 KERNELS = ("auto", "compiled", "flashinfer", "torch", "triton")

@@ -9,8 +9,6 @@ from engine.kernels.batch import Batch, Span, Spans
 from engine.kernels.packing import offsets, view
 from engine.kernels.work import ITEM, MERGE, Tiling, Work, work_list
 
-__all__ = ["StaticBatch"]
-
 #: In the buffer's order. The tables come last: only their used part is copied.
 _COLUMNS = ("tokens", "positions", "slots", "sample_rows", "query_starts", "context_lens", "items", "merges", "tables")
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from engine.kernels.batch import Batch
 from engine.kernels.work import ITEM, MERGE, Tiling
 
-__all__ = ["AttentionPlan", "attention_kernel", "merge_kernel", "paged_attention", "plan_attention"]
-
 _LOG2_E = 1.4426950408889634
 _PROGRAMS_PER_SM = 2  # one decode program alone cannot keep an SM's share of the memory bandwidth busy
 #: Stages of the loop over tiles. A tile is three loads that depend on each other (its pages, then keys, then values),

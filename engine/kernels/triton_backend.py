@@ -14,8 +14,6 @@ from engine.kernels.base import Kernels
 from engine.kernels.batch import Batch
 from engine.kernels.work import Tiling
 
-__all__ = ["TritonKernels"]
-
 
 class TritonKernels(Kernels):
     """Kernels of a CUDA device; on a CPU they need Triton's interpreter, which computes bf16 products wrong.

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["norm_kernel", "rms_norm", "rope_write", "rope_write_kernel", "silu_kernel", "silu_mul"]
-
 
 @triton.jit
 def norm_kernel(

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-__all__ = ["ITEM", "MERGE", "Tiling", "Work", "WorkList", "work_list"]
-
 #: Columns of an item: first entry of its block table, first row, rows (query tokens), position of the first row, first
 #: tile, tile after the last, partial result (-1: the only item of its block, writes the output itself), unused.
 ITEM = 8

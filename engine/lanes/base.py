@@ -14,8 +14,6 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-__all__ = ["WHOLE", "Device", "Lane", "Partition"]
-
 #: Index of the partition that is none: both lanes may use the whole device.
 WHOLE = -1
 

@@ -17,8 +17,6 @@ import torch
 from engine.errors import SlalomError
 from engine.lanes.base import Device, Lane, Partition
 
-__all__ = ["CpuDevice", "CpuLane"]
-
 _bound = threading.local()
 
 

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 
 from engine.errors import SlalomError
 
-__all__ = ["CudaDriver", "Driver", "Resource"]
-
 _TYPE_SM = 1
 _DEFAULT_STREAM = 1  # CU_GREEN_CTX_DEFAULT_STREAM, the only flag there is, and a must
 _NON_BLOCKING = 1

@@ -17,8 +17,6 @@ from engine.errors import SlalomError
 from engine.lanes.base import Device, Lane, Partition
 from engine.lanes.driver import CudaDriver, Driver
 
-__all__ = ["GpuDevice", "GpuLane", "Streams", "TorchStreams", "make_gpu"]
-
 _log = logging.getLogger("slalom.lanes")
 
 

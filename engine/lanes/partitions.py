@@ -9,8 +9,6 @@ from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.lanes.base import WHOLE, Device, Lane
 
-__all__ = ["Cuts", "Lanes", "cuts_of", "lanes_of", "make_device", "partition_of"]
-
 
 def cuts_of(state: ClusterState) -> list[Cuts]:
     """How the device of every instance is cut: only for those that may ever be MULTIPLEXED."""

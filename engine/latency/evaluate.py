@@ -18,20 +18,6 @@ import numpy as np
 
 from engine.jit.kernel import kernel
 
-__all__ = [
-    "FOREVER",
-    "MAX_KNOTS",
-    "PROFILE",
-    "SHARE",
-    "TICKS_PER_S",
-    "decode_line",
-    "decode_s",
-    "fused_shared_s",
-    "prefill_s",
-    "times",
-    "to_ticks",
-]
-
 #: Time inside the core is an int64 count of picoseconds: 106 days of range.
 TICKS_PER_S = 1_000_000_000_000
 #: The longest duration, 26 days: longer ones count as that, so that sums of a stamp and a duration never overflow.

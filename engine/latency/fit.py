@@ -21,16 +21,6 @@ from engine.latency.evaluate import MAX_KNOTS
 from engine.latency.profile import FitError, Profile, Share
 from engine.latency.rough import relative_nnls
 
-__all__ = [
-    "DecodeFit",
-    "DecodeSamples",
-    "PrefillFit",
-    "PrefillSamples",
-    "fit_decode",
-    "fit_prefill",
-    "fit_profile",
-]
-
 HELD_OUT = 0.2
 MIN_POINTS = 8
 #: A quadratic that misses held-out points by more than this is compared with a piecewise-linear curve.

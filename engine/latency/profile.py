@@ -25,18 +25,6 @@ from engine.jit.sources import ROOT
 from engine.latency import evaluate
 from engine.latency.evaluate import MAX_KNOTS, PROFILE, SHARE
 
-__all__ = [
-    "POOR_FIT",
-    "FitError",
-    "Profile",
-    "Provenance",
-    "Roofline",
-    "Share",
-    "list_profiles",
-    "pack",
-    "profiles_dir",
-]
-
 #: Published constants are rounded; a measured time this much below the roofline is still believed.
 ROOFLINE_TOLERANCE = 0.01
 #: Held-out error above which a profile is no ground to learn or decide on.

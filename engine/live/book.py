@@ -23,8 +23,6 @@ from engine.live.fate import fate_of, fate_of_refused
 from engine.live.observer import Observer
 from engine.live.request import ERROR, SHED, UNPLACEABLE, Delta, Ticket
 
-__all__ = ["RequestBook"]
-
 _log = logging.getLogger("slalom.instance")
 T = TypeVar("T", bound=Ticket)
 

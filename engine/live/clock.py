@@ -14,8 +14,6 @@ from typing import Any, NamedTuple, Protocol
 from engine.core.origin import FAR
 from engine.core.state import NEVER
 
-__all__ = ["Clock", "Event", "VirtualClock", "WallClock"]
-
 _TICKS_PER_NS = 1000
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
-__all__ = ["Door", "Overloaded", "TurnedAway", "Unavailable"]
-
 
 class Overloaded(RuntimeError):
     """Every request slot is taken: try again later."""

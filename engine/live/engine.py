@@ -28,8 +28,6 @@ from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
 from engine.model.weights import Checkpoint
 
-__all__ = ["Engine", "build_state"]
-
 
 def build_state(
     specs: Sequence[InstanceSpec],

@@ -10,20 +10,6 @@ import numpy as np
 from engine.core.kinds import RequestState
 from engine.latency.evaluate import times
 
-__all__ = [
-    "ABORT",
-    "DRAINING",
-    "ERROR",
-    "OVERLOADED",
-    "SERVER",
-    "SHED",
-    "UNAVAILABLE",
-    "UNPLACEABLE",
-    "Fate",
-    "fate_of",
-    "fate_of_refused",
-]
-
 #: Of this process: with a request's number it makes an id that no other process, earlier or later, gives.
 SERVER = secrets.token_hex(4)
 

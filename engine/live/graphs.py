@@ -27,8 +27,6 @@ from engine.lanes.base import Lane
 from engine.model.llama import Carry
 from engine.model.runner import ModelRunner
 
-__all__ = ["CHUNKS", "DECODES", "Capturer", "CudaCapturer", "LaneGraphs", "Replay", "decode_buckets"]
-
 _log = logging.getLogger("slalom.graphs")
 #: Sequences of a decode step, and rows of a step with prompts, that graphs are captured for. Up to some 190 rows
 #: padding is nearly free: a step reads the weights for longer than it multiplies by them. Beyond some 400 the device is

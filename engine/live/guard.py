@@ -15,8 +15,6 @@ from engine.live.observer import Observer
 if TYPE_CHECKING:  # it knows torch, and nobody here needs that
     from engine.live.request import Ticket
 
-__all__ = ["DriftReport", "Guard", "GuardReport", "RecentDecision"]
-
 
 @dataclass(frozen=True)
 class RecentDecision:

@@ -18,8 +18,6 @@ from engine.model.llama import Carry, Llama
 from engine.model.runner import ModelRunner
 from engine.model.sampling import Logprobs, SamplingParams, logprobs_of
 
-__all__ = ["Executor", "GraphSizes", "Host", "InstanceLost", "LocalExecutor", "LocalHost", "lane_graphs", "local_hosts"]
-
 
 class InstanceLost(RuntimeError):
     """The thread or process that runs an instance is gone; what it was doing is recomputed elsewhere."""

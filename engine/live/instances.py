@@ -24,8 +24,6 @@ from engine.live.request import ERROR, Request
 from engine.live.steps import LaneRunner, Step, StepResult
 from engine.live.transfer import Mover, Transfer, TransferState, Transport
 
-__all__ = ["LiveInstances"]
-
 _log = logging.getLogger("slalom.instance")
 #: A request whose KV could not be moved this often ends with an error.
 _MOST_TRANSFER_FAILURES = 3

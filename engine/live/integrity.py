@@ -8,8 +8,6 @@ from engine.core.kinds import LaneKind
 from engine.core.lists import ENDED
 from engine.core.state import ClusterState
 
-__all__ = ["faults"]
-
 _ZERO_WHEN_IDLE = (
     "queue_tokens", "queue_work", "started_n", "inbound_tokens", "moving_n", "run_n", "run_ctx", "out_n", "held_tokens",
     "parked_n", "parked_work",

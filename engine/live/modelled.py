@@ -21,8 +21,6 @@ from engine.live.clock import VirtualClock
 from engine.live.guard import Guard
 from engine.live.runtime import Runtime
 
-__all__ = ["ModelledInstances", "play"]
-
 
 class ModelledInstances:
     """Requests that are known beforehand, steps that take what a profile says.

@@ -12,8 +12,6 @@ from engine.live.fate import Fate
 if TYPE_CHECKING:  # it knows torch, and nobody here needs that
     from engine.live.request import Ticket
 
-__all__ = ["Observer"]
-
 
 class Observer:
     """Hears everything and does nothing. Override what is of interest and append to ``Scheduler.observers``.

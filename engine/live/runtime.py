@@ -28,8 +28,6 @@ from engine.jit.rows import addresses
 from engine.live.clock import Clock
 from engine.live.guard import Guard
 
-__all__ = ["Instances", "Runtime"]
-
 _log = logging.getLogger("slalom.runtime")
 _KINDS = tuple(kind.name.lower() for kind in Kind)
 

@@ -25,8 +25,6 @@ from engine.live.integrity import faults
 from engine.live.request import ABORT, ERROR, Delta, Ticket
 from engine.live.runtime import Runtime
 
-__all__ = ["Scheduler", "target_ticks"]
-
 _log = logging.getLogger("slalom.engine")
 T = TypeVar("T")
 

@@ -24,8 +24,6 @@ from engine.live.hosts import Executor, InstanceLost
 from engine.live.request import Delta, Request
 from engine.model.sampling import Logprobs
 
-__all__ = ["LaneRunner", "Step", "StepResult"]
-
 _log = logging.getLogger("slalom.runner")
 _newest = attrgetter("newest")
 

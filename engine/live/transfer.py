@@ -22,8 +22,6 @@ from typing import Protocol
 
 from engine.model.kv import KVPool
 
-__all__ = ["CopyTransport", "Mover", "Transfer", "TransferState", "Transport"]
-
 
 class TransferState(IntEnum):
     """See the module docstring."""

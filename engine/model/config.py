@@ -11,8 +11,6 @@ from torch import Tensor
 
 from engine.errors import SlalomError
 
-__all__ = ["DUMMY_SHAPES", "ModelConfig", "RopeScaling", "number_of", "whole_number"]
-
 #: ``model_type`` of Hugging Face configs that this model code computes.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from engine.errors import SlalomError
 
-__all__ = ["DTYPES", "choose_device", "choose_dtype", "where"]
-
 DTYPES = ("float32", "bfloat16", "float16")
 #: Hardware queues. With the usual 8, replays of one stream wait behind what was launched on others (pytorch#176582).
 _CONNECTIONS = ("CUDA_DEVICE_MAX_CONNECTIONS", "32")

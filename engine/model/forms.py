@@ -15,8 +15,6 @@ from typing import Any, Literal
 from engine.errors import SlalomError
 from engine.model.tokenizer import Tokenizer
 
-__all__ = ["Form", "Forms", "Progress"]
-
 #: Between the parts of a JSON text: nothing, a space, or a new line with its indentation. A model that may go on with
 #: white space for ever does so at times.
 _SPACE = r"( ?|\n {0,32})"

@@ -22,8 +22,6 @@ from engine.errors import SlalomError
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-__all__ = ["GGUFFile", "TensorInfo"]
-
 _CUT = "the file is damaged or cut short; fetch it again"
 _OTHER = "it is not supported; take a file of another one, such as Q8_0, Q4_K or BF16"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"} | {

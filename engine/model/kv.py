@@ -9,8 +9,6 @@ from torch import Tensor
 
 from engine.model.config import ModelConfig
 
-__all__ = ["KVPool"]
-
 
 class KVPool:
     """KV blocks of one device. Which sequence owns a block is somebody else's business.

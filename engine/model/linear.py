@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Linear", "Packed", "can_pack", "rows_computed"]
-
 #: Products of more rows than this are left to MKL. Measured as above, 128 to 512 rows: oneDNN 0.91 to 1.07 of its time.
 _MOST_BLOCKED = 64
 

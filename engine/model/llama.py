@@ -17,8 +17,6 @@ from engine.model.config import ModelConfig
 from engine.model.kv import KVPool
 from engine.model.linear import Linear, Packed, can_pack
 
-__all__ = ["Carry", "Llama"]
-
 #: A model of more parameters than this keeps its weights once, as they are.
 _MOST_PACKED = 10**9
 

@@ -13,8 +13,6 @@ from engine.model.kv import KVPool
 from engine.model.llama import Carry, Llama
 from engine.model.sampling import Logprobs, SamplingParams, choose_tokens, logprobs_of
 
-__all__ = ["ModelRunner"]
-
 _SCORED_AT_ONCE = 128  # rows of logits that are in memory together
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from engine.errors import SlalomError
 
-__all__ = ["MOST_LOGPROBS", "Logprobs", "SamplingParams", "choose_tokens", "logprobs_of", "uniform"]
-
 _MASK = (1 << 64) - 1
 _HEAD = 1024  # tokens looked at first: nearly always enough for top-k and top-p, and cheaper than all
 _COLD = 1e-5  # below this temperature float32 cannot tell the logits' quotients apart: greedy (as vLLM)

@@ -7,8 +7,6 @@ from enum import StrEnum
 from engine.model.sampling import SamplingParams
 from engine.model.tokenizer import Tokenizer
 
-__all__ = ["Finish", "Generation"]
-
 
 class Finish(StrEnum):
     """Why an output ended, in OpenAI's words."""

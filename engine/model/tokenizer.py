@@ -23,8 +23,6 @@ from engine.model.config import DUMMY_SHAPES
 from engine.model.gguf import GGUFFile
 from engine.model.weights import resolve_model
 
-__all__ = ["Detokenizer", "Tokenizer", "load_tokenizer"]
-
 _BESIDE = "put the model's tokenizer.json beside the GGUF file"
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

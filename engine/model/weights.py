@@ -27,8 +27,6 @@ from engine.model.config import DUMMY_SHAPES, ModelConfig, RopeScaling, number_o
 from engine.model.gguf import GGUFFile
 from engine.model.llama import Llama
 
-__all__ = ["Checkpoint", "load_model", "open_checkpoint", "resolve_model"]
-
 
 class Checkpoint(ABC):
     """A model's shape and its tensors by Hugging Face name."""

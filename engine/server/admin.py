@@ -17,8 +17,6 @@ from engine.live.scheduler import Scheduler
 from engine.server.keys import check_local
 from engine.server.view import state_of
 
-__all__ = ["add_admin"]
-
 _log = logging.getLogger("slalom.admin")
 
 

@@ -24,8 +24,6 @@ from engine.server.refusals import failure, hung_up, refusal
 from engine.server.shape import Shape
 from engine.server.streams import Mailroom, Stream, unanswered
 
-__all__ = ["create_app"]
-
 _log = logging.getLogger("slalom.server")
 _DEFAULT_CHAT_TOKENS = 512
 _DEFAULT_TOKENS = 16  # OpenAI's default for plain completions

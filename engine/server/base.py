@@ -26,8 +26,6 @@ from engine.server.metrics import Metrics
 from engine.server.protocol import error_body
 from engine.server.refusals import RETRY_AFTER
 
-__all__ = ["NoSuchModel", "base_app"]
-
 
 def base_app(
     engine: Scheduler,

@@ -14,8 +14,6 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from engine.live.scheduler import Scheduler
 from engine.server.view import Attainment, view
 
-__all__ = ["add_dashboard"]
-
 _PERIOD_S = 1.0
 _UNATTENDED = 10  # events
 _PAGE = Path(__file__).with_name("dashboard.html")

@@ -21,8 +21,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from engine.errors import SlalomError
 from engine.server.protocol import error_body
 
-__all__ = ["Limits", "configure", "quiet_accepting", "room_for"]
-
 _log = logging.getLogger("slalom.server")
 _MOST = 4096  # connections, where nobody says and the process may open as many
 _OTHER_FILES = 256  # model, logs, workers, libraries

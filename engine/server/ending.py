@@ -10,8 +10,6 @@ from typing import Any
 from engine.errors import SlalomError
 from engine.live.scheduler import Scheduler
 
-__all__ = ["reserve", "say_goodbye"]
-
 _log = logging.getLogger("slalom.server")
 _LOOK_S = 0.05
 

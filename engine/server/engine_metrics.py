@@ -9,8 +9,6 @@ from prometheus_client.registry import Collector
 
 from engine.remote.router import Router
 
-__all__ = ["EngineMetrics"]
-
 
 class EngineMetrics(Collector):
     """Reads a router's report when somebody scrapes."""

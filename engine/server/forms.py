@@ -9,8 +9,6 @@ from typing import Any
 from engine.errors import SlalomError
 from engine.model.forms import Form
 
-__all__ = ["form_of"]
-
 _FORMAT, _OUTPUTS = "response_format", "structured_outputs"
 _MOST_CHOICES = 1000
 

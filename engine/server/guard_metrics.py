@@ -9,8 +9,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from engine.live.guard import GuardReport
 
-__all__ = ["guard_metrics"]
-
 _MODES = ("active", "advisory", "frozen")
 
 

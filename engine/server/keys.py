@@ -16,8 +16,6 @@ from engine.common.documents import read_text
 from engine.errors import SlalomError
 from engine.server.protocol import error_body
 
-__all__ = ["KeyCheck", "check_local", "find_key"]
-
 _LEAST = 16
 _OPEN = ("/health",)  # for load balancers
 _ASKED = 'Bearer, Basic realm="slalom", charset="UTF-8"'  # a browser asks for the second: the key is the password

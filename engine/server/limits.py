@@ -9,8 +9,6 @@ from starlette.responses import JSONResponse
 
 from engine.server.protocol import error_body
 
-__all__ = ["BodyLimit", "most_bytes"]
-
 _ROOM = 512 * 1024  # for everything but the prompt: tools, messages' frames
 _BYTES_PER_TOKEN = 16
 _SWALLOWED = 64 * 1024 * 1024  # of a body that is refused, so that its sender gets to read why

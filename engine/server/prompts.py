@@ -11,8 +11,6 @@ from engine.errors import PromptTooLong
 from engine.model.forms import Form, Forms, Progress
 from engine.model.tokenizer import Tokenizer
 
-__all__ = ["Prompts"]
-
 _SHORT = 1024  # characters that take less time than handing them over
 _LOOKED_AT = 8  # characters for each token that fits: of a long text so many are tried first
 _THREADS = 2

@@ -14,8 +14,6 @@ from engine.model.sampling import MOST_LOGPROBS, SamplingParams
 from engine.server.forms import form_of
 from engine.server.unserved import refuse_unserved
 
-__all__ = ["ChatRequest", "CompletionRequest", "Targets", "Usage", "class_of", "error_body", "targets_of"]
-
 #: Header names of the two targets, in milliseconds; the first one present counts.
 _HEADERS = {
     "ttft_s": ("x-slo-ttft-ms", "x-llm-d-slo-ttft-ms"),

@@ -10,8 +10,6 @@ from fastapi.responses import JSONResponse
 from engine.live.request import ABORT, SHED, UNPLACEABLE
 from engine.server.protocol import error_body
 
-__all__ = ["RETRY_AFTER", "failure", "hung_up", "refusal"]
-
 RETRY_AFTER = {"Retry-After": "1"}
 
 

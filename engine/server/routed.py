@@ -24,8 +24,6 @@ from engine.server.engine_metrics import EngineMetrics
 from engine.server.protocol import class_of, error_body, targets_of
 from engine.server.refusals import failure, hung_up, refusal
 
-__all__ = ["create_router_app"]
-
 _CLIENT_GONE = 499  # nobody reads it; for the access log
 #: Headers of a client that engines get: their key, and what follows a request through a fleet.
 _PASSED_ON = ("authorization", "traceparent", "tracestate", "x-request-id")

@@ -21,8 +21,6 @@ from engine.server.door import Limits, configure, room_for
 from engine.server.ending import reserve
 from engine.server.keys import find_key
 
-__all__ = ["open_and_serve"]
-
 
 def open_and_serve(
     options: Any, build: Callable[[], tuple[Scheduler, FastAPI]], says: Callable[[Scheduler], str]

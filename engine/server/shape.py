@@ -11,8 +11,6 @@ from engine.model.sampling import Logprobs
 from engine.model.tokenizer import Tokenizer
 from engine.server.protocol import Usage
 
-__all__ = ["Shape"]
-
 
 class Shape:
     """The JSON of one kind of answer.

@@ -12,8 +12,6 @@ from engine.model.forms import Progress
 from engine.model.sampling import SamplingParams
 from engine.server.protocol import Targets
 
-__all__ = ["Mailroom", "Stream"]
-
 _ENDS_WITHOUT_ANSWER = ("abort", "error", "shed", "unplaceable")
 
 

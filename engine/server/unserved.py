@@ -10,8 +10,6 @@ from typing import Any
 
 from engine.errors import SlalomError
 
-__all__ = ["refuse_unserved"]
-
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 #: Field: values that ask for nothing, beside those of _NOTHING.
 _UNSERVED: dict[str, tuple[Any, ...]] = {

@@ -16,8 +16,6 @@ from engine.core.state import ClusterState
 from engine.live.fate import Fate
 from engine.live.scheduler import Scheduler
 
-__all__ = ["STATES", "Attainment", "sm_shares", "state_of", "view"]
-
 STATES = ("serving", "draining", "switching", "lost")
 _ROLES = [r.name.lower() for r in Role]
 

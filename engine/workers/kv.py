@@ -29,8 +29,6 @@ from engine.errors import SlalomError
 from engine.model.kv import KVPool
 from engine.workers.wire import ask, connect, fill, pour, receive, send
 
-__all__ = ["PIPES", "Pipe", "Puller", "check_pipe", "serve_pulls"]
-
 #: Blocks that travel together; also what is staged at both ends.
 _CHUNK = 64
 _LOOPBACK = "127.0.0.1"

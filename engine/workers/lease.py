@@ -12,8 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["LEASE_S", "Disowned", "Lease"]
-
 #: Seconds without a word from the owner after which another may take the worker over.
 LEASE_S = 30.0
 

@@ -44,8 +44,6 @@ from engine.workers.kv import check_pipe
 from engine.workers.lease import LEASE_S
 from engine.workers.wire import KEY, ask, connect, parse_address, step_message
 
-__all__ = ["RemoteTransport", "RemoteWorker", "Workers"]
-
 _log = logging.getLogger("slalom.distributed")
 _START_S = 600.0  # to load the weights
 

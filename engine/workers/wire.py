@@ -22,11 +22,6 @@ from engine.kernels import Scored, Spans
 from engine.model.sampling import SamplingParams
 from engine.workers.lease import Disowned
 
-__all__ = [
-    "KEY", "admit", "ask", "connect", "fill", "hang_up", "listen", "parse_address", "pour", "receive", "send",
-    "step_from", "step_message",
-]  # fmt: skip
-
 #: Environment variable with the secret that all processes of an engine share.
 KEY = "SLALOM_KEY"
 _LONGEST = 64 * 2**20  # bytes of a message: a step of the longest prompts takes a few

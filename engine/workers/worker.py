@@ -30,8 +30,6 @@ from engine.workers.kv import Puller, serve_pulls
 from engine.workers.lease import Disowned, Lease
 from engine.workers.wire import admit, hang_up, listen, parse_address, receive, send, step_from
 
-__all__ = ["Worker", "app", "main"]
-
 #: Callers that have not proved yet to know the secret; more are turned away.
 _STRANGERS = 64
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

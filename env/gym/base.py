@@ -15,8 +15,6 @@ from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from env.surrogate.simulate import bind_policy
 
-__all__ = ["DecisionVecEnv", "SharedVecEnv"]
-
 
 def _asked_kinds(scenario: Scenario) -> tuple[Kind, ...]:
     """Decision kinds that occur in ``scenario``."""

@@ -12,8 +12,6 @@ from engine.errors import SlalomError
 from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario
 
-__all__ = ["DispatchEnv"]
-
 
 class DispatchEnv(gym.Env[np.ndarray, int]):
     """One decision per step. Observation, reward and truncation as in :class:`env.gym.vector_env.SlalomVecEnv`.

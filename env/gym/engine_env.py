@@ -22,8 +22,6 @@ from env.gym.base import DecisionVecEnv
 from env.live.replay import Park, model_of, park_of, replay
 from env.scenario import Scenario
 
-__all__ = ["EngineVecEnv"]
-
 _KINDS = {
     Ctx.IS_PLACE_PREFILL: Kind.PLACE_PREFILL, Ctx.IS_PLACE_DECODE: Kind.PLACE_DECODE,
     Ctx.IS_REALLOCATE: Kind.REALLOCATE, Ctx.IS_TUNE: Kind.TUNE,

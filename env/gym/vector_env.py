@@ -18,8 +18,6 @@ from env.surrogate.batch import ENDED, LAST, advance_many, new_buffers
 from env.surrogate.compiled import POLICY_ARGS, FirstClass, compiled
 from env.surrogate.episodes import Episodes
 
-__all__ = ["SlalomVecEnv"]
-
 _F8, _F8T, _I8, _I8T = numba.float64[::1], numba.float64[:, ::1], numba.int64[::1], numba.int64[:, ::1]
 _SIGNATURE = (
     _I8T, _I8T, _I8, _I8, numba.int64, *POLICY_ARGS[:4], _F8, _F8T, numba.int64,

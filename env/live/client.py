@@ -25,8 +25,6 @@ from env.surrogate.arena import requests_of
 from env.surrogate.simulate import RunResult
 from env.workload import Trace
 
-__all__ = ["DRAIN_S", "Client", "EngineRun", "Send", "play", "said_of", "targets_of"]
-
 #: Seconds that requests still open at the last arrival are given, unless the caller says otherwise.
 DRAIN_S = 60.0
 _LEAD_S = 0.02

@@ -32,8 +32,6 @@ from env.surrogate.arena import arena_of, build_trace, check_classes
 from env.surrogate.simulate import bind_policy
 from env.workload import Trace
 
-__all__ = ["Park", "park_of", "replay"]
-
 
 def _ignore(delta: Delta) -> None:
     """Nobody listens: the engine's own stamps are the record."""

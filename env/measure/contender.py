@@ -9,9 +9,6 @@ from typing import Any, Literal
 from engine.errors import SlalomError
 from policies.rule import Value
 
-__all__ = ["STATIC_PLAN", "Contender", "Point", "PointSettings", "Split"]
-
-
 #: The policy that is searched instead of named: the best fixed arrangement of a scenario, see ``eval.compare.static``.
 STATIC_PLAN = "static_plan"
 

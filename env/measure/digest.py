@@ -16,8 +16,6 @@ from engine.jit import sources
 from env.measure.contender import Contender
 from env.scenario import Scenario
 
-__all__ = ["code_sha256", "file_sha256", "policy_sha256", "scenario_hash"]
-
 
 @cache
 def code_sha256() -> str:

@@ -24,9 +24,6 @@ from env.measure.metrics import block_counts, detailed, outcomes, summarize
 from env.measure.pool import finished, processes
 from env.scenario import Scenario
 
-__all__ = ["Evaluator", "arranged", "bound", "lone_time", "point_of", "simulated"]
-
-
 _ARRANGED: dict[tuple[str, str], Any] = {}
 
 

@@ -17,8 +17,6 @@ import numpy as np
 
 from env.measure.stats import antitonic, crossing
 
-__all__ = ["TARGETS", "Goodput", "GoodputResult", "find_goodput", "goodput_of_curve", "largest_rate"]
-
 TARGETS = (0.90, 0.95, 0.99)
 _WIDEST = 2.0**12  # the search stays within this factor of the starting rate
 _FLAT = 0.002  # gain of attainment over three halvings of the rate that counts as none

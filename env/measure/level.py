@@ -31,8 +31,6 @@ from env.measure.metrics import Outcomes, outcomes, refusals, waits
 from env.measure.sustained import DEFINITION, QUANTILES, backlog_of
 from env.surrogate.simulate import simulate
 
-__all__ = ["level_of", "longest_run", "mean_level", "measure_level", "run_length", "turns_of"]
-
 _NEAR = 0.8  # of the longest wait allowed: from here on waits cost, since a longer run would show longer ones
 _DOUBLING = 0.1  # what each doubling of the longest wait costs from there
 _REFUSED = 3.0  # what each request costs that is refused beyond the margin of the stability limit, beside being missed

@@ -24,11 +24,6 @@ from engine.core.origin import STAMPS
 from engine.errors import SlalomError
 from engine.latency.evaluate import FOREVER, TICKS_PER_S
 
-__all__ = [
-    "Outcomes", "absolute_s", "block_counts", "detailed", "histogram_stats", "on_one_clock", "outcomes", "refusals",
-    "summarize", "waits",
-]  # fmt: skip
-
 PERCENTILES = (90, 95, 99)
 
 

@@ -12,8 +12,6 @@ from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import arranged, bound, point_of
 from env.scenario import Scenario
 
-__all__ = ["engine_facts", "measure", "measure_remote", "on_park", "on_remote", "open_park"]
-
 
 @cache
 def open_park(model: str, profile_model: str, dtype: str, device: str = "auto") -> Any:

@@ -30,8 +30,6 @@ from env.surrogate.arena import build_trace
 from env.surrogate.simulate import RunResult, bind_policy, simulate
 from env.workload import Trace
 
-__all__ = ["GOAL", "Phase", "by_phase", "phase_goodput", "phases_of", "play_days", "standing", "worst"]
-
 #: Share of requests within both targets.
 GOAL = 0.9
 

@@ -21,8 +21,6 @@ from typing import Any
 from engine.errors import SlalomError
 from env.measure.digest import code_sha256
 
-__all__ = ["RayExecutor", "check_code", "connect", "cores", "finished", "processes", "watched"]
-
 _TRIES = 4  # of a job whose worker dies
 
 

@@ -14,8 +14,6 @@ from env.surrogate.arena import arena_of, build_trace, horizon_s, seen_in
 from env.surrogate.clock import new_sim
 from env.surrogate.simulate import bind_policy, driver
 
-__all__ = ["RoleTimeline", "role_timeline"]
-
 _LOOK = 8  # decisions between two looks
 
 

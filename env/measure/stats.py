@@ -13,16 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "antitonic",
-    "bootstrap_attainment",
-    "bootstrap_weights",
-    "crossing",
-    "interval",
-    "iqm",
-    "stratified_iqm",
-]
-
 Floats = NDArray[np.float64]
 
 

@@ -34,19 +34,6 @@ from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.metrics import Outcomes, block_counts, on_one_clock, outcomes, refusals, waits
 
-__all__ = [
-    "DEFINITION",
-    "Clause",
-    "Definition",
-    "Sample",
-    "Trend",
-    "Verdict",
-    "backlog_of",
-    "backlog_trend",
-    "judge",
-    "sample_of",
-]
-
 Floats = NDArray[np.float64]
 BLOCKS = 24
 QUANTILES = 5

@@ -40,8 +40,6 @@ from env.measure.level import longest_run, turns_of
 from env.measure.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
 from env.measure.sustained_stop import easy, hopeless, margin
 
-__all__ = ["Found", "Search", "measure_sustained", "run_settings"]
-
 SHORT = 8  # a short run is this part of a full one
 _FIRST, _LOWEST = 0.85, 0.01  # of the stability limit: the rate that is asked first, and the least
 _DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the next

@@ -13,8 +13,6 @@ from scipy.stats import t as student
 
 from env.measure.sustained import Sample, Verdict
 
-__all__ = ["distance", "easy", "hopeless", "margin"]
-
 _FAR = 6.0
 _BLOCKS = 20  # of a sample
 

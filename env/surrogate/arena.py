@@ -30,8 +30,6 @@ from env.workload import Trace, assign_classes
 from env.workload.trace import classes_by_name
 from policies.setting import Setting
 
-__all__ = ["Arena", "arena_of", "build_trace", "jittered", "requests_of", "seen_in", "slowed"]
-
 #: Simulated seconds that requests still running at the last arrival are given to end.
 DRAIN_S = 300.0
 SESSION_DRAIN_S = 3600.0

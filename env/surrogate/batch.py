@@ -19,16 +19,6 @@ from env.surrogate.clock import attach_sim
 from env.surrogate.loop import advance, answer, describe
 from env.surrogate.seen import open_book
 
-__all__ = [
-    "ASKED",
-    "ENDED",
-    "LAST",
-    "Buffers",
-    "advance_many",
-    "new_buffers",
-    "release_all",
-]
-
 #: What ``advance_many`` reports per cluster: a decision waits; one waits and every request has been sent; all ended.
 ASKED, LAST, ENDED = 0, 1, 2
 

@@ -18,21 +18,6 @@ from engine.jit.rows import addresses, make_attach
 from engine.latency.evaluate import PROFILE, SHARE, to_ticks
 from env.surrogate.seen import BOOKING, PARTS, RING, Seen, copies
 
-__all__ = [
-    "CLOCK",
-    "NEVER",
-    "SIM",
-    "Sim",
-    "attach_sim",
-    "heap_pop",
-    "heap_push",
-    "new_sim",
-    "set_event",
-    "span",
-    "start",
-    "steps_done",
-]
-
 NEVER = np.iinfo(np.int64).max
 
 CLOCK = np.dtype(

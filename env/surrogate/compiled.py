@@ -12,8 +12,6 @@ from engine.jit.kernel import is_compiled, is_warm
 from engine.jit.warm import cores, told, warm
 from env.surrogate.parts import PARTS
 
-__all__ = ["POLICY_ARGS", "WORDS", "FirstClass", "compiled"]
-
 
 @cache
 def compiled(kernel: Any, *signature: Any) -> Any:

@@ -21,8 +21,6 @@ from env.surrogate.batch import Buffers, release_all
 from env.surrogate.clock import Sim, new_sim
 from env.workload import Trace
 
-__all__ = ["Episodes"]
-
 
 class Episodes:
     """``n`` clusters on successive episodes.

@@ -21,8 +21,6 @@ from engine.latency.evaluate import TICKS_PER_S
 from env.surrogate.clock import NEVER, Sim
 from env.workload import Trace
 
-__all__ = ["LongRun", "is_long"]
-
 _LATER = 2 * FAR  # an arrival in a stretch to come
 
 

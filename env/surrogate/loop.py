@@ -25,8 +25,6 @@ from engine.latency.evaluate import FOREVER, to_ticks
 from env.surrogate.clock import NEVER, attach_sim, heap_pop, heap_push, set_event, span, steps_done
 from env.surrogate.seen import choose_router, keep, note, open_book, show, withhold
 
-__all__ = ["advance", "answer", "describe", "run"]
-
 _IDLE, _K_DECODE = int(LaneKind.IDLE), int(LaneKind.DECODE)
 _MULTIPLEXED = int(Role.MULTIPLEXED)
 _FINISHED = int(RequestState.FINISHED)

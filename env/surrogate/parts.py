@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["PARTS"]
-
 
 def _types() -> tuple[Any, Any, Any]:
     """The types of the scheduling core's state, of the simulator's, and of every integer beside them."""

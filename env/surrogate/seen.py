@@ -25,20 +25,6 @@ from engine.core.state import ClusterState, attach
 from engine.jit.kernel import kernel
 from engine.jit.rows import WORDS, addresses, copy_rows
 
-__all__ = [
-    "BOOKING",
-    "PARTS",
-    "RING",
-    "Seen",
-    "choose_router",
-    "copies",
-    "keep",
-    "note",
-    "open_book",
-    "show",
-    "withhold",
-]
-
 #: States kept in one delay.
 PARTS = 4
 #: ... and at any time: those that some router may still be shown, and the one being taken.

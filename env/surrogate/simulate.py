@@ -24,8 +24,6 @@ from env.surrogate.long import LongRun, is_long
 from env.surrogate.loop import run
 from env.workload import Trace
 
-__all__ = ["RunResult", "bind_policy", "driver", "ready", "simulate"]
-
 _SLICE = 200_000  # decisions, about a second
 
 

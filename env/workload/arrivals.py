@@ -20,21 +20,6 @@ from engine.errors import SlalomError
 from env.workload.base import Model, Split
 from env.workload.source import SourceSpec
 
-__all__ = [
-    "ArrivalSpec",
-    "BinsArrivals",
-    "GammaArrivals",
-    "OnOffArrivals",
-    "PoissonArrivals",
-    "ReplayArrivals",
-    "SinusoidArrivals",
-    "WeibullArrivals",
-    "gamma_gaps",
-    "on_clock",
-    "weibull_gaps",
-    "weibull_shape",
-]
-
 
 @lru_cache(maxsize=1024)
 def weibull_shape(cv: float) -> float:

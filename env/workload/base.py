@@ -12,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from engine.errors import SlalomError
 from env.workload.trace import Trace
 
-__all__ = ["SPLIT_NAMES", "Model", "Split", "WorkloadBase", "check_request", "stream"]
-
 Split = Literal["train", "valid", "test"]
 #: Of one run: their columns and records take some 6 GB.
 MOST_REQUESTS = 20_000_000

@@ -24,8 +24,6 @@ from env.workload.presets import LengthsSpec, PresetLengths, within_context
 from env.workload.rawfile import read_csv, read_jsonl
 from env.workload.trace import Trace
 
-__all__ = ["ClientPool", "ClientsSpec", "client_times", "read_clients"]
-
 _DATA = Path(__file__).parent / "data" / "clients.json"
 _MIN_CV, _MAX_CV = 0.1, 30.0
 

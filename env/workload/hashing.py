@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["GOLDEN", "chain", "flat_index", "mix64", "refine", "salt"]
-
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ID_FACTOR = np.uint64(0xD6E8FEB86659FD93)
 

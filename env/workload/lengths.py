@@ -13,17 +13,6 @@ from engine.errors import SlalomError
 from env.workload.base import Model, Split
 from env.workload.source import SourceSpec
 
-__all__ = [
-    "EmpiricalLengths",
-    "FixedLengths",
-    "JointLengths",
-    "LognormalMarginal",
-    "Marginal",
-    "QuantileMarginal",
-    "UniformMarginal",
-    "draw_marginal",
-]
-
 Pair = tuple[np.ndarray, np.ndarray]
 _Z90 = float(ndtri(0.9))
 MAX_TOKENS = 2_000_000

@@ -14,8 +14,6 @@ from env.workload.hashing import GOLDEN, mix64
 from env.workload.lengths import Marginal, draw_marginal
 from env.workload.trace import Trace
 
-__all__ = ["DocumentsPrefix", "PrefixSpec", "RagPrefix", "SystemPrefix", "layered", "zipf"]
-
 
 def zipf(n: int, exponent: float, size: int | tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Ranks 0..n-1 with probability proportional to (rank + 1) ** -exponent."""

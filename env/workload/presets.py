@@ -26,18 +26,6 @@ from env.workload.lengths import (
     UniformMarginal,
 )
 
-__all__ = [
-    "LengthsSpec",
-    "MixtureLengths",
-    "MixturePart",
-    "PresetLengths",
-    "draw_parts",
-    "preset",
-    "preset_facts",
-    "preset_names",
-    "within_context",
-]
-
 _DATA = Path(__file__).parent / "data" / "lengths.json"
 
 

@@ -14,8 +14,6 @@ from engine.common.documents import json_of
 from engine.common.lines import lines as lines_of
 from engine.errors import SlalomError
 
-__all__ = ["Table", "read_csv", "read_jsonl"]
-
 #: A follow-up turn has no time.
 _IN_EVERY_ROW = ("prompt", "output")
 

@@ -15,8 +15,6 @@ from env.workload.rawfile import Table, read_csv, read_jsonl
 from env.workload.timeunit import to_seconds
 from env.workload.trace import COLUMNS, Trace
 
-__all__ = ["FORMATS", "TraceFormat", "read_trace"]
-
 
 @dataclass(frozen=True)
 class TraceFormat:

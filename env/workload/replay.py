@@ -14,8 +14,6 @@ from env.workload.base import Split, WorkloadBase, check_request, stream
 from env.workload.source import SourceSpec
 from env.workload.trace import Trace, classes_by_name, concat, scale_rate
 
-__all__ = ["TraceSpec", "body_swap"]
-
 
 class TraceSpec(WorkloadBase):
     """A window of a trace file, drawn at random within the split.

@@ -17,8 +17,6 @@ from env.workload.lengths import Marginal, draw_marginal
 from env.workload.prefix import layered, zipf
 from env.workload.trace import Trace
 
-__all__ = ["SessionsSpec", "ThinkTime"]
-
 
 class ThinkTime(Model):
     """Lognormal seconds by median and p90, cut at ``cap_s``."""

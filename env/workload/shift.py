@@ -19,8 +19,6 @@ from env.workload.base import Model, Split, WorkloadBase, check_request, stream
 from env.workload.presets import LengthsSpec, draw_parts
 from env.workload.trace import Trace
 
-__all__ = ["Phase", "RandomPhases", "ShiftSpec"]
-
 _RAMP_STEPS = 32
 _MOST_EPISODES = 10_000
 _WHOLE = 0.05  # of an episode: arrivals spread by about that much around the asked length of a run

@@ -13,8 +13,6 @@ from env.workload.base import SPLIT_NAMES, Model, Split
 from env.workload.readers import read_trace
 from env.workload.trace import Trace
 
-__all__ = ["SourceSpec"]
-
 
 class SourceSpec(Model):
     """Where a trace lies and how to read it; the fields are those of ``readers.read_trace``.

@@ -67,8 +67,6 @@ from env.workload.sessions import SessionsSpec
 from env.workload.shift import ShiftSpec
 from env.workload.trace import Trace, merge, scale_rate
 
-__all__ = ["MixPart", "MixSpec", "SyntheticSpec", "WorkloadSpec", "parse_workload"]
-
 
 class SyntheticSpec(WorkloadBase):
     """Independent arrivals, lengths and prefixes."""

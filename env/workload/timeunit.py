@@ -10,8 +10,6 @@ import numpy as np
 from engine.errors import SlalomError
 from env.workload.rawfile import Table
 
-__all__ = ["UNITS", "to_seconds"]
-
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 
 

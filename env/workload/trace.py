@@ -12,8 +12,6 @@ import numpy as np
 from engine.errors import SlalomError
 from env.workload.hashing import refine, salt
 
-__all__ = ["Trace", "assign_classes", "classes_by_name", "concat", "merge", "scale_rate"]
-
 #: What there is of each request, and as which type.
 COLUMNS: dict[str, type] = {
     "arrival_s": np.float64,

@@ -14,8 +14,6 @@ import numpy as np
 
 from env.workload.trace import Trace
 
-__all__ = ["write_trace"]
-
 
 def write_trace(trace: Trace, path: str | Path, classes: tuple[str, ...] = ()) -> None:
     """Write atomically; ``.gz`` compresses. Reading back gives the same columns, times to the nanosecond.

@@ -24,8 +24,6 @@ import numpy as np
 from engine.jit.sources import ROOT
 from eval.benchmarks.growth import growth_of
 
-__all__ = ["BAD", "run"]
-
 STREAMS = 200
 _ATTACKERS = 4
 _PROMPTS = tuple("the gate is open " * n for n in (1, 3, 7, 15, 40, 90))

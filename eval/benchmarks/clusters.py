@@ -10,8 +10,6 @@ import numpy as np
 
 from eval.benchmarks.reference import POLICY, RATE, reference_scenario
 
-__all__ = ["run"]
-
 REPEATS = 5
 _TRACE = "traces/mooncake_conversation.w1.jsonl.gz"
 

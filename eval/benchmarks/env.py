@@ -9,8 +9,6 @@ import numpy as np
 
 from eval.benchmarks.reference import RATE, reference_scenario
 
-__all__ = ["run"]
-
 N_ENVS = 64
 STEPS = 500
 REPEATS = 5

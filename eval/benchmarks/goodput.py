@@ -9,8 +9,6 @@ from env.measure.evaluator import Evaluator
 from env.measure.sustained_search import Search, measure_sustained
 from env.scenario import Scenario
 
-__all__ = ["run"]
-
 SCENARIO = "azure-conv-4xa100"
 POLICIES = ("least_tokens", "static_split", "muxwise")
 SEEDS = (0, 1, 2)

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from scipy.stats import theilslopes
 
-__all__ = ["Growth", "growth_of"]
-
 
 class Growth(NamedTuple):
     """Growth a round, and the interval in which it lies with a probability of 95 %."""

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import signal
 
-__all__ = ["main"]
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="serve a GGUF file by llama.cpp, until killed")

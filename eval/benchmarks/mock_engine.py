@@ -20,8 +20,6 @@ from typing import Any
 
 import uvicorn
 
-__all__ = ["text_of"]
-
 MODEL = "mock"
 
 

@@ -16,8 +16,6 @@ import numpy as np
 
 from eval.benchmarks import training
 
-__all__ = ["run"]
-
 ROUNDS = 5
 ROLLOUTS = 4  # of each round
 

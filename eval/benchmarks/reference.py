@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from env.scenario import Scenario
 
-__all__ = ["POLICY", "RATE", "reference_scenario"]
-
 POLICY = "least_tokens"
 RATE = 40.0  # requests per second
 

@@ -22,8 +22,6 @@ import numpy as np
 
 from eval.benchmarks.mock_engine import text_of
 
-__all__ = ["run"]
-
 _STREAMS, _TOKENS, _TURNS, _ROUNDS = 8, 40, 3, 3
 _LONG, _COST_ROUNDS = 100, 6
 _MANY, _MANY_TOKENS = 500, 20

@@ -24,8 +24,6 @@ from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate.loop import run as drive
 from env.surrogate.simulate import bind_policy
 
-__all__ = ["BAR_US", "measure", "run", "settings"]
-
 BAR_US = 20.0
 INSTANCES = 16
 REQUESTS = 3_000

@@ -13,8 +13,6 @@ import numpy as np
 
 from eval.benchmarks.reference import POLICY, RATE, reference_scenario
 
-__all__ = ["measure", "run"]
-
 SIZES = (10_000, 100_000, 1_000_000)
 REPEATS = 3
 

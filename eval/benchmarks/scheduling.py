@@ -28,8 +28,6 @@ from engine.model import SamplingParams, load_model, load_tokenizer
 from policies.load import load_policy
 from policies.setting import Setting
 
-__all__ = ["run"]
-
 BATCH = 64
 INSTANCES = 16
 PROMPT = 128

@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["run"]
-
 INSTANCES = 16
 REQUESTS = 6000
 WARM_UP = 300

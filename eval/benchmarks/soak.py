@@ -43,8 +43,6 @@ from env.scenario import Scenario, list_scenarios
 from env.surrogate.arena import arena_of, build_trace, horizon_s
 from eval.benchmarks.growth import growth_of
 
-__all__ = ["run"]
-
 _KV = 1024
 _ROUND_S = 15.0
 _DRAIN_S, _OPEN = 60.0, 24  # seconds; requests at once

@@ -14,8 +14,6 @@ import numpy as np
 
 from eval.benchmarks.reference import POLICY, reference_scenario
 
-__all__ = ["run"]
-
 WARM_REPEATS = 3
 
 

@@ -9,8 +9,6 @@ import numpy as np
 
 from eval.benchmarks.reference import POLICY, RATE, reference_scenario
 
-__all__ = ["run"]
-
 REQUESTS = 10_000
 REPEATS = 15
 

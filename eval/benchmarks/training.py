@@ -16,8 +16,6 @@ import numpy as np
 
 from eval.benchmarks.reference import RATE, reference_scenario
 
-__all__ = ["INSTANCES", "flops_per_frame", "run"]
-
 INSTANCES = 8
 ROUNDS = 5
 OUR_UPDATES = 3  # of each round

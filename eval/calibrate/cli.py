@@ -25,8 +25,6 @@ from engine.model.device import choose_device, choose_dtype, where
 if TYPE_CHECKING:
     from engine.model.llama import Llama
 
-__all__ = ["app", "main", "parse_seconds"]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 

@@ -43,8 +43,6 @@ from eval.calibrate.request_log import EngineSettings, RequestLog, read_bench, r
 from policies.load import load_policy
 from policies.setting import Setting
 
-__all__ = ["Fitted", "command", "compare", "fit", "profile_of", "replay"]
-
 #: Where the search starts: an 8B model on a GPU of about 1 TB/s.
 START = np.array([5e-5, 2e-3, 1e-7, 2e-5, 1.5e-2, 5e-3])
 #: Shares of KV that concurrent requests may have in common; tried in turn when prefix caching is on.

@@ -19,8 +19,6 @@ import numpy as np
 from engine.calibration.points import Measured, Point
 from engine.latency.fit import MIN_POINTS, DecodeFit, DecodeSamples, PrefillSamples, fit_decode, fit_prefill
 
-__all__ = ["steps_of"]
-
 _TOGETHER = 0.25  # of a short step: tokens of one step come within that
 _MOST_TOGETHER_S = 0.005
 _PER_OCTAVE = 3  # groups of contexts

@@ -16,8 +16,6 @@ from engine.latency.profile import POOR_FIT, Profile
 from engine.remote.discover import discover
 from engine.remote.steps import read_steps, steps_so_far
 
-__all__ = ["command"]
-
 
 def command(url: str, out: Path, limits: Limits, as_json: bool, beside: Sequence[str], share: float) -> None:
     """Time the engine at ``url``, write its profile to ``out`` and say how good it is.

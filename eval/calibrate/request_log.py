@@ -37,8 +37,6 @@ from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from env.workload.timeunit import UNITS
 
-__all__ = ["EngineSettings", "RequestLog", "read_bench", "read_log", "read_settings"]
-
 #: For engines that do not say how much KV they had: more than they used.
 AMPLE_KV_TOKENS = 600_000
 _NAMES = {

@@ -26,12 +26,6 @@ from env.measure.sustained_search import Search, measure_sustained, run_settings
 from env.scenario import Scenario
 from env.surrogate.simulate import RunResult, simulate
 
-__all__ = [
-    "ORIGINAL", "STEADY", "SUSTAINED", "Claim", "Curve", "Lasting", "Passes", "Reading", "changed_profile",
-    "joint", "lasting", "lone", "ratio", "ratio_interval", "ratios", "search", "share_at", "slower",
-    "sustained",
-]  # fmt: skip
-
 ORIGINAL, STEADY, SUSTAINED = "the original's run length", "steady state", "sustained goodput"
 
 

@@ -38,8 +38,6 @@ from eval.claims.claim import (
 )
 from eval.placement.disaggregation import algorithm_2
 
-__all__ = ["S1_LENGTHS", "distserve_search", "distserve_vs_vllm"]
-
 _Q = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 #: Lengths of DistServe's ShareGPT sample (at least three turns, OPT tokens, below 2,048 in all): quantiles of the
 #: 1,593 distinct requests in simdistserve/benchmarks/alignment/data-ground-truth/opt-13b-sharegpt-workload

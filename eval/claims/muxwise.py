@@ -34,8 +34,6 @@ from eval.claims.claim import (
     sustained,
 )
 
-__all__ = ["muxwise"]
-
 
 def _keeps_up(run: RunResult) -> bool:
     """Stable: of all that was sent, at most a tenth is still open when the last request arrives."""

@@ -52,17 +52,6 @@ from env.surrogate.loop import advance, answer
 from eval.calibrate.from_requests import compare, fit, replay
 from eval.calibrate.request_log import EngineSettings, RequestLog, read_log, read_settings
 
-__all__ = [
-    "DISTSERVE",
-    "Row",
-    "Setup",
-    "VllmRun",
-    "distserve_reference",
-    "distserve_run",
-    "main",
-    "vllm_reference",
-]
-
 Setup = Literal["2P+2D", "4 x vllm"]
 
 PROMPT, DECODE_STEPS = 512, 128

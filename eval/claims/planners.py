@@ -21,8 +21,6 @@ from eval.claims.claim import (
     share_at,
 )
 
-__all__ = ["planners"]
-
 _REQUESTS = 10_000
 _POLICIES = {"DOPD": "dopd", "DYN-SLA": "dyn_sla", "DYN-LOAD": "dyn_load", "DOPD, released code": "dopd_code"}
 #: Attainment of the dynamic BurstGPT run, budget 8 GPUs.

@@ -30,8 +30,6 @@ from eval.claims.tropical import tropical
 from eval.compare.cells import measured
 from eval.compare.session import open_folder
 
-__all__ = ["CLAIMS", "as_dict", "from_dict", "page_html", "page_markdown", "reproduce", "run"]
-
 #: name -> experiment, in the order in which they are worth reading
 CLAIMS: dict[str, Callable[[], Claim]] = {
     "S1": distserve_search,

@@ -21,8 +21,6 @@ from eval.claims.claim import (
     share_at,
 )
 
-__all__ = ["tropical"]
-
 _VLLM, _REQUESTS = "vLLM (whole prompts first)", 1500
 
 

@@ -10,8 +10,6 @@ from typing import Any, Protocol, TypeVar
 from engine.common.files import read_json, write_json
 from env.measure.pool import finished, processes
 
-__all__ = ["Cell", "measured"]
-
 
 class Cell(Protocol):
     """One piece of work."""

@@ -29,8 +29,6 @@ from env.measure.sustained_search import Search, measure_sustained, run_settings
 from env.scenario import Scenario
 from eval.compare.result import Comparison
 
-__all__ = ["GRID", "SUSTAINED", "answers", "lead_with", "meetings", "search_all", "search_one"]
-
 SUSTAINED = "surrogate, sustained"  # label of the points, which know more than those of a plain comparison
 GRID = 0.01
 

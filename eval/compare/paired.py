@@ -25,8 +25,6 @@ from env.measure.goodput import TARGETS, find_goodput, goodput_of_curve
 from env.measure.stats import antitonic, bootstrap_attainment, bootstrap_weights, crossing, interval, stratified_iqm
 from eval.compare.result import Comparison
 
-__all__ = ["Curve", "compare"]
-
 Floats = NDArray[np.float64]
 _POOLED = ("p90_ttft_ms", "p99_ttft_ms", "p90_tpot_ms", "p99_tpot_ms", "p90_itl_ms", "p99_itl_ms", "p90_e2el_ms")
 _MEANS = ("request_goodput", "goodput_per_gpu", "token_goodput", "output_throughput", "prefix_hit_rate")

@@ -8,8 +8,6 @@ from engine.common.progress import Display
 from env.measure.contender import Point
 from eval.compare.session import Watcher
 
-__all__ = ["Bar"]
-
 
 class Bar(Watcher):
     """Shows a comparison; what follows ``": "`` in the name of a phase changes within it."""

@@ -8,8 +8,6 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Comparison", "Found", "Side"]
-
 
 class _Part(BaseModel):
     """Frozen. What a kind of comparison knows beside the fields is kept, and found as an attribute too."""

@@ -28,20 +28,6 @@ from eval.compare.headline import SUSTAINED, lead_with, meetings, search_all
 from eval.compare.paired import compare
 from eval.compare.result import Comparison
 
-__all__ = [
-    "MOST_TRIALS",
-    "Request",
-    "Watcher",
-    "closest_pair",
-    "contenders_of",
-    "evaluate",
-    "label_of",
-    "open_folder",
-    "scaled",
-    "tune_all",
-]
-
-
 #: Of one search, where only its simulated requests are bounded.
 MOST_TRIALS = 3_000
 

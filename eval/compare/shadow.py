@@ -25,8 +25,6 @@ from env.surrogate.clock import new_sim
 from env.surrogate.compiled import FirstClass
 from env.surrogate.simulate import ready
 
-__all__ = ["SAMPLES", "shadow"]
-
 SAMPLES = 240  # of the timeline
 _BINS = 60  # of attainment over time
 

@@ -25,8 +25,6 @@ from eval.placement.placement import Arrangement, arrangements, orders, variants
 from train.search.fitness import merged
 from train.search.tune import VALID_SEED
 
-__all__ = ["TRIALS", "StaticFound", "as_contender", "place_to_beat", "score_of", "search_static", "spread"]
-
 #: Budget where none is asked for (``--tune 0``).
 TRIALS = 40
 _SLACK = 0.02  # the level may rise by so much from one rate to the next higher one

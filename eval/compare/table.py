@@ -42,17 +42,6 @@ from policies.registry import names
 from train.search.levers import EVERY
 from train.search.tune import MANNER, best_knee, tune
 
-__all__ = [
-    "FACTORS",
-    "TRAFFIC",
-    "TableRequest",
-    "cells_of",
-    "run_cell",
-    "run_table",
-    "scenario_names",
-    "steady_requests",
-]
-
 #: The eight bundled traffic regimes; the other bundled scenarios are set-ups of papers.
 TRAFFIC = (
     "azure-conv-4xa100",

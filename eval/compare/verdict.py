@@ -7,8 +7,6 @@ from typing import Any
 
 from eval.compare.result import Comparison, Side
 
-__all__ = ["LOST", "lost_share", "percent", "reasons", "verdict"]
-
 LOST = ("shed", "failed", "unfinished")
 
 

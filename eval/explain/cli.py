@@ -22,8 +22,6 @@ from engine.errors import SlalomError
 if TYPE_CHECKING:
     from env.scenario import Scenario
 
-__all__ = ["app", "explain_policy", "main"]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 

@@ -16,8 +16,6 @@ from engine.common.lines import LONGEST_LINE
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
-__all__ = ["explain_decision", "read_log", "summary"]
-
 
 def read_log(path: Path, left_out: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Every line, older files (``path.2``, ``path.1``) first. Lines that a crash has spoilt are left out.

@@ -25,8 +25,6 @@ from engine.core.policy import Policy
 from engine.errors import SlalomError
 from env.scenario import Scenario
 
-__all__ = ["BASELINE", "Decision", "Recorder", "deviations", "distil", "gain", "importance", "record"]
-
 BASELINE = "least_tokens"
 _ALL = int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS)
 

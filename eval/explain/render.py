@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from eval.explain.policy import BASELINE
-from eval.report.html import Markup, render
+from markupsafe import Markup
 
-__all__ = ["decision_text", "page", "policy_text", "summary_text"]
+from eval.explain.policy import BASELINE
+from eval.report.html import render
 
 
 def decision_text(result: dict[str, Any]) -> str:

@@ -11,8 +11,6 @@ from scipy.stats import kendalltau
 
 from engine.common.files import digest_of
 
-__all__ = ["Case", "row_of", "summary_of"]
-
 PERCENTILES = (50, 90, 99)
 #: Cases beyond this share of the policy's own goodput are shown, but not part of the headline errors.
 WITHIN = 0.8

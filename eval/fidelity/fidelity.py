@@ -36,8 +36,6 @@ from eval.fidelity.errors import Case, row_of, summary_of
 from eval.fidelity.promise import promise_of
 from eval.fidelity.remote import is_router
 
-__all__ = ["Case", "command", "fidelity", "summary_of"]
-
 _WARMUP = 0.05
 
 

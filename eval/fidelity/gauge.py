@@ -21,8 +21,6 @@ from engine.calibration.points import Point
 from engine.latency import pack
 from env.scenario import Scenario
 
-__all__ = ["Gauge"]
-
 #: A decode batch, a prompt, and one of each in a step: what serving consists of.
 _REFERENCE = (
     Point("decode", bs=4, ctx=48),

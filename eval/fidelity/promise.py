@@ -9,8 +9,6 @@ import numpy as np
 
 from eval.fidelity.errors import Case
 
-__all__ = ["promise_of"]
-
 #: Smaller promises than this are within what runs differ by.
 LEAST_GAIN = 0.05
 

@@ -10,8 +10,6 @@ from typing import Any
 from engine.errors import SlalomError
 from engine.remote.discover import discover
 
-__all__ = ["engines_of_others", "is_router"]
-
 #: A router of others takes what comes; these are more than it will ever get at once.
 _TOKENS, _SEQUENCES = 2**20, 4096
 

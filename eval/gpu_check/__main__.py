@@ -17,8 +17,6 @@ from typing import Any
 
 from engine.errors import SlalomError
 
-__all__ = ["main"]
-
 _DRY_SLACK = 5.0  # limits are those of a GPU; a dry run may have to compile everything on one busy core
 
 

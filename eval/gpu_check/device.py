@@ -11,8 +11,6 @@ from engine.errors import SlalomError
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["all_splits", "ceilings", "sm_resource", "versions"]
-
 
 def versions(rig: Rig, cases: Cases) -> dict[str, Any]:
     """Packages, driver and device by name."""

@@ -14,8 +14,6 @@ from eval.gpu_check.catalogue import GROUPS
 from eval.gpu_check.report import Cases, read
 from eval.gpu_check.rig import Rig, make_rig
 
-__all__ = ["measure_group"]
-
 
 def measure_group(group: str, out: Path, *, dry: bool) -> None:
     """Take the measurements of ``group`` in this process and add them to the report ``out``.

@@ -18,8 +18,6 @@ from engine.model.weights import DummyCheckpoint
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["correct", "flashinfer", "same_tokens"]
-
 #: Relative error (of norms) that a kernel may have; operands are rounded to the type, sums are fp32.
 _LIMIT = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 _ROWS = ("rms_norm", "rope_write", "silu_mul")

@@ -18,8 +18,6 @@ from typing import Any
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["loop", "scenario_of"]
-
 
 @dataclass(frozen=True)
 class _Sizes:

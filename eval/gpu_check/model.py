@@ -22,8 +22,6 @@ from eval.gpu_check.partitions import decode_spans, graphs_on
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["chunks", "decode", "itl", "prefill"]
-
 _GREEDY = SamplingParams(temperature=0.0)
 
 

@@ -14,8 +14,6 @@ from engine.live.graphs import LaneGraphs
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["decode_spans", "graph_follows_capture", "graphs_on", "slowdown", "switch_cost"]
-
 
 def attention_batch(rig: Rig, n: int, new: int, context: int, sms: int) -> tuple[Batch, int]:
     """``n`` sequences of ``new`` rows at the end of ``context`` tokens, and the blocks they take."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from engine.common.files import read_json
 
-__all__ = ["Cases", "read"]
-
 
 def read(path: Path) -> dict[str, Any]:
     """What the file holds; an empty report where there is none."""

@@ -20,8 +20,6 @@ from engine.lanes.gpu import GpuDevice, Streams, TorchStreams
 from engine.live.graphs import Capturer, CudaCapturer
 from engine.model import KVPool, ModelRunner, load_model
 
-__all__ = ["REAL", "TINY", "Rig", "Sizes", "make_rig"]
-
 T = TypeVar("T")
 
 

@@ -25,8 +25,6 @@ from engine.live.graphs import CHUNKS, DECODES
 from engine.model import KVPool, Llama, ModelRunner
 from engine.model.config import DUMMY_SHAPES, ModelConfig
 
-__all__ = ["main", "markdown", "roofline"]
-
 #: What large copies and bf16 products reach on an H200 (its data sheet says 4.8 TB/s and 989 TFLOP/s).
 BYTES_PER_S, FLOP_PER_S = 4.3e12, 788e12
 BATCHES, PROMPTS, CONTEXT = (1, 2, 4, 8, 16, 32, 64, 128, 256), (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192), 1024

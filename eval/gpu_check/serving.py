@@ -18,8 +18,6 @@ from engine.model import SamplingParams, load_model, load_tokenizer
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["engine_tokens"]
-
 
 class _First:
     """Always the first answer that is allowed."""

@@ -18,8 +18,6 @@ from engine.lanes.gpu import GpuDevice
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import Rig
 
-__all__ = ["close_and_reopen", "graph_stays_on_its_sms", "lanes_are_disjoint", "products_on_lanes"]
-
 _PROGRAMS = 2048  # several for every SM
 _WRONG = 2e-2  # relative error of a bf16 product that is none
 

@@ -39,8 +39,6 @@ from policies.rules.parts.planner import count_prefill
 from policies.rules.planner import RULE, least_prefill, mover, plans_of, weights_of
 from train.control.days import practice
 
-__all__ = ["Leg", "clairvoyant", "followed"]
-
 _PREFILL = int(Role.PREFILL)
 _DISPATCH = len(Kind) * N_FEATURES
 _STARTS = ((0.0, 0.0, 0.0, 0.0), (0.0, 10.0, 30.0, 120.0))  # seconds after a phase begins; patterns to start from

@@ -19,8 +19,6 @@ import typer
 from engine.common.options import run_command
 from engine.errors import SlalomError
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _REPLANNING = "Replanning"
 

@@ -30,19 +30,6 @@ from env.workload import Split, Trace
 from policies.load import load_policy
 from policies.setting import Setting
 
-__all__ = [
-    "Disaggregated",
-    "algorithm_1",
-    "algorithm_2",
-    "choose_algorithm",
-    "phase_goodput",
-    "reference",
-    "shares_met",
-    "siblings",
-    "steady_requests",
-    "transfer_s",
-]
-
 #: Bandwidth inside a node where Algorithm 2 places both phases: NVLink of A100 (600 GB/s, one direction).
 NODE_GB_S = 300.0
 _AMPLE_TOKENS = 4_000_000

@@ -34,8 +34,6 @@ from eval.placement.disaggregation import (
     steady_requests,
 )
 
-__all__ = ["Arrangement", "Effort", "Found", "arrangements", "measure", "orders", "plan", "variants"]
-
 CHUNKS = (256, 512, 1024, 2048, 4096)
 PREFILL_BUDGETS = (512, 2048, 8192, 16384)
 HEADROOMS = (0.7, 0.9, 1.0)

@@ -37,8 +37,6 @@ from eval.placement.disaggregation import phase_goodput, steady_requests
 from eval.placement.schedule import scheduled
 from policies.rule import BoundPolicy
 
-__all__ = ["Load", "Shift", "best_split", "capacity", "changes", "find_shifts", "load_of", "planned", "replan"]
-
 WINDOW_S = 300.0
 #: Requests that the latest half of a window must hold on average: fewer say little about a 90th percentile.
 LEAST_REQUESTS = 100

@@ -20,8 +20,6 @@ from policies.rule import BoundPolicy
 from policies.rules.distserve import decide as place
 from policies.rules.parts.planner import flip
 
-__all__ = ["scheduled"]
-
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 _HEAD = 3  # params before the first plan: DistServe's queue, number of profiles, number of plans
 

@@ -9,9 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jinja2 import DictLoader, Environment
-from markupsafe import Markup
-
-__all__ = ["Markup", "markdown_table", "render"]
 
 _BASE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from engine.common.files import write_bytes, write_json, write_text
 from eval.compare.result import Comparison, Side
 from eval.compare.verdict import verdict
-from eval.report.html import Markup, render
+from eval.report.html import render
 from eval.report.parts import cards, starved, watched_sentences, way_rows
-
-__all__ = ["embed", "write_report"]
 
 _BODY = """
 <div class="cards">

@@ -8,8 +8,6 @@ from typing import Any
 from eval.compare.result import Comparison, Side
 from eval.compare.verdict import lost_share, percent
 
-__all__ = ["cards", "starved", "watched_sentences", "way_rows"]
-
 Row = Mapping[str, Any]
 
 

@@ -18,8 +18,6 @@ from matplotlib.ticker import LogFormatter
 from eval.compare.result import Comparison, Side
 from eval.report.plots_shadow import decisions, timeline
 
-__all__ = ["COLOURS", "blank", "claim_figure", "figures", "png_of"]
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = ("-", "--", "-.", ":")
 _STRICTER = ("D", "v", "s")  # goodput at the second, third, ... target

@@ -12,8 +12,6 @@ from env.measure.roles import RoleTimeline
 from env.workload import Trace
 from eval.report.plots_shadow import HATCH, ROLES
 
-__all__ = ["roles_under_demand"]
-
 _BINS = 240
 _PROMPTS, _ANSWERS = "#333333", "#D55E00"
 

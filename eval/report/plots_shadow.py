@@ -7,8 +7,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-__all__ = ["HATCH", "ROLES", "decisions", "timeline"]
-
 ROLES = {"prefill": "#56B4E9", "decode": "#E69F00", "mixed": "#999999", "multiplexed": "#CC79A7"}
 HATCH = {"prefill": "", "decode": "//", "mixed": "..", "multiplexed": "xx"}
 _SUBJECT, _RIVAL = "#0072B2", "#D55E00"

@@ -10,8 +10,6 @@ from typing import Any
 from engine.common.files import write_json, write_text
 from eval.report.html import markdown_table, render
 
-__all__ = ["markdown", "page", "summary", "write_table"]
-
 Row = list[str]
 
 

@@ -26,8 +26,6 @@ from train.search.fitness import Fitness
 from train.search.rule import SearchResult
 from train.search.space import Design, Space
 
-__all__ = ["main", "variants"]
-
 _FIRST_SEED = 100
 _QUEUES = {
     "queues first come first served": Order.FCFS,

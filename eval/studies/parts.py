@@ -30,8 +30,6 @@ from train.budget import parse_budget
 from train.search.levers import EVERY
 from train.search.tune import knee_rate, tune
 
-__all__ = ["main", "parts_of", "table"]
-
 _RULE = "predicted_ttft"
 _TARGETS = (0.9, 0.95, 0.99)
 _STILL = (*ROLE_CHANGES, "tune")

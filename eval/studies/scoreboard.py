@@ -42,20 +42,6 @@ from train.search.direct import rules_of
 from train.search.levers import EVERY
 from train.search.tune import best_knee, tune
 
-__all__ = [
-    "CHECKPOINTS",
-    "OPPONENTS",
-    "Effort",
-    "Lines",
-    "main",
-    "row",
-    "score",
-    "screen",
-    "search",
-    "table",
-    "told_ratio",
-]
-
 CHECKPOINTS = ROOT / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
     "azure-conv-4xa100": ("dyn_load", "splitwise", "predicted_ttft"),

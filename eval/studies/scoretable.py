@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["TARGETS", "table", "told"]
-
 TARGETS = ("0.9", "0.95", "0.99")
 
 

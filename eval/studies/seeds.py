@@ -35,8 +35,6 @@ from engine.errors import SlalomError
 from env.measure.stats import stratified_iqm
 from env.scenario import Scenario
 
-__all__ = ["Curve", "Stage", "app", "main", "read_stages", "summarise"]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _GRID = 80
 _WINDOWS = (7_000, 7_001, 7_002, 7_003)  # validation windows away from those of tuning, search and selection

@@ -34,8 +34,6 @@ from env.scenario import Scenario
 from eval.report.plots import COLOURS, png_of
 from eval.studies.scoreboard import CHECKPOINTS
 
-__all__ = ["Effort", "contenders", "drawn", "main", "measured", "study", "table"]
-
 SCENARIOS = ("azure-conv-4xa100", "classes-6xa100", "shift-pd-8xa100")
 RULES = ("predicted_ttft", "least_tokens", "power_of_two", "round_robin")
 _TARGET = 0.9

@@ -33,8 +33,6 @@ from eval.compare.result import Comparison
 from eval.compare.session import Request, evaluate, label_of
 from eval.studies.scoreboard import CHECKPOINTS, MOST_TRIALS, OPPONENTS, Lines, told_ratio
 
-__all__ = ["BAR", "Effort", "main", "native", "rows_of", "table", "variant", "zeroshot"]
-
 #: Share of the native policy's goodput that a checkpoint should keep.
 BAR = 0.95
 _TARGET = "0.9"

@@ -7,8 +7,6 @@ from typing import Any
 
 from policies.checkpoint.manifest import Manifest
 
-__all__ = ["model_card"]
-
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     heads = list(dict.fromkeys(key for row in rows for key in row))

@@ -56,8 +56,6 @@ from policies.setting import Setting
 if TYPE_CHECKING:
     from policies.network.scoring import ScoringNetwork
 
-__all__ = ["Facts", "LoadedPolicy", "bind_network", "load", "save_network", "save_rule"]
-
 _GATE = (N_CONTEXT_FEATURES, N_FEATURES)
 _MANIFEST, _WEIGHTS, _PROFILE, _CARD = "policy.json", "weights.safetensors", "profile.json", "README.md"
 

@@ -23,8 +23,6 @@ from policies.network.normalise import Normalisation
 if TYPE_CHECKING:
     from policies.network.scoring import ScoringNetwork
 
-__all__ = ["N_GOLDEN", "golden_vectors", "verify"]
-
 N_GOLDEN = 16
 #: Relative to 1 + |logit|: float32 sums in another order, over costs of very different size.
 TOLERANCE = 1e-4

@@ -16,8 +16,6 @@ from engine.core.policy import InstancePlan
 from policies.network.features import CANDIDATE_NAMES, CONTEXT_NAMES
 from policies.network.normalise import Normalisation
 
-__all__ = ["FORMAT", "VERSION", "Bounds", "Manifest", "NormalisationRecord", "column_hash"]
-
 FORMAT: Literal["slalom-policy"] = "slalom-policy"
 VERSION = 1
 

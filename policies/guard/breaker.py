@@ -11,8 +11,6 @@ from enum import IntEnum
 
 from policies.guard.config import BreakerConfig
 
-__all__ = ["Breaker", "BreakerState"]
-
 
 class BreakerState(IntEnum):
     """Values of the gauge ``slalom:policy_breaker_state``."""

@@ -16,8 +16,6 @@ from policies.guard.snapshot import is_ours
 from policies.load import load_policy
 from policies.setting import Setting
 
-__all__ = ["GuardOptions", "build_guard"]
-
 
 class GuardOptions(Protocol):
     """What ``serve`` and ``route`` let a user say about the guard."""

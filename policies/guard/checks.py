@@ -7,8 +7,6 @@ import numpy as np
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col
 from engine.jit.kernel import kernel
 
-__all__ = ["FINE", "NOT_FINITE", "OUTSIDE", "fits", "inspect", "widened"]
-
 FINE, NOT_FINITE, OUTSIDE = 0, 1, 2
 _C, _F, _INSTANCE = CONTEXT_DIMENSIONLESS, CANDIDATE_DIMENSIONLESS, int(Col.INSTANCE)
 

@@ -11,8 +11,6 @@ from engine.common.documents import bad_input, read_json
 from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 
-__all__ = ["BreakerConfig", "DriftConfig", "GuardConfig", "LogConfig", "RoleConfig"]
-
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 

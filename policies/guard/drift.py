@@ -10,8 +10,6 @@ import math
 
 from policies.guard.config import DriftConfig
 
-__all__ = ["Drift"]
-
 #: Added to both sides, seconds: below this a ratio says nothing.
 _FLOOR = {"ttft": 1e-3, "tpot": 1e-4}
 

@@ -50,8 +50,6 @@ from policies.guard.worker import Busy, Late
 if TYPE_CHECKING:  # it knows torch, and nobody here needs that
     from engine.live.request import Ticket
 
-__all__ = ["LATENCY_EDGES_S", "Guard"]
-
 _log = logging.getLogger("slalom.guard")
 
 _EDGES_NS = [edge * 1e9 for edge in LATENCY_EDGES_S]

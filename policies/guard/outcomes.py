@@ -21,8 +21,6 @@ from policies.guard.log.log import DecisionLog
 if TYPE_CHECKING:  # it knows torch, and nobody here needs that
     from engine.live.request import Ticket
 
-__all__ = ["Outcomes"]
-
 _log = logging.getLogger("slalom.guard")
 _PLACE_PREFILL = int(Kind.PLACE_PREFILL)
 _INSTANCE, _TTFT_S, _STEP_WITH_S = int(Col.INSTANCE), int(Col.TTFT_S), int(Col.STEP_WITH_S)

@@ -8,8 +8,6 @@ from engine.core.columns import Kind
 from engine.live.guard import RecentDecision
 from policies.guard.log.writer import REASONS
 
-__all__ = ["LATENCY_EDGES_S", "Taken", "plain"]
-
 #: Upper edges of the histogram of decision times.
 LATENCY_EDGES_S = (5e-6, 1e-5, 1.5e-5, 2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 

@@ -17,8 +17,6 @@ from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from policies.guard.config import RoleConfig
 
-__all__ = ["Change", "RoleGuard"]
-
 _log = logging.getLogger("slalom.guard")
 
 

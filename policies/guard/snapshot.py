@@ -16,8 +16,6 @@ from policies.guard.config import GuardConfig
 from policies.guard.worker import Worker
 from policies.network import compiled
 
-__all__ = ["Snapshot", "is_ours"]
-
 _NO_BOUNDS = np.zeros((0, 0))
 #: A rehearsal may take this long, seconds: a Python policy may warm up.
 _REHEARSAL_S = 5.0

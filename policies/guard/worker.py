@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Busy", "Late", "Worker"]
-
 
 class Late(Exception):
     """The deadline passed without an answer."""

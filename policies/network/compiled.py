@@ -23,8 +23,6 @@ from policies.network.features import N_CONTEXT_FEATURES, N_FEATURES, cut, featu
 from policies.network.normalise import Normalisation
 from policies.setting import Setting
 
-__all__ = ["check_weights", "decide", "logits", "memory_cells", "pack", "rows_of", "score_cells", "weight_shapes"]
-
 # header cells
 _HIDDEN, _ROWS, _SCALE, _BOUND, _GATED, _RESIDUAL = range(6)
 _HEADER = 6

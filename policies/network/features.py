@@ -8,19 +8,6 @@ from __future__ import annotations
 from engine.core.columns import CANDIDATE_DIMENSIONLESS, CONTEXT_DIMENSIONLESS, Col, Ctx
 from engine.jit.kernel import kernel
 
-__all__ = [
-    "CANDIDATE_NAMES",
-    "CLIP",
-    "CONTEXT_NAMES",
-    "LATE",
-    "N_CONTEXT_FEATURES",
-    "N_FEATURES",
-    "SLACK_MISS",
-    "STEP_MISS",
-    "cut",
-    "feature",
-]
-
 #: Extra columns after the dimensionless ones.
 LATE = CANDIDATE_DIMENSIONLESS  # max(0, TTFT − 1)
 SLACK_MISS = CANDIDATE_DIMENSIONLESS + 1  # max(0, −SLACK_AFTER)

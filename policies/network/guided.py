@@ -28,8 +28,6 @@ from policies.common import hold, kind_of
 from policies.network import compiled
 from policies.rule import BoundPolicy
 
-__all__ = ["decide", "pack"]
-
 _ADDRESS, _PARAMS, _MEMORY, _BONUS = 0, 1, 2, 3
 _HEADER = _BONUS + len(Kind)
 #: Compiled rules whose addresses are in use: machine code must not be freed under a running policy.

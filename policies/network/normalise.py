@@ -14,8 +14,6 @@ import numpy as np
 from engine.core.columns import Col, Ctx
 from policies.network.features import CANDIDATE_NAMES, CONTEXT_NAMES, LATE, SLACK_MISS, STEP_MISS
 
-__all__ = ["Normalisation", "default_normalisation"]
-
 #: Ratios to a target have heavy tails under overload; shares and one-hots do not.
 _HEAVY_CONTEXT = (
     *(Ctx.SIZE, Ctx.AGE, Ctx.TPOT_TIGHTNESS, Ctx.LOAD_MEAN, Ctx.LOAD_MIN, Ctx.PREFILL_RHO),

@@ -25,8 +25,6 @@ from engine.core.columns import CANDIDATE_DIMENSIONLESS, Col, Kind
 from policies.network.features import CLIP, N_CONTEXT_FEATURES, N_FEATURES
 from policies.network.normalise import Normalisation, default_normalisation
 
-__all__ = ["Scores", "ScoringNetwork", "observation_size"]
-
 #: Logit of a masked candidate: its probability underflows to exactly 0.
 MASKED = -1e8
 

@@ -46,8 +46,6 @@ from policies.rules.parts.planner import (
 from policies.rules.parts.pools import in_prefill_pool, least_prefill
 from policies.rules.parts.profile_tables import itl_prof, kv_tokens, largest_batch, tpot_slo, ttft_prof
 
-__all__ = ["RULE", "correction", "decide", "plan"]
-
 _PARAMS = (
     *PLANNER_PARAMS,
     *CONDITIONAL_PARAMS,

@@ -37,8 +37,6 @@ from policies.rules.parts.planner import (
 )
 from policies.rules.parts.profile_tables import itl_prof, ttft_prof
 
-__all__ = ["RULE", "concurrency", "decide", "plan"]
-
 _BLOCK_TOKENS = 128
 _PARAMS = (
     PLANNER_PARAMS[0],

@@ -22,8 +22,6 @@ from policies.rule import Param, Rule, Values
 from policies.rules.muxwise import ROUTER, decide, require_shares
 from policies.setting import Setting
 
-__all__ = ["RULE", "decide"]
-
 
 def _arrange(values: Values, setting: Setting) -> list[InstancePlan]:
     require_shares(setting, "duetserve")

@@ -35,8 +35,6 @@ from policies.rules.parts.planner import (
 )
 from policies.rules.parts.profile_tables import itl_prof, largest_batch, tpot_slo, ttft_prof
 
-__all__ = ["RULE", "decide", "plan"]
-
 _PARAMS = (*PLANNER_PARAMS, *CONDITIONAL_PARAMS)
 _PROFILE = len(_PARAMS)
 

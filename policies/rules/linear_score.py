@@ -19,8 +19,6 @@ from policies.common import hold, kind_of
 from policies.network.features import LATE, N_FEATURES, SLACK_MISS, STEP_MISS, feature
 from policies.rule import Param, Rule, Setting, Values
 
-__all__ = ["NEVER", "RULE", "decide", "weights"]
-
 #: Cost that no instance reaches; what a threshold at its upper bound means.
 NEVER = 1e5
 #: Advantage of KEEP: other rows of REALLOCATE and TUNE cost 0.

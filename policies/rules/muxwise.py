@@ -23,8 +23,6 @@ from policies.common import default_answer, kind_of, least, or_hold
 from policies.rule import Param, Rule, Values
 from policies.setting import Setting
 
-__all__ = ["ROUTER", "RULE", "decide", "require_shares", "route"]
-
 ROUTER = Param("router", default="ttft", choices=("ttft", "tokens"), doc="what dispatch minimises (inferred)")
 
 

@@ -22,8 +22,6 @@ from policies.rule import Param, Rule, Values
 from policies.rules.muxwise import ROUTER, decide, require_shares
 from policies.setting import Setting
 
-__all__ = ["RULE", "TABLES", "decide", "share_rows"]
-
 _SMS = 132
 #: (decode SMs of 132, least decode batch size), ascending
 TABLES: dict[str, tuple[tuple[int, int], ...]] = {

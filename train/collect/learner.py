@@ -16,8 +16,6 @@ from train.collect.workers import RayCollector, Rollout, Weights
 from train.ppo.buffer import SMDPRolloutBuffer
 from train.ppo.learner import DispatchPPO
 
-__all__ = ["RemotePPO"]
-
 
 class RemotePPO(DispatchPPO):
     """:class:`train.ppo.learner.DispatchPPO` on a :class:`train.collect.workers.RayCollector`."""

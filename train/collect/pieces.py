@@ -12,8 +12,6 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["cut", "join", "pieces_for"]
-
 _PIECE = 96 * 1024  # bytes, below the 100 KB that Ray sends in a message
 _MOST = 96  # pieces in one message: 9 MiB of the 10
 _ALIGN = 64  # arrays begin at multiples of this many bytes

@@ -26,8 +26,6 @@ from train.collect.pieces import cut, join, pieces_for
 from train.config import TrainConfig
 from train.ppo.learner import DispatchPPO
 
-__all__ = ["RayCollector", "Rollout", "RolloutWorker"]
-
 Weights = dict[str, NDArray[Any]]
 _MOST_DEATHS = 5  # of one worker during one rollout
 

@@ -18,8 +18,6 @@ from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 
 from train.ppo.objective import Batch
 
-__all__ = ["SMDPRolloutBuffer", "arrival_baseline"]
-
 
 class SMDPRolloutBuffer(MaskableRolloutBuffer):
     """Rollouts of ``buffer_size`` (T) steps of ``n_envs`` (N) environments, discounted by elapsed time.

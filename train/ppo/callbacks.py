@@ -29,17 +29,6 @@ from train.ppo.judge import Judge, Verdict
 from train.ppo.learner import DispatchPPO
 from train.ppo.state import save_state
 
-__all__ = [
-    "Between",
-    "Evaluation",
-    "EvaluationCallback",
-    "InterruptCallback",
-    "JsonLog",
-    "ProgressCallback",
-    "StateCallback",
-    "replace_folder",
-]
-
 
 class JsonLog:
     """``log.jsonl``: one JSON object a line, appended and flushed."""

@@ -28,8 +28,6 @@ from train.config import TrainConfig
 from train.ppo.learner import DispatchPPO
 from train.ppo.start import load_network, network_of
 
-__all__ = ["finetune"]
-
 #: Small steps: a policy that works must not be undone by a few hundred noisy decisions.
 CONFIG = {
     "n_envs": 1, "groups": 1, "n_steps": 128, "batch_size": 64, "learning_rate": 1e-4, "learning_rate_final": 2e-5,

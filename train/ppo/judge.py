@@ -16,8 +16,6 @@ from env.measure.level import measure_level, run_length
 from env.measure.pool import processes, watched
 from env.scenario import Scenario
 
-__all__ = ["Judge", "SimulatorJudge", "Verdict", "mean_level"]
-
 
 @dataclass(frozen=True)
 class Verdict:

@@ -30,8 +30,6 @@ from train.ppo.buffer import SMDPRolloutBuffer
 from train.ppo.objective import Objective, differentiate
 from train.ppo.policy import ScoringPolicy
 
-__all__ = ["DispatchPPO", "TimeSplit"]
-
 
 class TimeSplit:
     """Where wall time goes, in seconds per phase (``env``, ``forward``, ``copy``, ``update``, ...)."""

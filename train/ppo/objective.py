@@ -7,8 +7,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch as th
 
-__all__ = ["Batch", "Losses", "Objective", "differentiate"]
-
 
 class Batch(NamedTuple):
     """A minibatch of B frames."""

@@ -14,8 +14,6 @@ from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-__all__ = ["ScoringPolicy"]
-
 
 class ScoringPolicy(MaskableActorCriticPolicy):
     """Actor and critic around a network that scores candidates.

@@ -16,8 +16,6 @@ from train.folder import RunFolder
 from train.ppo.callbacks import Evaluation
 from train.ppo.judge import Judge, Verdict
 
-__all__ = ["select"]
-
 _FIRST_SEED = 3_000  # away from the search's and the monitored windows
 
 

@@ -19,8 +19,6 @@ from train.config import TrainConfig
 from train.search.rule import KNEE_NEAR, SearchResult
 from train.search.tune import knee_rate
 
-__all__ = ["load_network", "network_of", "start_from"]
-
 
 def load_network(folder: Path) -> LoadedPolicy:
     """A checkpoint that can be trained further.

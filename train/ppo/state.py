@@ -23,8 +23,6 @@ from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 from train.ppo.learner import DispatchPPO
 
-__all__ = ["load_state", "save_state"]
-
 FORMAT = 2
 
 

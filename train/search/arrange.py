@@ -10,8 +10,6 @@ from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan
 from policies.setting import Setting
 
-__all__ = ["ORDERS", "composed", "random_plans"]
-
 ORDERS = (Order.FCFS, Order.SHORTEST, Order.ON_TIME)  # of a prefill queue
 _CHUNK, _PREFILL = 512, 2048  # budgets in tokens where nothing better is known
 _IN_TIME = 0.7  # share of the longest chunk in time that leaves room for a larger decode batch

@@ -22,8 +22,6 @@ from train.search.journal import Journal
 from train.search.rule import SearchResult
 from train.search.space import Design
 
-__all__ = ["AUTO", "rank", "search_all"]
-
 AUTO = "auto"
 _FIRST_SEED = 1_000  # as in train.search.tune
 _BEYOND = 1.05  # times the knee: the highest rate of the choice

@@ -31,8 +31,6 @@ from train.search.fitness import Fitness, rates_between
 from train.search.journal import Journal, Remembered
 from train.search.space import Design, Space, offspring, random_design, reordered, varied
 
-__all__ = ["DirectConfig", "DirectResult", "direct_search", "rules_of"]
-
 _OWN = ("linear_score", "planner")  # have a search of their own
 _STRICT = (0.35, 0.95)  # least and greatest of the lowest, likewise; where the goodput at 99 % lies between
 _MODERATE = 0.7  # where it is while that goodput is not known, or none

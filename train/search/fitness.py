@@ -26,8 +26,6 @@ from env.workload import Trace
 from policies.setting import Setting
 from train.search.space import Design
 
-__all__ = ["BEYOND", "Fitness", "merged", "rates_between"]
-
 BEYOND = 1.15  # highest rate of the objective, as a multiple of the knee
 
 _LEAST_MISSED = 0.01  # share below which missing less counts little: some requests of one simulation

@@ -24,8 +24,6 @@ from train.search.fitness import Fitness
 from train.search.journal import Journal, Remembered
 from train.search.space import Design, Space
 
-__all__ = ["generalist_design", "named", "sized", "train_generalist"]
-
 _DRAWN = 3  # scenarios of one generation
 _LOADS = ((0.8, 1.1), (0.97, 1.2), (0.4, 1.05))
 _SEED, _KNEE_EVERY = 40_000, 25

@@ -20,8 +20,6 @@ from engine.errors import SlalomError
 from train.search.fitness import Fitness
 from train.search.space import Design
 
-__all__ = ["Journal", "Remembered"]
-
 
 class Journal:
     """One search's answers in order.

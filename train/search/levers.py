@@ -19,8 +19,6 @@ from policies.setting import Setting
 from train.search.arrange import composed
 from train.search.space import scaled
 
-__all__ = ["EVERY", "OWN", "Levers", "label"]
-
 EVERY = ("roles", "order", "chunk_tokens", "prefill_tokens", "headroom")
 
 OWN = "own"  # of the rule, or of the scenario where the rule arranges nothing

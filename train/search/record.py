@@ -21,8 +21,6 @@ from engine.common.appends import heal
 from engine.common.regular import LARGE, check_regular
 from engine.errors import SlalomError
 
-__all__ = ["SAMPLERS", "Outcome", "Record", "choose_sampler", "new_sampler", "open_journal"]
-
 #: ``auto`` picks one of the others; ``gp`` needs half a second for a suggestion.
 SAMPLERS = ("auto", "tpe", "cma", "gp", "random")
 _HEAD = b'{"op_code":'  # how every journal begins

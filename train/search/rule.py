@@ -27,8 +27,6 @@ from train.search.space import Design
 from train.search.tune import KNEE, knee_rate, tune
 from train.search.tuned import TuneResult
 
-__all__ = ["KNEE_NEAR", "SearchResult", "search_rule"]
-
 #: Tolerance of the knee that a training starts from: its rates follow it.
 KNEE_NEAR = 0.03
 _SEEDS = (0, 1)  # of the search, as in train.search.tune

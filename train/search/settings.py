@@ -39,8 +39,6 @@ from train.run import Request, make_env, run_or_read
 from train.search.record import open_journal
 from train.search.rule import SearchResult
 
-__all__ = ["main", "search", "suggest"]
-
 _POINTS = 4  # judgements of one trial
 _FIRST_SEED, _FRESH_SEED = 5_000, 6_000  # validation windows of the search, and of the last comparison
 _FRESH_TRAINING = 1_000  # added to the seed of the last comparison

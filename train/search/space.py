@@ -27,18 +27,6 @@ from policies.rules import linear_score
 from policies.setting import Setting
 from train.search.arrange import ORDERS, random_plans
 
-__all__ = [
-    "Coordinate",
-    "Design",
-    "Space",
-    "offspring",
-    "random_design",
-    "random_values",
-    "reordered",
-    "scaled",
-    "varied",
-]
-
 _HIDDEN = 4  # the least a checkpoint may have; its residual is zero and is skipped when it runs
 _NO_HOLD = 8.0  # where the cost of HOLD and SHED starts when the rule never does either: out of reach, but not far
 _NEEDED = (Ctx.SIZE, Ctx.AGE, Ctx.LOAD_MEAN, Ctx.LOAD_MIN, Ctx.BATCH_MEAN, Ctx.KV_MEAN, Ctx.HELD, Ctx.PROMPT_RATIO)

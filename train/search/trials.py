@@ -22,8 +22,6 @@ from train.search.fitness import merged
 from train.search.levers import Levers
 from train.search.record import Outcome, Record, new_sampler
 
-__all__ = ["Budget", "Drawn", "Objective", "Study", "Subject", "distinct_best"]
-
 #: What a trial draws: parameters of the rule, and levers.
 Drawn = dict[str, Value]
 _LOOK_S = 0.2  # between two looks at the time while trials run elsewhere

@@ -33,8 +33,6 @@ from train.search.levers import Levers
 from train.search.trials import Budget, Drawn, Objective, Study, Subject, distinct_best
 from train.search.tuned import Finalist, TuneResult
 
-__all__ = ["KNEE", "MANNER", "VALID_SEED", "best_knee", "knee_rate", "tune"]
-
 #: Rates of the objective as multiples of the knee, while nothing is known of where 99 % are held.
 KNEE = tuple(rates_between(0.7, 1.0))
 #: Part of the names of stored results: how searches go about it, which no digest of the simulator's sources tells.

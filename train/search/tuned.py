@@ -8,8 +8,6 @@ from typing import Any, TypedDict
 
 from policies.rule import Value
 
-__all__ = ["Finalist", "TuneResult"]
-
 
 class Finalist(TypedDict):
     """A setting of the final ranking: its score in the search and on the fresh validation seeds."""

@@ -22,8 +22,6 @@ from engine.core.lists import HANDOVER, PLACING, remove
 from engine.core.slo import end_request
 from engine.jit.kernel import kernel
 
-__all__ = ["apply", "build", "next_decision", "open_control"]
-
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PLACE_PREFILL, _PLACE_DECODE, _REALLOCATE, _TUNE = (int(k) for k in Kind)
 _FAILED = int(RequestState.FAILED)

@@ -19,8 +19,6 @@ from engine.core.schedule.predict import expected_row, running_ctx, tightest_tpo
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, prefill_s
 
-__all__ = ["candidate_row", "context_row"]
-
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PLACE_PREFILL, _PLACE_DECODE = int(Kind.PLACE_PREFILL), int(Kind.PLACE_DECODE)
 _IDLE = int(LaneKind.IDLE)

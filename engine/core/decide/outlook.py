@@ -13,16 +13,6 @@ from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s, times, to_ticks
 
-__all__ = [
-    "NO_SLACK_S",
-    "hand_over_s",
-    "min_slack_s",
-    "prefill_forecast",
-    "queue_outlook",
-    "residual_s",
-    "transfer_s",
-]
-
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PREFILL_FIRST = int(Batching.PREFILL_FIRST)
 _IDLE, _K_DECODE = int(LaneKind.IDLE), int(LaneKind.DECODE)

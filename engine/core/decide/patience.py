@@ -21,8 +21,6 @@ from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, to_ticks
 
-__all__ = ["fits", "hold_event", "is_idle", "may_hold", "may_shed", "note_hold", "wake_due", "wake_for_idle"]
-
 _DECODE = int(Role.DECODE)
 _IDLE = int(LaneKind.IDLE)
 _PLACING = int(RequestState.PLACING)

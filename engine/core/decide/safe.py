@@ -6,8 +6,6 @@ import numpy as np
 
 from engine.core.columns import Col, Kind
 
-__all__ = ["safe_choice"]
-
 
 def safe_choice(kind: int, candidates: np.ndarray, mask: np.ndarray) -> int:
     """An answer that is never wrong: change nothing, or place where the fewest tokens wait."""

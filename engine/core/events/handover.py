@@ -18,8 +18,6 @@ from engine.core.schedule.preemption import requeue, touch_pool
 from engine.core.slo import end_request
 from engine.jit.kernel import kernel
 
-__all__ = ["drop_handover", "hand_over", "pull", "start_link", "transfer_done"]
-
 _INBOUND = int(RequestState.INBOUND)
 _MOVING = int(RequestState.MOVING)
 _READY = int(RequestState.READY)

@@ -18,18 +18,6 @@ from engine.core.state import NEVER as _NEVER
 from engine.core.state import attach
 from engine.jit.kernel import kernel
 
-__all__ = [
-    "abort",
-    "detach",
-    "evacuate",
-    "fail_transfer",
-    "leave_running",
-    "lose",
-    "release_blocks",
-    "request_role",
-    "start_over",
-]
-
 _PREFILL, _MIXED = int(Role.PREFILL), int(Role.MIXED)
 _K_IDLE, _K_DECODE, _K_FUSED = int(LaneKind.IDLE), int(LaneKind.DECODE), int(LaneKind.FUSED)
 (_NEW, _PLACING, _HELD, _WAITING, _PREFILLING, _HANDOVER, _INBOUND, _MOVING, _READY, _RUNNING, _FINISHED,

@@ -30,20 +30,6 @@ from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, to_ticks
 
-__all__ = [
-    "arrive",
-    "book_decode",
-    "close_window",
-    "complete_prefill",
-    "complete_prompt",
-    "hold",
-    "place",
-    "set_targets",
-    "shed",
-    "stop",
-    "wake_held",
-]
-
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PLACING = int(RequestState.PLACING)
 _HELD = int(RequestState.HELD)

@@ -33,19 +33,6 @@ from engine.core.state import attach
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import times
 
-__all__ = [
-    "book_delivered",
-    "book_end",
-    "book_first_token",
-    "book_moved",
-    "book_prefilled",
-    "book_tokens",
-    "forget_first_token",
-    "hand_on",
-    "set_away",
-    "take_back",
-]
-
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)
 _WAITING, _PREFILLING = int(RequestState.WAITING), int(RequestState.PREFILLING)
 _READY, _RUNNING = int(RequestState.READY), int(RequestState.RUNNING)

@@ -13,8 +13,6 @@ from engine.core.lists import HANDOVER, PLACING, inbound_of, pop_front, push_bac
 from engine.core.schedule.preemption import gives_up_decodes, recount_due
 from engine.jit.kernel import kernel
 
-__all__ = ["begin_role_change", "count_able", "end_role_change", "hand_out", "may_change", "role_change_ready"]
-
 _PREFILL, _DECODE, _, _MULTIPLEXED = (int(r) for r in Role)
 _PLACING = int(RequestState.PLACING)
 _WAITING = int(RequestState.WAITING)

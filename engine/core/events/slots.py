@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from engine.jit.kernel import kernel
 
-__all__ = ["Slots", "slots_of"]
-
 
 class Slots(NamedTuple):
     """Where each kind begins. The lanes come first: lane (i, l) of N instances has slot 2 i + l."""

@@ -27,8 +27,6 @@ from engine.core.schedule.prompts import admit_alone, plan_queue, take
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, prefill_s, to_ticks
 
-__all__ = ["join_ready", "plan_lane"]
-
 _PREFILL, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _, _PREFILL_FIRST, _LAYERED = (int(b) for b in Batching)
 _IDLE, _K_PREFILL, _K_DECODE, _K_FUSED = (int(k) for k in LaneKind)

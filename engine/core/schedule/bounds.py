@@ -23,8 +23,6 @@ from engine.core.schedule.on_time import line_up, pace_of, tail_due
 from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 
-__all__ = ["keep_bounds"]
-
 _WAITING = int(RequestState.WAITING)
 _PREEMPTIVE, _ON_TIME = int(Order.SHORTEST_PREEMPTIVE), int(Order.ON_TIME)
 

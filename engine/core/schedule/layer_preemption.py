@@ -20,8 +20,6 @@ from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, to_ticks
 
-__all__ = ["overtaker", "park", "parked_rest_s", "unpark"]
-
 _WAITING = int(RequestState.WAITING)
 
 

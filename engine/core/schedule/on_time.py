@@ -17,8 +17,6 @@ from engine.core.schedule.predict import expected_row, prefill_share, running_ct
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 
-__all__ = ["deadline_of", "give_up_late", "goes_before", "line_up", "pace_of", "tail_due", "watch_bound"]
-
 _, _DECODE, _MIXED, _MULTIPLEXED = (int(r) for r in Role)
 _PREFILL_FIRST = int(Batching.PREFILL_FIRST)
 _WAITING = int(RequestState.WAITING)

@@ -9,18 +9,6 @@ from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
 
-__all__ = [
-    "expected_row",
-    "predict_step",
-    "prefill_share",
-    "row_on_demand",
-    "running_ctx",
-    "split_for",
-    "table_row",
-    "tightest_tpot_s",
-    "whole_device",
-]
-
 _K_PREFILL = int(LaneKind.PREFILL)
 _AUTO, _TABLE, _ON_DEMAND = (int(x) for x in Split)
 

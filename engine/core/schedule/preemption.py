@@ -11,18 +11,6 @@ from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s, times, to_ticks
 
-__all__ = [
-    "give_way",
-    "gives_up_decodes",
-    "note_due",
-    "partly_prefilled",
-    "preempt",
-    "recount_due",
-    "requeue",
-    "secure_decode",
-    "touch_pool",
-]
-
 _WAITING = int(RequestState.WAITING)
 _RUNNING = int(RequestState.RUNNING)
 _FAILED = int(RequestState.FAILED)

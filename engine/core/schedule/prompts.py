@@ -12,8 +12,6 @@ from engine.core.schedule.on_time import give_up_late
 from engine.core.schedule.preemption import give_way, partly_prefilled, preempt, touch_pool
 from engine.jit.kernel import kernel
 
-__all__ = ["admit_alone", "plan_queue", "take"]
-
 _PREFILL = int(Role.PREFILL)
 _PREFILLING = int(RequestState.PREFILLING)
 _ON_TIME, _FCFS = int(Order.ON_TIME), int(Order.FCFS)

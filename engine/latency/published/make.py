@@ -22,8 +22,6 @@ from engine.latency.fit import PrefillSamples, fit_prefill
 from engine.latency.profile import FitError, Profile, Provenance, Roofline, Share, profiles_dir
 from engine.latency.published import tables
 
-__all__ = ["published", "write"]
-
 GIB = 2**30
 BANDWIDTH_REACHED = 0.8  # AISimulate's own correction for these devices
 SWITCH_S = 0.05

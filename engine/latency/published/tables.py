@@ -5,20 +5,6 @@ Figures only: rounded to six digits where the source prints more than that (the 
 
 from __future__ import annotations
 
-__all__ = [
-    "A100_8B_DECODE",
-    "A100_8B_PREFILL",
-    "A100_70B_DECODE",
-    "A100_70B_PREFILL",
-    "DISTSERVE",
-    "DISTSERVE_VLLM",
-    "H800_DECODE_FIXED",
-    "H800_PREFILL_SLOWDOWN",
-    "OPERATORS",
-    "OPT_KV_TOKENS",
-    "SPLITWISE",
-]
-
 Triple = tuple[float, float, float]
 Quad = tuple[float, float, float, float]
 

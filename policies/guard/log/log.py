@@ -33,8 +33,6 @@ from engine.live.fate import SERVER
 from policies.guard.log.ring import Ring
 from policies.guard.log.writer import Lines, Rotated, pump
 
-__all__ = ["DecisionLog"]
-
 _log = logging.getLogger("slalom.decisions")
 _LONGEST_WAIT_S = 60.0
 #: Not ``-m``: the package imports the module on the way, which Python would warn of in every server.

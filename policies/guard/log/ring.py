@@ -18,8 +18,6 @@ import numpy as np
 
 from engine.jit.kernel import kernel
 
-__all__ = ["HEAD", "Control", "Meta", "Ring", "Type"]
-
 _CONTROL = 16
 _NO_MASK = np.zeros(0, np.uint8)
 #: Cells of one record before its numbers: length, type, then :class:`Meta`.

@@ -21,8 +21,6 @@ from engine.common.appends import whole_bytes
 from engine.core.columns import CONTEXT_DIMENSIONLESS, N_CANDIDATE, N_CONTEXT, Col, Ctx, Kind
 from policies.guard.log.ring import HEAD, Control, Meta, Ring, Type
 
-__all__ = ["REASONS", "Lines", "Rotated", "action_name", "pump"]
-
 #: Why a decision was answered as it was; everything but the first two is the fallback's answer.
 REASONS = (
     "policy", "advisory", "frozen", "restore", "breaker", "ood", "features", "deadline", "busy", "error", "invalid",

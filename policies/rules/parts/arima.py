@@ -26,8 +26,6 @@ from policies.rules.parts.layout import split_layout
 from policies.rules.parts.planner import AHEAD, LIBRARY, MEMORY_CELLS, PENDING, SERIES
 from policies.rules.parts.profile_tables import with_tables
 
-__all__ = ["forecast_series", "planner_rule"]
-
 _LEAST_POINTS = 5
 
 

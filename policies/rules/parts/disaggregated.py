@@ -16,8 +16,6 @@ from policies.common import default_answer, kind_of, or_hold
 from policies.rule import Param
 from policies.rules.parts.pools import in_decode_pool, in_prefill_pool, least_prefill, tokens, waiting
 
-__all__ = ["CONDITIONAL_PARAMS", "answer_conditionally", "local_instance"]
-
 CONDITIONAL_PARAMS = (
     Param(
         "max_local_prefill",

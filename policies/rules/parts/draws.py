@@ -6,8 +6,6 @@ import numpy as np
 
 from engine.jit.kernel import kernel
 
-__all__ = ["uniform"]
-
 _MASK32 = 0xFFFFFFFF
 
 

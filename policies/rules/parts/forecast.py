@@ -12,8 +12,6 @@ import numpy as np
 
 from engine.jit.kernel import kernel
 
-__all__ = ["METHODS", "SERIES_CELLS", "WINDOW", "forecast", "push"]
-
 WINDOW = 50
 SERIES_CELLS = 1 + WINDOW
 METHODS = ("last", "ar1", "ari")

@@ -10,8 +10,6 @@ from policies.arrangement import all_mixed, prefill_decode_split
 from policies.rule import Param, Value, Values
 from policies.setting import Setting
 
-__all__ = ["PREEMPTION_PARAMS", "ROUTER_PARAMS", "router_layout", "split_layout", "split_params"]
-
 Arrange = Callable[[Values, Setting], list[InstancePlan] | None]
 
 

@@ -22,28 +22,6 @@ from policies.common import hold
 from policies.rule import Param
 from policies.rules.parts.forecast import METHODS, SERIES_CELLS, forecast, push
 
-__all__ = [
-    "AHEAD",
-    "ISL",
-    "ITL",
-    "LIBRARY",
-    "MEMORY_CELLS",
-    "OSL",
-    "PENDING",
-    "PLANNER_PARAMS",
-    "RATE",
-    "SERIES",
-    "TTFT",
-    "adopt",
-    "count_prefill",
-    "count_roles",
-    "fit_fleet",
-    "flip",
-    "follow",
-    "interval_closed",
-    "predicted",
-]
-
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 #: Memory: the interval so far, the plan, means of the last interval, three series.
 _SPAN, _ARRIVED, _PROMPTS, _OUT, _OUT_W, _TTFT_SUM, _TTFT_W, _TPOT_SUM, _TPOT_W = range(9)

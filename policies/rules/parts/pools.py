@@ -13,17 +13,6 @@ from engine.core.kinds import Role
 from engine.jit.kernel import kernel
 from policies.common import is_instance, least
 
-__all__ = [
-    "in_decode_pool",
-    "in_prefill_pool",
-    "kv_use",
-    "least_prefill",
-    "requests",
-    "row_of",
-    "tokens",
-    "waiting",
-]
-
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 
 

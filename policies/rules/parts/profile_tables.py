@@ -16,17 +16,6 @@ from engine.jit.kernel import kernel
 from engine.latency.evaluate import prefill_s
 from policies.rule import Param, Setting, Values
 
-__all__ = [
-    "PROFILE_CELLS",
-    "itl_prof",
-    "kv_tokens",
-    "largest_batch",
-    "profile_block",
-    "tpot_slo",
-    "ttft_prof",
-    "with_tables",
-]
-
 _GRID = np.geomspace(64, 131072, 23).round()
 _N = len(_GRID)
 #: kv tokens, batch limit, TPOT target, regime, 3 + 3 decode coefficients, grid, TTFT on the grid

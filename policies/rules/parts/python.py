@@ -33,8 +33,6 @@ from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
 from policies.rule import Rule, Setting, Values
 
-__all__ = ["python_rule"]
-
 _ALL = int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS | Need.QUEUE)
 #: Compiled code knows a Python object by the number in ``params[0]``.
 _objects: dict[int, Any] = {}

@@ -10,8 +10,6 @@ from engine.jit.kernel import kernel
 from policies.common import is_instance
 from policies.rules.parts.pools import kv_use, least_prefill, row_of, tokens
 
-__all__ = ["TURN_CELLS", "least_filled", "must_wait", "no_room", "over_limit", "remember"]
-
 _PREFILL = int(Role.PREFILL)
 #: Arrival of the request at the head of the dispatcher, and when it was last asked about (seconds, + 1).
 _HEAD, _ASKED = 0, 1
