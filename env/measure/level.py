@@ -28,7 +28,7 @@ from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, Point, PointSettings, Split
 from env.measure.evaluator import Evaluator, arranged, simulated
 from env.measure.metrics import Outcomes, outcomes, refusals, waits
-from env.measure.sustained import DEFINITION, QUANTILES, backlog_of
+from env.measure.sustained import DEFINITION, QUANTILES, Definition, backlog_of
 from env.surrogate.simulate import simulate
 
 _NEAR = 0.8  # of the longest wait allowed: from here on waits cost, since a longer run would show longer ones
@@ -38,6 +38,7 @@ _GROWTH = 2.0  # what each request costs by which the backlog grows beyond that 
 _UNSERVED = 0.05  # what the first request costs that nobody serves, or that is refused late
 _WAITS = 4.0  # a run lasts so many times the longest wait allowed
 _PROBED = 200  # requests that tell the TTFT targets
+_ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _LONGEST = 100_000  # requests of a run, at most
 
 
@@ -118,6 +119,28 @@ def run_length(scenario: Any, rate: float, n: int, split: Split = "train", *, wa
     if not waits:
         seconds = scenario.workload.natural_s
     return min(max(n, math.ceil(rate * turns * seconds)), _most(key, split))
+
+
+def run_settings(
+    base: PointSettings, rate: float, lone_s: float, *, part: int = 1, turns: float = 1.0,
+    natural_s: float = 0.0,
+    definition: Definition = DEFINITION,
+) -> PointSettings:  # fmt: skip
+    """Settings of a run of the definition's length at ``rate``, or of a ``part``-th of it (the warm-up stays whole).
+
+    Lengths are rounded up to a coarse grid: at neighbouring rates a seed then draws the same requests and the same
+    gaps, only shorter, and attainment falls with the rate instead of jumping.
+
+    :param turns: requests that come of one arrival
+    :param natural_s: length of an episode: a run is a whole number of them, so that it ends in no transient
+    """
+    warm, span = definition.warmup(lone_s), definition.span(rate * turns, lone_s) / part
+    n = max(rate * turns * (warm + span), base.n_blocks)
+    if natural_s:
+        n = rate * turns * natural_s * math.ceil((warm + span) / natural_s - 1e-9)
+        return replace(base, n_requests=math.ceil(n), warmup=warm * rate * turns / n, drain=0.0, detailed=False)
+    n = math.ceil(_ALIKE ** math.ceil(math.log(n) / math.log(_ALIKE)))
+    return replace(base, n_requests=n, warmup=warm * rate * turns / n, drain=0.0, detailed=False)
 
 
 _KNOWN: dict[str, Any] = {}  # scenarios by their hash, for the caches

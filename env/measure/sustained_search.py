@@ -36,7 +36,7 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import Evaluator, arranged, bound, lone_time, measure
 from env.measure.goodput import TARGETS
-from env.measure.level import longest_run, turns_of
+from env.measure.level import longest_run, run_settings, turns_of
 from env.measure.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
 from env.measure.sustained_stop import easy, hopeless, margin
 
@@ -45,9 +45,8 @@ _FIRST, _LOWEST = 0.85, 0.01  # of the stability limit: the rate that is asked f
 _DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the next
 _UP = 1.06
 _PLAIN = "predicted_ttft"  # the rule that tells what an arrangement can do
-_ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _ABOVE = 4  # rates that must fail in a row where only waits fail them
-_LIMIT_RUNS = 16
+_STEADY = 0.9  # of the requests that sessions bring in the long run: fewer, and the runs are no steady state
 _SATURATED = 0.97  # who does less than this part of the work that arrives is saturated
 
 
@@ -56,28 +55,6 @@ def measure_sustained(scenario: Any, contender: Contender, rate: float, seed: in
     kept: list[Any] = []
     point = measure(scenario, contender, rate, seed, settings, watch=kept.append)
     return replace(point, metrics=point.metrics | {"sustained": sample_of(kept[0], warmup=settings.warmup).as_dict()})
-
-
-def run_settings(
-    base: PointSettings, rate: float, lone_s: float, *, part: int = 1, turns: float = 1.0,
-    natural_s: float = 0.0,
-    definition: Definition = DEFINITION,
-) -> PointSettings:  # fmt: skip
-    """Settings of a run of the definition's length at ``rate``, or of a ``part``-th of it (the warm-up stays whole).
-
-    Lengths are rounded up to a coarse grid: at neighbouring rates a seed then draws the same requests and the same
-    gaps, only shorter, and attainment falls with the rate instead of jumping.
-
-    :param turns: requests that come of one arrival
-    :param natural_s: length of an episode: a run is a whole number of them, so that it ends in no transient
-    """
-    warm, span = definition.warmup(lone_s), definition.span(rate * turns, lone_s) / part
-    n = max(rate * turns * (warm + span), base.n_blocks)
-    if natural_s:
-        n = rate * turns * natural_s * math.ceil((warm + span) / natural_s - 1e-9)
-        return replace(base, n_requests=math.ceil(n), warmup=warm * rate * turns / n, drain=0.0, detailed=False)
-    n = math.ceil(_ALIKE ** math.ceil(math.log(n) / math.log(_ALIKE)))
-    return replace(base, n_requests=n, warmup=warm * rate * turns / n, drain=0.0, detailed=False)
 
 
 @dataclass(frozen=True)
@@ -186,8 +163,8 @@ class Search:
     @property
     def stability_limit(self) -> float:
         """The limit, or what full runs have served where that is more."""
-        full = [runs.full for runs in self._runs.values() if len(runs.full) == len(self.seeds)]
-        return max([self.limit, *(float(np.mean([s.served for s in samples])) / self.turns for samples in full)])
+        served = ([s.served for s in runs.full] for runs in self._runs.values() if len(runs.full) == len(self.seeds))
+        return max([self.limit, *(float(np.mean(found)) / self.turns for found in served)])
 
     def _limit_of(self, contender: Contender) -> float:
         """The most work that is done per second when more is sent, or under a load that is kept up with.
@@ -195,10 +172,11 @@ class Search:
         Whether a run keeps up is told by what arrived in it: bursty arrivals are off their rate by some percent.
         """
         rate, kept, beyond = 2.0 * self.evaluator.scenario.reference_rate, 0.0, False
-        for _ in range(_LIMIT_RUNS):
+        for _ in range(16):
             sample = self._overloaded(contender, rate, *((300.0, 10.0) if beyond else (120.0, 5.0)))
             served = sample.served / self.turns
-            if sample.served >= _SATURATED * sample.offered:
+            came = sample.offered if self.turns == 1.0 else rate * self.turns  # later turns wait for earlier ones
+            if sample.served >= _SATURATED * came:
                 kept, rate = max(kept, served), rate * (1.25 if beyond else 2.0)
             elif beyond:
                 break
@@ -367,6 +345,16 @@ class Search:
     def _nearest(self, rate: float) -> int:
         return round(math.log(rate) / self._step)
 
+    def _outlasting(self) -> list[str]:
+        """A sentence where sessions outlast the runs: their last turns come when no further session begins."""
+        rate = next((f.rate for f in self.found if f.rate), 0.0)
+        came = float(np.mean([s.offered for s in self.samples_at(rate)])) if rate else 0.0
+        if self.turns == 1.0 or came >= _STEADY * rate * self.turns:
+            return []
+        return [
+            f"sessions outlast the runs: {came:.3g} requests/s came, not {self.turns * rate:.3g} as in the long run"
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; targets as keys, e.g. ``0.9``."""
         n_gpus = arranged(self.evaluator.scenario, self.contender).n_gpus()
@@ -378,6 +366,7 @@ class Search:
             }
             for found in (self.found, self.classic)
         )
+        missing = (m for f in self.found for v in (f.verdict, f.above) if v for m in v.missing)
         return {
             "goodput": entries,
             "classic": classic,
@@ -387,7 +376,7 @@ class Search:
             "natural_s": self._length["natural_s"],
             "tail_factor": self._tail,
             "warmup_s": self.definition.warmup(self.lone_s),
-            "missing": list(dict.fromkeys(m for f in self.found for v in (f.verdict, f.above) if v for m in v.missing)),
+            "missing": list(dict.fromkeys([*self._outlasting(), *missing])),
             "simulated_requests": self.simulated_requests,
             "seconds": self.wall_s,
         }

@@ -21,8 +21,9 @@ from engine.latency.profile import Share
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator, lone_time
 from env.measure.goodput import largest_rate
+from env.measure.level import run_settings
 from env.measure.metrics import outcomes
-from env.measure.sustained_search import Search, measure_sustained, run_settings
+from env.measure.sustained_search import Search, measure_sustained
 from env.scenario import Scenario
 from env.surrogate.simulate import RunResult, simulate
 

@@ -23,9 +23,10 @@ from scipy.stats import t as student
 
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
+from env.measure.level import run_settings
 from env.measure.pool import finished, processes
 from env.measure.sustained import DEFINITION
-from env.measure.sustained_search import Search, measure_sustained, run_settings
+from env.measure.sustained_search import Search, measure_sustained
 from env.scenario import Scenario
 from eval.compare.result import Comparison
 
