@@ -52,9 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help="; ".join(f"{name}: {what}" for name, what in NAMES.items()))
     parser.add_argument("--json", action="store_true", help="one line instead of an indented object")
     parser.add_argument("--minutes", type=float, help="of the soak (30) and of the attack (3)")
+    parser.add_argument("--model", help="of the attack (dummy:tiny): as for serve")
     options = parser.parse_args(arguments)
-    timed = options.minutes is not None and options.name in ("soak", "attack")
-    result = run(options.name, **({"minutes": options.minutes} if timed else {}))
+    taken = {"soak": ("minutes",), "attack": ("minutes", "model")}.get(options.name, ())
+    result = run(options.name, **{k: v for k in taken if (v := getattr(options, k)) is not None})
     print(json.dumps(result, indent=None if options.json else 1))
     return 0 if result.get("ok", True) else 1
 

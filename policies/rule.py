@@ -36,6 +36,7 @@ class Param:
     :param integer: whole numbers only
     :param choices: the values allowed, instead of a range; the params array holds the *index*
     :param by_hand: further values that may be given, but that a search never draws
+    :param when: the choices of other parameters with which this one matters, by name; nothing named: with all
     """
 
     name: str
@@ -47,6 +48,11 @@ class Param:
     choices: tuple[Value, ...] | None = None
     doc: str = ""
     by_hand: tuple[Value, ...] = ()
+    when: tuple[tuple[str, tuple[Value, ...]], ...] = ()
+
+    def matters(self, choices: Mapping[str, Value]) -> bool:
+        """Whether the rule reads it with these ``choices``."""
+        return all(choices.get(name, values[0]) in values for name, values in self.when)
 
     @property
     def allowed(self) -> tuple[Value, ...]:

@@ -209,12 +209,12 @@ def _resident_mb(pid: int) -> float:
 
 
 @contextmanager
-def _server() -> Iterator[tuple[int, int]]:
-    """(port, process id) of ``serve`` on the tiny random model."""
+def _server(model: str) -> Iterator[tuple[int, int]]:
+    """(port, process id) of ``serve`` on two instances of ``model``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "policies.serve", "--model", "dummy:tiny", "--instances", "2", "--port", str(port)]
+    command = [sys.executable, "-m", "policies.serve", "--model", model, "--instances", "2", "--port", str(port)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path})
     try:
@@ -234,12 +234,12 @@ def _server() -> Iterator[tuple[int, int]]:
             process.kill()
 
 
-def run(minutes: float = 3.0) -> dict[str, Any]:
+def run(minutes: float = 3.0, model: str = "dummy:tiny") -> dict[str, Any]:
     """Half of ``minutes`` without, half with the attacker. ``ok`` is false when anybody innocent failed or got another
     answer, when something bad was not refused with a status of 400 to 499, or when memory goes on growing.
     """
     seconds = 30.0 * minutes
-    with _server() as (port, pid):
+    with _server(model) as (port, pid):
         expected = [asyncio.run(_ask(port, prompt))[1] for prompt in _PROMPTS]
         calm = _phase(port, seconds, expected, pid, attacked=False)
         attacked = _phase(port, seconds, expected, pid, attacked=True)
@@ -247,6 +247,7 @@ def run(minutes: float = 3.0) -> dict[str, Any]:
     grows = attacked["resident_mb"]["growth"] > _MOST_GROWTH_MB
     return {
         "ok": not failed and not attacked["attacker"]["wrong"] and not grows,
+        "model": model,
         "streams": STREAMS,
         "bad_requests": len(BAD),
         "seconds": seconds,

@@ -14,10 +14,16 @@ Every control tick, over control windows with averages of two speeds (``window_s
 
 Every ``interval_s``, unless committed: N_P is wanted where P + D fill the fleet of N, N · P / (P + D), or P and a share
 ``spare`` of what is left. The composition changes when that is more than ½ + ``hysteresis`` away from it, and then not
-again for ``commit_s``. One instance a tick begins to move, the one with the least to hand over or to place anew. The
-others take ``side``: decode only, or both phases (multiplexed or mixed), where nobody has to prefill only.
+again for ``commit_s``. What demand says is corrected by what is seen (``by``): with the risks
 
-DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0; Arrow's signals are the two risks alone.
+    r_P = max(TTFT of the last window, least predicted wait) / TTFT_SLO
+    r_D = max(TPOT of the last window, longest decode step) / TPOT_SLO
+
+prefill gets one instance more than it has where r_P > ``high`` and r_D < ``low``, and one less where r_D > ``high`` and
+r_P < ``low``. One instance a tick begins to move, the one with the least to hand over or to place anew. The others take
+``side``: decode only, or both phases (multiplexed or mixed), where nobody has to prefill only.
+
+DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0, by needs; Arrow is by risks alone.
 Prompts and decodes are placed by ``linear_score``: the weights named in ``PLACING`` are parameters here too, the
 others have their defaults.
 """
@@ -40,13 +46,18 @@ from policies.rules import linear_score
 from policies.rules.parts.planner import count_prefill
 from policies.rules.parts.profile_tables import itl_prof, largest_batch, profile_block, tpot_slo, ttft_prof
 
-__all__ = ["PLACING", "RULE", "composition", "decide", "least_prefill", "mover", "needs", "plans_of", "weights_of"]
+__all__ = [
+    "PLACING", "RULE", "composition", "corrected", "decide", "least_prefill", "mover", "needs", "plans_of", "risks",
+    "weights_of",
+]  # fmt: skip
 
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 _DISPATCH = len(Kind) * N_FEATURES  # params: the score's weights come first
 (_INTERVAL, _WINDOW, _SLOW, _TREND, _P_GAIN, _D_GAIN, _BACKLOG, _LEAD, _OCC_SHARE, _HEADROOM, _TTFT_RISK, _TPOT_RISK,
- _SPARE, _HYSTERESIS, _COMMIT, _SIDE, _TTFT_S, _TTFT_FACTOR) = range(_DISPATCH, _DISPATCH + 18)  # fmt: skip
-_TABLES = _DISPATCH + 18
+ _SPARE, _HYSTERESIS, _COMMIT, _HIGH, _LOW, _SIDE, _BY, _TTFT_S, _TTFT_FACTOR) = range(
+    _DISPATCH, _DISPATCH + 21)  # fmt: skip
+_TABLES = _DISPATCH + 21
+_BY_NEEDS, _BY_RISKS, _BY_BOTH = range(3)
 #: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, seconds for
 #: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet).
 _U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _PLAN = range(11)
@@ -111,6 +122,34 @@ def needs(context, candidates, params, memory):
 
 
 @kernel
+def risks(context, candidates, params):
+    """(r_P, r_D): how near each target is to being missed now, see the module docstring."""
+    wait, step = np.inf, 0.0
+    for k in range(candidates.shape[0]):
+        if candidates[k, Col.INSTANCE] < 0.0:
+            continue
+        role = int(candidates[k, Col.ROLE])
+        if role != _DECODE:
+            wait = min(wait, candidates[k, Col.WAIT_S])
+        if role != _PREFILL:
+            step = max(step, candidates[k, Col.STEP_S])
+    wait = 0.0 if wait == np.inf else wait
+    limit = max(params[_TTFT_S], params[_TTFT_FACTOR] * context[Ctx.ISOLATED_S], 1e-9)
+    tpot = tpot_slo(params, _TABLES)
+    return max(context[Ctx.WIN_TTFT_S], wait) / limit, max(context[Ctx.WIN_TPOT_S], step) / tpot
+
+
+@kernel
+def corrected(wanted, now, ttft, tpot, high, low, least, most):
+    """What is wanted, one instance away from ``now`` at least where one target alone is at risk."""
+    if ttft > high and tpot < low:
+        return min(max(wanted, now + 1.0), most)
+    if tpot > high and ttft < low:
+        return max(min(wanted, now - 1.0), least)
+    return wanted
+
+
+@kernel
 def composition(p, d, n, now, spare, hysteresis, least):
     """Prefill instances of a fleet of ``n`` for the needs (P, D), ``now`` being what is, at least ``least``."""
     if p + d <= 0.0:
@@ -138,6 +177,20 @@ def mover(candidates, mask, out_of_prefill, new):
 
 
 @kernel
+def _wanted(context, candidates, params, memory, now):
+    """Prefill instances by needs, by risks, or by needs corrected by risks."""
+    wanted, n, by = now, context[Ctx.N_INSTANCES], int(params[_BY])
+    least = 1.0 if int(params[_SIDE]) == _DECODE else 0.0
+    if by != _BY_RISKS:
+        p, d = needs(context, candidates, params, memory)
+        wanted = composition(p, d, n, now, params[_SPARE], params[_HYSTERESIS], least)
+    if by != _BY_NEEDS:
+        ttft, tpot = risks(context, candidates, params)
+        wanted = corrected(wanted, now, ttft, tpot, params[_HIGH], params[_LOW], least, n - 1.0)
+    return wanted
+
+
+@kernel
 def _reallocate(context, candidates, mask, params, memory):
     span = context[Ctx.WIN_SPAN_S]
     _observe(context, params, memory)
@@ -149,9 +202,7 @@ def _reallocate(context, candidates, mask, params, memory):
     target = memory[_PLAN] - 1.0
     if memory[_CLOCK] >= params[_INTERVAL] * (1.0 - 1e-6) and memory[_COMMITTED] == 0.0:
         memory[_CLOCK] = 0.0
-        p, d = needs(context, candidates, params, memory)
-        least = 1.0 if int(params[_SIDE]) == _DECODE else 0.0
-        wanted = composition(p, d, context[Ctx.N_INSTANCES], target, params[_SPARE], params[_HYSTERESIS], least)
+        wanted = _wanted(context, candidates, params, memory, target)
         if wanted != target:
             memory[_PLAN], memory[_COMMITTED], target = 1.0 + wanted, params[_COMMIT], wanted
     row = -1
@@ -171,23 +222,33 @@ def decide(context, candidates, mask, params, memory):
 
 
 _SIDES = ("decode", "multiplexed", "mixed")
+_BYS = ("needs", "risks", "both")
+_NEEDS = (("by", ("needs", "both")),)
+_RISKS = (("by", ("risks", "both")),)
+_BESIDE = (("side", ("mixed", "multiplexed")),)
+_LAYERED = (("side", ("multiplexed",)),)
 _PARAMS = (
     Param("interval_s", 1.0, 60.0, 5.0, log=True, doc="time between two looks at the composition"),
-    Param("window_s", 2.0, 300.0, 20.0, log=True, doc="time constant of the fast averages"),
-    Param("slow", 1.5, 20.0, 4.0, log=True, doc="that of the slow ones, as a multiple"),
-    Param("trend", 0.0, 3.0, 0.0, doc="how far the move of the prefill load is carried on"),
-    Param("prefill", 0.0, 4.0, 1.3, doc="instances for each that arriving prompts keep busy"),
-    Param("decode", 0.0, 4.0, 1.1, doc="instances for each that decodes fill"),
-    Param("backlog", 0.0, 2.0, 0.2, doc="instances for each TTFT target of queued prefill"),
-    Param("lead", 0.0, 1.5, 0.5, doc="0: decodes as they are; 1: as they will be by Little's law"),
-    Param("occ_share", 0.0, 1.0, 0.3, doc="share of the decodes there are that counts whatever is to come"),
-    Param("headroom", 0.3, 1.2, 0.9, doc="part of the TPOT target that a batch may take"),
-    Param("ttft_risk", 0.0, 4.0, 0.3, doc="instances for each TTFT target of mean TTFT beyond the target"),
-    Param("tpot_risk", 0.0, 4.0, 0.3, doc="instances for each TPOT target of mean TPOT beyond the target"),
-    Param("spare", 0.0, 1.0, 0.5, doc="share for prefill of the instances that nobody needs"),
-    Param("hysteresis", 0.0, 1.5, 0.2, doc="instances by which a composition must be off, beyond a half"),
+    Param("window_s", 2.0, 300.0, 20.0, log=True, doc="time constant of the fast averages", when=_NEEDS),
+    Param("slow", 1.5, 20.0, 4.0, log=True, doc="that of the slow ones, as a multiple", when=_NEEDS),
+    Param("trend", 0.0, 3.0, 0.0, doc="how far the move of the prefill load is carried on", when=_NEEDS),
+    Param("prefill", 0.0, 4.0, 1.3, doc="instances for each that arriving prompts keep busy", when=_NEEDS),
+    Param("decode", 0.0, 4.0, 1.1, doc="instances for each that decodes fill", when=_NEEDS),
+    Param("backlog", 0.0, 2.0, 0.2, doc="instances for each TTFT target of queued prefill", when=_NEEDS),
+    Param("lead", 0.0, 1.5, 0.5, doc="0: decodes as they are; 1: as they will be by Little's law", when=_NEEDS),
+    Param(
+        "occ_share", 0.0, 1.0, 0.3, doc="share of the decodes there are that counts whatever is to come", when=_NEEDS
+    ),
+    Param("headroom", 0.3, 1.2, 0.9, doc="part of the TPOT target that a batch may take", when=_NEEDS),
+    Param("ttft_risk", 0.0, 4.0, 0.3, doc="instances for each TTFT target of mean TTFT beyond the target", when=_NEEDS),
+    Param("tpot_risk", 0.0, 4.0, 0.3, doc="instances for each TPOT target of mean TPOT beyond the target", when=_NEEDS),
+    Param("spare", 0.0, 1.0, 0.5, doc="share for prefill of the instances that nobody needs", when=_NEEDS),
+    Param("hysteresis", 0.0, 1.5, 0.2, doc="instances by which a composition must be off, beyond a half", when=_NEEDS),
     Param("commit_s", 0.0, 300.0, 10.0, doc="time that a composition holds at least"),
+    Param("high", 0.1, 3.0, 0.9, doc="risk from which a phase asks for an instance", when=_RISKS),
+    Param("low", 0.1, 3.0, 0.5, doc="risk below which a phase can give one", when=_RISKS),
     Param("side", default="decode", choices=_SIDES, doc="role of the instances that do not prefill only"),
+    Param("by", default="needs", choices=_BYS, doc="what moves instances: demand, targets at risk, or both"),
 )
 #: Weights of ``linear_score`` that matter where instances of several roles may take a prompt.
 PLACING = (
@@ -198,8 +259,8 @@ _PLACED = tuple(p for p in linear_score.RULE.params if p.name in PLACING)
 _LAYOUT = (
     Param("start", 0.0, 1.0, 0.5, doc="share of instances that start as prefill"),
     Param("prefill_tokens", 256, 16384, 8192, log=True, integer=True, doc="token budget of a prefill batch"),
-    Param("chunk_tokens", 64, 8192, 512, log=True, integer=True, doc="step budget of mixed instances"),
-    Param("guard", 0.5, 1.5, 1.0, doc="part of the TPOT target that decode may take beside prefill (multiplexed)"),
+    Param("chunk_tokens", 64, 8192, 512, log=True, integer=True, doc="step budget of mixed instances", when=_BESIDE),
+    Param("guard", 0.5, 1.5, 1.0, doc="part of the TPOT target that decode may take beside prefill", when=_LAYERED),
     Param("order", default="fcfs", choices=("fcfs", "on_time"), doc="of the prefill queues"),
 )
 _ORDERS = {"fcfs": Order.FCFS, "on_time": Order.ON_TIME}
@@ -217,9 +278,9 @@ def _prepare(values: Values, setting: Setting) -> np.ndarray:
     if setting.n_instances < 2:
         raise SlalomError("planner: instances", setting.n_instances, "it needs two or more")
     tight = min(setting.classes, key=lambda c: (c.ttft_s, c.ttft_factor))
-    own = [p.number(values[p.name]) for p in _PARAMS[:-1]]
-    side = float(Role[str(values["side"]).upper()])
-    return np.concatenate([weights_of(values), own, [side, tight.ttft_s, tight.ttft_factor], profile_block(setting)])
+    own = [p.number(values[p.name]) for p in _PARAMS if p.choices is None]
+    kinds = [float(Role[str(values["side"]).upper()]), float(_BYS.index(str(values["by"])))]
+    return np.concatenate([weights_of(values), own, kinds, [tight.ttft_s, tight.ttft_factor], profile_block(setting)])
 
 
 def weights_of(values: Values) -> np.ndarray:

@@ -24,7 +24,7 @@ from policies.network.features import LATE, N_FEATURES
 from policies.rule import BoundPolicy
 from policies.rules import dyn_sla
 from policies.rules.parts.profile_tables import profile_block
-from policies.rules.planner import composition, needs
+from policies.rules.planner import composition, corrected, needs
 
 NOTHING: dict[str, float] = dict.fromkeys(
     ("trend", "prefill", "decode", "backlog", "lead", "occ_share", "ttft_risk", "tpot_risk", "spare", "hysteresis"), 0.0
@@ -79,6 +79,49 @@ def test_the_signals_of_arrow_are_a_special_case() -> None:
     assert late == (pytest.approx(2.0 * (2.0 / target - 1.0)), 0.0)
     slow = asked(policy, tick(WIN_TPOT_S=0.1), fleet(4))
     assert slow == (0.0, pytest.approx(3.0))
+
+
+SHARE = st.floats(0.0, 3.0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    n_p=st.integers(2, 6),
+    seen=st.tuples(SHARE, SHARE, SHARE, SHARE),
+    high=st.floats(0.1, 3.0),
+    low=st.floats(0.1, 3.0),
+    load=st.lists(st.floats(0.0, 9.0), min_size=8, max_size=8, unique=True),
+)
+def test_by_risks_alone_it_is_arrow(
+    n_p: int, seen: tuple[float, ...], high: float, low: float, load: list[float]
+) -> None:
+    rows: list[dict[str, float]] = [{"ROLE": P, "WAIT_S": seen[0] * (1 + k)} for k in range(n_p)]
+    rows += [{"ROLE": D, "STEP_S": 0.05 * seen[1] / (1 + k)} for k in range(8 - n_p)]
+    table = roles_table(*(row | {"OUTSTANDING": here} for row, here in zip(rows, load, strict=True)))
+    columns = tick(WIN_TTFT_S=seen[2], WIN_TPOT_S=0.05 * seen[3])
+    arrow = registry.get("arrow").bind(
+        {"high": high, "low": low, "cooldown_s": 0.0}, replace(profiled(), kinds=KINDS, roles=(Role.PREFILL,) * 8)
+    )
+    ours = planner(by="risks", high=high, low=low, interval_s=1.0)
+    assert choose(ours, columns, table) == choose(arrow, columns, table)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ttft", "tpot", "found"),
+    [
+        (4.0, 1.0, 0.2, 5.0),  # TTFT at risk, TPOT not: one more
+        (6.0, 1.0, 0.2, 6.0),  # which demand had asked for anyway
+        (3.0, 1.0, 0.2, 5.0),  # whatever demand says
+        (4.0, 1.0, 0.6, 4.0),  # nobody can give one
+        (4.0, 0.2, 1.0, 3.0),
+        (2.0, 0.2, 1.0, 2.0),
+        (4.0, 0.2, 0.2, 4.0),
+    ],
+)
+def test_needs_are_corrected_where_one_target_alone_is_at_risk(
+    wanted: float, ttft: float, tpot: float, found: float
+) -> None:
+    assert corrected(wanted, 4.0, ttft, tpot, 0.9, 0.5, 1.0, 7.0) == found
 
 
 def test_backlog_and_decodes_count_as_stated() -> None:

@@ -73,7 +73,7 @@ def test_axes_go_there_and_back() -> None:
 def test_everybody_may_arrange_queues_and_who_changes_no_roles_whole_fleets() -> None:
     day = Scenario.load("daynight-70b-30min")
     own, free = Space("planner", day, arranges=True), Space("muxwise", day, arranges=False)
-    assert len(own.choices()) == 6
+    assert len(own.choices()) == 18
     assert own.compositions() == []
     assert not any(axis.param.name.startswith("lever.") for axis in own.axes)
     assert {c["lever.order"] for c in free.choices()} == {"own", "fcfs", "shortest", "on_time"}

@@ -65,15 +65,19 @@ class Space:
         """Further starts: every composition of roles, its queues on time."""
         return self._levers.starts()[1:]
 
+    def axes_of(self, choices: Values) -> list[Axis]:
+        """The axes that matter with these ``choices``."""
+        return [axis for axis in self.axes if axis.param.matters(self.defaults | choices)]
+
     def values(self, choices: Values, theta: np.ndarray) -> Values:
-        """The point ``theta`` (one coordinate an axis) of the part of the space that ``choices`` picks."""
-        found = {axis.param.name: axis.value(x) for axis, x in zip(self.axes, theta, strict=True)}
-        return self.defaults | choices | found
+        """The point ``theta`` (one coordinate for each of ``axes_of``) of the part that ``choices`` picks."""
+        axes = self.axes_of(choices)
+        return self.defaults | choices | {axis.param.name: axis.value(x) for axis, x in zip(axes, theta, strict=True)}
 
     def place(self, choices: Values) -> np.ndarray:
         """Coordinates of the defaults, as far as ``choices`` leave them."""
         values = self.defaults | choices
-        return np.array([axis.place(values[axis.param.name]) for axis in self.axes])
+        return np.array([axis.place(values[axis.param.name]) for axis in self.axes_of(choices)])
 
     def split(self, values: Values) -> tuple[Values, Values]:
         """(the rule's own, its levers)."""
