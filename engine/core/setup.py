@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 
 import numpy as np
 
@@ -190,6 +191,8 @@ def _check_split(where: str, spec: InstanceSpec, n_shares: int) -> None:
 def arranged(spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
     """``spec`` after a policy's own arrangement of it; a role that it changes brings its usual batching along."""
     given = {f.name: getattr(plan, f.name) for f in fields(plan) if getattr(plan, f.name) is not None}
+    kinds: dict[str, type[IntEnum]] = {"role": Role, "batching": Batching}  # a checkpoint gives plain numbers
+    given |= {name: kind(given[name]) for name, kind in kinds.items() if name in given}
     role = given.get("role", spec.role)
     if role == Role.MULTIPLEXED and role != spec.role:
         given.setdefault("batching", Batching.LAYERED)

@@ -48,9 +48,13 @@ class EngineRun(RunResult):
 
 
 class Client(Observer):
-    """Sends the requests of a trace at their times and keeps the record of each that ended."""
+    """Sends the requests of a trace at their times and keeps the record of each that ended.
 
-    def __init__(self, trace: Trace, vocabulary: int) -> None:
+    :param vocabulary: prompts are made of token ids below it
+    :param salt: see :func:`prompt_of`
+    """
+
+    def __init__(self, trace: Trace, vocabulary: int, salt: int = 0) -> None:
         self._trace = trace
         self.records = blank_requests(trace.n)
         template = requests_of(trace)
@@ -61,7 +65,7 @@ class Client(Observer):
         self._turns: list[tuple[int, int]] = []  # follow-up turns by due time, ns of the clock on the wall
         self._changed = threading.Condition()
         self._open = 0
-        self._prompts = [_tokens(trace, r, vocabulary) for r in range(trace.n)]
+        self._prompts = [prompt_of(trace, r, vocabulary, salt) for r in range(trace.n)]
 
     def request_ended(self, request: Ticket, record: np.void, finish: str, fate: Fate) -> None:
         """See :class:`engine.live.observer.Observer`."""
@@ -111,15 +115,18 @@ class Client(Observer):
             self._open += 1
 
 
-def _tokens(trace: Trace, row: int, vocabulary: int) -> list[int]:
-    """A prompt of the right length whose blocks agree with those of other rows where the trace says so."""
+def prompt_of(trace: Trace, row: int, vocabulary: int, salt: int) -> list[int]:
+    """A prompt of the right length whose blocks agree with those of other rows where the trace says so.
+
+    :param salt: prompts of another salt have nothing in common with these
+    """
     n, size = int(trace.prompt[row]), trace.hash_tokens
-    tokens = np.random.default_rng([7, row]).integers(1, vocabulary, n)
+    tokens = np.random.default_rng([salt, 0, row]).integers(1, vocabulary, n)
     if size:
         start = int(trace.hash_start[row])
         for k in range(min(int(trace.hash_n[row]), n // size)):
             seed = int(trace.hashes[start + k])
-            tokens[k * size : (k + 1) * size] = np.random.default_rng(seed).integers(1, vocabulary, size)
+            tokens[k * size : (k + 1) * size] = np.random.default_rng([salt, 1, seed]).integers(1, vocabulary, size)
     return [int(t) for t in tokens]
 
 

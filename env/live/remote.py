@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,8 @@ def replay(
     state = _state(arena, specs, trace)
     fleet = Fleet([(engine.url, engine.keeps) for engine in engines])
     router = Router(state, bound, fleet)
-    client = Client(trace, _VOCABULARY)
+    # What a run before this one has left in the engines' prefix caches must not help it.
+    client = Client(trace, _VOCABULARY, salt=secrets.randbits(63))
     model, counts = engines[0].model, all(engine.counts for engine in engines)
     common = {"model": model, "temperature": 0, "ignore_eos": True, "stream": True}
     common |= {"stream_options": {"include_usage": True} | ({"continuous_usage_stats": True} if counts else {})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from test_server import Served
@@ -62,3 +63,13 @@ def test_an_arrangement_and_shared_lanes_are_told(
     lines = said(caplog, "slalom.serve")
     assert sum("policy static_split arranges instance" in text for _, text in lines) == arranged
     assert [text[:28] for level, text in lines if level == "WARNING"] == ["instances 0 are multiplexed,"] * shared
+
+
+def test_a_learned_arrangement_is_told_by_its_roles(caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = str(Path(__file__).resolve().parents[2] / "checkpoints" / "policies" / "azure-conv-4xa100")
+    with caplog.at_level(logging.INFO, "slalom.serve"):
+        engine, _ = build(Options("dummy:tiny", policy=checkpoint, instances=4))
+        engine.close()
+    told = [text for _, text in said(caplog, "slalom.serve") if "arranges instance" in text]
+    changes = [text.split(": ")[1].split(" (")[0] for text in told]
+    assert changes == ["mixed to prefill"] * 2 + ["mixed to multiplexed"] * 2

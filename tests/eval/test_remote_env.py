@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,8 +18,11 @@ import pytest
 from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.remote.discover import EngineFacts, discover
+from engine.remote.router import Router
+from env.live.client import prompt_of
 from env.live.remote import replay
 from env.scenario import Scenario
+from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
 from eval.cli import Options, evaluate
 from eval.fidelity.errors import Case
@@ -123,6 +127,44 @@ def test_the_share_of_promised_gains_that_arrived() -> None:
     assert found["share_arrived"] == pytest.approx(0.13 / 0.20)
     assert found["rows"][3]["arrived_gain"] == pytest.approx(0.30)
     assert found["rows"][0]["low"] == pytest.approx(0.5)
+
+
+def test_a_run_finds_nothing_of_another_in_prefix_caches(
+    engines: list[EngineFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, ...]] = []
+    submit = Router.submit
+
+    def spy(self: Router, path: str, body: dict[str, Any], **more: Any) -> Any:
+        sent.append(tuple(body["prompt"]))
+        return submit(self, path, body, **more)
+
+    monkeypatch.setattr(Router, "submit", spy)
+    for _ in range(2):
+        replay(SCENARIO, "least_tokens", rate=RATE, engines=engines, n_requests=N)
+    assert len({prompt[:16] for prompt in sent}) == 2 * N
+    assert [len(prompt) for prompt in sorted(sent[:N], key=len)] == [len(p) for p in sorted(sent[N:], key=len)]
+
+
+def test_prompts_of_one_run_share_what_the_trace_says_and_no_more() -> None:
+    trace = build_trace(Scenario.load("rag-prefix-4xa100"), 5.0, 60, 0, "test")
+    size = trace.hash_tokens
+
+    def blocks(salt: int) -> list[list[tuple[int, ...]]]:
+        prompts = [prompt_of(trace, row, 30_000, salt) for row in range(trace.n)]
+        return [[tuple(p[i : i + size]) for i in range(0, len(p) - size + 1, size)] for p in prompts]
+
+    ours, theirs = blocks(1), blocks(2)
+    whole = [int(n) for n in trace.hash_n]
+    hashes = [trace.hashes[trace.hash_start[r] : trace.hash_start[r] + whole[r]].tolist() for r in range(trace.n)]
+    shared = {h for k, one in enumerate(hashes) for h in one if any(h in other for other in hashes[:k])}
+    assert shared
+    by_hash: dict[int, set[tuple[int, ...]]] = {}
+    for listed, found in zip(hashes, ours, strict=True):
+        for h, block in zip(listed, found, strict=False):
+            by_hash.setdefault(h, set()).add(block)
+    assert {len(found) for found in by_hash.values()} == {1}
+    assert not {b for row in ours for b in row} & {b for row in theirs for b in row}
 
 
 def test_clusters_that_the_engines_are_not_are_refused(engines: list[EngineFacts]) -> None:
