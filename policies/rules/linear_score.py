@@ -80,6 +80,17 @@ def _arrange(values: Values, setting: Setting) -> list[InstancePlan] | None:
     return None
 
 
+@kernel
+def cost_of(candidates, k, params, row):
+    """Cost of candidate ``k``, its weights being ``params[row : row + N_FEATURES]``."""
+    cost = 0.0
+    for f in range(N_FEATURES):
+        weight = params[row + f]
+        if weight != 0.0:
+            cost += weight * feature(candidates, k, f)
+    return cost
+
+
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
     """``params``: W, row-major. Ties to the lowest row."""
@@ -88,11 +99,7 @@ def decide(context, candidates, mask, params, memory):
     for k in range(candidates.shape[0]):
         if mask[k] == 0:
             continue
-        cost = 0.0
-        for f in range(N_FEATURES):
-            weight = params[row + f]
-            if weight != 0.0:
-                cost += weight * feature(candidates, k, f)
+        cost = cost_of(candidates, k, params, row)
         if cost < least:
             best, least = k, cost
     return best if best >= 0 else hold(candidates, mask)

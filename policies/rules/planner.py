@@ -40,7 +40,7 @@ from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
-from policies.network.features import N_FEATURES
+from policies.network.features import N_FEATURES, feature
 from policies.rule import InstancePlan, Param, Rule, Setting, Values
 from policies.rules import linear_score
 from policies.rules.parts.planner import count_prefill
@@ -53,10 +53,11 @@ __all__ = [
 
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 _DISPATCH = len(Kind) * N_FEATURES  # params: the score's weights come first
+_PLACE_DECODE = int(Kind.PLACE_DECODE) * N_FEATURES
 (_INTERVAL, _WINDOW, _SLOW, _TREND, _P_GAIN, _D_GAIN, _BACKLOG, _LEAD, _OCC_SHARE, _HEADROOM, _TTFT_RISK, _TPOT_RISK,
- _SPARE, _HYSTERESIS, _COMMIT, _HIGH, _LOW, _SIDE, _BY, _TTFT_S, _TTFT_FACTOR) = range(
-    _DISPATCH, _DISPATCH + 21)  # fmt: skip
-_TABLES = _DISPATCH + 21
+ _SPARE, _HYSTERESIS, _COMMIT, _HIGH, _LOW, _PACK, _SIDE, _BY, _TTFT_S, _TTFT_FACTOR) = range(
+    _DISPATCH, _DISPATCH + 22)  # fmt: skip
+_TABLES = _DISPATCH + 22
 _BY_NEEDS, _BY_RISKS, _BY_BOTH = range(3)
 #: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, seconds for
 #: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet).
@@ -213,11 +214,27 @@ def _reallocate(context, candidates, mask, params, memory):
     return row if row >= 0 else hold(candidates, mask)
 
 
+@kernel
+def _place_handed_over(candidates, mask, params):
+    """Where a decode goes on whose instance changes its role: by the score, less ``pack`` for each target of step."""
+    best, least = -1, np.inf
+    for k in range(candidates.shape[0]):
+        if mask[k] == 0:
+            continue
+        cost = linear_score.cost_of(candidates, k, params, _PLACE_DECODE)
+        cost -= params[_PACK] * feature(candidates, k, Col.STEP_WITH)
+        if cost < least:
+            best, least = k, cost
+    return best if best >= 0 else hold(candidates, mask)
+
+
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
     """``params``: weights of the score, the rule's own in declared order, TTFT target and factor, profile tables."""
     if kind_of(context) == Kind.REALLOCATE:
         return _reallocate(context, candidates, mask, params, memory)
+    if kind_of(context) == Kind.PLACE_DECODE and context[Ctx.GENERATED] > 1.0:
+        return _place_handed_over(candidates, mask, params)
     return linear_score.decide(context, candidates, mask, params, memory)
 
 
@@ -228,8 +245,8 @@ _RISKS = (("by", ("risks", "both")),)
 _BESIDE = (("side", ("mixed", "multiplexed")),)
 _LAYERED = (("side", ("multiplexed",)),)
 _PARAMS = (
-    Param("interval_s", 1.0, 60.0, 5.0, log=True, doc="time between two looks at the composition"),
-    Param("window_s", 2.0, 300.0, 20.0, log=True, doc="time constant of the fast averages", when=_NEEDS),
+    Param("interval_s", 1.0, 60.0, 2.0, log=True, doc="time between two looks at the composition"),
+    Param("window_s", 2.0, 300.0, 10.0, log=True, doc="time constant of the fast averages", when=_NEEDS),
     Param("slow", 1.5, 20.0, 4.0, log=True, doc="that of the slow ones, as a multiple", when=_NEEDS),
     Param("trend", 0.0, 3.0, 0.0, doc="how far the move of the prefill load is carried on", when=_NEEDS),
     Param("prefill", 0.0, 4.0, 1.3, doc="instances for each that arriving prompts keep busy", when=_NEEDS),
@@ -246,7 +263,8 @@ _PARAMS = (
     Param("hysteresis", 0.0, 1.5, 0.2, doc="instances by which a composition must be off, beyond a half", when=_NEEDS),
     Param("commit_s", 0.0, 300.0, 10.0, doc="time that a composition holds at least"),
     Param("high", 0.1, 3.0, 0.9, doc="risk from which a phase asks for an instance", when=_RISKS),
-    Param("low", 0.1, 3.0, 0.5, doc="risk below which a phase can give one", when=_RISKS),
+    Param("low", 0.1, 3.0, 1.0, doc="risk below which a phase can give one", when=_RISKS),
+    Param("pack", 0.0, 8.0, 4.0, doc="how much decodes handed over prefer slow steps, leaving others to new ones"),
     Param("side", default="decode", choices=_SIDES, doc="role of the instances that do not prefill only"),
     Param("by", default="needs", choices=_BYS, doc="what moves instances: demand, targets at risk, or both"),
 )
@@ -261,7 +279,7 @@ _LAYOUT = (
     Param("prefill_tokens", 256, 16384, 8192, log=True, integer=True, doc="token budget of a prefill batch"),
     Param("chunk_tokens", 64, 8192, 512, log=True, integer=True, doc="step budget of mixed instances", when=_BESIDE),
     Param("guard", 0.5, 1.5, 1.0, doc="part of the TPOT target that decode may take beside prefill", when=_LAYERED),
-    Param("order", default="fcfs", choices=("fcfs", "on_time"), doc="of the prefill queues"),
+    Param("order", default="on_time", choices=("fcfs", "on_time"), doc="of the prefill queues"),
 )
 _ORDERS = {"fcfs": Order.FCFS, "on_time": Order.ON_TIME}
 

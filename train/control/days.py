@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Literal
 
@@ -25,6 +26,7 @@ import numpy as np
 from cmaes import CMA
 
 from engine.errors import SlalomError
+from engine.jit.warm import cores
 from env.measure.phases import GOAL, phase_goodput, play_days, standing
 from env.scenario import Scenario
 from train.control.space import Space, Values
@@ -100,22 +102,37 @@ class _Search:
         return [standing(self.scenario, run, phases), mean, len(run.req), int(run.cluster["n_switches"])]
 
     def value(
-        self, values: Values, seed: int, *, split: Split = "train", beyond: float = 1.0, part: float = 1.0
-    ) -> tuple[float, float]:
+        self, values: Values, seed: int, *, split: Split = "train", beyond: float = 1.0, part: float = 1.0,
+        played: Callable[[], list[float]] | None = None,
+    ) -> tuple[float, float]:  # fmt: skip
         """(what is maximised, where the day stands).
 
         :param beyond: factor on the rate in force
         :param part: of a day
+        :param played: gives what was played elsewhere
         """
         rate = beyond * self.rate
         what = json.dumps([sorted(values.items()), seed, split, rate, part])
-        found = self.journal.ask(what, lambda: self._play(values, seed, split, rate, part))
+        found = self.journal.ask(what, played or (lambda: self._play(values, seed, split, rate, part)))
         if not found:
             return _UNFIT, 0.0
         self.requests += int(found[2])
         self.moves += int(found[3])
         self.days += 1
         return found[0] + _MEAN * found[1], found[0]
+
+    def each(self, asked: Sequence[Values], seed: int, part: float = 1.0) -> list[tuple[float, float]]:
+        """:meth:`value` of several on training days, played side by side."""
+        if self.journal.replays:
+            return [self.value(values, seed, part=part) for values in asked]
+        with ThreadPoolExecutor(cores()) as threads:  # the surrogate holds no lock of Python's
+            runs = []
+            for values in asked:
+                runs.append(threads.submit(self._play, values, seed, "train", self.rate, part))
+                if not self.days:  # what is to be compiled or loaded is by one of them
+                    runs[0].result()
+            each = zip(asked, runs, strict=True)
+            return [self.value(values, seed, part=part, played=run.result) for values, run in each]
 
     def follow(self, leader: float) -> None:
         """Move the rate to where the leader is about to fail."""
@@ -149,13 +166,10 @@ class _Climb:
 
     def generation(self, seed: int) -> float:
         """One more; returns where the day of its best member stands."""
-        told, best = [], (-20.0, 0.0)
-        for _ in range(self.optimiser.population_size):
-            theta = self.optimiser.ask()
-            found = self.search.value(self.search.space.values(self.choices, theta), seed)
-            told.append((theta, -found[0]))
-            best = max(best, found)
-        self.optimiser.tell(told)
+        thetas = [self.optimiser.ask() for _ in range(self.optimiser.population_size)]
+        found = self.search.each([self.search.space.values(self.choices, theta) for theta in thetas], seed)
+        self.optimiser.tell([(theta, -value) for theta, (value, _) in zip(thetas, found, strict=True)])
+        best = max(found)
         self.generations += 1
         self.search.follow(best[1])
         return best[1]
@@ -170,9 +184,9 @@ def _first_look(search: _Search, seed: int) -> list[Values]:
     alive, further, fell = search.space.choices(), search.space.compositions(), False
     search.rate *= _BEGIN
     while True:
-        values = [_looked_at(search, choices, seed) for choices in alive]
+        values = _looked_at(search, alive, seed)
         if search.moves == 0 and further:
-            alive, values = alive + further, values + [_looked_at(search, choices, seed) for choices in further]
+            alive, values = alive + further, values + _looked_at(search, further, seed)
         further = []
         if max(values)[0] <= _UNFIT:
             roles = list(search.scenario.decisions.roles)
@@ -192,9 +206,9 @@ def _first_look(search: _Search, seed: int) -> list[Values]:
         alive = ranked[: max(_SURVIVE, len(ranked) // 2)]
 
 
-def _looked_at(search: _Search, choices: Values, seed: int) -> tuple[float, float]:
-    found = search.value(search.space.defaults | choices, _TRAIN_SEED + seed, part=0.5)
-    search.note("race", search.used / _RACE, found[1])
+def _looked_at(search: _Search, starts: Sequence[Values], seed: int) -> list[tuple[float, float]]:
+    found = search.each([search.space.defaults | choices for choices in starts], _TRAIN_SEED + seed, part=0.5)
+    search.note("race", search.used / _RACE, max(found)[1])
     return found
 
 
