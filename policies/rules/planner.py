@@ -273,7 +273,12 @@ PLACING = (
     "p_late", "p_queue_work", "p_slack_miss", "p_step_miss", "p_decode_role", "p_mixed_role", "p_multiplexed_role",
     "d_in_place", "d_step_miss", "d_queue_work",
 )  # fmt: skip
-_PLACED = tuple(p for p in linear_score.RULE.params if p.name in PLACING)
+_WHERE = {"p_decode_role": ("decode",), "p_mixed_role": ("mixed",), "p_multiplexed_role": ("multiplexed",)}
+_PLACED = tuple(
+    replace(p, when=(("side", _WHERE[p.name]),) if p.name in _WHERE else ())
+    for p in linear_score.RULE.params
+    if p.name in PLACING
+)
 _LAYOUT = (
     Param("start", 0.0, 1.0, 0.5, doc="share of instances that start as prefill"),
     Param("prefill_tokens", 256, 16384, 8192, log=True, integer=True, doc="token budget of a prefill batch"),

@@ -1,7 +1,8 @@
 """The learner ``controller``: CMA-ES over the parameters of ``planner``, by where a day stands in its worst phase.
 
-    race      every start (choices of the rule, orders, compositions) on one day, at a rate that falls until somebody
-              holds it, the better half going on; CMA-ES begins from the best few and goes on with the one that leads
+    race      every start (choices of the rule, orders, compositions) for a day, at rates up to the largest that one of
+              them holds, the better half going on; CMA-ES begins from the best two, with small steps and with
+              large ones, and goes on with what leads
     refine    one day of training arrivals a generation, the same for all its members, at a rate that follows the leader
               up or down, so that it always lies where phases are about to fail
     choose    among where the search has been, the other starts and the rule as it is, on validation days
@@ -37,14 +38,16 @@ __all__ = ["CONTROLLER", "RULE", "drifts", "practice", "tune_on_days"]
 
 CONTROLLER, RULE = "controller", "planner"
 _LEAST_S, _LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
-_STARTS, _RACE = 2, 0.3  # starts that CMA-ES begins from; share of the budget until one is left
+_RACE = 0.3  # share of the budget until one climb is left
+_CLIMBS = ((0, 0.05), (0, 0.15), (1, 0.1))  # (place among the starts, first step): near a good rule cliffs are many
+_FRESH = 3  # days on which climbs are compared at the end of the race
 _SURVIVE = 6  # starts that go on to a lower rate, at least
 _FINAL = 0.1  # share of the budget for the choice
-_POPULATION, _SIGMA = 12, 0.12
+_POPULATION = 12
 _ROOM = (0.87, 0.92)  # the rate falls when the leader stands below, and rises when it stands above
 _FAR = (0.7, 0.96)  # and does so faster beyond these
 _STEP, _LEAP = 1.02, 1.06
-_BEGIN, _FALL = 0.7, 0.85  # part of the reference rate to begin with; factor by which it falls or rises at first
+_BEGIN, _FALL, _RISE = 0.7, 0.85, 1.1  # part of the reference rate to begin with; how it falls or rises at first
 _LOWEST = 0.05  # part of the reference rate below which nobody is asked
 _UNFIT = -10.0  # value of what the scenario does not allow
 _MEAN = 0.1  # weight of the mean over phases, so that ways out of a deadlock are seen
@@ -91,29 +94,28 @@ class _Search:
         spent = self.requests / self.most_requests
         return max(spent, self.journal.seconds() / self.most_seconds) if math.isfinite(self.most_seconds) else spent
 
-    def _play(self, values: Values, seed: int, split: Split, rate: float, part: float) -> list[float]:
+    def _play(self, values: Values, seed: int, split: Split, rate: float) -> list[float]:
         """[standing, mean share over phases, requests, role changes]; [] where the scenario does not allow this."""
         try:
             policy = self.space.bind(values)
         except SlalomError:
             return []
-        run, phases = play_days(self.scenario, policy, rate, seed, split, part)
+        run, phases = play_days(self.scenario, policy, rate, seed, split)
         mean = float(np.mean([phase.share for phase in phases]))
         return [standing(self.scenario, run, phases), mean, len(run.req), int(run.cluster["n_switches"])]
 
     def value(
-        self, values: Values, seed: int, *, split: Split = "train", beyond: float = 1.0, part: float = 1.0,
+        self, values: Values, seed: int, *, split: Split = "train", beyond: float = 1.0,
         played: Callable[[], list[float]] | None = None,
     ) -> tuple[float, float]:  # fmt: skip
         """(what is maximised, where the day stands).
 
         :param beyond: factor on the rate in force
-        :param part: of a day
         :param played: gives what was played elsewhere
         """
         rate = beyond * self.rate
-        what = json.dumps([sorted(values.items()), seed, split, rate, part])
-        found = self.journal.ask(what, played or (lambda: self._play(values, seed, split, rate, part)))
+        what = json.dumps([sorted(values.items()), seed, split, rate])
+        found = self.journal.ask(what, played or (lambda: self._play(values, seed, split, rate)))
         if not found:
             return _UNFIT, 0.0
         self.requests += int(found[2])
@@ -121,18 +123,18 @@ class _Search:
         self.days += 1
         return found[0] + _MEAN * found[1], found[0]
 
-    def each(self, asked: Sequence[Values], seed: int, part: float = 1.0) -> list[tuple[float, float]]:
+    def each(self, asked: Sequence[Values], seed: int) -> list[tuple[float, float]]:
         """:meth:`value` of several on training days, played side by side."""
         if self.journal.replays:
-            return [self.value(values, seed, part=part) for values in asked]
+            return [self.value(values, seed) for values in asked]
         with ThreadPoolExecutor(cores()) as threads:  # the surrogate holds no lock of Python's
             runs = []
             for values in asked:
-                runs.append(threads.submit(self._play, values, seed, "train", self.rate, part))
+                runs.append(threads.submit(self._play, values, seed, "train", self.rate))
                 if not self.days:  # what is to be compiled or loaded is by one of them
                     runs[0].result()
             each = zip(asked, runs, strict=True)
-            return [self.value(values, seed, part=part, played=run.result) for values, run in each]
+            return [self.value(values, seed, played=run.result) for values, run in each]
 
     def follow(self, leader: float) -> None:
         """Move the rate to where the leader is about to fail."""
@@ -147,14 +149,14 @@ class _Search:
 
 
 class _Climb:
-    """CMA-ES from one start; its answer at any time is the mean of its last generation."""
+    """CMA-ES from one start, at a rate of its own; its answer at any time is the mean of its last generation."""
 
-    def __init__(self, search: _Search, choices: Values, seed: int) -> None:
-        self.search, self.choices, self.generations = search, choices, 0
+    def __init__(self, search: _Search, choices: Values, step: float, seed: int) -> None:
+        self.search, self.choices, self.generations, self.rate = search, choices, 0, search.rate
         mean = search.space.place(choices)
         bounds = np.tile([0.0, 1.0], (len(mean), 1))
         self.optimiser = CMA(
-            mean=np.clip(mean, 0.02, 0.98), sigma=_SIGMA, bounds=bounds, population_size=_POPULATION, seed=seed
+            mean=np.clip(mean, 0.02, 0.98), sigma=step, bounds=bounds, population_size=_POPULATION, seed=seed
         )
 
     @property
@@ -166,22 +168,24 @@ class _Climb:
 
     def generation(self, seed: int) -> float:
         """One more; returns where the day of its best member stands."""
+        self.search.rate = self.rate
         thetas = [self.optimiser.ask() for _ in range(self.optimiser.population_size)]
         found = self.search.each([self.search.space.values(self.choices, theta) for theta in thetas], seed)
         self.optimiser.tell([(theta, -value) for theta, (value, _) in zip(thetas, found, strict=True)])
         best = max(found)
         self.generations += 1
         self.search.follow(best[1])
+        self.rate = self.search.rate
         return best[1]
 
 
 def _first_look(search: _Search, seed: int) -> list[Values]:
-    """Starts, the best first, at a rate that one of them nearly holds for half a day.
+    """Starts, the best first, at a rate that the first of them about holds for a day.
 
     A rule that changes roles begins from its own arrangement, whose proportions are parameters of its own; one that
     changes none may have any composition.
     """
-    alive, further, fell = search.space.choices(), search.space.compositions(), False
+    alive, further, fell, rose = search.space.choices(), search.space.compositions(), False, False
     search.rate *= _BEGIN
     while True:
         values = _looked_at(search, alive, seed)
@@ -196,34 +200,40 @@ def _first_look(search: _Search, seed: int) -> list[Values]:
         kinds = {values[k]: alive[k] for k in reversed(fit)}  # choices that change nothing are the same start
         ranked = [kinds[value] for value in sorted(kinds, reverse=True)]
         best = max(where for _, where in values)
-        if best < GOAL and search.rate > _LOWEST * search.reference:
+        if best < GOAL and not rose and search.rate > _LOWEST * search.reference:
             search.rate *= _FALL
             fell = True
-        elif best >= _FAR[1] and not fell and search.used < 0.5 * _RACE:
-            search.rate /= _FALL
+        elif best < GOAL and rose:  # too far: nobody is told from others where all fail
+            search.rate /= _RISE
+            return alive
+        elif not fell and search.used < 0.6 * _RACE:  # who holds more is seen at the limit only
+            search.rate *= _RISE
+            rose = True
         else:
             return ranked
         alive = ranked[: max(_SURVIVE, len(ranked) // 2)]
 
 
 def _looked_at(search: _Search, starts: Sequence[Values], seed: int) -> list[tuple[float, float]]:
-    found = search.each([search.space.defaults | choices for choices in starts], _TRAIN_SEED + seed, part=0.5)
+    found = search.each([search.space.defaults | choices for choices in starts], _TRAIN_SEED + seed)
     search.note("race", search.used / _RACE, max(found)[1])
     return found
 
 
 def _race(search: _Search, seed: int) -> list[_Climb]:
     """The best starts, after as many generations each as their share of the budget allows; best first."""
-    starts = _first_look(search, seed)[:_STARTS]
-    climbs = [_Climb(search, choices, seed * 31 + k) for k, choices in enumerate(starts)]
+    starts = _first_look(search, seed)
+    begun = [(starts[min(place, len(starts) - 1)], step) for place, step in _CLIMBS]
+    climbs = [_Climb(search, choices, step, seed * 31 + k) for k, (choices, step) in enumerate(begun)]
     turn = 0
     while search.used < _RACE:
         climb = climbs[turn % len(climbs)]
         best = climb.generation(_TRAIN_SEED + 100 * (seed + 1) + turn // len(climbs))
         search.note("race", search.used / _RACE, best)
         turn += 1
-    fresh = _TRAIN_SEED + 50 * (seed + 1)
-    return sorted(climbs, key=lambda climb: -search.value(climb.answer, fresh)[0])
+    search.rate = max(climb.rate for climb in climbs)
+    fresh = [_TRAIN_SEED + 50 * (seed + 1) + k for k in range(_FRESH)]
+    return sorted(climbs, key=lambda climb: -sum(search.value(climb.answer, day)[0] for day in fresh))
 
 
 def tune_on_days(
