@@ -87,9 +87,12 @@ def kick(s, i, now, started, n):
         if start_link(s, link):
             started[n] = slots.links + link
             n += 1
+    ready = role_change_ready(s, i)
     if s.inst[i].remote == 1:
+        if ready:
+            end_role_change(s, i)  # its role is the router's own affair: nothing is paid but the drain
         return n
-    if role_change_ready(s, i):
+    if ready:
         s.inst[i].switching = 1
         started[n] = slots.switches + i
         n += 1

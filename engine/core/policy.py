@@ -21,6 +21,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numba import types
 
+from engine.core.kinds import Order
+
 POLICY_SIGNATURE = types.int64(
     types.float64[::1], types.float64[:, ::1], types.uint8[::1], types.float64[::1], types.float64[::1]
 )
@@ -55,6 +57,13 @@ class InstancePlan:
     table: tuple[tuple[int, int], ...] | None = None
     layer_tokens: int | None = None
     stand_aside: bool | None = None
+
+
+def from_outside(plan: InstancePlan) -> InstancePlan:
+    """What a router arranges of ``plan`` where the instances are engines of others: what each is used for, and the
+    order of the prompts that it has not handed on yet; those that it has are not taken back for shorter ones."""
+    order = Order.SHORTEST if plan.order == Order.SHORTEST_PREEMPTIVE else plan.order
+    return InstancePlan(role=plan.role, order=order)
 
 
 @runtime_checkable

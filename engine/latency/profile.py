@@ -330,9 +330,11 @@ def list_profiles() -> list[str]:
     return sorted(path.stem for path in profiles_dir().glob("*.json"))
 
 
-def pack(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
+def pack(profiles: Sequence[Profile], *, of_others: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Profiles as the tables the compiled core reads.
 
+    :param of_others: of engines in front of which Slalom only routes: a role is what they are used for, so that beside
+        the drain its change costs nothing
     :return: ``PROFILE`` of shape (n,) and ``SHARE`` of shape (n, M) with M the most share rows of any
         profile; unused rows repeat the last one, so that reading one too many is still the whole device
     """
@@ -347,6 +349,8 @@ def pack(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
             head[field] = len(profile.shares) if field == "n_shares" else getattr(profile, field)
         for j in range(rows):
             _pack_share(profile, profile.shares[min(j, len(profile.shares) - 1)], shares[i, j])
+    if of_others:
+        heads["switch_s"], heads["switch_full"] = 0.0, 0
     return heads, shares
 
 

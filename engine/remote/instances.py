@@ -80,7 +80,7 @@ class RemoteInstances(RequestBook[RemoteRequest]):
                 self._clock.post(self._slots.arrival, lambda: None)
 
     def start_switch(self, i: int) -> None:
-        raise AssertionError("engines of others keep their role")
+        raise AssertionError("roles of engines of others change in the core, once they have drained")
 
     def lane_ends(self, i: int, l: int, outcome: Any) -> None:
         raise AssertionError("engines of others end no step here")

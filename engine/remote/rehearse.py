@@ -18,7 +18,10 @@ from engine.remote.reports import End, Report
 from engine.remote.request import Leg, RemoteRequest
 from engine.remote.router import Router
 
-__all__ = ["rehearse"]
+__all__ = ["REHEARSED", "rehearse"]
+
+#: Slots that a rehearsal needs.
+REHEARSED = 2
 
 
 class _Echo(Fleet):

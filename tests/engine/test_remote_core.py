@@ -12,7 +12,7 @@ from runtime_cases import tables
 
 from engine.core import loop
 from engine.core.columns import N_CANDIDATE, N_CONTEXT, Col, max_candidates
-from engine.core.events import observed
+from engine.core.events import interrupt, observed
 from engine.core.kinds import LaneKind, Order, RequestState, Role
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec, SloClass, blank_requests
 from engine.jit.rows import addresses
@@ -22,18 +22,26 @@ from engine.live.integrity import faults
 
 S = RequestState
 CHUNK, BATCH = 256, 5
+PARTED = (Role.PREFILL, Role.DECODE, Role.MIXED)
 
 
 class Desk:
     """A cluster of remote instances, driven by hand."""
 
     def __init__(
-        self, n: int = 2, *, slots: int = 40, kv_tokens: int = 65_536, apart: bool = False, **spec: Any
+        self,
+        n: int = 2,
+        *,
+        slots: int = 40,
+        kv_tokens: int = 65_536,
+        apart: bool = False,
+        roles: tuple[Role, ...] = (Role.MIXED,),
+        **spec: Any,
     ) -> None:
         profile, share = tables()
         one = {"chunk_tokens": CHUNK, "max_batch": BATCH, "watermark": 0.0, "remote": True} | spec
         specs = [InstanceSpec(Role.MIXED, i, kv_tokens, **one) for i in range(n)]
-        options = ClusterOptions(hold=True, roles=(Role.MIXED,), place_decode=apart)
+        options = ClusterOptions(hold=True, roles=roles, place_decode=apart, at_once=2)
         classes = [SloClass(1.0, 0.1), SloClass(5.0, 0.2)]
         self.state = build_state(
             specs, profile, share, classes=classes, options=options, max_requests=slots, prefix_cache=False,
@@ -233,8 +241,56 @@ def test_who_is_away_is_not_asked_to_decode() -> None:
     assert asked == [[1]]
 
 
-def test_the_books_agree_with_a_recount_while_prompts_move() -> None:
-    desk, dice = Desk(3, apart=True, kv_tokens=4096), random.Random(3)
+def test_an_engine_that_is_to_prefill_only_gives_its_answers_first() -> None:
+    desk = Desk(apart=True, roles=PARTED)
+    for r in range(3):
+        desk.arrive(r, 100)
+    desk.settle(lambda allowed: 0)
+    assert desk.at(0) == [0, 1]
+    assert interrupt.request_role(desk.words, 0, int(Role.PREFILL))
+    asked: list[list[int]] = []
+    desk.settle(lambda allowed: asked.append(list(allowed)) or allowed[0])
+    assert asked[0] == [1]  # the one that it has not been handed goes elsewhere
+    assert int(desk.state.req[2]["inst"]) == 1
+    observed.book_first_token(desk.words, 0, 1000)
+    observed.book_prefilled(desk.words, 1, 1000)
+    desk.settle()
+    assert (int(desk.state.req[1]["inst"]), desk.at(0)) == (1, [])
+    assert (desk.state.inst["role"][0], desk.state.cluster[0]["moving_roles"]) == (Role.MIXED, 1)
+    observed.book_end(desk.words, 0, 5, 2000)
+    desk.settle()
+    assert (desk.state.inst["role"][0], desk.state.cluster[0]["moving_roles"]) == (Role.PREFILL, 0)
+    assert int(desk.state.cluster[0]["n_switches"]) == 1
+    recount(desk.state)
+
+
+def test_an_engine_that_is_to_decode_only_keeps_its_answers_and_waits_for_prompts_alone() -> None:
+    desk = Desk(apart=True, roles=PARTED)
+    for r in range(2):
+        desk.arrive(r, 100)
+    desk.settle(lambda allowed: 0)
+    observed.book_first_token(desk.words, 0, 1000)
+    assert interrupt.request_role(desk.words, 0, int(Role.DECODE))
+    desk.settle()
+    assert desk.state.inst["role"][0] == Role.MIXED
+    observed.book_first_token(desk.words, 1, 2000)
+    desk.settle()
+    assert desk.state.inst["role"][0] == Role.DECODE
+    assert desk.in_state(S.RUNNING) == [0, 1]
+    recount(desk.state)
+
+
+def test_engines_that_do_not_answer_count_for_nobody_s_minimum() -> None:
+    desk = Desk(apart=True, roles=PARTED)
+    observed.set_away(desk.words, 1, 1)
+    assert not interrupt.request_role(desk.words, 0, int(Role.DECODE))
+    assert not interrupt.request_role(desk.words, 1, int(Role.DECODE))
+    observed.set_away(desk.words, 1, 0)
+    assert interrupt.request_role(desk.words, 0, int(Role.DECODE))
+
+
+def test_the_books_agree_with_a_recount_while_prompts_move_and_roles_change() -> None:
+    desk, dice = Desk(3, apart=True, kv_tokens=4096, roles=PARTED), random.Random(3)
     moving: set[int] = set()
     for _ in range(500):
         desk.now += dice.randrange(1, TICKS_PER_S // 50)
@@ -264,6 +320,8 @@ def test_the_books_agree_with_a_recount_while_prompts_move() -> None:
                 observed.forget_first_token(desk.words, r)
                 moving.remove(r)
             observed.take_back(desk.words, r, desk.now, dice.randrange(2))
+        elif what < 0.98:
+            interrupt.request_role(desk.words, dice.randrange(3), dice.randrange(3))
         else:
             observed.set_away(desk.words, dice.randrange(3), dice.randrange(2))
         desk.settle(lambda allowed: dice.choice(list(allowed)))
@@ -272,6 +330,7 @@ def test_the_books_agree_with_a_recount_while_prompts_move() -> None:
             desk.settle(lambda allowed: dice.choice(list(allowed)))
         recount(desk.state)
     assert int(desk.state.cluster[0]["n_migrated"]) > 5
+    assert int(desk.state.cluster[0]["n_switches"]) > 3
 
 
 def test_an_engine_with_more_kv_than_it_said_goes_on() -> None:

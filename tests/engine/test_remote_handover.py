@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from audit import recount
 from remote_cases import Mock, Routed, all_at_once, mocks, routed, until
 
+from engine.core.kinds import Role
+from engine.errors import SlalomError
 from engine.live.observer import Observer
 from engine.remote.handover import body_of_prefill, can_part, kv_of
 from eval.benchmarks.mock_engine import text_of
+from policies.route import Options, build
 
 BODIES = [{"prompt": f"the story of {k}", "max_tokens": 12, "stream": k % 2 == 0} for k in range(16)]
 
@@ -38,6 +43,20 @@ def ask(router: Routed, bodies: list[dict[str, Any]]) -> None:
             assert answer.json()["choices"][0]["text"].split() == words
     until(lambda: router.router.n_open == 0)
     router.router.call(lambda: recount(router.router.state))
+
+
+def _paced(router: Routed, bodies: list[dict[str, Any]], gap_s: float) -> list[tuple[int, httpx.Response]]:
+    """Send ``bodies`` one after the other, whether or not others were answered; statuses and answers, in order."""
+
+    async def run() -> list[tuple[int, httpx.Response]]:
+        async with httpx.AsyncClient(base_url=router.url, timeout=120.0, trust_env=False) as client:
+            work = []
+            for body in bodies:
+                work.append(asyncio.ensure_future(client.post("/v1/completions", json=body)))
+                await asyncio.sleep(gap_s)
+            return [(answer.status_code, answer) for answer in await asyncio.gather(*work)]
+
+    return asyncio.run(run())
 
 
 def test_one_engine_computes_prompts_and_the_other_answers(apart: tuple[list[Mock], Routed]) -> None:
@@ -115,6 +134,51 @@ def test_the_engine_that_answers_dies(apart: tuple[list[Mock], Routed]) -> None:
     until(lambda: router.router.n_open == 0)
     assert int(router.router.state.cluster[0]["tokens_out"]) == 4 * 12
     router.router.call(lambda: recount(router.router.state))
+
+
+def test_roles_change_by_hand_while_answers_come_and_nothing_is_lost() -> None:
+    roles = "prefill,decode,decode"
+    with mocks(3) as engines, routed(engines, kv_transfer=True, roles=roles, policy="static_split") as router:
+
+        def change() -> None:
+            for instance, role in ((2, "prefill"), (0, "decode")):
+                router.client.post("/admin/role", json={"instance": instance, "role": role}).raise_for_status()
+                until(lambda: router.router.state.inst["target_role"].max() < 0)
+
+        answers = all_at_once(router.url, BODIES, change)
+        assert [status for status, _ in answers] == [200] * 16
+        assert router.router.state.inst["role"].tolist() == [Role.DECODE, Role.DECODE, Role.PREFILL]
+        before = [engine.set()["kept"] for engine in engines]
+        ask(router, BODIES)
+        assert [engine.set()["kept"] - kept for engine, kept in zip(engines, before, strict=True)] == [0, 0, 16]
+
+
+@pytest.mark.slow
+def test_the_controller_follows_a_drift_on_engines_of_others_and_loses_no_request() -> None:
+    """As ``tests/env/test_drift_live.py``: long prompts with next to no answer, then short ones with long answers."""
+    values = {
+        "side": "mixed", "interval_s": 1.0, "window_s": 2.0, "commit_s": 0.0, "hysteresis": 0.1, "prefill": 1.0,
+        "decode": 1.0, "lead": 1.0, "spare": 0.0, "backlog": 0.0, "ttft_risk": 0.0, "tpot_risk": 0.0, "start": 0.5,
+    }  # fmt: skip
+    policy = "planner:" + ",".join(f"{name}={value}" for name, value in values.items())
+    options: dict[str, Any] = {"kv_transfer": True, "reallocate": True, "roles": "mixed", "prefix_cache": False}
+    with mocks(2) as engines, routed(engines, policy=policy, **options) as router:
+        seen: list[list[int]] = []
+        for tokens, answer, rate, seconds in ((180, 2, 8, 5), (12, 48, 2, 8)):
+            bodies = [{"prompt": [k] * tokens, "max_tokens": answer} for k in range(1, rate * seconds + 1)]
+            answers = _paced(router, bodies, 1.0 / rate)
+            assert [status for status, _ in answers] == [200] * len(bodies)
+            assert [a.json()["usage"]["completion_tokens"] for _, a in answers] == [answer] * len(bodies)
+            seen.append(router.router.state.inst["role"].tolist())
+        assert sorted(seen[0]) == [Role.PREFILL, Role.MIXED]
+        assert seen[1] == [Role.MIXED, Role.MIXED]
+        until(lambda: router.router.n_open == 0)
+        router.router.call(lambda: recount(router.router.state))
+
+
+def test_roles_change_only_where_engines_hand_kv_over() -> None:
+    with pytest.raises(SlalomError, match="--kv-transfer"):
+        build(Options("http://127.0.0.1:1", reallocate=True))
 
 
 def test_the_first_leg_asks_for_one_token_and_nothing_else() -> None:

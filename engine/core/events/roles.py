@@ -3,6 +3,9 @@
 An instance that may not decode in its new role is rid of its running requests in one of two ways, as the scenario says:
 it waits for their end, or it hands them over. Then, at every step boundary, it gives as many to others as those have
 room for and their links are free for; they pull the KV as after a prefill, and the rest goes on decoding meanwhile.
+
+Engines of others hand no running decode over, and their roles are what the router uses them for: a change costs the
+drain and nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def count_able(s, but):
     """Instances other than ``but`` that can prefill and that can decode, and still can after their role change."""
     prefill, decode = 0, 0
     for i in range(s.cluster[0].n_instances):
-        if i == but or s.inst[i].lost == 1:
+        if i == but or s.inst[i].lost != 0:
             continue
         role, target = s.inst[i].role, s.inst[i].target_role
         prefill += 1 if role != _DECODE and target != _DECODE else 0
@@ -42,7 +45,7 @@ def may_change(s, i, role, prefill, decode):
     No change takes away what the stated minima need, while it drains or afterwards.
     """
     c, inst = s.cluster[0], s.inst[i]
-    if (c.roles_allowed >> role) & 1 == 0 or c.moving_roles >= c.at_once or inst.target_role >= 0 or inst.lost == 1:
+    if (c.roles_allowed >> role) & 1 == 0 or c.moving_roles >= c.at_once or inst.target_role >= 0 or inst.lost != 0:
         return False
     if inst.role != _DECODE and role == _DECODE and prefill < c.min_prefill:
         return False
@@ -153,7 +156,10 @@ def role_change_ready(s, i):
     role = s.inst[i].target_role
     if role < 0 or s.inst[i].switching == 1:
         return False
-    if s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE or s.lists[queue_of(i), 2] > 0:
+    busy = s.lane[i, 0].kind != _IDLE or s.lane[i, 1].kind != _IDLE
+    if s.inst[i].remote == 1:  # its lane stands for running decodes at all times: here only prompts count
+        busy = s.lane[i, 0].n_prefills > 0
+    if busy or s.lists[queue_of(i), 2] > 0:
         return False
     if s.profile[s.inst[i].profile].switch_full == 1 and s.inst[i].out_n > 0:
         return False

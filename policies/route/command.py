@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 from engine.common.options import option, run_command, same, takes
 from engine.core.kinds import Batching, Order, Role
-from engine.core.policy import InstancePlan
+from engine.core.policy import InstancePlan, Policy, from_outside
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
@@ -20,10 +20,11 @@ from policies import serve
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from engine.live.guard import Guard
     from engine.remote.discover import EngineFacts
     from engine.remote.router import Router
 
-__all__ = ["Options", "app", "build", "main"]
+__all__ = ["Desk", "Options", "app", "build", "main", "open_desk"]
 
 _log = logging.getLogger("slalom.route")
 _KV_TOKENS, _MAX_BATCH = 2**17, 256  # where neither the user nor the engine says
@@ -48,6 +49,8 @@ class Options:
         False, "engines pull KV from each other (vLLM: NixlConnector): who decodes is a decision too", "--kv-transfer"
     )
     roles: str = option("", "with --kv-transfer: prefill, decode, mixed; one, or one for each; default: the policy's")
+    reallocate: bool = option(False, "with --kv-transfer: the policy may change roles", "--reallocate")
+    at_once: int = same(serve.Options, "at_once")
     engine_deadlines: bool = option(
         False, "send deadlines as priority (vLLM: --scheduling-policy priority)", "--engine-deadlines"
     )
@@ -85,10 +88,16 @@ def _order(options: Options, policy_order: int | None) -> int:
     return int(known[options.order])
 
 
+def _check(options: Options) -> None:
+    """:raises SlalomError: an option that cannot be had, whatever the engines are"""
+    _order(options, None)
+    for name, value in (("--roles", options.roles), ("--reallocate", options.reallocate)):
+        if value and not options.kv_transfer:
+            raise SlalomError(name, value, "engines that pull no KV are mixed; add --kv-transfer if they do")
+
+
 def _roles(options: Options, n: int) -> list[Role]:
     """What each engine is used for at the start. A role is the router's own affair: the engines are all alike."""
-    if options.roles and not options.kv_transfer:
-        raise SlalomError("--roles", options.roles, "engines that pull no KV are mixed; add --kv-transfer if they do")
     roles = serve.parse_roles(options.roles, n)
     if Role.MULTIPLEXED in roles:
         raise SlalomError("--roles", options.roles, "engines of others are not divided: use prefill, decode or mixed")
@@ -116,6 +125,7 @@ def _specs(options: Options, engines: Sequence[EngineFacts]) -> list[InstanceSpe
 
 def _arranged(options: Options, spec: InstanceSpec, plan: InstancePlan) -> InstanceSpec:
     """``spec`` as a policy wants to begin, where the user does not say otherwise."""
+    plan = from_outside(plan)
     role = plan.role if options.kv_transfer and not options.roles else None
     return replace(spec, order=_order(options, plan.order), role=spec.role if role is None else Role(role))
 
@@ -150,28 +160,62 @@ def build(options: Options) -> tuple[Router, FastAPI]:
     :return: the running router and its application
     :raises SlalomError: an option that cannot be had, or no engine answers
     """
-    _order(options, None)
+    _check(options)
     engines = find_engines(options.engines)
-    from engine.live.engine import build_state
     from engine.remote.fleet import Fleet, Patience
-    from engine.remote.rehearse import rehearse
     from engine.remote.router import Router
     from engine.server.keys import find_key
     from engine.server.routed import create_router_app
 
+    desk = open_desk(options, engines)
+    patience = Patience(options.health_s, options.health_timeout_s, options.stall_s, options.outage_s)
+    fleet = Fleet([(engine.url, engine.keeps) for engine in engines], patience)
+    router = Router(desk.state, desk.policy, fleet, guard=desk.guard).start()
+    application = create_router_app(
+        router,
+        engines[0].model,
+        counts=all(engine.counts for engine in engines),
+        deadlines=options.engine_deadlines,
+        classes=desk.classes,
+        load_policy=lambda spec: serve.find_policy(spec, desk.state),
+        drain_s=options.drain_s,
+        api_key=find_key(options.api_key, options.api_key_file),
+    )
+    return router, application
+
+
+class Desk(NamedTuple):
+    """What decides for a fleet: an idle cluster with an instance for each engine, a policy and its guard, and the names
+    of the SLO classes."""
+
+    state: ClusterState
+    policy: Policy
+    guard: Guard
+    classes: list[str]
+
+
+def open_desk(options: Options, engines: Sequence[EngineFacts]) -> Desk:
+    """Find the policy, arrange the engines as it wants, and rehearse.
+
+    :raises SlalomError: an option that cannot be had
+    """
+    from engine.live.engine import build_state
+    from engine.remote.rehearse import REHEARSED, rehearse
+
     roles = (Role.PREFILL, Role.DECODE, Role.MIXED) if options.kv_transfer else (Role.MIXED,)
     classes = serve.load_classes(options.classes, options.ttft_ms * 1e-3, options.tpot_ms * 1e-3)
     profile, share = _profile(options, engines)
+    levers = {name: getattr(options, name) for name in ("shed", "reallocate", "at_once")}
 
-    def state_of(specs: Sequence[InstanceSpec]) -> ClusterState:
+    def state_of(specs: Sequence[InstanceSpec], least: int = 1) -> ClusterState:
         return build_state(
             specs,
             profile,
             share,
             classes=list(classes.values()),
-            options=ClusterOptions(shed=options.shed, roles=roles, hold=True, place_decode=options.kv_transfer),
+            options=ClusterOptions(roles=roles, hold=True, place_decode=options.kv_transfer, **levers),
             links=[LinkSpec() for _ in specs] if options.kv_transfer else (LinkSpec(),),
-            max_requests=options.max_requests,
+            max_requests=max(options.max_requests, least),
             prefix_cache=options.prefix_cache,
         )
 
@@ -181,25 +225,12 @@ def build(options: Options) -> tuple[Router, FastAPI]:
     plans = policy.arrangement or [InstancePlan()] * len(specs)
     specs = [_arranged(options, spec, plan) for spec, plan in zip(specs, plans, strict=True)]
     _log.info("warming up: code is compiled where it is new")
-    small = state_of(specs)
+    small = state_of(specs, REHEARSED)
     scratch = serve.find_policy(options.policy, small)
     rehearse(small, scratch, serve.find_guard(options, small, scratch, log=False))
     state = state_of(specs)
     guard = serve.find_guard(options, state, policy, classes=list(classes))
-    patience = Patience(options.health_s, options.health_timeout_s, options.stall_s, options.outage_s)
-    fleet = Fleet([(engine.url, engine.keeps) for engine in engines], patience)
-    router = Router(state, policy, fleet, guard=guard).start()
-    application = create_router_app(
-        router,
-        engines[0].model,
-        counts=all(engine.counts for engine in engines),
-        deadlines=options.engine_deadlines,
-        classes=list(classes),
-        load_policy=lambda spec: serve.find_policy(spec, state),
-        drain_s=options.drain_s,
-        api_key=find_key(options.api_key, options.api_key_file),
-    )
-    return router, application
+    return Desk(state, policy, guard, list(classes))
 
 
 def _profile(options: Options, engines: Sequence[EngineFacts]) -> tuple[Any, Any]:
@@ -207,7 +238,7 @@ def _profile(options: Options, engines: Sequence[EngineFacts]) -> tuple[Any, Any
     from engine.latency import Profile, pack
 
     if options.profile:
-        return pack([Profile.load(options.profile)])
+        return pack([Profile.load(options.profile)], of_others=True)
     from engine.calibration.from_outside import profile_of
     from engine.calibration.outside import Limits, measure
 
@@ -218,7 +249,7 @@ def _profile(options: Options, engines: Sequence[EngineFacts]) -> tuple[Any, Any
     assert found.fit is not None
     errors = 100 * found.fit.prefill_mape, 100 * found.fit.decode_mape
     _log.info("held out, it misses prefill by %.0f %%, decode by %.0f %%; calibrate --engine does better", *errors)
-    return pack([found])
+    return pack([found], of_others=True)
 
 
 @app.command()
@@ -237,7 +268,3 @@ def route(options: Options) -> None:
 def main() -> None:
     """Entry point."""
     run_command("route", app)
-
-
-if __name__ == "__main__":
-    main()
