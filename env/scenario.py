@@ -28,6 +28,8 @@ from engine.common.documents import bad_input
 from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from engine.latency import Profile
+from engine.latency.profile import bad_input
+from env.others import EngineName, filled_in, misfits, roles_of
 from env.sections import (
     Count,
     Decisions,
@@ -66,6 +68,8 @@ class Scenario(Section):
 
     :param profile: latency profile of every group that names none, by name or path
     :param cluster: groups of instances
+    :param engine: what the instances are: ours, or engines of others behind ``route``, which leaves a policy fewer
+        levers and fills in some defaults (:mod:`env.others`)
     :param workload: the ``workload:`` section, see ``env/workload/spec.py``
     :param control_interval_s: time between REALLOCATE and TUNE decisions, 10 µs or more (as ``hold_interval_s``)
     :param hold_interval_s: a held request is asked for again at the latest after this
@@ -89,6 +93,7 @@ class Scenario(Section):
     description: str
     regime: Regime
     profile: str
+    engine: EngineName = "own"
     cluster: Annotated[tuple[InstanceGroup, ...], Field(min_length=1)]
     links: Links = Links()
     workload: WorkloadSpec
@@ -159,10 +164,13 @@ class Scenario(Section):
         :param source: named in errors
         """
         try:
-            scenario = cls.model_validate_json(json.dumps(content, default=str))
+            scenario = cls.model_validate_json(json.dumps(filled_in(content), default=str))
         except ValidationError as error:
             raise bad_input(source, error) from error
         scenario._check_profiles(source)
+        if scenario.engine != "own":
+            for wrong in misfits(scenario.engine, scenario.cluster, scenario.decisions):
+                raise SlalomError(f"{source}: {wrong.field}", wrong.value, wrong.fix)
         return scenario
 
     def to_yaml(self) -> str:
@@ -189,7 +197,7 @@ class Scenario(Section):
         """SHA-256 (hex) of everything but the description, the same on every machine."""
         content = self.model_dump(mode="json", exclude={"description"})
         # Fields younger than the hashes in checkpoints count only where they say something.
-        for name in ("tail_factor", "observation_delay_s", "routers", "randomise"):
+        for name in ("engine", "tail_factor", "observation_delay_s", "routers", "randomise"):
             if getattr(self, name) == Scenario.model_fields[name].default:
                 del content[name]
         for name in ("at_once", "drain", "start_roles"):
@@ -223,14 +231,21 @@ class Scenario(Section):
 
     def usable_roles(self) -> frozenset[str]:
         """What a policy may arrange instances as: ``decisions.start_roles``, by default the ``decisions.roles`` and the
-        cluster's own; anything where none are named."""
+        cluster's own; anything that the engine can be where none are named."""
         if not self.decisions.roles:
-            return frozenset(_CAN_PREFILL + _CAN_DECODE)
+            every = _CAN_PREFILL + _CAN_DECODE
+            return frozenset(every if self.engine == "own" else roles_of(self.engine, self.decisions))
         return frozenset(self.decisions.start_roles or self.decisions.roles) | {group.role for group in self.cluster}
 
-    def check_live(self) -> None:
-        """:raises SlalomError: it is about routers as only the surrogate has them"""
-        if self.observation_delay_s > 0 or self.routers > 1:
+    def check_live(self, *, of_others: bool = False) -> None:
+        """:param of_others: it is to be played on engines of others, whose router learns of them late by itself
+        :raises SlalomError: it is about routers as only the surrogate has them, or about other engines than these
+        """
+        if self.engine != "own" and not of_others:
+            fix = "our engine has other levers: play it with --env remote, or on the surrogate"
+            raise SlalomError("engine", self.engine, fix)
+        late = self.observation_delay_s > 0 and self.engine == "own"
+        if late or self.routers > 1:
             fix = "engines have one router with its own books; leave routers and observation_delay_s out"
             raise SlalomError("routers", f"{self.routers}, {self.observation_delay_s:g} s late", fix)
 

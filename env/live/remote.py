@@ -24,6 +24,7 @@ from engine.remote.fleet import Fleet
 from engine.remote.rehearse import rehearse
 from engine.remote.router import Router
 from env.live.client import DRAIN_S, Client, EngineRun, play, said_of, targets_of
+from env.others import misfits
 from env.scenario import Scenario
 from env.surrogate.arena import Arena, arena_of, build_trace, check_classes
 from env.surrogate.simulate import bind_policy
@@ -40,16 +41,16 @@ def _specs(scenario: Scenario, arena: Arena, bound: Policy, engines: Sequence[En
 
     :raises SlalomError: it is a cluster that these engines are not, or asks for what they cannot do
     """
-    scenario.check_live()
+    scenario.check_live(of_others=True)
+    if scenario.engine == "own":  # it may be about engines of others without saying so; then nobody decodes elsewhere
+        stays = scenario.decisions.model_copy(update={"place_decode": False})
+        for wrong in misfits("vllm", scenario.cluster, stays):
+            raise SlalomError(*wrong)
     specs = arena.arranged(bound.arrangement)
     if len(specs) != len(engines):
         raise SlalomError("--engines", f"{len(engines)} engines", f"{scenario.name} has {len(specs)} instances")
-    options = arena.options
-    for lever, asked in (("reallocate", options.reallocate), ("tune", options.tune)):
-        if asked:
-            raise SlalomError(f"decisions.{lever}", True, "engines of others are not changed from here: leave it out")
     for k, (spec, engine) in enumerate(zip(specs, engines, strict=True)):
-        if spec.role != Role.MIXED:
+        if scenario.engine == "own" and spec.role != Role.MIXED:
             raise SlalomError(f"instances[{k}].role", spec.role.name.lower(), "engines of others are mixed")
         if engine.max_batch is not None and spec.max_batch > engine.max_batch:
             fix = f"{engine.url} runs {engine.max_batch} sequences at once: set max_batch so"
@@ -60,7 +61,7 @@ def _specs(scenario: Scenario, arena: Arena, bound: Policy, engines: Sequence[En
 def _state(arena: Arena, specs: Sequence[InstanceSpec], trace: Trace) -> ClusterState:
     return build_state(
         specs, arena.profile, arena.share, classes=arena.classes, links=arena.links,
-        options=replace(arena.options, place_decode=False),  # a sequence stays where its prompt was
+        options=replace(arena.options, place_decode=arena.options.place_decode and arena.scenario.engine == "vllm"),
         max_requests=trace.n, prefix_cache=trace.hash_tokens > 0,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from engine.core.kinds import Batching, Order, Role, Split
-from engine.core.policy import InstancePlan
+from engine.core.policy import InstancePlan, from_outside
 from engine.core.setup import (
     ClusterOptions,
     InstanceSpec,
@@ -24,6 +24,7 @@ from engine.core.state import ClusterState
 from engine.core.ticks import arrival_ticks, duration_ticks
 from engine.errors import SlalomError
 from engine.latency import pack
+from env.others import batching_of
 from env.scenario import Scenario
 from env.surrogate.seen import Seen
 from env.workload import Trace, assign_classes
@@ -71,6 +72,8 @@ class Arena:
         if plan is None:
             return self.specs
         self.setting.check_roles(plan, self.scenario.name)
+        if self.scenario.engine != "own":
+            plan = [from_outside(p) for p in plan]
         return tuple(arranged(spec, p) for spec, p in zip(self.specs, plan, strict=True))
 
     def cluster(self, plan: Sequence[InstancePlan] | None, trace: Trace | None, horizon_s: float = 0.0) -> ClusterState:
@@ -114,6 +117,7 @@ def _specs(scenario: Scenario, n_links: int) -> tuple[InstanceSpec, ...]:
                 split=_SPLITS[group.split] if isinstance(group.split, str) else profile.row(group.split),
                 order=_ORDERS[group.order],
                 headroom=group.headroom,
+                **batching_of(scenario.engine),
             )
         )
     return tuple(specs)
@@ -178,7 +182,7 @@ def arena_of(scenario: Scenario) -> Arena:
         links = tuple(LinkSpec(bandwidth, latency) for _ in range(n_links))
         classes = tuple(SloClass(c.ttft_s, c.tpot_s, c.ttft_factor, c.weight) for c in scenario.classes)
         specs = _specs(scenario, n_links)
-        profile, share = pack(scenario.load_profiles())
+        profile, share = pack(scenario.load_profiles(), of_others=scenario.engine != "own")
         empty = new_cluster(specs, profile, share, classes=classes, options=_options(scenario), links=links)
         usable = frozenset(_roles(tuple(scenario.usable_roles())))
         _ARENAS[key] = Arena(

@@ -22,8 +22,9 @@ def is_router(policy: str) -> bool:
 def _whole(scenario: Any) -> Any:
     """``scenario`` with its instances as one that holds nothing back: what stands behind a router of others."""
     group = scenario.model_dump(mode="json")["cluster"][0]
-    group |= {"count": 1, "chunk_tokens": _TOKENS, "max_batch": _SEQUENCES, "kv_tokens": _SEQUENCES * _TOKENS // 64}
-    return type(scenario).parse(scenario.model_dump(mode="json") | {"cluster": [group]})
+    group |= {"count": 1, "role": "mixed", "max_batch": _SEQUENCES}
+    group |= {"chunk_tokens": _TOKENS, "kv_tokens": _SEQUENCES * _TOKENS // 64}
+    return type(scenario).parse(scenario.model_dump(mode="json") | {"cluster": [group], "decisions": {}})
 
 
 def _replay(scenario: Any, policy: str, *, park: Any, engines: Sequence[Any], **options: Any) -> Any:

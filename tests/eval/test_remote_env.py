@@ -70,6 +70,20 @@ def test_every_request_of_the_scenario_is_played_with_its_length(engines: list[E
     assert all(engine["running"] == 0 for engine in seen)
 
 
+def test_a_scenario_of_vllm_is_played_with_prompts_and_answers_apart(engines: list[EngineFacts]) -> None:
+    groups = [{"count": 1, "role": role, "max_batch": 16, "kv_tokens": 4096} for role in ("prefill", "decode")]
+    scenario = SCENARIO.with_overrides({"engine": "vllm", "cluster": groups})
+    before = [httpx.get(f"{engine.url}/control", trust_env=False).json()["pulled"] for engine in engines]
+    run = replay(scenario, "static_split", rate=RATE, engines=engines, n_requests=N)
+    after = [httpx.get(f"{engine.url}/control", trust_env=False).json()["pulled"] for engine in engines]
+    assert (run.req["state"] == RequestState.FINISHED).all()
+    assert [b - a for a, b in zip(before, after, strict=True)] == [0, N]
+    with pytest.raises(SlalomError, match="routers"):
+        replay(scenario.with_overrides({"routers": 2}), "static_split", rate=RATE, engines=engines, n_requests=N)
+    with pytest.raises(SlalomError, match=r"cluster\.0\.role"):
+        replay(scenario.with_overrides({"engine": "own"}), "static_split", rate=RATE, engines=engines)
+
+
 def test_the_command_compares_policies_on_engines(
     engines: list[EngineFacts], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
