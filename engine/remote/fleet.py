@@ -75,7 +75,7 @@ class Fleet:
         self._loop = asyncio.get_running_loop()
         reports = Reports(lambda seen: self.hear(seen))
         self.engines = [
-            Upstream(i, url, keeps, reports, self._troubled, self._busy, self._learn)
+            Upstream(i, url, keeps, reports, self._troubled, self._busy, self.learn)
             for i, (url, keeps) in enumerate(self._addresses)
         ]
         self._watchers = [self._loop.create_task(self._watch(engine)) for engine in self.engines]
@@ -120,7 +120,7 @@ class Fleet:
         if request.cancel is not None:
             request.cancel()
 
-    def _learn(self, request: RemoteRequest, usage: dict[str, Any]) -> None:
+    def learn(self, request: RemoteRequest, usage: dict[str, Any]) -> None:
         """An engine counted: the next guess of a prompt's length is better for it."""
         tokens = usage.get("prompt_tokens")
         if isinstance(tokens, int):

@@ -31,13 +31,22 @@ class Router(Scheduler):
     :param policy: answers its decisions
     :param fleet: the engines, one for each instance
     :param guard: stands between scheduler and policy, and already has ``policy``
+    :param kind: how it knows what the engines do
     """
 
     instances: RemoteInstances
 
-    def __init__(self, state: ClusterState, policy: Policy, fleet: Fleet, *, guard: Guard | None = None) -> None:
+    def __init__(
+        self,
+        state: ClusterState,
+        policy: Policy,
+        fleet: Fleet,
+        *,
+        guard: Guard | None = None,
+        kind: type[RemoteInstances] = RemoteInstances,
+    ) -> None:
         clock = WallClock()
-        instances = RemoteInstances(state, clock, fleet.send, salt=secrets.randbits(63))
+        instances = kind(state, clock, fleet.send, salt=secrets.randbits(63))
         super().__init__(state, policy, instances, clock, guard)
         self.fleet = fleet
         self._hand_over = bool(state.cluster[0]["ask_decode"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -94,18 +94,41 @@ async def _body_of(http: Request) -> dict[str, Any]:
     return body
 
 
-def _priority_of(body: dict[str, Any]) -> int:
+def _priority_of(body: Mapping[str, Any]) -> int:
     found = body.get("priority") or 0
     if type(found) is not int or abs(found) >= 2**31:
         raise SlalomError("priority", found, "give a whole number of at most 31 bits")
     return found
 
 
-def _class_field(body: dict[str, Any]) -> str | None:
+def _class_field(body: Mapping[str, Any]) -> str | None:
     found = body.get("slo_class")
     if found is not None and not isinstance(found, str):
         raise SlalomError("slo_class", found, "give the name of a class")
     return found
+
+
+def terms_of(body: Mapping[str, Any], headers: Mapping[str, str], field: str, classes: Sequence[str]) -> dict[str, Any]:
+    """What :meth:`engine.remote.router.Router.submit` needs to know of a request, whoever sends it to its engine.
+
+    :param field: of ``body``, where the prompt is: ``prompt`` or ``messages``
+    :param classes: names of the cluster's SLO classes, in order
+    :raises SlalomError: no prompt or several, no such class, a bad target or priority
+    """
+    prompt = body.get(field)
+    ids = token_ids(prompt)
+    if not prompt or (field == "prompt" and isinstance(prompt, list) and len(prompt) != 1 and ids is None):
+        raise SlalomError(field, prompt if not prompt else f"{len(prompt)} prompts", "send one request for each prompt")
+    targets = targets_of(headers)
+    return {
+        "n_letters": letters(prompt) + letters(body.get("tools")),
+        "tokens": marks(prompt) if ids is None else np.asarray(ids, np.int64),
+        "known": ids is not None,
+        "cls": class_of(headers, _class_field(body), classes),
+        "ttft_s": targets.ttft_s,
+        "tpot_s": targets.tpot_s,
+        "priority": _priority_of(body),
+    }
 
 
 def _for_engines(body: dict[str, Any], model: str, counts: bool) -> tuple[dict[str, Any], bool]:
@@ -130,29 +153,18 @@ async def _answer(
 ) -> Response:
     """Route one request. The status is known once its first token, or its end, is."""
     body = await _body_of(http)
-    prompt = body.get(field)
-    ids = token_ids(prompt)
-    if not prompt or (field == "prompt" and isinstance(prompt, list) and len(prompt) != 1 and ids is None):
-        raise SlalomError(field, prompt if not prompt else f"{len(prompt)} prompts", "send one request for each prompt")
+    terms = terms_of(body, http.headers, field, http.app.state.classes)
     sent, strip = _for_engines(body, model, counts)
-    targets = targets_of(http.headers)
-    cls = class_of(http.headers, _class_field(body), http.app.state.classes)
     if deadlines:
-        in_s = targets.ttft_s or float(router.state.cls[cls]["ttft_s"])
+        in_s = terms["ttft_s"] or float(router.state.cls[terms["cls"]]["ttft_s"])
         sent["priority"] = round(1e3 * (time.time() + in_s))
     request = router.submit(
         http.url.path,
         sent,
-        n_letters=letters(prompt) + letters(body.get("tools")),
-        tokens=marks(prompt) if ids is None else np.asarray(ids, np.int64),
-        known=ids is not None,
         headers={name: http.headers[name] for name in passed_on if name in http.headers},
         whole=not body.get("stream"),
         strip_usage=strip,
-        cls=cls,
-        ttft_s=targets.ttft_s,
-        tpot_s=targets.tpot_s,
-        priority=_priority_of(body),
+        **terms,
     )
     gone = asyncio.ensure_future(hung_up(http))
     coming = asyncio.ensure_future(request.answer.next())
