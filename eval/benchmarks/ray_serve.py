@@ -1,6 +1,6 @@
 """Replicas of Ray Serve behind a policy of Slalom, and behind Ray's own router, with one workload::
 
-    python -m eval.benchmarks.ray_serve --profile smollm2-cpu --policy predicted_ttft --rate 6 --requests 120
+    python -m eval.benchmarks.ray_serve --profile smollm2-cpu --policy ray --policy predicted_ttft
     python -m eval.benchmarks.ray_serve --engine vllm --model FOLDER --profile mine ...
 
 Plain deployments that stream tokens: ``modelled`` ones take the time that the profile says and compute nothing,
@@ -135,6 +135,7 @@ def run_app(given: argparse.Namespace, policy: str) -> Any:
     deployed = serve.deployment(
         num_replicas=given.replicas,
         max_ongoing_requests=1024,
+        graceful_shutdown_timeout_s=1.0,
         ray_actor_options={"num_cpus": 0},
         **kwargs,
     )(which)
@@ -179,11 +180,11 @@ def main() -> None:
     parser.add_argument("--policy", action="append", help=f"a rule or a checkpoint, or {_RAY} for Ray's own router")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=4.0)
-    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--rate", type=float, default=1.5)
+    parser.add_argument("--requests", type=int, default=90)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ttft-s", type=float, default=1.0)
-    parser.add_argument("--tpot-s", type=float, default=0.1)
+    parser.add_argument("--ttft-s", type=float, default=2.0)
+    parser.add_argument("--tpot-s", type=float, default=0.25)
     given = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # all of it is on this machine
     import ray
