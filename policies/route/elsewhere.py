@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from engine.errors import SlalomError
@@ -19,7 +18,7 @@ from engine.server.routed import terms_of
 from policies.route.command import Desk, Options, open_desk
 from policies.route.unseen import UnseenInstances
 
-__all__ = ["Asked", "Dispatcher", "Refused", "asked_of", "open_dispatcher"]
+__all__ = ["Asked", "Dispatcher", "Refused", "asked_of", "desk_for"]
 
 #: Targets in a body, where no header names them (:func:`engine.server.protocol.targets_of`).
 _TARGETS = {"slo_ttft_ms": "x-slo-ttft-ms", "slo_tpot_ms": "x-slo-tpot-ms"}
@@ -166,7 +165,7 @@ class Dispatcher:
         self.router.close(timeout_s)
 
 
-def open_dispatcher(replicas: int, given: Mapping[str, Any]) -> Desk:
+def desk_for(replicas: int, given: Mapping[str, Any]) -> Desk:
     """What decides for up to ``replicas`` engines. Takes seconds, and where code is new a minute.
 
     :param given: settings of ``route``, by their names (``docs/remote.md``); ``profile`` must be among them
@@ -179,6 +178,4 @@ def open_dispatcher(replicas: int, given: Mapping[str, Any]) -> Desk:
         raise SlalomError("request_router_kwargs.profile", "", "name a latency profile: nothing is timed here")
     if not 0 < replicas <= 1024:
         raise SlalomError("request_router_kwargs.replicas", replicas, "say how many replicas there may be, 1 to 1024")
-    assert {f.name for f in fields(Options)} >= set(_SETTINGS)
-    options = Options("", **given)
-    return open_desk(options, [EngineFacts(f"replica {i}", "") for i in range(replicas)])
+    return open_desk(Options("", **given), [EngineFacts(f"replica {i}", "") for i in range(replicas)])

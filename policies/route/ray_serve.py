@@ -23,7 +23,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from engine.errors import SlalomError
 from engine.live.door import Overloaded, Unavailable
-from policies.route.elsewhere import Asked, Dispatcher, Refused, asked_of, open_dispatcher
+from policies.route.elsewhere import Asked, Dispatcher, Refused, asked_of, desk_for
 from policies.route.progress import STATS
 
 __all__ = ["SlalomRouter"]
@@ -60,7 +60,7 @@ class SlalomRouter(RequestRouter):
         self._most = int(given.get("max_requests", 1024))
         self._dispatcher: Dispatcher | None = None
         makers = ThreadPoolExecutor(1, "slalom")
-        self._making = makers.submit(open_dispatcher, replicas, given)
+        self._making = makers.submit(desk_for, replicas, given)
         makers.shutdown(wait=False)
 
     @property

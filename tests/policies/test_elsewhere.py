@@ -14,7 +14,7 @@ from audit import recount
 from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.live.door import Overloaded
-from policies.route.elsewhere import Asked, Dispatcher, Refused, asked_of, open_dispatcher
+from policies.route.elsewhere import Asked, Dispatcher, Refused, asked_of, desk_for
 from policies.route.progress import STATS, Progress
 
 PROFILE = "smollm2-cpu"
@@ -24,7 +24,7 @@ S = RequestState
 
 def served(work: Callable[[Dispatcher], Awaitable[None]], replicas: int = 2, places: int = 0, **given: Any) -> None:
     """Run ``work`` with a dispatcher for replicas a, b, ..., of which there may be ``places``; books must balance."""
-    desk = open_dispatcher(places or replicas, {"profile": PROFILE, "prefix_cache": False} | given)
+    desk = desk_for(places or replicas, {"profile": PROFILE, "prefix_cache": False} | given)
 
     async def run() -> None:
         dispatcher = Dispatcher(desk)
@@ -197,7 +197,7 @@ def test_a_request_is_found_among_the_arguments_of_a_call() -> None:
 )
 def test_wrong_settings_are_named(replicas: int, given: dict[str, Any], field: str) -> None:
     with pytest.raises(SlalomError) as refused:
-        open_dispatcher(replicas, given)
+        desk_for(replicas, given)
     assert field in refused.value.field
 
 
