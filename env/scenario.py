@@ -28,7 +28,6 @@ from engine.common.documents import bad_input
 from engine.common.yaml_documents import read_yaml
 from engine.errors import SlalomError
 from engine.latency import Profile
-from engine.latency.profile import bad_input
 from env.others import EngineName, filled_in, misfits, roles_of
 from env.sections import (
     Count,
