@@ -43,18 +43,19 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         self._options: dict[str, Any] = {
             "n_requests": n_requests, "rates": rates, "kinds": kinds, "policy": policy, "split": split
         }  # fmt: skip
-        self._backend = backend
-        self._env: Any
+        self.render_mode = render_mode
         if backend == "gpu":
             from env.gym.engine_env import EngineVecEnv
 
-            self._env = EngineVecEnv(self.scenario, seed=0, auto_reset=False, **self._options)
+            self._open(backend, EngineVecEnv(self.scenario, seed=0, auto_reset=False, **self._options))
         else:
-            self._env = SlalomVecEnv(self.scenario, 1, seed=0, **self._options)
-        self.observation_space = self._env.observation_space
-        self.action_space = self._env.action_space
-        self.render_mode = render_mode
-        self._mask = self._env.action_masks()[0]
+            self._open(backend, SlalomVecEnv(self.scenario, 1, seed=0, **self._options))
+
+    def _open(self, backend: str, env: Any) -> None:
+        """Be the one cluster of ``env``."""
+        self._backend, self._env = backend, env
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self._mask = env.action_masks()[0]
 
     def action_masks(self) -> np.ndarray:
         """Allowed actions, bool (K,)."""

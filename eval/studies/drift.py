@@ -41,7 +41,7 @@ from eval.report.plots_drift import roles_under_demand
 from policies.registry import get
 from train.control.days import RULE, practice, tune_on_days
 
-__all__ = ["main", "paired", "study", "table"]
+__all__ = ["Kept", "main", "measured", "paired", "study", "table"]
 
 RULES = ("arrow", "dyn_sla", "dyn_load", "dopd", "muxwise")
 _FIXED_SEED, _COARSE = 0, 0.04  # training day and step of the rate on which fixed compositions are compared
@@ -94,10 +94,10 @@ def _fixed_row(
     scenario: Scenario, best: Callable[[], dict[str, tuple[str, Any]]], label: str, days: Sequence[int]
 ) -> Row:
     name, policy = best()[label]
-    return {"what": name} | _measured(scenario, [policy] * len(days), days, None)
+    return {"what": name} | measured(scenario, [policy] * len(days), days, None)
 
 
-def _measured(scenario: Scenario, policies: Sequence[Any], days: Sequence[int], near: float | None) -> Row:
+def measured(scenario: Scenario, policies: Sequence[Any], days: Sequence[int], near: float | None) -> Row:
     """Goodput in every phase for each test day; role changes and shares of the first day at the mean of it.
 
     :param policies: one for each day
@@ -127,12 +127,12 @@ def _replanned(scenario: Scenario, days: Sequence[int]) -> Row:
     for window_s in _WINDOWS:
         traces = [build_trace(scenario, scenario.reference_rate, n, day, "test") for day in days]
         plans = [planned(scenario, trace, window_s) for trace in traces]
-        row = _measured(scenario, [policy for policy, _ in plans], days, 0.6 * scenario.reference_rate)
+        row = measured(scenario, [policy for policy, _ in plans], days, 0.6 * scenario.reference_rate)
         found.append((float(np.mean(row["goodput"])), {"what": f"window {window_s:g} s"} | row))
     return max(found, key=lambda entry: entry[0])[1]
 
 
-class _Kept:
+class Kept:
     """Finished rows as JSON files in a folder; those of another scenario, effort or code are made anew."""
 
     def __init__(self, folder: Path, about: Sequence[Any], say: Say) -> None:
@@ -165,10 +165,10 @@ def study(
     :param requests: simulated for the search of each rule, and of the controller with each of ``seeds`` seeds
     :param days: test days
     """
-    kept, tests = _Kept(out, [_code(), scenario.hash(), days], say), range(days)
+    kept, tests = Kept(out, [_code(), scenario.hash(), days], say), range(days)
     rows: dict[str, Row] = {}
     for folder in checkpoints:
-        measure = partial(_measured, scenario, [folder] * days, tests, None)
+        measure = partial(measured, scenario, [folder] * days, tests, None)
         rows[f"learned ({Path(folder).name})"] = kept.get(f"learned {Path(folder).name}", measure, folder)
     best = cache(partial(_best_fixed, scenario, say))
     for label in ("fixed split", "fixed, any roles"):
@@ -191,12 +191,12 @@ def study(
     return result
 
 
-def _searched(kept: _Kept, scenario: Scenario, rule: str, requests: float, seed: int, days: Sequence[int]) -> Row:
+def _searched(kept: Kept, scenario: Scenario, rule: str, requests: float, seed: int, days: Sequence[int]) -> Row:
     """The row of what the search finds for ``rule``."""
     name = f"{rule} {seed}"
     tuned = kept.get(f"search {name}", partial(_tuned, rule, scenario, requests, seed), requests)
     policy = bound(scenario, Contender(rule, tuned["values"], tuned=True, plans=tuned["plans"]))
-    measure = partial(_measured, scenario, [policy] * len(days), days, tuned["knee"] or None)
+    measure = partial(measured, scenario, [policy] * len(days), days, tuned["knee"] or None)
     return kept.get(f"tuned {name}", measure, tuned) | {"values": tuned["values"]}
 
 

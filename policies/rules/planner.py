@@ -24,6 +24,8 @@ r_P < ``low``. One instance a tick begins to move, the one with the least to han
 ``side``: decode only, or both phases (multiplexed or mixed), where nobody has to prefill only.
 
 DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0, by needs; Arrow is by risks alone.
+A network may shift the composition, every so many seconds by up to two instances (:func:`shifted`): what demand says
+and what is seen are among its inputs, what it was taught is in its weights (``policies.rules.parts.shift``).
 Prompts and decodes are placed by ``linear_score``: the weights named in ``PLACING`` are parameters here too, the
 others have their defaults.
 """
@@ -41,14 +43,22 @@ from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
 from policies.network.features import N_FEATURES, feature
-from policies.rule import InstancePlan, Param, Rule, Setting, Values
+from policies.rule import BoundPolicy, InstancePlan, Param, Rule, Setting, Values
 from policies.rules import linear_score
-from policies.rules.parts.planner import count_prefill
-from policies.rules.parts.profile_tables import itl_prof, largest_batch, profile_block, tpot_slo, ttft_prof
+from policies.rules.parts import shift
+from policies.rules.parts.planner import composition, corrected, count_prefill
+from policies.rules.parts.profile_tables import (
+    PROFILE_CELLS,
+    itl_prof,
+    largest_batch,
+    profile_block,
+    tpot_slo,
+    ttft_prof,
+)
 
 __all__ = [
-    "PLACING", "RULE", "composition", "corrected", "decide", "least_prefill", "mover", "needs", "plans_of", "risks",
-    "weights_of",
+    "PLACING", "RULE", "SHIFT", "decide", "least_prefill", "looks", "mover", "needs", "plans_of", "risks",
+    "shift_bounds", "shift_inputs", "shifted", "weights_of",
 ]  # fmt: skip
 
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
@@ -58,10 +68,13 @@ _PLACE_DECODE = int(Kind.PLACE_DECODE) * N_FEATURES
  _SPARE, _HYSTERESIS, _COMMIT, _HIGH, _LOW, _PACK, _SIDE, _BY, _TTFT_S, _TTFT_FACTOR) = range(
     _DISPATCH, _DISPATCH + 22)  # fmt: skip
 _TABLES = _DISPATCH + 22
+_NETWORK = _TABLES + PROFILE_CELLS
 _BY_NEEDS, _BY_RISKS, _BY_BOTH = range(3)
 #: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, seconds for
-#: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet).
-_U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _PLAN = range(11)
+#: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet), what the network adds
+#: to them, seconds since it looked and since an instance began to move, its scratch.
+_U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _PLAN, SHIFT, _LOOKED, _MOVED = range(14)
+_SCRATCH = _MOVED + 1
 
 
 @kernel
@@ -104,21 +117,26 @@ def _loads(candidates):
 
 
 @kernel
-def needs(context, candidates, params, memory):
-    """(P, D): instances that each phase needs, see the module docstring."""
+def _demand(context, candidates, params, memory):
+    """(q, the TTFT limit, occ, lit) of the module docstring."""
     queued, seats, tokens = _loads(candidates)
     prompt = max(memory[_PROMPT], 1.0)
     limit = max(params[_TTFT_S], params[_TTFT_FACTOR] * context[Ctx.ISOLATED_S], 1e-9)
     wait = queued * ttft_prof(params, _TABLES, prompt) / prompt
+    mean = tokens / seats if seats > 0.0 else prompt + 0.5 * memory[_OUTPUT]
+    batch = largest_batch(params, _TABLES, mean, params[_HEADROOM] * tpot_slo(params, _TABLES))
+    coming = memory[_RATE] * memory[_OUTPUT] * itl_prof(params, _TABLES, batch, mean) / batch
+    return wait, limit, seats / batch, coming
+
+
+@kernel
+def needs(context, candidates, params, memory):
+    """(P, D): instances that each phase needs, see the module docstring."""
+    wait, limit, occupied, coming = _demand(context, candidates, params, memory)
     p = params[_P_GAIN] * max(memory[_U] + params[_TREND] * (memory[_U] - memory[_U_SLOW]), 0.0)
     p += params[_BACKLOG] * wait / limit + params[_TTFT_RISK] * max(memory[_TTFT] / limit - 1.0, 0.0)
-    target = tpot_slo(params, _TABLES)
-    mean = tokens / seats if seats > 0.0 else prompt + 0.5 * memory[_OUTPUT]
-    batch = largest_batch(params, _TABLES, mean, params[_HEADROOM] * target)
-    occupied = seats / batch
-    coming = memory[_RATE] * memory[_OUTPUT] * itl_prof(params, _TABLES, batch, mean) / batch
     d = params[_D_GAIN] * max(occupied + params[_LEAD] * (coming - occupied), params[_OCC_SHARE] * occupied)
-    d += params[_TPOT_RISK] * max(memory[_TPOT] / target - 1.0, 0.0)
+    d += params[_TPOT_RISK] * max(memory[_TPOT] / tpot_slo(params, _TABLES) - 1.0, 0.0)
     return p, d
 
 
@@ -138,30 +156,6 @@ def risks(context, candidates, params):
     limit = max(params[_TTFT_S], params[_TTFT_FACTOR] * context[Ctx.ISOLATED_S], 1e-9)
     tpot = tpot_slo(params, _TABLES)
     return max(context[Ctx.WIN_TTFT_S], wait) / limit, max(context[Ctx.WIN_TPOT_S], step) / tpot
-
-
-@kernel
-def corrected(wanted, now, ttft, tpot, high, low, least, most):
-    """What is wanted, one instance away from ``now`` at least where one target alone is at risk."""
-    if ttft > high and tpot < low:
-        return min(max(wanted, now + 1.0), most)
-    if tpot > high and ttft < low:
-        return max(min(wanted, now - 1.0), least)
-    return wanted
-
-
-@kernel
-def composition(p, d, n, now, spare, hysteresis, least):
-    """Prefill instances of a fleet of ``n`` for the needs (P, D), ``now`` being what is, at least ``least``."""
-    if p + d <= 0.0:
-        return now
-    left = n - p - d
-    wanted = p + spare * left if left >= 0.0 else n * p / (p + d)
-    if wanted > now + 0.5 + hysteresis:
-        now = np.ceil(wanted - 0.5)
-    elif wanted < now - 0.5 - hysteresis:
-        now = np.floor(wanted + 0.5)
-    return min(max(now, least), n - 1.0)
 
 
 @kernel
@@ -192,11 +186,64 @@ def _wanted(context, candidates, params, memory, now):
 
 
 @kernel
+def looks(context, params, memory):
+    """Whether the network looks at the fleet in this tick, before the planner does."""
+    return memory[_LOOKED] + context[Ctx.WIN_SPAN_S] >= params[_NETWORK] * (1.0 - 1e-6)
+
+
+@kernel
+def shift_bounds(context, candidates, params, memory):
+    """(least, greatest) shift that leaves as many instances of either kind as there must be."""
+    plan = memory[_PLAN] - 1.0 if memory[_PLAN] > 0.0 else float(count_prefill(candidates))
+    return (1.0 if int(params[_SIDE]) == _DECODE else 0.0) - plan, context[Ctx.N_INSTANCES] - 1.0 - plan
+
+
+@kernel
+def shift_inputs(context, candidates, params, memory, x):
+    """What the network reads, into ``x`` (at least ``shift.N_INPUTS``): quotients, cut to ±5."""
+    n, have, moving = context[Ctx.N_INSTANCES], float(count_prefill(candidates)), 0.0
+    wait, limit, occupied, coming = _demand(context, candidates, params, memory)
+    p, d = needs(context, candidates, params, memory)
+    x[0], x[1], prompt = p / n, d / n, context[Ctx.WIN_PROMPT]
+    x[2], x[3] = risks(context, candidates, params)
+    x[4] = context[Ctx.WIN_RATE] * ttft_prof(params, _TABLES, prompt) / n if prompt > 0.0 else 0.0
+    x[5], x[6] = memory[_U] / n, (memory[_U] - memory[_U_SLOW]) / n
+    x[7], x[8], x[9] = wait / (limit * n), occupied / n, coming / n
+    x[10], x[11] = memory[_TTFT] / limit, memory[_TPOT] / tpot_slo(params, _TABLES)
+    x[12], x[13] = memory[_PLAN] / n, have / n
+    for k in range(candidates.shape[0]):
+        moving += 1.0 if candidates[k, Col.INSTANCE] >= 0.0 and candidates[k, Col.BECOMES] > 0.0 else 0.0
+    x[14] = moving / (n * max(candidates.shape[0] // n, 1.0))
+    x[15] = memory[_COMMITTED] / max(params[_COMMIT], 1.0)
+    x[16], x[17] = np.log1p(memory[_MOVED] / 10.0), memory[SHIFT] / 2.0
+    x[18] = (n * p / max(p + d, 1e-9) - memory[_PLAN] + 1.0) / n
+    x[19] = context[Ctx.HELD]
+    for i in range(shift.N_INPUTS):
+        x[i] = min(max(x[i], -5.0), 5.0)
+
+
+@kernel
+def _look(context, candidates, params, memory):
+    """Have the network, where there is one, say how far what is wanted is shifted until it looks again."""
+    memory[_LOOKED] = 0.0
+    if params[_NETWORK + 1] > 0.0:
+        scratch = memory[_SCRATCH:]
+        shift_inputs(context, candidates, params, memory, scratch)
+        low, high = shift_bounds(context, candidates, params, memory)
+        memory[SHIFT] = shift.logit_shift(params, _NETWORK, scratch, low, high)
+
+
+@kernel
 def _reallocate(context, candidates, mask, params, memory):
     span = context[Ctx.WIN_SPAN_S]
+    if looks(context, params, memory):
+        _look(context, candidates, params, memory)
+    else:
+        memory[_LOOKED] += span
     _observe(context, params, memory)
     have = float(count_prefill(candidates))
     memory[_CLOCK] += span
+    memory[_MOVED] += span
     memory[_COMMITTED] = max(memory[_COMMITTED] - span, 0.0)
     if memory[_PLAN] == 0.0:
         memory[_PLAN] = 1.0 + have
@@ -206,12 +253,16 @@ def _reallocate(context, candidates, mask, params, memory):
         wanted = _wanted(context, candidates, params, memory, target)
         if wanted != target:
             memory[_PLAN], memory[_COMMITTED], target = 1.0 + wanted, params[_COMMIT], wanted
-    row = -1
+    low, high = shift_bounds(context, candidates, params, memory)
+    target, row = target + min(max(memory[SHIFT], low), high), -1
     if target > have:
         row = mover(candidates, mask, False, _PREFILL)
     elif target < have:
         row = mover(candidates, mask, True, int(params[_SIDE]))
-    return row if row >= 0 else hold(candidates, mask)
+    if row < 0:
+        return hold(candidates, mask)
+    memory[_MOVED] = 0.0
+    return row
 
 
 @kernel
@@ -230,7 +281,8 @@ def _place_handed_over(candidates, mask, params):
 
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
-    """``params``: weights of the score, the rule's own in declared order, TTFT target and factor, profile tables."""
+    """``params``: weights of the score, the rule's own in declared order, TTFT target and factor, profile tables, the
+    network's block."""
     if kind_of(context) == Kind.REALLOCATE:
         return _reallocate(context, candidates, mask, params, memory)
     if kind_of(context) == Kind.PLACE_DECODE and context[Ctx.GENERATED] > 1.0:
@@ -303,7 +355,13 @@ def _prepare(values: Values, setting: Setting) -> np.ndarray:
     tight = min(setting.classes, key=lambda c: (c.ttft_s, c.ttft_factor))
     own = [p.number(values[p.name]) for p in _PARAMS if p.choices is None]
     kinds = [float(Role[str(values["side"]).upper()]), float(_BYS.index(str(values["by"])))]
-    return np.concatenate([weights_of(values), own, kinds, [tight.ttft_s, tight.ttft_factor], profile_block(setting)])
+    targets = [tight.ttft_s, tight.ttft_factor]
+    return np.concatenate([weights_of(values), own, kinds, targets, profile_block(setting), shift.NO_NETWORK])
+
+
+def shifted(planner: BoundPolicy, block: np.ndarray) -> BoundPolicy:
+    """The planner with the network of ``block`` (:func:`policies.rules.parts.shift.pack`), in the place of another."""
+    return replace(planner, params=np.concatenate([planner.params[:_NETWORK], block]))
 
 
 def weights_of(values: Values) -> np.ndarray:
@@ -340,7 +398,7 @@ RULE = Rule(
     source="this project; DYN-SLA's equations and Arrow's signals (arXiv 2511.20982, 2505.11916) are special cases",
     decide=decide,
     needs=Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS,
-    memory_size=_PLAN + 1,
+    memory_size=_SCRATCH + shift.CELLS,
     params=(*_PARAMS, *_LAYOUT, *_PLACED),
     prepare=_prepare,
     arrange=_arrange,

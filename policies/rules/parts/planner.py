@@ -199,3 +199,27 @@ def follow(candidates, mask, memory):
     elif 0 < target < n_p:
         row = flip(candidates, mask, _PREFILL, _DECODE)
     return row if row >= 0 else hold(candidates, mask)
+
+
+@kernel
+def corrected(wanted, now, ttft, tpot, high, low, least, most):
+    """What is wanted, one instance away from ``now`` at least where one target alone is at risk."""
+    if ttft > high and tpot < low:
+        return min(max(wanted, now + 1.0), most)
+    if tpot > high and ttft < low:
+        return max(min(wanted, now - 1.0), least)
+    return wanted
+
+
+@kernel
+def composition(p, d, n, now, spare, hysteresis, least):
+    """Prefill instances of a fleet of ``n`` for the needs (P, D), ``now`` being what is, at least ``least``."""
+    if p + d <= 0.0:
+        return now
+    left = n - p - d
+    wanted = p + spare * left if left >= 0.0 else n * p / (p + d)
+    if wanted > now + 0.5 + hysteresis:
+        now = np.ceil(wanted - 0.5)
+    elif wanted < now - 0.5 - hysteresis:
+        now = np.floor(wanted + 0.5)
+    return min(max(now, least), n - 1.0)
