@@ -16,7 +16,7 @@ import numpy as np
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 
-__all__ = ["CELLS", "KEEP", "NO_NETWORK", "N_INPUTS", "SHIFTS", "arrays_of", "logit_shift", "pack", "shapes"]
+__all__ = ["CELLS", "KEEP", "NO_NETWORK", "N_INPUTS", "SHIFTS", "logit_shift", "pack", "shapes"]
 
 #: Instances more that prefill only, by action; the first is none.
 SHIFTS = (0, -1, 1, -2, 2)
@@ -59,16 +59,6 @@ def pack(arrays: Mapping[str, np.ndarray], every_s: float = _EVERY_S) -> np.ndar
 
 #: The block of a rule without one.
 NO_NETWORK = np.array([_EVERY_S, 0.0])
-
-
-def arrays_of(block: np.ndarray) -> dict[str, np.ndarray]:
-    """The weights of a block by name; empty where it has no network."""
-    hidden, at, found = int(block[1]), 2, {}
-    for name, shape in shapes(hidden).items() if hidden else ():
-        size = int(np.prod(shape))
-        found[name] = block[at : at + size].reshape(shape).astype(np.float32)
-        at += size
-    return found
 
 
 @kernel
