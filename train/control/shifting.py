@@ -1,8 +1,8 @@
-"""Learning by how much to shift what a tuned planner wants: imitation of somebody who knows the phases, then PPO.
+"""Learning by how much to shift what a tuned planner wants: imitation of who knows the phases, and PPO.
 
-imitation   DAgger (Ross et al. 2011): on training days the teacher names the composition that is best for the
-            phase that is about to be; first it acts itself, then the network does and the teacher says what it
-            have done; the network is fitted to all that was said
+imitation   DAgger (Ross et al. 2011): a teacher who knows when phases change finds out on training days which
+            shifts pay; first it acts itself, then the network does and the teacher says what it should have done;
+            the network is fitted to all that was said
 PPO         on days of training arrivals, eight clusters on the same ones, each the others' baseline; rewards are
             misses and waits that are too long, discounted by elapsed time over twenty minutes
 choice      of start and results by where validation days stand: never worse there than what it began with
