@@ -35,8 +35,8 @@ from policies.common import hold, kind_of
 from policies.network.features import N_FEATURES
 from policies.rule import BoundPolicy, Values
 from policies.rules import linear_score
-from policies.rules.parts.planner import count_prefill
-from policies.rules.planner import RULE, least_prefill, mover, plans_of, weights_of
+from policies.rules.parts.planner import count_prefill, mover
+from policies.rules.planner import RULE, least_prefill, plans_of, weights_of
 from train.control.days import practice
 
 _PREFILL = int(Role.PREFILL)

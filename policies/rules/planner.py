@@ -46,7 +46,7 @@ from policies.network.features import N_FEATURES, feature
 from policies.rule import BoundPolicy, InstancePlan, Param, Rule, Setting, Values
 from policies.rules import linear_score
 from policies.rules.parts import shift
-from policies.rules.parts.planner import composition, corrected, count_prefill
+from policies.rules.parts.planner import composition, corrected, count_prefill, mover
 from policies.rules.parts.profile_tables import (
     PROFILE_CELLS,
     itl_prof,
@@ -57,7 +57,7 @@ from policies.rules.parts.profile_tables import (
 )
 
 __all__ = [
-    "PLACING", "RULE", "SHIFT", "decide", "least_prefill", "looks", "mover", "needs", "plans_of", "risks",
+    "PLACING", "RULE", "SHIFT", "decide", "least_prefill", "looks", "needs", "plans_of", "risks",
     "shift_bounds", "shift_inputs", "shifted", "weights_of",
 ]  # fmt: skip
 
@@ -156,19 +156,6 @@ def risks(context, candidates, params):
     limit = max(params[_TTFT_S], params[_TTFT_FACTOR] * context[Ctx.ISOLATED_S], 1e-9)
     tpot = tpot_slo(params, _TABLES)
     return max(context[Ctx.WIN_TTFT_S], wait) / limit, max(context[Ctx.WIN_TPOT_S], step) / tpot
-
-
-@kernel
-def mover(candidates, mask, out_of_prefill, new):
-    """Row that makes an instance ``new``, out of PREFILL or into it: the one with the least to lose; -1: none may."""
-    best, load = -1, np.inf
-    for k in range(candidates.shape[0]):
-        if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0 or int(candidates[k, Col.NEW_ROLE]) != new:
-            continue
-        here = candidates[k, Col.OUTSTANDING]
-        if (int(candidates[k, Col.ROLE]) == _PREFILL) == out_of_prefill and here < load:
-            best, load = k, here
-    return best
 
 
 @kernel

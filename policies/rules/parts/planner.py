@@ -223,3 +223,16 @@ def composition(p, d, n, now, spare, hysteresis, least):
     elif wanted < now - 0.5 - hysteresis:
         now = np.floor(wanted + 0.5)
     return min(max(now, least), n - 1.0)
+
+
+@kernel
+def mover(candidates, mask, out_of_prefill, new):
+    """Row that makes an instance ``new``, out of PREFILL or into it: the one with the least to lose; -1: none may."""
+    best, load = -1, np.inf
+    for k in range(candidates.shape[0]):
+        if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0 or int(candidates[k, Col.NEW_ROLE]) != new:
+            continue
+        here = candidates[k, Col.OUTSTANDING]
+        if (int(candidates[k, Col.ROLE]) == _PREFILL) == out_of_prefill and here < load:
+            best, load = k, here
+    return best
