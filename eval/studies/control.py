@@ -44,13 +44,9 @@ ARMS = {"CMA-ES, then imitation": (True, False), "CMA-ES, then PPO": (False, Tru
 
 
 def _searched(scenario: Scenario, requests: float, seed: int) -> Row:
-    """The planner's values, and the rate at which the search ended."""
-    last: list[float] = []
-    found = tune_on_days(
-        RULE.name, scenario, requests=requests, seed=seed, on_answer=lambda used, rate, values: last.append(rate)
-    )
-    rate = last[-1] if last else found.knee
-    return {"values": dict(found.values), "rate": rate, "requests": found.requests, "valid": found.score}
+    """The planner's values, and its goodput on a validation day, at which what follows is learned."""
+    found = tune_on_days(RULE.name, scenario, requests=requests, seed=seed)
+    return {"values": dict(found.values), "rate": found.knee, "requests": found.requests, "valid": found.score}
 
 
 def _shifted(scenario: Scenario, start: Row, requests: float, seed: int, how: tuple[bool, bool]) -> Row:
