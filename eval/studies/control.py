@@ -54,15 +54,16 @@ def _shifted(scenario: Scenario, start: Row, requests: float, seed: int, how: tu
         scenario, start["values"], start["rate"], requests=requests, seed=seed, imitation=how[0], ppo=how[1]
     )
     return {
-        "values": start["values"], "block": found.block.tolist(), "chosen": found.chosen, "valid": found.standings,
+        "values": start["values"], "rate": start["rate"], "block": found.block.tolist(),
+        "chosen": found.chosen, "valid": found.standings,
         "plan": list(found.plan), "requests": start["requests"] + found.requests,
         "stages": {k: v.tolist() for k, v in found.blocks.items()},
     }  # fmt: skip
 
 
-def _policy(scenario: Scenario, row: Row, stage: str = "") -> BoundPolicy:
+def _policy(scenario: Scenario, row: Row) -> BoundPolicy:
     planner = RULE.bind(row["values"], arena_of(scenario).setting)
-    block = row["stages"][stage] if stage else row.get("block")
+    block = row.get("block")
     return planner if block is None else shifted(planner, np.array(block))
 
 
