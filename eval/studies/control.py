@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from engine.common.files import write_json
+from engine.common.options import refuses
 from engine.common.provenance import commit
-from engine.errors import SlalomError
 from engine.jit import sources
 from env.measure.digest import code_sha256
 from env.measure.phases import play_days, standing
@@ -135,6 +135,7 @@ def _iqm(figures: np.ndarray, digits: int) -> str:
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
+@refuses("control")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", help="name of a shipped scenario, or a YAML file")
@@ -143,15 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True, help="folder for results; a stopped study goes on there")
     given = parser.parse_args(arguments)
-    try:
-        given.out.mkdir(parents=True, exist_ok=True)
-        result = study(
-            practice(Scenario.load(given.scenario)), requests=given.requests, days=given.days, seeds=given.seeds,
-            out=given.out, say=lambda text: print(text, file=sys.stderr, flush=True),
-        )  # fmt: skip
-    except SlalomError as error:
-        print(f"control: {error}", file=sys.stderr)
-        return 2
+    given.out.mkdir(parents=True, exist_ok=True)
+    result = study(
+        practice(Scenario.load(given.scenario)), requests=given.requests, days=given.days, seeds=given.seeds,
+        out=given.out, say=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
     print(table(result))
     return 0
 

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from engine.common.files import read_json, write_json
+from engine.common.options import refuses
 from engine.common.provenance import commit
 from engine.core.kinds import Role
 from engine.errors import SlalomError
@@ -258,6 +259,7 @@ def _ratio(mine: Sequence[float], other: Sequence[float] | None) -> str:
     return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
+@refuses("drift")
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenario", help="name of a shipped scenario, or a YAML file")
@@ -269,17 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="days compressed to two hours, as in training")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; a stopped study goes on there")
     given = parser.parse_args(arguments)
-    try:
-        given.out.mkdir(parents=True, exist_ok=True)
-        scenario = Scenario.load(given.scenario)
-        result = study(
-            practice(scenario) if given.short else scenario, given.policy, given.rule or RULES,
-            requests=given.requests, days=given.days, seeds=given.seeds, out=given.out,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )  # fmt: skip
-    except SlalomError as error:
-        print(f"drift: {error}", file=sys.stderr)
-        return 2
+    given.out.mkdir(parents=True, exist_ok=True)
+    scenario = Scenario.load(given.scenario)
+    result = study(
+        practice(scenario) if given.short else scenario, given.policy, given.rule or RULES,
+        requests=given.requests, days=given.days, seeds=given.seeds, out=given.out,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
     print(table(result))
     return 0
 

@@ -94,6 +94,15 @@ def one_handed_over() -> Desk:
     return desk
 
 
+def settle_somehow(desk: Desk, dice: random.Random) -> None:
+    """Answer what is asked at random, after the clock's own events now and then; the books must agree."""
+    desk.settle(lambda allowed: dice.choice(list(allowed)))
+    if dice.random() < 0.3:
+        loop.wake(desk.words, desk.now)
+        desk.settle(lambda allowed: dice.choice(list(allowed)))
+    recount(desk.state)
+
+
 def test_an_engine_gets_what_it_can_start_soon_and_the_rest_waits_here() -> None:
     desk = Desk(1)
     for r in range(6):
@@ -186,11 +195,7 @@ def test_the_books_agree_with_a_recount_after_everything_that_can_be_seen(order:
                 observed.take_back(desk.words, dice.choice(open_), desk.now, dice.randrange(2))
         else:
             observed.set_away(desk.words, dice.randrange(3), dice.randrange(2))
-        desk.settle(lambda allowed: dice.choice(list(allowed)))
-        if dice.random() < 0.3:
-            loop.wake(desk.words, desk.now)
-            desk.settle(lambda allowed: dice.choice(list(allowed)))
-        recount(desk.state)
+        settle_somehow(desk, dice)
     for r in desk.in_state(*(x for x in S if S.NEW < x < S.FINISHED)):
         observed.take_back(desk.words, r, desk.now, 0)
     assert (desk.state.lane["kind"] == LaneKind.IDLE).all()
@@ -324,11 +329,7 @@ def test_the_books_agree_with_a_recount_while_prompts_move_and_roles_change() ->
             interrupt.request_role(desk.words, dice.randrange(3), dice.randrange(3))
         else:
             observed.set_away(desk.words, dice.randrange(3), dice.randrange(2))
-        desk.settle(lambda allowed: dice.choice(list(allowed)))
-        if dice.random() < 0.3:
-            loop.wake(desk.words, desk.now)
-            desk.settle(lambda allowed: dice.choice(list(allowed)))
-        recount(desk.state)
+        settle_somehow(desk, dice)
     assert int(desk.state.cluster[0]["n_migrated"]) > 5
     assert int(desk.state.cluster[0]["n_switches"]) > 3
 

@@ -31,6 +31,7 @@ from policies.rule import BoundPolicy, Values
 from policies.rules.parts.shift import KEEP, N_INPUTS, NO_NETWORK, SHIFTS, pack, shapes
 from policies.rules.planner import RULE, shifted
 from train.config import TrainConfig
+from train.control.days import BEYOND, MEAN, VALID_DAYS
 from train.ppo.learner import DispatchPPO
 
 __all__ = ["ShiftNetwork", "Shifting", "learn_shift"]
@@ -38,11 +39,10 @@ __all__ = ["ShiftNetwork", "Shifting", "learn_shift"]
 _HIDDEN = 32
 _STEP_S = float(NO_NETWORK[0])
 _WINDOWS_S = ((0.0, 30.0), (30.0, 60.0), (60.0, 120.0))  # after a change of phase, in which a teacher may shift
-_SHOWN, _MEAN = 2, 0.1  # days on which it finds out; weight of the mean over phases, as in train.control.days
+_SHOWN = 2  # days on which it finds out
 _PUPILS, _ROUNDS = 4, 6  # days of a round of imitation; rounds
 _FITS, _FIT_RATE = 400, 3e-3  # steps of Adam after each round, and their size
 _IMITATION = 0.3  # share of the requests, where PPO follows
-_VALID_SEED, _VALID_DAYS, _BEYOND = 1_000, 3, 1.02  # as in train.control.days
 _CONFIG = TrainConfig.model_validate({
     "n_envs": 8, "groups": 1, "n_steps": 240, "batch_size": 480, "n_epochs": 6, "horizon_s": 1200.0,
     "gae_lambda": 0.95, "learning_rate": 1e-3, "learning_rate_final": 1e-4, "target_kl": 0.05, "critic_warmup": 2,
@@ -132,7 +132,7 @@ class _Teacher:
                 lost[phase] += env.step(np.array([SHIFTS.index(_planned(plan, changes, now)) for plan in plans]))[1]
             sent = np.diff(np.searchsorted(day.arrival_s[: day.n_roots], np.concatenate([[0.0], ends])))
             share = 1.0 + lost / np.maximum(sent, 1)[:, None]
-            found += share.min(axis=0) + _MEAN * share.mean(axis=0)
+            found += share.min(axis=0) + MEAN * share.mean(axis=0)
             self.requests += len(plans) * env.episodes.n_requests
         return found
 
@@ -242,7 +242,7 @@ def learn_shift(
     """
     values, day = RULE.values(values), math.ceil(rate * scenario.workload.natural_s)
     planner = RULE.bind(values, arena_of(scenario).setting)
-    blocks, plan, spent = {"start": NO_NETWORK}, (), _VALID_DAYS * day * (1 + imitation + 2 * ppo)
+    blocks, plan, spent = {"start": NO_NETWORK}, (), len(VALID_DAYS) * day * (1 + imitation + 2 * ppo)
 
     def world(n: int, number: int, groups: int = 1) -> ControlVecEnv:
         return ControlVecEnv(scenario, n, values=values, rate=rate, seed=101 * seed + number, groups=groups)
@@ -276,5 +276,5 @@ def _reinforce(
 
 
 def _validated(scenario: Scenario, policy: BoundPolicy, rate: float) -> float:
-    days = range(_VALID_SEED, _VALID_SEED + _VALID_DAYS)
-    return float(np.mean([standing(scenario, *play_days(scenario, policy, _BEYOND * rate, d, "valid")) for d in days]))
+    played = (play_days(scenario, policy, BEYOND * rate, day, "valid") for day in VALID_DAYS)
+    return float(np.mean([standing(scenario, *found) for found in played]))
