@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 from env.sections import Decisions, InstanceGroup
 
-__all__ = ["EngineName", "Misfit", "batching_of", "filled_in", "misfits", "roles_of"]
-
 EngineName = Literal["own", "vllm", "llama_cpp"]
 
 #: Prompt tokens of a step where neither the scenario nor the engine's command line says (``max_num_batched_tokens``,

@@ -11,8 +11,6 @@ import httpx
 
 from engine.errors import SlalomError
 
-__all__ = ["EngineFacts", "discover", "own_key"]
-
 _TIMEOUT_S = 5.0
 _CACHE = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')

@@ -15,8 +15,6 @@ from engine.remote.reports import Report, Reports
 from engine.remote.request import RemoteRequest
 from engine.remote.upstream import Upstream
 
-__all__ = ["EngineReport", "Fleet", "Patience"]
-
 _log = logging.getLogger("slalom.remote")
 _MOST_BACKOFF_S = 10.0
 

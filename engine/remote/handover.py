@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["KV", "body_of_decode", "body_of_prefill", "can_part", "kv_of"]
-
 KV = "kv_transfer_params"
 _ASK = {
     "do_remote_decode": True,

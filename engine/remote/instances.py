@@ -16,8 +16,6 @@ from engine.live.request import ABORT, ERROR, UNPLACEABLE
 from engine.remote.reports import End, Report
 from engine.remote.request import Leg, RemoteRequest
 
-__all__ = ["Orders", "RemoteInstances"]
-
 _log = logging.getLogger("slalom.remote")
 _PREFILLING = int(RequestState.PREFILLING)
 #: Times that an engine may fail a request before it ends with an error.

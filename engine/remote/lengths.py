@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Lengths", "letters", "marks", "token_ids"]
-
 _FIRST_GUESS = 0.25  # tokens per character of English text
 _SMOOTH = 0.05
 

@@ -18,8 +18,6 @@ from engine.remote.reports import End, Report
 from engine.remote.request import Leg, RemoteRequest
 from engine.remote.router import Router
 
-__all__ = ["REHEARSED", "rehearse"]
-
 #: Slots that a rehearsal needs.
 REHEARSED = 2
 

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from engine.remote.request import RemoteRequest
 
-__all__ = ["End", "Report", "Reports"]
-
 #: A client's token goes out first: the scheduler, woken at once, would compete with that for the interpreter.
 _AT_ONCE_S, _SOON_S = 0.001, 0.005
 

@@ -13,8 +13,6 @@ import numpy as np
 
 from engine.live.request import Delta, Ticket
 
-__all__ = ["Answer", "Leg", "RemoteRequest", "Reply"]
-
 #: The engine ends its answers, the core never does.
 _NO_LIMIT = 2**31 - 1
 

@@ -21,8 +21,6 @@ from engine.remote.handover import can_part
 from engine.remote.instances import RemoteInstances
 from engine.remote.request import RemoteRequest
 
-__all__ = ["Router"]
-
 
 class Router(Scheduler):
     """Routes requests until :meth:`close`.

@@ -7,8 +7,6 @@ import numpy as np
 
 from engine.remote.discover import own_key
 
-__all__ = ["STEP", "read_steps", "steps_so_far"]
-
 #: ``prompt_tokens`` of ``prompts`` prompts beside ``decodes`` sequences; ``kv`` is the share of its KV in use then.
 STEP = np.dtype(
     [("prompts", np.int64), ("prompt_tokens", np.int64), ("decodes", np.int64), ("elapsed_s", float), ("kv", float)]

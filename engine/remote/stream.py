@@ -7,8 +7,6 @@ from typing import Any
 
 import orjson
 
-__all__ = ["Splitter", "Whole", "asks_usage_only", "n_tokens", "payload"]
-
 _JOINED = ("content", "text", "reasoning_content", "reasoning", "refusal", "arguments")
 
 

@@ -20,8 +20,6 @@ from engine.remote.request import Leg, RemoteRequest, Reply
 from engine.remote.stream import Splitter, Whole, asks_usage_only, n_tokens, payload
 from engine.remote.wire import Wire
 
-__all__ = ["Attempt", "Upstream"]
-
 _log = logging.getLogger("slalom.remote")
 _BUSY = (429, 503)
 _REST_S = 0.05  # what follows the end of an answer, which is nothing, may take so long

@@ -9,8 +9,6 @@ import httpx
 
 from engine.remote.discover import own_key
 
-__all__ = ["Wire"]
-
 _CONNECT_S = 5.0
 #: Servers hang up on idle connections, after 5 s and more, and a request must not meet that.
 _KEPT_S = 2.0

@@ -18,8 +18,6 @@ from env.surrogate.simulate import bind_policy
 from policies.rule import Value
 from policies.rules.parts.shift import N_INPUTS, SHIFTS
 
-__all__ = ["ControlEnv", "ControlVecEnv"]
-
 
 class ControlVecEnv(SlalomVecEnv):
     """``n_envs`` clusters under the rule ``planner``; one step is ten seconds of each.

@@ -30,8 +30,6 @@ from env.surrogate.arena import Arena, arena_of, build_trace, check_classes
 from env.surrogate.simulate import bind_policy
 from env.workload import Trace
 
-__all__ = ["replay"]
-
 _VOCABULARY = 10_000  # ids that any model knows
 _REHEARSED: set[tuple[str, str]] = set()
 

@@ -18,8 +18,6 @@ from env.surrogate.loop import advance, answer, describe
 from policies.rules.parts.shift import N_INPUTS, SHIFTS
 from policies.rules.planner import SHIFT, looks, shift_bounds, shift_inputs
 
-__all__ = ["advance_looks"]
-
 _ASKED, _LAST, _ENDED = np.int64(0), np.int64(LAST), np.int64(ENDED)
 _LIVE = int(RequestState.RUNNING)
 _N = len(SHIFTS)

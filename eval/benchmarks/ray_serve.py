@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Modelled", "Vllm", "main", "play", "run_app"]
-
 _RAY = "ray"  # the row of Ray's own router
 _LONG = 0.2  # of the prompts
 

@@ -36,8 +36,6 @@ from policies.rules.planner import RULE, shifted
 from train.control.days import practice, tune_on_days
 from train.control.shifting import learn_shift
 
-__all__ = ["ARMS", "main", "study", "table"]
-
 HALF, WHOLE = "CMA-ES, half of the requests", "CMA-ES"
 #: What the second half of the requests is spent on: (imitation, PPO).
 ARMS = {"CMA-ES, then imitation": (True, False), "CMA-ES, then PPO": (False, True), "all three": (True, True)}

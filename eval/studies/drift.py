@@ -42,8 +42,6 @@ from eval.report.plots_drift import roles_under_demand
 from policies.registry import get
 from train.control.days import RULE, practice, tune_on_days
 
-__all__ = ["Kept", "main", "measured", "paired", "study", "table"]
-
 RULES = ("arrow", "dyn_sla", "dyn_load", "dopd", "muxwise")
 _FIXED_SEED, _COARSE = 0, 0.04  # training day and step of the rate on which fixed compositions are compared
 _WINDOWS = (120.0, 300.0)  # of replanning, seconds

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from engine.remote.discover import EngineFacts
     from engine.remote.router import Router
 
-__all__ = ["Desk", "Options", "app", "build", "main", "open_desk"]
-
 _log = logging.getLogger("slalom.route")
 _KV_TOKENS, _MAX_BATCH = 2**17, 256  # where neither the user nor the engine says
 _CHUNK_TOKENS = 2048

@@ -18,8 +18,6 @@ from engine.server.routed import terms_of
 from policies.route.command import Desk, Options, open_desk
 from policies.route.unseen import UnseenInstances
 
-__all__ = ["Asked", "Dispatcher", "Refused", "asked_of", "desk_for"]
-
 #: Targets in a body, where no header names them (:func:`engine.server.protocol.targets_of`).
 _TARGETS = {"slo_ttft_ms": "x-slo-ttft-ms", "slo_tpot_ms": "x-slo-tpot-ms"}
 #: Settings of ``route`` that are about a decision; the others are about engines that it talks to itself.

@@ -11,8 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-__all__ = ["STATS", "Progress"]
-
 #: Where a router finds it in the statistics of a replica: request to [tokens of the prompt or 0, tokens so far].
 STATS = "slalom_progress"
 

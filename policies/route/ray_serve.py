@@ -26,8 +26,6 @@ from engine.live.door import Overloaded, Unavailable
 from policies.route.elsewhere import Asked, Dispatcher, Refused, asked_of, desk_for
 from policies.route.progress import STATS
 
-__all__ = ["SlalomRouter"]
-
 _log = logging.getLogger("ray.serve")
 _DROPPED = ("shed", "unplaceable")
 

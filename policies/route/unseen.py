@@ -22,8 +22,6 @@ from engine.remote.instances import RemoteInstances
 from engine.remote.reports import Report
 from engine.remote.request import RemoteRequest
 
-__all__ = ["UnseenInstances"]
-
 #: Decode steps are booked together for so long: one by one they would keep the scheduler from its decisions.
 _TOGETHER = TICKS_PER_S // 50
 

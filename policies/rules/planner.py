@@ -56,11 +56,6 @@ from policies.rules.parts.profile_tables import (
     ttft_prof,
 )
 
-__all__ = [
-    "PLACING", "RULE", "SHIFT", "decide", "least_prefill", "looks", "needs", "plans_of", "risks",
-    "shift_bounds", "shift_inputs", "shifted", "weights_of",
-]  # fmt: skip
-
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 _DISPATCH = len(Kind) * N_FEATURES  # params: the score's weights come first
 _PLACE_DECODE = int(Kind.PLACE_DECODE) * N_FEATURES

@@ -34,8 +34,6 @@ from train.control.space import Space, Values
 from train.search.journal import Journal
 from train.search.rule import SearchResult
 
-__all__ = ["CONTROLLER", "RULE", "drifts", "practice", "tune_on_days"]
-
 CONTROLLER, RULE = "controller", "planner"
 _LEAST_S, _LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
 _RACE = 0.3  # share of the budget until one climb is left

@@ -34,8 +34,6 @@ from train.config import TrainConfig
 from train.control.days import BEYOND, MEAN, VALID_DAYS
 from train.ppo.learner import DispatchPPO
 
-__all__ = ["ShiftNetwork", "Shifting", "learn_shift"]
-
 _HIDDEN = 32
 _STEP_S = float(NO_NETWORK[0])
 _WINDOWS_S = ((0.0, 30.0), (30.0, 60.0), (60.0, 120.0))  # after a change of phase, in which a teacher may shift

@@ -13,8 +13,6 @@ from policies import registry
 from policies.rule import BoundPolicy, Param, Value
 from train.search.levers import EVERY, Levers
 
-__all__ = ["Axis", "Space", "Values"]
-
 Values = dict[str, Value]
 
 

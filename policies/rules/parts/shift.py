@@ -16,8 +16,6 @@ import numpy as np
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 
-__all__ = ["CELLS", "KEEP", "NO_NETWORK", "N_INPUTS", "SHIFTS", "logit_shift", "pack", "shapes"]
-
 #: Instances more that prefill only, by action; the first is none.
 SHIFTS = (0, -1, 1, -2, 2)
 N_INPUTS = 20

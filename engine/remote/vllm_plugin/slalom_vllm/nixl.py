@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["calm"]
-
 
 def calm() -> None:
     """Let the thread sleep between two polls, ``SLALOM_NIXL_POLL_US`` microseconds (200)."""

@@ -16,8 +16,6 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-__all__ = ["FIELDS", "Routes", "StepLog"]
-
 #: Of a step; ``end`` in seconds since the epoch, ``elapsed_ms`` from the start of scheduling to its last token.
 FIELDS = ("number", "end", "prompts", "prompt_tokens", "decodes", "elapsed_ms", "running", "waiting", "kv")
 _KEPT = 20_000
