@@ -14,14 +14,15 @@ from engine.latency.profile import FitError, Profile, Provenance, Roofline, Shar
 from engine.remote.discover import EngineFacts
 
 #: Where an engine does not say how much KV it has.
-_KV_TOKENS = 2**17
+KV_TOKENS = 2**17
 
 
 def profile_of(
-    measured: Sequence[Measured], facts: EngineFacts, name: str, *, beside: int = 0, share: float = 0.0
+    measured: Sequence[Measured], facts: EngineFacts, name: str, *, how: str = "", beside: int = 0, share: float = 0.0
 ) -> Profile:
     """The profile that explains ``measured`` best, its error on the fifth of the points that no fit has seen.
 
+    :param how: the steps came to be known, for its provenance; from outside unless it says otherwise
     :param beside: engines on the same hardware that were busy for ``share`` of the time meanwhile
 
     :raises SlalomError: too few points
@@ -44,8 +45,8 @@ def profile_of(
     )
     company = f"{beside} more engines on its hardware computed for {share:.0%} of the time. " if beside else ""
     notes = company + (
-        f"Timed from outside, HTTP and host included: {len(of['prefill'])} lone prompts, {len(of['decode'])} decode "
-        f"and {len(of['fused'])} fused steps. No roofline was checked, and KV never moves."
+        f"{how or 'Timed from outside, HTTP and host included'}: {len(of['prefill'])} prompts, {len(of['decode'])} "
+        f"decode and {len(of['fused'])} fused steps. No roofline was checked, and KV never moves."
     )
     profile = Profile(
         name=name,
@@ -56,7 +57,7 @@ def profile_of(
         n_layers=1,
         total_sms=1,
         max_prompt_tokens=int(n.max()),
-        kv_tokens=facts.kv_tokens or _KV_TOKENS,
+        kv_tokens=facts.kv_tokens or KV_TOKENS,
         kv_bytes_per_token=1.0,
         shares=(row,),
         regime_bs=decode.regime_bs,

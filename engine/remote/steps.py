@@ -7,10 +7,21 @@ import numpy as np
 
 from engine.remote.discover import own_key
 
-#: ``prompt_tokens`` of ``prompts`` prompts beside ``decodes`` sequences; ``kv`` is the share of its KV in use then.
+#: ``prompt_tokens`` of ``prompts`` prompts beside ``decodes`` sequences; ``elapsed_s`` from its scheduling to its
+#: ``end_s``, since the epoch; then ``running`` sequences go on, and ``kv`` is the share of the KV in use.
 STEP = np.dtype(
-    [("prompts", np.int64), ("prompt_tokens", np.int64), ("decodes", np.int64), ("elapsed_s", float), ("kv", float)]
+    [
+        ("number", np.int64),
+        ("end_s", float),
+        ("prompts", np.int64),
+        ("prompt_tokens", np.int64),
+        ("decodes", np.int64),
+        ("elapsed_s", float),
+        ("running", np.int64),
+        ("kv", float),
+    ]
 )
+_AS_TOLD = {"end_s": ("end", 1.0), "elapsed_s": ("elapsed_ms", 1e-3)}  # where name and unit differ
 _TIMEOUT_S = 10.0
 
 
@@ -31,13 +42,28 @@ def read_steps(url: str, since: int) -> np.ndarray:
 
     Empty where vLLM runs without ``--enable-logging-iteration-details``, or the plug-in is not there.
     """
-    found = _get(url, f"/slalom/steps?since={since}")
-    if found is None:
+    answer = _get(url, f"/slalom/steps?since={since}")
+    if answer is None:
         return np.zeros(0, STEP)
-    said = found.json()
+    said = answer.json()
     at = {name: k for k, name in enumerate(said["fields"])}
-    rows = [
-        (s[at["prompts"]], s[at["prompt_tokens"]], s[at["decodes"]], 1e-3 * s[at["elapsed_ms"]], s[at["kv"]])
-        for s in said["steps"]
-    ]
-    return np.array(rows, STEP)
+    rows = np.array(said["steps"], float).reshape(-1, len(at))
+    found = np.zeros(len(rows), STEP)
+    for name in STEP.names or ():
+        told, unit = _AS_TOLD.get(name, (name, 1.0))
+        found[name] = unit * rows[:, at[told]]
+    return found
+
+
+def paced(steps: np.ndarray) -> np.ndarray:
+    """Seconds that each of an engine's ``steps`` (``STEP``) held it up, host work before the step included; (n,).
+
+    From end to end where it went on without a pause. After a pause the engine's own figure, and what it typically
+    leaves out.
+    """
+    went_on = np.zeros(len(steps), bool)
+    went_on[1:] = (np.diff(steps["number"]) == 1) & (steps["running"][:-1] > 0)
+    between = np.diff(steps["end_s"], prepend=steps["end_s"][:1])
+    left_out = between[went_on] - steps["elapsed_s"][went_on]
+    typical = max(float(np.median(left_out)), 0.0) if len(left_out) else 0.0
+    return np.asarray(np.where(went_on, between, steps["elapsed_s"] + typical))

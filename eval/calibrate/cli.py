@@ -64,6 +64,7 @@ class Options:
     kv_tokens: int = option(0, "KV capacity of an instance; 0: what fits.", min=0)
     engine: str = option("", "Time somebody else's running engine at this address instead, from outside.")
     beside: str = option("", "With --engine: engines on the same hardware, busy for --neighbour-load: URL,...")
+    watch: bool = option(False, "With --engine URL,...: send nothing, take the steps that they tell.", "--watch")
     from_requests: Path | None = option(None, "Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
     engine_config: Path | None = option(None, "With --from-requests: that engine's settings, JSON or YAML.")
     time_unit: str = option("", "With --from-requests: unit of its times: s, ms, us, ns; default: seconds.")
@@ -83,6 +84,14 @@ def calibrate(options: Options) -> None:
     seconds = parse_seconds(options.budget)
     if options.out.suffix != ".json":
         raise SlalomError("--out", str(options.out), "name the profile's file, ending in .json")
+    if options.watch:
+        from eval.calibrate.watched import command as watch
+
+        urls = [url.strip() for url in options.engine.split(",") if url.strip()]
+        if not urls:
+            raise SlalomError("--watch", options.engine, "name the engines to watch with --engine URL,...")
+        watch(urls, options.out, seconds, options.as_json)
+        return
     if options.engine:
         from engine.calibration.outside import Limits
         from eval.calibrate.remote import command as time_engine

@@ -86,7 +86,7 @@ def _steps(log: _Log, unclear: np.ndarray, chunk_tokens: int) -> list[Measured]:
     return found
 
 
-def _averaged(steps: list[Measured]) -> list[Measured]:
+def averaged(steps: list[Measured]) -> list[Measured]:
     """Decode steps of one batch size and like contexts as one: where steps scatter, means add up to latencies."""
     kept, groups = [m for m in steps if m.point.kind != "decode"], defaultdict[tuple[int, int], list[Measured]](list)
     for m in steps:
@@ -111,7 +111,7 @@ def _lone_prompts(log: _Log, unclear: np.ndarray, chunk_tokens: int) -> list[Mea
     return found
 
 
-def _with_fused(points: list[Measured]) -> list[Measured]:
+def with_fused(points: list[Measured]) -> list[Measured]:
     """``points`` with what the fused steps say of prompts: less the decode beside them, plus what they saved by it.
 
     How much that is follows from the lone prompts; without any a fused step is taken to read the weights once.
@@ -163,9 +163,9 @@ def steps_of(content: Mapping[str, Any], n: int, chunk_tokens: int) -> list[Meas
     if read is None:
         return []
     log, unclear = read
-    points = _averaged(_steps(log, unclear, chunk_tokens)) + _lone_prompts(log, unclear, chunk_tokens)
+    points = averaged(_steps(log, unclear, chunk_tokens)) + _lone_prompts(log, unclear, chunk_tokens)
     kinds = [m.point.kind for m in points]
     if kinds.count("decode") < MIN_POINTS or kinds.count("fused") + kinds.count("prefill") < MIN_POINTS:
         return []
-    found = _with_fused(points)
+    found = with_fused(points)
     return found if sum(m.point.kind == "prefill" for m in found) >= MIN_POINTS else []

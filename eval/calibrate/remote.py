@@ -33,10 +33,20 @@ def command(url: str, out: Path, limits: Limits, as_json: bool, beside: Sequence
         measured, stopped = measure(facts, limits, display.update, beside=others, beside_share=share)
     profile = profile_of(measured, facts, out.stem, beside=len(others), share=share)
     profile.save(out)
-    found = _facts(profile, fused_error(profile, measured))
-    if before is not None:
-        found["steps"] = step_errors(profile, read_steps(url, before))
-    found |= {"seconds": round(time.monotonic() - begin, 1), "stopped": stopped, "out": str(out)}
+    errors = {} if before is None else step_errors(profile, read_steps(url, before))
+    how = {"seconds": round(time.monotonic() - begin, 1), "stopped": stopped, "out": str(out)}
+    say(profile, fused_error(profile, measured), errors, how, as_json)
+
+
+def say(
+    profile: Profile, fused: float, errors: dict[str, dict[str, float]], how: dict[str, Any], as_json: bool
+) -> None:
+    """Print how good ``profile`` is.
+
+    :param fused: its error on fused steps, NaN without any; ``errors``: those on the engine's own steps, by kind
+    :param how: it came about: ``seconds``, why it ``stopped``, ``out``
+    """
+    found = _facts(profile, fused) | ({"steps": errors} if errors else {}) | how
     print(json.dumps(found, indent=1) if as_json else _text(found))
 
 

@@ -8,6 +8,9 @@ same levers; every fixed composition is tried; replanned DistServe follows plans
 them meet the same test days. The figure is goodput in every phase (``env.measure.phases``); ratios are of each day's
 figures, so what days have in common drops out, with a Student interval of 95 % over days. Every row is kept as soon as
 it is known: a study that was stopped goes on where it was. ``--short`` compresses days to two hours, as training does.
+
+``--parts CHECKPOINT`` says instead what each lever earned: the scenario's own arrangement, the best fixed composition,
+the order of its queues, how prompts and decodes are placed, and that roles change.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from env.surrogate.arena import arena_of, build_trace
 from eval.placement.clairvoyant import clairvoyant, followed
 from eval.placement.replan import planned
 from eval.report.plots_drift import roles_under_demand
+from policies.load import load_policy
 from policies.registry import get
 from train.control.days import RULE, practice, tune_on_days
 
@@ -60,33 +64,57 @@ def paired(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float,
     return mean, mean - half, mean + half
 
 
-def _fixed(scenario: Scenario) -> Iterator[tuple[str, bool, Any]]:
-    """(name, whether prefill and decode are apart, policy) of every fixed composition that the scenario allows."""
+def _fixed(scenario: Scenario, own: Mapping[str, Any] | None = None) -> Iterator[tuple[str, bool, Any]]:
+    """(name, whether prefill and decode are apart, policy) of every fixed composition that the scenario allows.
+
+    :param own: values of the planner that say how prompts and decodes are placed, and the budgets
+    """
     n, usable = len(scenario.placements()), arena_of(scenario).setting.usable_roles
     for side in (Role.DECODE, Role.MIXED, Role.MULTIPLEXED):
         for k in range(1 if side == Role.DECODE else 0, n) if side in usable else ():
             for order in ("fcfs", "on_time"):
                 name = f"{k} prefill + {n - k} {side.name.lower()}, {order}"
-                values = get(RULE).values({"side": side.name.lower(), "order": order})
+                values = get(RULE).values({**(own or {}), "side": side.name.lower(), "order": order})
                 yield name, side == Role.DECODE, followed([(0.0, k)], n, values)
 
 
-def _best_fixed(scenario: Scenario, say: Say) -> dict[str, tuple[str, Any]]:
-    """The best split into prefill and decode, and the best composition of any kind, on a training day."""
-    short, found = practice(scenario), {}
-    best = {"fixed split": 0.1 * scenario.reference_rate, "fixed, any roles": 0.1 * scenario.reference_rate}
+def _best(scenario: Scenario, policies: Iterator[tuple[str, Any]]) -> tuple[str, Any]:
+    """The one of ``policies`` that holds most on a training day.
 
-    def holds(policy: Any, rate: float) -> bool:
-        return standing(short, *play_days(short, policy, rate, _FIXED_SEED, "train")) >= GOAL
-
-    for name, apart, policy in _fixed(scenario):
-        for label in ("fixed split", "fixed, any roles") if apart else ("fixed, any roles",):
-            while holds(policy, best[label]):
-                best[label], found[label] = best[label] * (1.0 + _COARSE), (name, policy)
-    if len(found) < len(best):
+    :raises SlalomError: none holds a tenth of the reference rate
+    """
+    short, rate, found = practice(scenario), 0.1 * scenario.reference_rate, None
+    for name, policy in policies:
+        while standing(short, *play_days(short, policy, rate, _FIXED_SEED, "train")) >= GOAL:
+            rate, found = rate * (1.0 + _COARSE), (name, policy)
+    if found is None:
         raise SlalomError("scenario", scenario.name, "no fixed composition holds a tenth of its reference rate")
+    return found
+
+
+def _best_fixed(scenario: Scenario, say: Say) -> dict[str, tuple[str, Any]]:
+    """The best split into prefill and decode, and the best composition of any kind."""
+    found = {
+        "fixed split": _best(scenario, ((name, policy) for name, apart, policy in _fixed(scenario) if apart)),
+        "fixed, any roles": _best(scenario, ((name, policy) for name, _, policy in _fixed(scenario))),
+    }
     say("fixed: " + "; ".join(f"{label}: {name}" for label, (name, _) in found.items()))
     return found
+
+
+def _parts(scenario: Scenario, folder: str) -> Iterator[tuple[str, Any]]:
+    """(what is added, policy) of each lever that the controller in ``folder`` uses, one after the other."""
+    learned = load_policy(folder, arena_of(scenario).setting).values
+    yield "least predicted TTFT, the scenario's arrangement", bound(scenario, Contender("predicted_ttft"))
+    for text, own, orders in (
+        ("+ arrangement", {}, ("fcfs",)),
+        ("+ order of queues", {}, ("fcfs", "on_time")),
+        ("+ placement and budgets", learned, ("fcfs", "on_time")),
+    ):
+        fixed = _fixed(scenario, own)
+        name, policy = _best(scenario, ((n, policy) for n, _, policy in fixed if n.endswith(orders)))
+        yield f"{text}: {name}", policy
+    yield "+ role changes: the checkpoint", folder
 
 
 def _fixed_row(
@@ -223,6 +251,18 @@ def _draw(scenario: Scenario, checkpoints: Sequence[str], ceiling: Row, rows: Ma
     roles_under_demand(trace, lines).savefig(out / "roles.png", dpi=110)
 
 
+def parts(scenario: Scenario, folder: str, *, days: int, out: Path, say: Say) -> str:
+    """What each lever of the checkpoint ``folder`` earned, as Markdown; finished rows are kept in ``out``."""
+    kept, lines, before = Kept(out, [_code(), scenario.hash(), days], say), list[str](), list[float]()
+    for k, (what, policy) in enumerate(_parts(scenario, folder)):
+        row = kept.get(f"part {k}", partial(measured, scenario, [policy] * days, range(days), None), what, folder)
+        adds = _ratio(row["goodput"], before) if before else ""
+        lines.append(f"| {what} | {float(np.mean(row['goodput'])):.2f} | {adds} | {row['role_changes']} |")
+        before = row["goodput"]
+    head = ["| lever | goodput in every phase [req/s] | ÷ the row above (95 %) | role changes a day |"]
+    return "\n".join([*head, "| --- | ---: | ---: | ---: |", *lines])
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: who, goodput in every phase, against the fixed split, share of the ceiling's gain."""
     rows = result["rows"]
@@ -268,13 +308,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="searches for a controller")
     parser.add_argument("--short", action="store_true", help="days compressed to two hours, as in training")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; a stopped study goes on there")
+    parser.add_argument("--parts", metavar="CHECKPOINT", help="say instead what each of its levers earned")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     scenario = Scenario.load(given.scenario)
+    scenario = practice(scenario) if given.short else scenario
+    say = partial(print, file=sys.stderr, flush=True)
+    if given.parts:
+        print(parts(scenario, given.parts, days=given.days, out=given.out, say=say))
+        return 0
     result = study(
-        practice(scenario) if given.short else scenario, given.policy, given.rule or RULES,
-        requests=given.requests, days=given.days, seeds=given.seeds, out=given.out,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        scenario, given.policy, given.rule or RULES, requests=given.requests, days=given.days, seeds=given.seeds,
+        out=given.out, say=say,
     )  # fmt: skip
     print(table(result))
     return 0

@@ -10,7 +10,7 @@ import pytest
 
 from env.measure.roles import role_timeline
 from env.scenario import Scenario
-from eval.studies.drift import main, paired, study, table
+from eval.studies.drift import main, paired, parts, study, table
 
 
 def test_ratios_are_of_each_day() -> None:
@@ -50,6 +50,16 @@ def test_a_small_table_from_search_to_picture(small: Scenario, tmp_path: Path) -
         study(small, [], ["dyn_sla"], requests=20_000, days=2, seeds=1, out=tmp_path, say=said.append)["rows"] == rows
     )
     assert not any("runs: worst phase" in line for line in said[before:])  # read back, not played again
+
+
+def test_levers_are_added_one_after_the_other(small: Scenario, tmp_path: Path) -> None:
+    text = parts(small, "planner:pack=0", days=1, out=tmp_path, say=lambda line: None)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[0].split(":")[0].split(",")[0] for row in rows] == [
+        "least predicted TTFT", "+ arrangement", "+ order of queues", "+ placement and budgets", "+ role changes",
+    ]  # fmt: skip
+    assert float(rows[1][1]) > float(rows[0][1]) > 0.0
+    assert [int(row[3]) > 0 for row in rows] == [False, False, False, False, True]
 
 
 def test_roles_are_drawn_under_the_demand(small: Scenario) -> None:
