@@ -100,7 +100,7 @@ def fused_error(profile: Profile, measured: Sequence[Measured]) -> float:
 
 
 def step_errors(profile: Profile, steps: np.ndarray) -> dict[str, dict[str, float]]:
-    """How far ``profile`` is from the engine's own ``steps`` (:data:`engine.remote.steps.STEP`), by kind of step.
+    """How far ``profile`` is from the engine's own ``steps`` (:func:`engine.remote.steps.paced`), by kind of step.
 
     The engine tells how much KV is in use, not the contexts of a step: that is taken for their sum.
 

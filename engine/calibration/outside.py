@@ -108,6 +108,8 @@ class _Engine:
             "ignore_eos": True,
             "stream": True,
         }
+        if self._facts.counts:  # a token may have no text of its own
+            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         return stream, asyncio.ensure_future(self._read(stream, body))
 
     async def _read(self, stream: _Stream, body: dict[str, Any]) -> None:

@@ -56,14 +56,16 @@ def read_steps(url: str, since: int) -> np.ndarray:
 
 
 def paced(steps: np.ndarray) -> np.ndarray:
-    """Seconds that each of an engine's ``steps`` (``STEP``) held it up, host work before the step included; (n,).
+    """An engine's ``steps`` (``STEP``, (n,)), ``elapsed_s`` being all the time that each of them held it up.
 
-    From end to end where it went on without a pause. After a pause the engine's own figure, and what it typically
-    leaves out.
+    From end to end where the engine went on without a pause, host work between two steps included. After a pause the
+    engine's own figure, and what that typically leaves out.
     """
     went_on = np.zeros(len(steps), bool)
     went_on[1:] = (np.diff(steps["number"]) == 1) & (steps["running"][:-1] > 0)
     between = np.diff(steps["end_s"], prepend=steps["end_s"][:1])
     left_out = between[went_on] - steps["elapsed_s"][went_on]
     typical = max(float(np.median(left_out)), 0.0) if len(left_out) else 0.0
-    return np.asarray(np.where(went_on, between, steps["elapsed_s"] + typical))
+    found = steps.copy()
+    found["elapsed_s"] = np.where(went_on, between, steps["elapsed_s"] + typical)
+    return found

@@ -14,7 +14,7 @@ from engine.calibration.outside import Limits, measure
 from engine.common.progress import Display
 from engine.latency.profile import POOR_FIT, Profile
 from engine.remote.discover import discover
-from engine.remote.steps import read_steps, steps_so_far
+from engine.remote.steps import paced, read_steps, steps_so_far
 
 
 def command(url: str, out: Path, limits: Limits, as_json: bool, beside: Sequence[str], share: float) -> None:
@@ -33,7 +33,7 @@ def command(url: str, out: Path, limits: Limits, as_json: bool, beside: Sequence
         measured, stopped = measure(facts, limits, display.update, beside=others, beside_share=share)
     profile = profile_of(measured, facts, out.stem, beside=len(others), share=share)
     profile.save(out)
-    errors = {} if before is None else step_errors(profile, read_steps(url, before))
+    errors = {} if before is None else step_errors(profile, paced(read_steps(url, before)))
     how = {"seconds": round(time.monotonic() - begin, 1), "stopped": stopped, "out": str(out)}
     say(profile, fused_error(profile, measured), errors, how, as_json)
 

@@ -100,12 +100,11 @@ def fitted(
     """
     seen, unseen, points = 0, list[np.ndarray](), list[Measured]()
     for fact, own in zip(facts, steps, strict=True):
-        own = own.copy()
-        own["elapsed_s"] = paced(own)
         cut = len(own) - round(_CHECKED * len(own))
         seen += cut
-        unseen.append(own[cut:])
-        points += points_of(own[:cut], fact.kv_tokens or KV_TOKENS)
+        whole = paced(own)
+        unseen.append(whole[cut:])
+        points += points_of(whole[:cut], fact.kv_tokens or KV_TOKENS)
     alike = _alike(points)
     of = Counter(m.point.kind for m in alike)
     if of["decode"] < MIN_POINTS or of["prefill"] + of["fused"] < MIN_POINTS:
