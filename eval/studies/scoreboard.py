@@ -44,7 +44,7 @@ from train.search.tune import best_knee, tune
 
 CHECKPOINTS = ROOT / "checkpoints" / "policies"
 OPPONENTS: dict[str, tuple[str, ...]] = {
-    "azure-conv-4xa100": ("dyn_load", "splitwise", "predicted_ttft"),
+    "azure-conv-4xa100": ("dyn_load", "splitwise", "predicted_ttft", "chunked"),
     "mooncake-pd-8xh100": ("llmd_latency", "muxwise"),
     "creation-pd-4xa100": ("llmd_latency", "chunked"),
     "tiny-4xa100": ("tropical_code", "tropical"),
