@@ -94,10 +94,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     inner = x.shape[1] if x.dim() == 3 else 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = x if residual is None else torch.empty_like(out)
+    padded = triton.next_power_of_2(width)  # of which warps take an equal part: their number is a power of two as well
     norm_kernel[(x.shape[0] * inner,)](
         x, x if residual is None else residual, weight, out, total, x.stride(0), x.stride(1), inner, eps,
-        WIDTH=width, WIDTH_PAD=triton.next_power_of_2(width), ADD=residual is not None,
-        num_warps=min(8, max(1, width // 512)),
+        WIDTH=width, WIDTH_PAD=padded, ADD=residual is not None, num_warps=min(8, max(1, padded // 512)),
     )  # fmt: skip
     return out, total
 

@@ -20,13 +20,14 @@ import torch
 from engine.kernels import Batch, Span, Spans
 from engine.kernels.static import StaticBatch
 from engine.model import KVPool, Llama, ModelRunner
-from engine.model.config import DUMMY_SHAPES
+from engine.model.config import DUMMY_SHAPES, ModelConfig
 from engine.model.llama import Carry
 from eval.gpu_check.roofline import without_device
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled then")
 triton = pytest.importorskip("triton")
 STEPS, MOST = 4000, 10
+FAMILIES = {"attention_kernel", "merge_kernel", "norm_kernel", "rope_write_kernel", "silu_kernel"}
 
 
 @contextmanager
@@ -61,9 +62,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, str]]]:
 @pytest.fixture
 def runner() -> ModelRunner:
     """One layer of an 8B Llama in bf16 that takes no memory."""
+    return one_layer(DUMMY_SHAPES["llama-8b"])
+
+
+def one_layer(shape: ModelConfig) -> ModelRunner:
+    """A layer of a model of this shape in bf16 that takes no memory."""
     from engine.kernels.triton_backend import TritonKernels
 
-    config = replace(DUMMY_SHAPES["llama-8b"], n_layers=1, vocab=1024)
+    config = replace(shape, n_layers=1, vocab=1024)
     with torch.device("meta"):
         model = Llama(config, TritonKernels()).to(torch.bfloat16).requires_grad_(False)
         model.frequencies = model.frequencies.float()
@@ -101,7 +107,7 @@ def test_what_serving_launches_has_been_met_in_the_warm_up(
         late = met - warm
     assert late == set()
     families = Counter(name for name, _ in met)
-    assert set(families) == {"attention_kernel", "merge_kernel", "norm_kernel", "rope_write_kernel", "silu_kernel"}
+    assert set(families) == FAMILIES
     assert sum(families.values()) == MOST, families
 
 
@@ -123,6 +129,27 @@ def test_what_graphs_launch_has_been_met_in_the_warm_up(runner: ModelRunner, mon
                 assert len(static.batch.works) <= 1, "attention cuts by another list than the one that is filled"
         late = met - warm
     assert late == set()
+
+
+#: Width, heads of queries and of keys, head width, FFN, as their files say. Most widths are no powers of two.
+PUBLISHED = {
+    "SmolLM2-135M": (576, 9, 3, 64, 1536), "Qwen2.5-0.5B": (896, 14, 2, 64, 4864),
+    "Qwen2.5-1.5B": (1536, 12, 2, 128, 8960), "Qwen3-4B": (2560, 32, 8, 128, 9728),
+    "Llama-3.2-3B": (3072, 24, 8, 128, 8192), "Qwen2.5-7B": (3584, 28, 4, 128, 18944),
+    "Qwen3-14B": (5120, 40, 8, 128, 17408), "Llama-3.1-70B": (8192, 64, 8, 128, 28672),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_of_every_width_can_be_launched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    width, heads, kv_heads, head_dim, ffn = PUBLISHED[name]
+    shape = replace(
+        DUMMY_SHAPES["llama-8b"], width=width, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, ffn=ffn,
+        qk_norm=name.startswith("Qwen3"), qkv_bias=name.startswith("Qwen2"),
+    )  # fmt: skip
+    with launches(monkeypatch) as met:
+        one_layer(shape).warm(132)
+    assert {kernel for kernel, _ in met} == FAMILIES
 
 
 @pytest.mark.slow
