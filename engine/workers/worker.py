@@ -22,7 +22,7 @@ import typer
 from engine.calibration.quick import measure
 from engine.common.options import run_command
 from engine.lanes.partitions import Lanes, make_device
-from engine.live.graphs import Capturer, CudaCapturer
+from engine.live.graphs import Capturer, CudaCapturer, LaneGraphs
 from engine.live.hosts import GraphSizes, LocalExecutor, lane_graphs
 from engine.model import KVPool, Llama, ModelRunner, load_model, load_tokenizer
 from engine.model.device import choose_device, choose_dtype, where
@@ -48,7 +48,7 @@ class Worker:
         self._pools: dict[int, KVPool] = {}
         #: By instance and cuts: its two lanes, and those of a later owner, share partitions.
         self._lanes: dict[tuple[int, ...], Lanes] = {}
-        self._cutting = threading.Lock()
+        self._cutting = threading.Lock()  # and capturing: a second capture in the process breaks the first
         self._lease = Lease()
         self._strangers = threading.Semaphore(_STRANGERS)
         self._talks: dict[threading.Thread, Connection] = {}
@@ -165,12 +165,12 @@ class Worker:
         with self._cutting:
             if cut not in self._lanes:
                 self._lanes[cut] = Lanes(self._device, message["sizes"])
-            lanes = self._lanes[cut]
-        if self._make is None:
-            return LocalExecutor(runner, lanes, l)
-        runner.warm(self._device.total)
-        graphs = lane_graphs(runner, lanes, l, GraphSizes(*message["graphs"]), self._make())
-        return LocalExecutor(runner, lanes, l, dict(graphs))
+            lanes, graphs = self._lanes[cut], dict[int, LaneGraphs]()
+            if self._model.embed.weight.is_cuda or self._make is not None:
+                runner.warm(self._device.total)
+            if self._make is not None:
+                graphs.update(lane_graphs(runner, lanes, l, GraphSizes(*message["graphs"]), self._make()))
+        return LocalExecutor(runner, lanes, l, graphs)
 
     def _fetch(self, puller: Puller, message: dict[str, Any]) -> dict[str, Any]:
         target, blocks = self._pools[message["to"]], [(a, b) for a, b in message["blocks"]]

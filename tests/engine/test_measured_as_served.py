@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,7 @@ from engine.calibration.quick import measure
 from engine.calibration.shares import measure_share
 from engine.kernels import Spans
 from engine.kernels.compiled import CompiledKernels
-from engine.lanes.base import WHOLE
+from engine.lanes.base import WHOLE, Lane
 from engine.lanes.partitions import make_device
 from engine.live.hosts import LocalExecutor
 from engine.model import ModelRunner, SamplingParams
@@ -127,3 +129,27 @@ def test_a_worker_decodes_by_graphs_of_its_lane(monkeypatch: pytest.MonkeyPatch)
     assert [capturer.replays for capturer in made] == [0, 1]
     lanes[1].close()
     assert not lanes[1]._graphs[WHOLE]._graphs
+
+
+def test_a_worker_captures_for_one_lane_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner may come while the one before it is still being served: torch can capture once in a process."""
+    monkeypatch.setattr(CompiledKernels, "replayable", True)
+    monkeypatch.setattr("engine.live.hosts.CHUNKS", (16,))
+    both = threading.Barrier(2)
+    met: list[int] = []
+
+    class Meets(Rerun):
+        def capture(self, lane: Lane, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            with suppress(threading.BrokenBarrierError):
+                met.append(both.wait(0.5))
+            return super().capture(lane, function)
+
+    worker = Worker(MODEL, frozenset(), Meets)
+    worker._administer({"do": "pools", "blocks": {"0": 32}, "block_tokens": 16})
+    opening = {"pool": 0, "instance": 0, "sizes": [], "graphs": [128, 1, 2]}
+    threads = [threading.Thread(target=worker._lane, args=(opening | {"lane": l},)) for l in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert met == []
