@@ -34,6 +34,10 @@ class Lane(ABC):
     def follow(self, other: Lane) -> None:
         """What is launched here from now on waits for what has been launched on ``other``; the host does not."""
 
+    def catch_up(self) -> None:
+        """What is launched here from now on waits for what was made outside of lanes: weights, an empty KV pool."""
+        return
+
     @abstractmethod
     def wait(self) -> None:
         """Wait, on the host, for the end of what has been launched here."""

@@ -31,6 +31,10 @@ class Streams(Protocol):
         """torch's view of a driver's stream."""
         ...
 
+    def default(self) -> Any:
+        """What threads launch on that are in no lane; it waits for no lane, and no lane for it."""
+        ...
+
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         """Within it the calling thread launches on ``stream``."""
         ...
@@ -64,6 +68,9 @@ class TorchStreams:
     def wrap(self, handle: int) -> Any:
         return torch.cuda.ExternalStream(handle, device=self._device)
 
+    def default(self) -> Any:
+        return torch.cuda.default_stream(self._device)
+
     def use(self, stream: Any) -> AbstractContextManager[Any]:
         return torch.cuda.stream(stream)
 
@@ -95,6 +102,9 @@ class GpuLane(Lane):
         assert isinstance(other, GpuLane)
         if other is not self:
             self._streams.after(self.stream, self._streams.event(other.stream))
+
+    def catch_up(self) -> None:
+        self._streams.after(self.stream, self._streams.event(self._streams.default()))
 
     def wait(self) -> None:
         self._streams.wait(self._streams.event(self.stream))

@@ -129,7 +129,9 @@ class LocalExecutor:
         aside, self.logprobs, self.prompt_logprobs = len(self._passes) - (0 if spans else 1), (), ()
         try:
             with lane.open():
-                if self._on is not None and self._on is not lane:
+                if self._on is None:
+                    lane.catch_up()
+                elif self._on is not lane:
                     lane.follow(self._on)  # the partition has changed: no drain, the device waits by itself
                 self._on = lane
                 sampled = self._run(spans, layers, params, steps, partition, lane)

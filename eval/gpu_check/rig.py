@@ -164,6 +164,9 @@ class DryStreams:
     def use(self, stream: Any) -> Iterator[None]:
         yield
 
+    def default(self) -> Any:
+        return None
+
     def event(self, stream: Any) -> Any:
         return stream
 

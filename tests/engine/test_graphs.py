@@ -211,6 +211,18 @@ def test_graphs_end_before_the_streams_they_were_captured_on_and_the_device_with
     assert driver.alive == {}
 
 
+def test_the_first_step_waits_for_weights_and_kv_that_were_made_outside_of_lanes(runner: ModelRunner) -> None:
+    """Streams of lanes wait for no other by themselves."""
+    log: list[str] = []
+    lanes = Lanes(GpuDevice(FakeDriver(), FakeStreams(log)), [20, 132])
+    executor, spans = LocalExecutor(runner, lanes, 1), Spans.of(prefilled(runner, 1))
+    for partition in (0, WHOLE):
+        executor.run(spans, (0, runner.n_layers), [COLD], [0], partition)
+    decode, whole = lanes.partitions[0].decode.stream, lanes.whole.decode.stream  # type: ignore[attr-defined]
+    waits = [line for line in log if " after " in line]
+    assert waits == [f"{decode} after event of default", f"{whole} after event of {decode}"]
+
+
 def test_a_failed_capture_is_an_error_that_names_the_way_out(runner: ModelRunner) -> None:
     with pytest.raises(SlalomError, match=r"step of 64 rows.*out of memory.*--eager"):
         graphs(runner, Rerun(fail=1))  # the largest is captured first

@@ -84,6 +84,9 @@ class FakeStreams:
     def wrap(self, handle: int) -> str:
         return f"green-{handle}"
 
+    def default(self) -> str:
+        return "default"
+
     @contextmanager
     def use(self, stream: str) -> Iterator[None]:
         self.log.append(f"use {stream}")
