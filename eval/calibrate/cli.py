@@ -174,11 +174,12 @@ def _parts(shares: str, device: str) -> tuple[list[int], int]:
     from engine.calibration.shares import share_sizes
     from engine.lanes.partitions import make_device
 
-    whole = make_device(device)
+    kind, _, index = device.partition(":")
+    whole = make_device(kind, int(index or 0))
     total = whole.total
     whole.close()
     if shares == "auto":
-        return (share_sizes(total) if device == "cuda" else []), total
+        return (share_sizes(total) if kind == "cuda" else []), total
     if shares == "none":
         return [], total
     fix = f"write auto, none, or sizes from 1 to {total - 1} with commas"

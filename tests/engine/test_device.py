@@ -15,6 +15,7 @@ import torch
 from engine.errors import SlalomError
 from engine.kernels import compilations
 from engine.model.device import choose_device, choose_dtype, where
+from eval.calibrate.cli import _parts
 
 
 @pytest.fixture
@@ -52,6 +53,20 @@ def test_cuda_gets_its_queues_before_it_starts_and_the_user_may_say_otherwise(mo
     monkeypatch.delenv(name)
     choose_device("auto")
     assert seen == ["4", "32"]
+
+
+def test_calibrate_cuts_the_device_that_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def make(kind: str, index: int = 0) -> Any:
+        asked.append((kind, index))
+        return SimpleNamespace(total=132, close=lambda: None)
+
+    monkeypatch.setattr("engine.lanes.partitions.make_device", make)
+    assert _parts("auto", "cuda:1") == ([32, 64, 96], 132)
+    assert _parts("auto", "cuda") == ([32, 64, 96], 132)
+    assert _parts("auto", "cpu") == ([], 132)
+    assert asked == [("cuda", 1), ("cuda", 0), ("cpu", 0)]
 
 
 @pytest.mark.slow
