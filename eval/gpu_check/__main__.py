@@ -101,36 +101,45 @@ def _measure_groups(options: argparse.Namespace, wanted: list[str], begin: float
 
 @contextmanager
 def _core_compiled(options: argparse.Namespace, wanted: list[str]) -> Iterator[None]:
-    """Compile the scheduling core on a spare core while the GPU is measured: the group ``engine`` needs it (50 s)."""
-    spare = (os.cpu_count() or 1) >= 8 and not options.dry_run and wanted[0] != "engine"
-    if not spare or not {"engine", "loop"} & set(wanted):
-        yield
-        return
+    """Compile what runs on the host, on spare cores while the GPU is measured, by running the groups that need it dry.
+
+    For ``engine`` it is the scheduling core, for ``loop``, whose fidelity comes a minute later, the surrogate as well.
+    """
+    needed = {"engine"} & set(wanted[1:]) | {"loop"} & set(wanted)  # the first one compiles by itself as soon
+    spare = (os.cpu_count() or 1) >= 8 and not options.dry_run
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "eval.gpu_check", "--dry-run", "--group", "engine"]
-        child = subprocess.Popen(
-            [*command, "--json", f"{folder}/warm.json"], env=dict(os.environ) | {"TRITON_INTERPRET": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+        children = []
+        for name in sorted(needed if spare else ()):
+            command = [sys.executable, "-m", "eval.gpu_check", "--dry-run", "--group", name]
+            children.append(subprocess.Popen(
+                [*command, "--json", f"{folder}/{name}.json"], env=_environment(dry=True),
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            ))  # fmt: skip
         try:
             yield
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+
+
+def _environment(*, dry: bool) -> dict[str, str]:
+    """Of a group's process; a dry one sees no GPU, also where there is one."""
+    # graph replays wait behind eager work in shared queues otherwise (pytorch#176582)
+    usual = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"} | dict(os.environ)
+    # the former is read when triton is imported, the latter when torch is
+    return usual | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {})
 
 
 def _in_a_process(group: str, options: argparse.Namespace, limit_s: float) -> str:
     """Let a child measure ``group`` into the report; how it ended. It and its own children are gone afterwards."""
     command = [sys.executable, "-m", "eval.gpu_check", "--group", group, "--json", str(options.json)]
-    # graph replays wait behind eager work in shared queues otherwise (pytorch#176582)
-    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "PYTHONUNBUFFERED": "1"} | dict(os.environ)
-    if options.dry_run:
-        environment["TRITON_INTERPRET"] = "1"  # read when triton is imported
-        command.append("--dry-run")
+    command += ["--dry-run"] * options.dry_run
     log = options.json.with_suffix(".log")
     with log.open("a+", errors="replace") as said:
         before = said.seek(0, os.SEEK_END)
+        environment = _environment(dry=options.dry_run)
         child = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
         usual = {kind: signal.signal(kind, _stop) for kind in (signal.SIGTERM, signal.SIGHUP)}
         try:

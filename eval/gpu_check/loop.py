@@ -126,8 +126,15 @@ def _calibrated(sizes: _Sizes, profile: Path) -> dict[str, Any]:
 
 
 def _command(module: str, *arguments: str) -> str:
-    """Standard output of one of the product's commands."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise AssertionError(f"{module} ended with {done.returncode}: {(done.stderr or done.stdout)[-1500:]}")
-    return done.stdout
+    """Standard output of one of the product's commands; what it says beside is passed on line by line, and so kept."""
+    command, said = [sys.executable, "-m", module, *arguments], list[str]()
+    with tempfile.TemporaryFile("w+") as out:
+        with subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True) as child:
+            for line in child.stderr or ():
+                print(line, end="", file=sys.stderr, flush=True)
+                said.append(line)
+        out.seek(0)
+        told = out.read()
+    if child.returncode:
+        raise AssertionError(f"{module} ended with {child.returncode}: {(''.join(said) or told)[-1500:]}")
+    return told

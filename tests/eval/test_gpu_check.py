@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -12,8 +13,10 @@ import sys
 import time
 import venv
 import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ import pytest
 from eval.gpu_check import __main__ as check
 from eval.gpu_check.catalogue import GROUPS, Group
 from eval.gpu_check.group import _function, measure_group
+from eval.gpu_check.loop import _NEEDED, _command
 from eval.gpu_check.report import Cases
 from eval.gpu_check.rig import REAL, Rig
 
@@ -30,24 +34,27 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "numpy", "numba", "safetensors", "tokenizers")
 
 
+def with_requirements(names: Iterable[str], but: Iterable[str] = ()) -> dict[str, importlib.metadata.Distribution]:
+    """These installed packages and all that they require, by name; ``but`` are neither looked at nor into."""
+    left, found = list(names), dict[str, importlib.metadata.Distribution]()
+    while left:
+        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
+        if name in found or name in but:
+            continue
+        with suppress(importlib.metadata.PackageNotFoundError):  # for another platform, or an extra
+            found[name] = importlib.metadata.distribution(name)
+            required = [r for r in found[name].requires or () if "extra ==" not in r]
+            left += [re.split(r"[^\w.-]", requirement)[0] for requirement in required]
+    return found
+
+
 def clean_environment(folder: Path) -> Path:
     """The interpreter of a new virtual environment in which only ``PACKAGES`` and what they require are installed."""
     venv.create(folder, symlinks=True)
     there = next((folder / "lib").glob("python*/site-packages"))
-    left, done = list(PACKAGES), set[str]()
-    while left:
-        name = left.pop()
-        try:
-            found = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # for another platform, or an extra
-        if found.name in done:
-            continue
-        done.add(found.name)
+    for found in with_requirements(PACKAGES).values():
         for top in {Path(str(file)).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             (there / top).exists() or (there / top).symlink_to(found.locate_file(top))
-        required = [r for r in found.requires or () if "extra ==" not in r]
-        left += [re.split(r"[^\w.-]", requirement)[0] for requirement in required]
     return folder / "bin" / "python"
 
 
@@ -227,6 +234,61 @@ time.sleep(60)
     run.wait()
     run.stdout.close()
     assert gone(child)
+
+
+def test_what_a_command_of_the_loop_says_is_kept_as_it_says_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the group's log, that is, should the group run out of time; and what it prints is its answer."""
+    (tmp_path / "says.py").write_text(
+        "import sys\nprint('measuring', file=sys.stderr)\nprint(7)\nsys.exit(len(sys.argv) > 1 and 'no such file')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert _command("says") == "7\n"
+    with pytest.raises(AssertionError, match=r"says ended with 1: measuring\nno such file"):
+        _command("says", "--wrong")
+    assert capfd.readouterr().err == "measuring\nmeasuring\nno such file\n"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "compiled"),
+    [(["device", "engine"], ["engine"]), (["engine"], []), (["loop"], ["loop"]),
+     (["kernels", "engine", "loop"], ["engine", "loop"]), (["device", "kernels"], [])],
+)  # fmt: skip
+def test_spare_cores_compile_what_runs_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, wanted: list[str], compiled: list[str]
+) -> None:
+    started: list[str] = []
+
+    def popen(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        assert "--dry-run" in command
+        assert env["CUDA_VISIBLE_DEVICES"] == "", "what is compiled for takes a part of the GPU that is measured"
+        started.append(command[command.index("--group") + 1])
+        return SimpleNamespace(pid=2**22 + 1, wait=lambda: 0)  # no process has this number
+
+    monkeypatch.setattr(check, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+    for cores, dry in ((16, False), (16, True), (2, False)):
+        started.clear()
+        monkeypatch.setattr(check.os, "cpu_count", lambda cores=cores: cores)
+        with check._core_compiled(argparse.Namespace(dry_run=dry), wanted):
+            pass
+        assert started == (compiled if cores == 16 and not dry else [])
+
+
+def test_the_page_names_all_wheels_to_carry() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lists = [line.partition("#")[0].split()[1:] for line in text.splitlines() if line.startswith("$fetch")]
+    carried = {re.split(r"[<>=]", word.strip("'"))[0] for words in lists for word in words}
+    needed = [*PACKAGES, *("pyyaml" if name == "yaml" else name for name in _NEEDED)]
+    there = with_requirements(["torch", "triton", "numpy", "pydantic"])  # pip adds what the last one requires
+    unused = {"huggingface-hub", "tzdata"}  # no weights are fetched; zones are the system's
+    assert set(with_requirements(needed, {*there, *unused})) - carried == set()
+    ranges = {word.strip("'") for words in lists for word in words if "<" in word}
+    for name in ("numba", "gymnasium"):
+        assert any(f'"{one}"' in (ROOT / "pyproject.toml").read_text() for one in ranges if one.startswith(name))
+    (llvmlite,) = (one.removeprefix("llvmlite") for one in ranges if one.startswith("llvmlite"))
+    least, below = (tuple(map(int, part.lstrip("<>=").split("."))) for part in llvmlite.split(","))
+    assert least <= tuple(map(int, importlib.metadata.version("llvmlite").split(".")[:2])) < below
 
 
 def test_limits_leave_room_in_a_quarter_of_an_hour() -> None:
