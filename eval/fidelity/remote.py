@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.errors import SlalomError
-from engine.remote.discover import discover
 
 #: A router of others takes what comes; these are more than it will ever get at once.
 _TOKENS, _SEQUENCES = 2**20, 4096
@@ -28,6 +27,7 @@ def _whole(scenario: Any) -> Any:
 
 
 def _replay(scenario: Any, policy: str, *, park: Any, engines: Sequence[Any], **options: Any) -> Any:
+    from engine.remote.discover import discover
     from env.live.remote import replay
 
     if is_router(policy):
@@ -40,6 +40,8 @@ def engines_of_others(urls: Sequence[str]) -> dict[str, Any]:
 
     :raises SlalomError: one of them does not answer
     """
+    from engine.remote.discover import discover  # with an HTTP client, which our own engine does without
+
     engines = [discover(url) for url in urls]
     if not engines:
         raise SlalomError("--engines", urls, "give addresses: URL,URL,...")

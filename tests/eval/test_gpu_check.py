@@ -32,6 +32,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 #: Everything that the check may need on a machine with a GPU, beside what the commands of ``loop`` import.
 PACKAGES = ("torch", "triton", "numpy", "numba", "safetensors", "tokenizers")
+#: What those commands import, as it is installed; and what neither they nor the check use of all that is required.
+OF_LOOP = ["pyyaml" if name == "yaml" else name for name in _NEEDED]
+UNUSED = ("huggingface-hub", "tzdata")  # no weights are fetched; zones are the system's
 
 
 def with_requirements(names: Iterable[str], but: Iterable[str] = ()) -> dict[str, importlib.metadata.Distribution]:
@@ -48,11 +51,11 @@ def with_requirements(names: Iterable[str], but: Iterable[str] = ()) -> dict[str
     return found
 
 
-def clean_environment(folder: Path) -> Path:
-    """The interpreter of a new virtual environment in which only ``PACKAGES`` and what they require are installed."""
+def clean_environment(folder: Path, names: Iterable[str], but: Iterable[str] = ()) -> Path:
+    """The interpreter of a new virtual environment in which only ``names`` and what they require are installed."""
     venv.create(folder, symlinks=True)
     there = next((folder / "lib").glob("python*/site-packages"))
-    for found in with_requirements(PACKAGES).values():
+    for found in with_requirements(names, but).values():
         for top in {Path(str(file)).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             (there / top).exists() or (there / top).symlink_to(found.locate_file(top))
     return folder / "bin" / "python"
@@ -60,7 +63,7 @@ def clean_environment(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_whole_check_runs_dry_where_only_torch_and_numba_are(tmp_path: Path) -> None:
-    python, out = clean_environment(tmp_path / "venv"), tmp_path / "out.json"
+    python, out = clean_environment(tmp_path / "venv", PACKAGES), tmp_path / "out.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
     alone = subprocess.run([python, "-c", "import pydantic"], env=environment, capture_output=True, check=False)
     assert alone.returncode == 1, "the environment is not clean"
@@ -88,10 +91,10 @@ def check_figures(figures: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_the_loop_runs_dry(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "eval.gpu_check", "--dry-run", "--json", out, "--only", "loop"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def test_the_loop_runs_dry_with_the_wheels_that_are_carried_for_it(tmp_path: Path) -> None:
+    python, out = clean_environment(tmp_path / "venv", [*PACKAGES, *OF_LOOP], UNUSED), tmp_path / "out.json"
+    command = [python, "-m", "eval.gpu_check", "--dry-run", "--json", out, "--only", "loop"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     calibrated, fidelity = json.loads(out.read_text())["measured"]["loop"]["rows"]
@@ -116,6 +119,8 @@ def test_what_fails_is_written_down_and_the_rest_goes_on(monkeypatch: pytest.Mon
 
     def partly(rig: Rig, cases: Cases) -> dict[str, Any]:
         assert cases.take({"cut": 1}, lambda: {"ms": 2.0}) == {"ms": 2.0}
+        so_far = json.loads((tmp_path / "out.json").read_text())["measured"]["partly"]
+        assert so_far == {"unfinished": True, "rows": [{"cut": 1, "ms": 2.0}]}
         assert cases.take({"cut": 2}, fail) is None
         cases.take({"cut": 3}, lambda: {"ms": 4.0})
         return {"unit": "ms"}
@@ -218,21 +223,26 @@ def test_a_run_that_is_ended_from_outside_keeps_what_it_has(tmp_path: Path, hang
 
 def test_a_killed_run_ends_its_group(tmp_path: Path) -> None:
     """Not even the chance to tidy up: the group's process notices by itself."""
-    watched = "import os, sys, time; from eval.gpu_check import __main__ as check; check._end_with_parent(os.getppid())"
-    starts = f"""
-import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", {watched!r}], start_new_session=True)
-print(child.pid, flush=True)
+    watched = """
+import os, subprocess, threading, time
+from eval.gpu_check import __main__ as check
+print(os.getpid(), subprocess.Popen(["sleep", "60"]).pid, flush=True)
+threading.Thread(target=check._end_with_parent, args=(os.getppid(),), daemon=True).start()
 time.sleep(60)
+"""
+    starts = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {watched!r}], start_new_session=True)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.Popen([sys.executable, "-c", starts], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
-    child = int(run.stdout.readline())
+    group, child = map(int, run.stdout.readline().split())
     time.sleep(0.5)
     run.kill()
     run.wait()
     run.stdout.close()
+    assert gone(group)
     assert gone(child)
 
 
@@ -279,10 +289,8 @@ def test_the_page_names_all_wheels_to_carry() -> None:
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").replace("\\\n", " ")
     lists = [line.partition("#")[0].split()[1:] for line in text.splitlines() if line.startswith("$fetch")]
     carried = {re.split(r"[<>=]", word.strip("'"))[0] for words in lists for word in words}
-    needed = [*PACKAGES, *("pyyaml" if name == "yaml" else name for name in _NEEDED)]
     there = with_requirements(["torch", "triton", "numpy", "pydantic"])  # pip adds what the last one requires
-    unused = {"huggingface-hub", "tzdata"}  # no weights are fetched; zones are the system's
-    assert set(with_requirements(needed, {*there, *unused})) - carried == set()
+    assert set(with_requirements([*PACKAGES, *OF_LOOP], {*there, *UNUSED})) - carried == set()
     ranges = {word.strip("'") for words in lists for word in words if "<" in word}
     for name in ("numba", "gymnasium"):
         assert any(f'"{one}"' in (ROOT / "pyproject.toml").read_text() for one in ranges if one.startswith(name))
