@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import engine.calibration.shares  # noqa: F401  (imported within a test it would keep that test's make_device)
 from engine.errors import SlalomError
 from engine.kernels import compilations
 from engine.model.device import choose_device, choose_dtype, where

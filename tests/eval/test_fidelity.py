@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from collections import defaultdict
 from dataclasses import replace
 
 import gymnasium
@@ -13,6 +15,7 @@ import env  # noqa: F401  (registers the environment)
 from engine.core.kinds import RequestState, Role
 from engine.errors import SlalomError
 from engine.latency import Profile
+from engine.live.hosts import LocalExecutor
 from env.live.client import EngineRun
 from env.live.replay import Engine, Park, model_of, replay
 from env.measure.on_engine import engine_facts
@@ -194,10 +197,19 @@ def test_a_slow_machine_is_told_from_a_wrong_profile(scenario):
     assert result["at_speed"]["slowdown"] == [1.3] * 8
 
 
-def test_the_gauge_reads_what_reference_steps_take_by_the_profile(scenario, park):
+def test_the_gauge_reads_what_reference_steps_take_by_the_profile(scenario, park, monkeypatch):
     from eval.fidelity.gauge import Gauge
 
+    used = defaultdict(set)
+    run = LocalExecutor.run
+
+    def watched(self, spans, layers, params, steps, partition):
+        used[self._lanes.lane(self._l, partition)].add(threading.get_ident())
+        return run(self, spans, layers, params, steps, partition)
+
+    monkeypatch.setattr(LocalExecutor, "run", watched)
     assert 0.01 < Gauge(park.model, scenario, rounds=1).slowdown() < 100.0
+    assert [len(threads) for threads in used.values()] == [1] * len(scenario.placements()), "a lane has one thread"
 
 
 def test_finished_runs_are_read_back(scenario, tmp_path):
