@@ -47,7 +47,7 @@ GROUPS = {
     ),
     "model": Group(55.0, {"decode": "model:decode", "chunks": "model:chunks", "prefill": "model:prefill"}),
     "engine": Group(60.0, {"engine_tokens": "serving:engine_tokens"}),
-    "slowdown": Group(40.0, {"slowdown": "partitions:slowdown"}),
+    "slowdown": Group(30.0, {"slowdown": "partitions:slowdown"}),
     "flashinfer": Group(20.0, {"flashinfer": "kernels:flashinfer"}),
-    "loop": Group(130.0, {"loop": "loop:loop"}),
+    "loop": Group(140.0, {"loop": "loop:loop"}),
 }

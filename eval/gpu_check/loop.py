@@ -36,7 +36,7 @@ class _Sizes:
 
 
 _REAL = _Sizes(
-    "dummy:llama-8b", "bfloat16", "cuda", 1024, 64, 65_536, 32, "60s", 6.0,
+    "dummy:llama-8b", "bfloat16", "cuda", 1024, 64, 65_536, 32, "60s", 4.0,
     {"role": "multiplexed", "batching": "layered"},
 )  # fmt: skip
 _TINY = _Sizes(
