@@ -42,7 +42,6 @@ from env.surrogate.arena import arena_of, build_trace
 from eval.placement.clairvoyant import clairvoyant, followed
 from eval.placement.replan import planned
 from eval.report.plots_drift import roles_under_demand
-from policies.load import load_policy
 from policies.registry import get
 from train.control.days import RULE, practice, tune_on_days
 
@@ -104,7 +103,7 @@ def _best_fixed(scenario: Scenario, say: Say) -> dict[str, tuple[str, Any]]:
 
 def _parts(scenario: Scenario, folder: str) -> Iterator[tuple[str, Any]]:
     """(what is added, policy) of each lever that the controller in ``folder`` uses, one after the other."""
-    learned = load_policy(folder, arena_of(scenario).setting).values
+    learned = bound(scenario, Contender(folder)).values
     yield "least predicted TTFT, the scenario's arrangement", bound(scenario, Contender("predicted_ttft"))
     for text, own, orders in (
         ("+ arrangement", {}, ("fcfs",)),
