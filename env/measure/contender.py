@@ -43,7 +43,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class PointSettings:
-    """What every point of one comparison has in common; ``detailed``: keep every request of a run as well."""
+    """What every point of one comparison has in common.
+
+    :param detailed: keep every request of a run as well
+    :param sessions: ``whole`` measures every turn, however late it comes; ``settled`` what arrives while sessions
+        begin, see :func:`env.measure.metrics.outcomes`; ``stream`` plays their turns in the mix of the long run as
+        open-loop arrivals, see :func:`env.workload.steady.stream`
+    """
 
     n_requests: int = 10_000
     split: Split = "test"
@@ -51,6 +57,12 @@ class PointSettings:
     drain: float = 0.0
     n_blocks: int = 20
     detailed: bool = False
+    sessions: Literal["whole", "settled", "stream"] = "whole"
+
+    @property
+    def windows(self) -> dict[str, Any]:
+        """What is measured of a run, as :func:`env.measure.metrics.outcomes` takes it."""
+        return {"warmup": self.warmup, "drain": self.drain, "settled": self.sessions == "settled"}
 
     def __post_init__(self) -> None:
         if self.n_requests < self.n_blocks:

@@ -23,6 +23,7 @@ from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.metrics import block_counts, detailed, outcomes, summarize
 from env.measure.pool import finished, processes
 from env.scenario import Scenario
+from env.workload.steady import stream
 
 _ARRANGED: dict[tuple[str, str], Any] = {}
 
@@ -66,11 +67,15 @@ def bound(scenario: Scenario, contender: Contender) -> Any:
 
 def simulated(scenario: Scenario, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Any:
     """The run of one point, a ``RunResult``."""
+    from env.surrogate.arena import build_trace
     from env.surrogate.simulate import simulate
 
     scenario = arranged(scenario, contender)
     policy = bound(scenario, contender)
-    return simulate(scenario, policy, rate=rate, n_requests=settings.n_requests, seed=seed, split=settings.split)
+    n, split, trace = settings.n_requests, settings.split, None
+    if settings.sessions == "stream":
+        trace = stream(lambda n: build_trace(scenario, rate, n, seed, split), n)
+    return simulate(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, trace=trace)
 
 
 def measure(
@@ -90,15 +95,14 @@ def point_of(
     run: Any, contender: Contender, rate: float, seed: int, settings: PointSettings, facts: Mapping[str, Any]
 ) -> Point:
     """The figures of a finished run, on whichever backend; ``facts`` say more about it than the metrics do."""
-    windows = {"warmup": settings.warmup, "drain": settings.drain}
-    sent, good = block_counts(outcomes(run, **windows), settings.n_blocks)
+    sent, good = block_counts(outcomes(run, **settings.windows), settings.n_blocks)
     identity = {
         "label": contender.name,
         **facts,
         "policy_id": contender.policy,
         "policy_sha256": policy_sha256(contender),
     }
-    return Point(rate, seed, identity | summarize(run, **windows), sent, good)
+    return Point(rate, seed, identity | summarize(run, **settings.windows), sent, good)
 
 
 class Evaluator:

@@ -9,13 +9,13 @@ rate over the stability limit, so that more than a hundredth of them costs; and 
 hundredth of what arrives costs long before anybody waits too long, or a search could not tell capacities apart.
 
 Runs must last for starvation to show: at least four times the longest wait that the scenario allows, and a whole
-episode where the workload has one (:func:`run_length`).
+episode where the workload has one (:func:`run_length`). With sessions, two thirds of a run go by before it is measured,
+at least the time in which their load settles (:func:`level_settings`).
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -23,13 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, Point, PointSettings, Split
 from env.measure.evaluator import Evaluator, arranged, simulated
 from env.measure.metrics import Outcomes, outcomes, refusals, waits
 from env.measure.sustained import DEFINITION, QUANTILES, Definition, backlog_of
+from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
+from env.workload.steady import Settling, check_settles, most_of, sample, settling
 
 _NEAR = 0.8  # of the longest wait allowed: from here on waits cost, since a longer run would show longer ones
 _DOUBLING = 0.1  # what each doubling of the longest wait costs from there
@@ -37,19 +38,24 @@ _REFUSED = 3.0  # what each request costs that is refused beyond the margin of t
 _GROWTH = 2.0  # what each request costs by which the backlog grows beyond that margin
 _UNSERVED = 0.05  # what the first request costs that nobody serves, or that is refused late
 _WAITS = 4.0  # a run lasts so many times the longest wait allowed
+LASTS = 1.5  # times as long as sessions need to settle lasts a run with them, at least;
+WARM = 2 / 3  # of it is left out
 _PROBED = 200  # requests that tell the TTFT targets
 _ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates then share one trace, only stretched
 _LONGEST = 100_000  # requests of a run, at most
 
 
-def level_of(run: Any, *, tail_factor: float, warmup: float = 0.05, slack: float = DEFINITION.slack) -> float:
+def level_of(
+    run: Any, *, tail_factor: float, warmup: float = 0.05, settled: bool = False, slack: float = DEFINITION.slack
+) -> float:
     """See the module's text; at most 1, below 0 where much is wrong.
 
     :param run: a ``RunResult``
     :param tail_factor: longest wait allowed, in TTFT targets
     :param warmup: share of arrivals left out at the start
+    :param settled: of the time in which sessions begin, see ``env.measure.metrics.outcomes``
     """
-    return _level(run, outcomes(run, warmup=warmup), tail_factor, slack)
+    return _level(run, outcomes(run, warmup=warmup, settled=settled), tail_factor, slack)
 
 
 def _level(run: Any, found: Outcomes, tail_factor: float, slack: float = DEFINITION.slack) -> float:
@@ -88,7 +94,7 @@ def _cost_of_waits(r: np.ndarray, found: Outcomes, tail_factor: float) -> float:
 def measure_level(scenario: Any, contender: Contender, rate: float, seed: int, settings: PointSettings) -> Point:
     """A point that knows its level and nothing else beside what was sent and in time: searches measure thousands."""
     run = simulated(scenario, contender, rate, seed, settings)
-    found = outcomes(run, warmup=settings.warmup)
+    found = outcomes(run, warmup=settings.warmup, settled=settings.sessions == "settled")
     level = _level(run, found, scenario.tail_factor)
     return Point(rate, seed, {"level": level}, [len(found.rows)], [int(found.good.sum())])
 
@@ -104,7 +110,7 @@ def mean_level(
     """
     settings = evaluator.settings
     n = (length or run_length)(arranged(evaluator.scenario, contender), rate, settings.n_requests, settings.split)
-    points = evaluator.points(contender, rate, seeds, replace(settings, n_requests=n))
+    points = evaluator.points(contender, rate, seeds, level_settings(settings, evaluator.scenario, n))
     return sum(float(p.metrics["level"]) for p in points) / len(points)
 
 
@@ -115,14 +121,30 @@ def run_length(scenario: Any, rate: float, n: int, split: Split = "train", *, wa
     """
     key = scenario.hash()
     _KNOWN.setdefault(key, scenario)
-    seconds, turns = _least(key)
+    seconds, load = _least(key), _load(key)
     if not waits:
         seconds = scenario.workload.natural_s
-    return min(max(n, math.ceil(rate * turns * seconds)), _most(key, split))
+    seconds = max(seconds, LASTS * load.settle_s)
+    return min(max(n, math.ceil(rate * load.turns * seconds)), _most(key, split))
+
+
+def level_settings(base: PointSettings, scenario: Any, n: int) -> PointSettings:
+    """Settings of a run of ``n`` requests, as :func:`run_length` gives them, that tells a level."""
+    made = replace(base, n_requests=n)
+    return replace(made, sessions="settled", warmup=WARM) if has_sessions(scenario) else made
+
+
+def has_sessions(scenario: Any) -> bool:
+    """Whether turns of the scenario's workload wait for earlier ones."""
+    if getattr(scenario, "workload", None) is None:  # a curve that stands for one
+        return False
+    key = scenario.hash()
+    _KNOWN.setdefault(key, scenario)
+    return _load(key).turns > 1.0
 
 
 def run_settings(
-    base: PointSettings, rate: float, lone_s: float, *, part: int = 1, turns: float = 1.0,
+    base: PointSettings, rate: float, lone_s: float, *, part: int = 1, turns: float = 1.0, settle_s: float = 0.0,
     natural_s: float = 0.0,
     definition: Definition = DEFINITION,
 ) -> PointSettings:  # fmt: skip
@@ -132,28 +154,37 @@ def run_settings(
     gaps, only shorter, and attainment falls with the rate instead of jumping.
 
     :param turns: requests that come of one arrival
+    :param settle_s: until the load of sessions has settled, see :class:`env.workload.steady.Settling`
     :param natural_s: length of an episode: a run is a whole number of them, so that it ends in no transient
+    :raises SlalomError: sessions last too long for any run
     """
-    warm, span = definition.warmup(lone_s), definition.span(rate * turns, lone_s) / part
+    warm, span = max(definition.warmup(lone_s), settle_s), definition.span(rate * turns, lone_s) / part
     n = max(rate * turns * (warm + span), base.n_blocks)
     if natural_s:
         n = rate * turns * natural_s * math.ceil((warm + span) / natural_s - 1e-9)
-        return replace(base, n_requests=math.ceil(n), warmup=warm * rate * turns / n, drain=0.0, detailed=False)
-    n = math.ceil(_ALIKE ** math.ceil(math.log(n) / math.log(_ALIKE)))
-    return replace(base, n_requests=n, warmup=warm * rate * turns / n, drain=0.0, detailed=False)
+    else:
+        n = math.ceil(_ALIKE ** math.ceil(math.log(n) / math.log(_ALIKE)))
+    if settle_s:
+        check_settles(settle_s, n)
+    made = replace(base, n_requests=math.ceil(n), warmup=warm * rate * turns / n, drain=0.0, detailed=False)
+    return made if turns == 1.0 else replace(made, sessions="settled")
 
 
 _KNOWN: dict[str, Any] = {}  # scenarios by their hash, for the caches
 
 
 @lru_cache(maxsize=64)
-def _least(key: str) -> tuple[float, float]:
-    """Seconds that a run must last, and requests that come of one arrival."""
+def _load(key: str) -> Settling:
+    return settling_of(_KNOWN[key])
+
+
+@lru_cache(maxsize=64)
+def _least(key: str) -> float:
+    """Seconds that a run must last for waits to show."""
     scenario = _KNOWN[key]
     run = simulate(scenario, "least_tokens", rate=scenario.reference_rate, n_requests=_PROBED, split="train")
     longest = scenario.tail_factor * float(np.quantile(run.req["ttft_slo"], 0.9)) / TICKS_PER_S
-    seconds = max(min(_WAITS * longest, DEFINITION.seconds), scenario.workload.natural_s)
-    return seconds, turns_of(scenario)
+    return max(min(_WAITS * longest, DEFINITION.seconds), float(scenario.workload.natural_s))
 
 
 @lru_cache(maxsize=64)
@@ -162,10 +193,12 @@ def _most(key: str, split: Split) -> int:
     return longest_run(_KNOWN[key], _KNOWN[key].reference_rate, _LONGEST, (0,), split)
 
 
-def turns_of(scenario: Any) -> float:
-    """Requests that come of one arrival: more than one where the workload has sessions."""
-    trace = scenario.workload.build(scenario.reference_rate, 500, 0, "train")
-    return float(trace.n / trace.n_roots)
+def settling_of(scenario: Any, turn_s: float = 0.0) -> Settling:
+    """How the load of the scenario's workload rises.
+
+    :param turn_s: that a turn takes to be answered
+    """
+    return settling(sample(lambda n: build_trace(scenario, scenario.reference_rate, n, 0, "train")), turn_s)
 
 
 def longest_run(scenario: Any, rate: float, n: int, seeds: Sequence[int], split: Split, least: int = 1) -> int:
@@ -173,17 +206,4 @@ def longest_run(scenario: Any, rate: float, n: int, seeds: Sequence[int], split:
 
     :raises SlalomError: the workload is refused for something else than its length
     """
-
-    def gives(n: int) -> bool:
-        try:
-            for seed in seeds:
-                scenario.workload.build(rate, n, seed, split)
-        except SlalomError as error:
-            if not error.field.startswith("trace"):
-                raise
-            return False
-        return True
-
-    if gives(n):
-        return n
-    return bisect_left(range(n), True, lo=least + 1, key=lambda n: not gives(n)) - 1
+    return most_of(lambda n: [build_trace(scenario, rate, n, seed, split) for seed in seeds], n, least)

@@ -9,6 +9,8 @@ Definitions (DESIGN.md section 4, Metrics):
   or unfinished when the run ends, counts as missed: attainment is good ÷ **sent**.
 * The first ``warmup`` and last ``drain`` share of arrivals are left out of every figure except the
   histogram of token gaps (``itl``) and the cluster's counters: those cover the whole run (see ``windows``).
+* Of sessions the later turns come for as long as the sessions last, long after the last one has begun. ``settled``
+  measures all that arrives while sessions begin, and cuts shares off that time instead of the arrivals.
 """
 
 from __future__ import annotations
@@ -49,20 +51,26 @@ class Outcomes:
         return self.finished & self.ttft_ok & self.tpot_ok
 
 
-def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> Outcomes:
+def outcomes(run: Any, *, warmup: float = 0.05, drain: float = 0.0, settled: bool = False) -> Outcomes:
     """Seal every request of a run that falls between the warm-up and the drain window.
 
     :param run: a ``RunResult``
     :param warmup: share of arrivals left out at the start, 0 to 1
     :param drain: share of arrivals left out at the end
+    :param settled: shares of the time in which sessions begin instead, and nothing that arrives after it
     :raises SlalomError: the windows leave nothing to measure
     """
     if not (warmup >= 0.0 and drain >= 0.0 and warmup + drain < 1.0):
         raise SlalomError("windows", (warmup, drain), "warm-up and drain are shares of arrivals with a sum below 1")
     req = run.req
     sent = np.flatnonzero((req["arrival"] >= 0) & (req["state"] != RequestState.NEW))
-    order = sent[np.argsort(absolute_s(run, "arrival")[sent], kind="stable")]
+    at = absolute_s(run, "arrival")
+    order = sent[np.argsort(at[sent], kind="stable")]
     rows = order[int(warmup * len(order)) : len(order) - int(drain * len(order))]
+    if settled:
+        first, last = sessions_begin(run)
+        length = last - first
+        rows = order[(at[order] >= first + warmup * length) & (at[order] <= last - drain * length)]
     if len(rows) == 0:
         raise SlalomError("requests", len(order), "no request falls into the measured window; simulate more")
     r = req[rows]
@@ -102,6 +110,14 @@ def absolute_s(run: Any, stamp: str) -> NDArray[np.float64]:
     seconds: NDArray[np.float64] = run.req[stamp] / TICKS_PER_S
     origin_s = getattr(run, "origin_s", None)
     return seconds if origin_s is None else origin_s + seconds
+
+
+def sessions_begin(run: Any) -> tuple[float, float]:
+    """When the first and the last open-loop request of a run arrived, seconds from its beginning."""
+    roots = len(run.req) - int((run.req["next_turn"] > 0).sum())  # each later turn is the next one of one request
+    at = absolute_s(run, "arrival")[:roots]
+    begun = at[run.req["arrival"][:roots] >= 0]
+    return float(begun.min()), float(begun.max())
 
 
 def on_one_clock(run: Any) -> tuple[NDArray[Any], float]:
@@ -243,7 +259,7 @@ def _by_class(run: Any, found: Outcomes) -> dict[str, dict[str, float]]:
     return table
 
 
-def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str, Any]:
+def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0, settled: bool = False) -> dict[str, Any]:
     """All figures of a run as one JSON-ready dict; times in ms, rates per second, None where undefined.
 
     ``duration`` runs from the first measured arrival to the last measured finish (to the end of the run if
@@ -252,11 +268,12 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str
     :param run: a ``RunResult``
     :param warmup: see :func:`outcomes`
     :param drain: see :func:`outcomes`
+    :param settled: see :func:`outcomes`
     :raises SlalomError: the windows leave nothing to measure
     """
     from engine.core.slo import itl_edges_s
 
-    found = outcomes(run, warmup=warmup, drain=drain)
+    found = outcomes(run, warmup=warmup, drain=drain, settled=settled)
     r, good = run.req[found.rows], found.good
     cluster = np.atleast_1d(run.cluster)[0]
     state, n = r["state"], len(r)
@@ -315,6 +332,7 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0) -> dict[str
         "windows": {
             "warmup_share": warmup,
             "drain_share": drain,
+            **({"of": "time in which sessions begin"} if settled else {}),
             "sent_total": found.sent_total,
             "measured": n,
             "whole_run": [

@@ -13,6 +13,9 @@ Sustained goodput is the largest such rate; where single waits alone fail rates 
 grid has steps of one percent), since a wait may spoil a rate and none above it. Clause (a) alone, over runs as long,
 gives the *classic* goodput.
 
+Of sessions the warm-up lasts at least until the load has settled (``env.workload.steady``), and what arrives from then
+until the last session begins is measured.
+
 The test of trend: requests in the system, averaged over 24 blocks of each run; Mann and Kendall's count of rising
 pairs of blocks, with Hamed and Rao's correction of its variance for correlation (of order one, like an AR(1)), added up
 over the seeds, one-sided at 1 %. The growth it finds must matter as well: more than a fifth of the mean backlog between
@@ -32,7 +35,7 @@ from scipy.stats import norm, theilslopes
 
 from engine.core.kinds import RequestState
 from engine.latency.evaluate import TICKS_PER_S
-from env.measure.metrics import Outcomes, block_counts, on_one_clock, outcomes, refusals, waits
+from env.measure.metrics import Outcomes, block_counts, on_one_clock, outcomes, refusals, sessions_begin, waits
 
 Floats = NDArray[np.float64]
 BLOCKS = 24
@@ -88,6 +91,7 @@ class Sample:
     :param classes: good and sent per class; ``lengths``: per fifth of the prompts by length
     :param backlog: requests in the system, averaged over ``BLOCKS`` stretches of the span
     :param offered: requests per second that arrived; ``served``: the rate whose work was done in the span
+    :param due: requests per second that arrive in the long run if every turn of every session is sent
     :param simulated: requests of the whole run
     """
 
@@ -110,19 +114,21 @@ class Sample:
     backlog: list[float]
     offered: float
     served: float
+    due: float
     simulated: int
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def sample_of(run: Any, *, warmup: float) -> Sample:
+def sample_of(run: Any, *, warmup: float, settled: bool = False) -> Sample:
     """The facts of a finished run.
 
     :param run: a ``RunResult``
     :param warmup: share of arrivals left out at the start
+    :param settled: of the time in which sessions begin, see ``env.measure.metrics.outcomes``
     """
-    found = outcomes(run, warmup=warmup)
+    found = outcomes(run, warmup=warmup, settled=settled)
     r = run.req[found.rows]
     req, per_s = on_one_clock(run)
     first, last = (int(req["arrival"][found.rows[k]]) for k in (0, -1))
@@ -152,8 +158,15 @@ def sample_of(run: Any, *, warmup: float) -> Sample:
         backlog=backlog_of(req, first, last).tolist(),
         offered=offered,
         served=offered * _work_done(req, first, last),
+        due=_due(run) if settled else offered,
         simulated=found.sent_total,
     )
+
+
+def _due(run: Any) -> float:
+    """Requests of all sessions over the time in which they began."""
+    first, last = sessions_begin(run)
+    return len(run.req) / max(last - first, 1e-9)
 
 
 def _by_class(run: Any, found: Outcomes) -> dict[str, list[int]]:

@@ -18,6 +18,10 @@ three steps and the search goes on at the first that decides:
 The bracket starts below the stability limit of the policy's arrangement: the work done per second in a short run that
 sends more than is served, or keeps up, by the policy itself or by least predicted TTFT on the same instances, whichever
 does more.
+
+With sessions every run first lasts until the load has settled, which may be hours. Step 1 is then left out: it would
+cost nearly as much as step 2, and batches so short hang together, since the same sessions fill them. The limit is
+found on turns of a settled stretch, sent as open-loop requests: no short run of sessions has the mix of the long run.
 """
 
 from __future__ import annotations
@@ -36,9 +40,10 @@ from engine.errors import SlalomError
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import Evaluator, arranged, bound, lone_time, measure
 from env.measure.goodput import TARGETS
-from env.measure.level import longest_run, run_settings, turns_of
+from env.measure.level import LASTS, WARM, longest_run, run_settings, settling_of
 from env.measure.sustained import DEFINITION, Definition, Sample, Verdict, judge, sample_of, worst_of
-from env.measure.sustained_stop import easy, hopeless, margin
+from env.measure.sustained_stop import cut_short, easy, hopeless, margin, unsteady
+from env.workload.steady import check_settles
 
 SHORT = 8  # a short run is this part of a full one
 _FIRST, _LOWEST = 0.85, 0.01  # of the stability limit: the rate that is asked first, and the least
@@ -46,7 +51,6 @@ _DOWN = (0.92, 0.85, 0.7, 0.5, 0.3)  # factors from one rate that fails to the n
 _UP = 1.06
 _PLAIN = "predicted_ttft"  # the rule that tells what an arrangement can do
 _ABOVE = 4  # rates that must fail in a row where only waits fail them
-_STEADY = 0.9  # of the requests that sessions bring in the long run: fewer, and the runs are no steady state
 _SATURATED = 0.97  # who does less than this part of the work that arrives is saturated
 
 
@@ -54,7 +58,8 @@ def measure_sustained(scenario: Any, contender: Contender, rate: float, seed: in
     """As :func:`env.measure.evaluator.measure`, with the facts of ``env.measure.sustained`` under ``sustained``."""
     kept: list[Any] = []
     point = measure(scenario, contender, rate, seed, settings, watch=kept.append)
-    return replace(point, metrics=point.metrics | {"sustained": sample_of(kept[0], warmup=settings.warmup).as_dict()})
+    sample = sample_of(kept[0], warmup=settings.warmup, settled=settings.sessions == "settled")
+    return replace(point, metrics=point.metrics | {"sustained": sample.as_dict()})
 
 
 @dataclass(frozen=True)
@@ -126,10 +131,12 @@ class Search:
         self._most: int | None = None
         self._trusting = mode == "sequential"
         begin, before = time.perf_counter(), evaluator.simulated_requests
-        self.turns = turns_of(evaluator.scenario)
-        natural_s = evaluator.scenario.workload.natural_s
-        self._length: dict[str, Any] = {"turns": self.turns, "natural_s": natural_s, "definition": definition}
         self.lone_s = lone_time(evaluator, contender, self.seeds[0])
+        self.load = settling_of(evaluator.scenario, self.lone_s)
+        natural_s = evaluator.scenario.workload.natural_s
+        self._length: dict[str, Any] = {
+            "turns": self.load.turns, "settle_s": self.load.settle_s, "natural_s": natural_s, "definition": definition,
+        }  # fmt: skip
         self.limit = self._limit()
         self.found = tuple(self._find(Goal(target)) for target in self.targets)
         #: clause (a) alone, over runs of the same length
@@ -140,8 +147,7 @@ class Search:
     # -- runs ------------------------------------------------------------------------------------------
 
     def _samples(self, rate: float, seeds: Sequence[int], settings: PointSettings, who: Any = None) -> list[Sample]:
-        if self._most is not None:
-            settings = replace(settings, n_requests=min(settings.n_requests, self._most))
+        settings = cut_short(settings, self._most)
         try:
             points = self.evaluator.points(who or self.contender, rate, seeds, settings)
         except SlalomError as error:
@@ -164,7 +170,7 @@ class Search:
     def stability_limit(self) -> float:
         """The limit, or what full runs have served where that is more."""
         served = ([s.served for s in runs.full] for runs in self._runs.values() if len(runs.full) == len(self.seeds))
-        return max([self.limit, *(float(np.mean(found)) / self.turns for found in served)])
+        return max([self.limit, *(float(np.mean(found)) / self.load.turns for found in served)])
 
     def _limit_of(self, contender: Contender) -> float:
         """The most work that is done per second when more is sent, or under a load that is kept up with.
@@ -174,9 +180,8 @@ class Search:
         rate, kept, beyond = 2.0 * self.evaluator.scenario.reference_rate, 0.0, False
         for _ in range(16):
             sample = self._overloaded(contender, rate, *((300.0, 10.0) if beyond else (120.0, 5.0)))
-            served = sample.served / self.turns
-            came = sample.offered if self.turns == 1.0 else rate * self.turns  # later turns wait for earlier ones
-            if sample.served >= _SATURATED * came:
+            served = sample.served / self.load.turns
+            if sample.served >= _SATURATED * sample.offered:
                 kept, rate = max(kept, served), rate * (1.25 if beyond else 2.0)
             elif beyond:
                 break
@@ -185,8 +190,12 @@ class Search:
         return max(kept, served)
 
     def _overloaded(self, contender: Contender, rate: float, seconds: float, lone_times: float) -> Sample:
-        n = math.ceil(rate * self.turns * max(seconds, lone_times * self.lone_s))
-        settings = replace(self.evaluator.settings, n_requests=max(n, 2_000), warmup=1 / 3, drain=0.0, detailed=False)
+        seconds = max(seconds, lone_times * self.lone_s, LASTS * self.load.settle_s)
+        n = max(math.ceil(rate * self.load.turns * seconds), 2_000)
+        settings = replace(self.evaluator.settings, n_requests=n, warmup=1 / 3, drain=0.0, detailed=False)
+        if self.load.settle_s:
+            check_settles(self.load.settle_s, n)
+            settings = replace(settings, warmup=WARM, sessions="stream")
         return self._samples(rate, self.seeds[:1], settings, contender)[0]
 
     # -- one rate --------------------------------------------------------------------------------------
@@ -203,7 +212,7 @@ class Search:
         rate, runs = self.rate_of(index), self._runs.setdefault(index, _Runs())
         while (known := self._known(runs, goal, final)) is None:
             settings = partial(run_settings, self.evaluator.settings, rate, self.lone_s, **self._length)
-            if self.mode == "sequential" and runs.short is None:
+            if self.mode == "sequential" and runs.short is None and not self.load.settle_s:
                 runs.short = self._samples(rate, self.seeds[:1], settings(part=SHORT))[0]
             else:
                 begun = len(runs.full)
@@ -230,7 +239,7 @@ class Search:
 
     def _judge(self, samples: Sequence[Sample], goal: Goal, early: bool = False) -> Verdict:
         verdict = judge(
-            samples, goal.target, tail_factor=self._tail, limit=self.limit * self.turns, lone_s=self.lone_s,
+            samples, goal.target, tail_factor=self._tail, limit=self.limit * self.load.turns, lone_s=self.lone_s,
             definition=self.definition, early=early,
         )  # fmt: skip
         return verdict if goal.sustained else replace(verdict, clauses=verdict.clauses[:1])
@@ -345,15 +354,17 @@ class Search:
     def _nearest(self, rate: float) -> int:
         return round(math.log(rate) / self._step)
 
-    def _outlasting(self) -> list[str]:
-        """A sentence where sessions outlast the runs: their last turns come when no further session begins."""
-        rate = next((f.rate for f in self.found if f.rate), 0.0)
-        came = float(np.mean([s.offered for s in self.samples_at(rate)])) if rate else 0.0
-        if self.turns == 1.0 or came >= _STEADY * rate * self.turns:
+    def _unsteady(self) -> list[str]:
+        """What keeps the runs of the answers from being a steady state, in sentences."""
+        if not self.load.settle_s:
             return []
-        return [
-            f"sessions outlast the runs: {came:.3g} requests/s came, not {self.turns * rate:.3g} as in the long run"
-        ]
+        told = []
+        for rate in (f.rate for f in self.found if f.rate):
+            asked = run_settings(self.evaluator.settings, rate, self.lone_s, **self._length)
+            lasts_s = cut_short(asked, self._most).n_requests / (rate * self.load.turns)
+            warm_s = cut_short(asked, self._most).warmup * lasts_s
+            told += unsteady(self.samples_at(rate), lasts_s, warm_s, self.load.settle_s)
+        return told
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; targets as keys, e.g. ``0.9``."""
@@ -372,11 +383,12 @@ class Search:
             "classic": classic,
             "stability_limit": self.stability_limit,
             "lone_p90_s": self.lone_s,
-            "turns": self.turns,
+            "turns": self.load.turns,
+            "settle_s": self.load.settle_s,
             "natural_s": self._length["natural_s"],
             "tail_factor": self._tail,
-            "warmup_s": self.definition.warmup(self.lone_s),
-            "missing": list(dict.fromkeys([*self._outlasting(), *missing])),
+            "warmup_s": max(self.definition.warmup(self.lone_s), self.load.settle_s),
+            "missing": list(dict.fromkeys([*self._unsteady(), *missing])),
             "simulated_requests": self.simulated_requests,
             "seconds": self.wall_s,
         }

@@ -1,4 +1,4 @@
-"""When one run is enough for a verdict, and how far a verdict lies from turning: the stops of the sustained search.
+"""When one run is enough for a verdict, how far a verdict lies from turning, and what stops short of a steady state.
 
 Attainment is judged by Student's t over batches of consecutive arrivals, long enough to be nearly independent. Classes
 and lengths are judged by the standard error of a share; since late requests come in clumps, six of them are asked for.
@@ -7,13 +7,18 @@ and lengths are judged by the standard error of a share; since late requests com
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy.stats import t as student
 
+from env.measure.contender import PointSettings
 from env.measure.sustained import Sample, Verdict
 
 _FAR = 6.0
+_STEADY = 0.9  # of the requests that sessions bring in the long run: fewer, and the runs are no steady state
+_WARM = 0.8  # of a run that is too short for sessions to settle: left out, not more, so that something is measured
 _BLOCKS = 20  # of a sample
 
 
@@ -73,3 +78,38 @@ def margin(verdict: Verdict) -> float | None:
         elif not clause.met:
             return None
     return min(margins)
+
+
+def cut_short(settings: PointSettings, most: int | None) -> PointSettings:
+    """Settings of a run that the workload can give; a recorded trace ends.
+
+    Of sessions the warm-up stays as long as it was, if that leaves a fifth of the run to be measured: the load has to
+    settle. Of open-loop requests it keeps its share.
+
+    :param most: requests there are; None: enough
+    """
+    if most is None or settings.n_requests <= most:
+        return settings
+    warmup = settings.warmup
+    if settings.sessions == "settled":
+        warmup = min(warmup * settings.n_requests / most, max(_WARM, warmup))
+    return replace(settings, n_requests=most, warmup=warmup)
+
+
+def unsteady(samples: Sequence[Sample], lasts_s: float, warm_s: float, settle_s: float) -> list[str]:
+    """What keeps runs with sessions from being a steady state, in sentences.
+
+    :param samples: runs of one rate, of ``lasts_s`` seconds with a warm-up of ``warm_s``
+    :param settle_s: after which the load has settled
+    """
+    told = []
+    if warm_s < 0.99 * settle_s:
+        told.append(
+            f"the load of the sessions settles after {settle_s / 60:.3g} minutes, and the trace ends after "
+            f"{lasts_s / 60:.3g}: from {warm_s / 60:.3g} minutes on was measured, under a load that still rose"
+        )
+    came, due = (float(np.mean([getattr(s, key) for s in samples])) for key in ("offered", "due"))
+    if came < _STEADY * due:
+        why = "a refused turn ends its session" if any(s.refused for s in samples) else "sessions outlast the runs"
+        told.append(f"{why}: {came:.3g} requests/s came, not {due:.3g} as in the long run")
+    return told

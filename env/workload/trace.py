@@ -191,12 +191,12 @@ class Trace:
     def owner(self) -> np.ndarray:
         """Row of the open-loop request each request descends from, i8 (n,)."""
         owner = np.arange(self.n)
-        for parents, turns in self._generations():
+        for parents, turns in self.generations():
             owner[turns] = owner[parents]
         return owner
 
-    def _generations(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs (rows, their next turns), first all second turns, then all third ones, and so on."""
+    def generations(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs (rows, their next turns), i8, first all second turns, then all third ones, and so on."""
         parents = np.flatnonzero(self.next_turn[: self.n_roots] >= 0)
         while len(parents):
             turns = self.next_turn[parents]
@@ -206,7 +206,7 @@ class Trace:
     def rows(self, keep: np.ndarray) -> Trace:
         """The rows where ``keep`` (bool, (n,)) holds; a chain of turns ends at its first dropped row."""
         keep = keep.copy()
-        for parents, turns in self._generations():
+        for parents, turns in self.generations():
             keep[turns] &= keep[parents]
         kept = np.flatnonzero(keep)
         place = np.full(self.n + 1, -1, np.int32)

@@ -79,8 +79,9 @@ def meetings(found: Table, settings: PointSettings, target: float) -> dict[float
     """The two best sustained goodputs, where all policies are put side by side, with runs of full length."""
     rates = sorted({entry["goodput"][f"{target:g}"]["rate"] for entry in found.values()} - {0.0}, reverse=True)
     lone_s = max(entry["lone_p90_s"] for entry in found.values())
+    settle_s = max(entry["settle_s"] for entry in found.values())
     about = next(iter(found.values()))  # of the workload, the same for all
-    length = {"turns": about["turns"], "natural_s": about["natural_s"]}
+    length = {"turns": about["turns"], "settle_s": settle_s, "natural_s": about["natural_s"]}
     return {rate: run_settings(settings, rate, lone_s, **length) for rate in rates[:2]}
 
 

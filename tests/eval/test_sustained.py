@@ -296,16 +296,6 @@ def test_a_trace_too_short_is_measured_as_far_as_it_goes_and_told_so(server, tmp
     assert any("requests were measured; the definition asks for 20,000" in text for text in told)
 
 
-def test_sessions_that_outlast_the_runs_are_told(server):
-    sessions = {"kind": "sessions", "turns": 8, "first": 1000, "growth": 10, "output": 1}
-    short = replace(DEFINITION, seconds=20.0, requests=200, lone_times=1.0, warmup_s=5.0, warmup_lone_times=1.0)
-    for think_s, told in ((0.1, False), (600.0, True)):
-        think = {"median_s": think_s, "p90_s": 1.1 * think_s, "cap_s": 2 * think_s}
-        one = server.with_overrides({"workload": sessions | {"think": think}, "reference_rate": 1.0})
-        missing = search(one, targets=(0.9,), definition=short).as_dict()["missing"]
-        assert any("sessions outlast the runs" in text for text in missing) == told
-
-
 def test_a_tail_factor_below_one_is_refused(server):
     with pytest.raises(SlalomError, match="tail_factor"):
         server.with_overrides({"tail_factor": 0.5})

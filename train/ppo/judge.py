@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from env.measure.contender import Contender, PointSettings
-from env.measure.level import measure_level, run_length
+from env.measure.level import level_settings, measure_level, run_length
 from env.measure.pool import processes, watched
 from env.scenario import Scenario
 
@@ -52,7 +52,7 @@ def mean_level(
     rows = []
     for rate in rates:
         n = run_length(scenario, rate, settings.n_requests, settings.split)
-        long = replace(settings, n_requests=n)
+        long = level_settings(settings, scenario, n)
         rows.append(tuple(measure_level(scenario, contender, rate, seed, long).metrics["level"] for seed in seeds))
     return Verdict(tuple(rows))
 

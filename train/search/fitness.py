@@ -18,7 +18,7 @@ import numpy as np
 from engine.core.policy import Policy
 from engine.errors import SlalomError
 from env.measure.goodput import find_goodput
-from env.measure.level import level_of, run_length
+from env.measure.level import WARM, has_sessions, level_of, run_length
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
@@ -75,7 +75,9 @@ class Fitness:
         n = self.length(rate, n, waits)
         run = simulate(self.scenario, policy, rate=rate, seed=seed, split=self.split, trace=self.trace(rate, seed, n))
         self.requests += n
-        return level_of(run, tail_factor=self.scenario.tail_factor, warmup=_WARMUP)
+        settled = has_sessions(self.scenario)
+        warmup = WARM if settled else _WARMUP
+        return level_of(run, tail_factor=self.scenario.tail_factor, warmup=warmup, settled=settled)
 
     def score(
         self, design: Design, rates: Sequence[float], seeds: Sequence[int], n: int, *, waits: bool = True
