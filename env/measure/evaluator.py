@@ -72,10 +72,10 @@ def simulated(scenario: Scenario, contender: Contender, rate: float, seed: int, 
 
     scenario = arranged(scenario, contender)
     policy = bound(scenario, contender)
-    n, split, trace = settings.n_requests, settings.split, None
+    what: dict[str, Any] = {"n_requests": settings.n_requests}
     if settings.sessions == "stream":
-        trace = stream(lambda n: build_trace(scenario, rate, n, seed, split), n)
-    return simulate(scenario, policy, rate=rate, n_requests=n, seed=seed, split=split, trace=trace)
+        what = {"trace": stream(lambda n: build_trace(scenario, rate, n, seed, settings.split), settings.n_requests)}
+    return simulate(scenario, policy, rate=rate, seed=seed, split=settings.split, **what)
 
 
 def measure(

@@ -14,7 +14,7 @@ def reasons(result: Comparison) -> list[str]:
     """Per policy what ends its sustained goodput at the first target, and what its runs lack for the definition."""
     if not result.is_sustained:
         return []
-    said = []
+    said = _of_sessions(result.policies[0].sustained)
     for side in result.ranking():
         found = side.at(result.lead)
         above = found.above
@@ -23,6 +23,16 @@ def reasons(result: Comparison) -> list[str]:
         said.append(f"{side.label} {held}{why}.")
         said += [f"{side.label}: {text}." for text in side.sustained["missing"]]
     return said
+
+
+def _of_sessions(about: Mapping[str, Any]) -> list[str]:
+    """What a rate counts and from when on it was measured, where the workload has sessions."""
+    if not about.get("settle_s"):
+        return []
+    return [
+        f"Rates count sessions, of {about['turns']:.3g} requests each; their load settles in "
+        f"{about['settle_s'] / 60:.3g} minutes, which are left out."
+    ]
 
 
 def verdict(result: Comparison) -> list[str]:

@@ -7,6 +7,7 @@ from env.measure.evaluator import Evaluator
 from env.scenario import Scenario
 from eval.compare.headline import lead_with
 from eval.compare.paired import compare
+from eval.compare.result import Comparison
 from eval.compare.session import Request, evaluate
 from eval.compare.verdict import reasons, verdict
 from eval.report.page import write_report
@@ -52,6 +53,14 @@ def test_the_verdict_names_the_clause_that_ends_it(result):
     for side in result.policies:
         assert f"{side.label} sustains {side.at(0.9).rate:.4g} requests/s" in told
     assert "fails by (" in told
+
+
+def test_rates_of_sessions_are_told_to_be_of_sessions(result):
+    assert not any("Rates count sessions" in text for text in reasons(result))
+    content = result.to_json()
+    content["policies"][0]["sustained"] |= {"turns": 4.06, "settle_s": 1650.0}
+    told = reasons(Comparison.from_json(content))
+    assert told[0].startswith("Rates count sessions, of 4.06 requests each; their load settles in 27.5 minutes")
 
 
 def test_a_pair_is_compared_seed_by_seed(result):
