@@ -61,13 +61,13 @@ def test_a_mixture_settles_as_the_tokens_of_its_sessions_do() -> None:
 
 def test_a_stream_has_the_mix_of_the_long_run_from_its_first_request_on() -> None:
     think = {"median_s": 300.0, "p90_s": 300.0}
-    made = partial(build, FOUR | {"think": think}, 2.0)
-    found = stream(made, 1_000)
-    assert (found.n, found.n_roots) == (1_000, 1_000)
+    made = partial(build, FOUR | {"think": think}, 10.0)
+    found = stream(made, 4_000)
+    assert (found.n, found.n_roots) == (4_000, 4_000)
     assert (found.next_turn == -1).all()
-    assert found.n / found.duration_s == pytest.approx(8.0, rel=0.1)
-    for part in (found.prompt[:500], found.prompt[500:]):  # 1000, 1300, 1600 and 1900 tokens, as often each
-        assert np.unique(part, return_counts=True)[1] / 500 == pytest.approx([0.25] * 4, abs=0.06)
+    assert found.n / found.duration_s == pytest.approx(40.0, rel=0.1)
+    for part in (found.prompt[:2_000], found.prompt[2_000:]):  # 1000, 1300, 1600 and 1900 tokens, as often each
+        assert np.unique(part, return_counts=True)[1] / 2_000 == pytest.approx([0.25] * 4, abs=0.06)
     rising = made(1_000)
     first = rising.arrival_s[rising.owner()] + offsets(rising, 0.0)
     assert rising.prompt[first < rising.duration_s].mean() < 1_100  # a run that begins empty meets first turns
