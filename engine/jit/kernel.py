@@ -12,8 +12,9 @@ import hashlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,25 @@ def is_compiled(kernel: Any, signature: tuple[Any, ...]) -> bool:
     """Whether the machine code of ``kernel`` for these argument types is on disk."""
     key = kernel._cache._index_key(signature, kernel.targetctx.codegen())
     return os.path.exists(kernel._cache._cache_file.path(key))
+
+
+_MAKING = threading.RLock()
+
+
+def once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``functools.cache`` for what compiles or loads kernels: of threads that ask at once, one does, the others wait.
+
+    The plain cache lets all of them begin, and who comes second finds that the first has closed the kernel already
+    (numba's "compilation disabled").
+    """
+    known = cache(make)
+
+    @wraps(make)
+    def ask(*given: Any) -> Any:
+        with _MAKING:
+            return known(*given)
+
+    return ask
 
 
 def kernel(signature: Any = None, **options: Any) -> Callable[..., Any]:

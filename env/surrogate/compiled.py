@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numba
 
 from engine.core.policy import POLICY_SIGNATURE, POLICY_TYPE
-from engine.jit.kernel import is_compiled, is_warm
+from engine.jit.kernel import is_compiled, is_warm, once
 from engine.jit.warm import cores, told, warm
 from env.surrogate.parts import PARTS
 
 
-@cache
+@once
 def compiled(kernel: Any, *signature: Any) -> Any:
     """``kernel`` compiled for one signature: from disk when warm, else audibly and with its parts side by side."""
     if is_compiled(kernel, signature):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import numba
 import numpy as np
 import pytest
 from drive import played
@@ -10,9 +15,11 @@ from strategies import Case, cases
 
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
+from engine.jit.kernel import kernel
 from env.scenario import Scenario, list_scenarios
 from env.surrogate.arena import arena_of
 from env.surrogate.clock import Sim
+from env.surrogate.compiled import compiled
 from env.surrogate.simulate import simulate
 from policies import registry
 from policies.load import load_policy
@@ -95,3 +102,22 @@ def test_every_rule_on_every_bundled_scenario_sees_the_same_world_either_way(nam
         np.testing.assert_array_equal(runs[0].itl, runs[1].itl, err_msg=rule)
         assert runs[0].cluster["tokens_out"] == runs[1].cluster["tokens_out"]
         assert runs[0].decisions == runs[1].decisions
+
+
+@kernel
+def _twice(number):
+    return 2 * number
+
+
+def test_threads_that_use_the_core_first_at_once_make_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2)
+
+    def on_disk(*given: object) -> bool:
+        with suppress(threading.BrokenBarrierError):  # nobody comes where one is made to wait
+            together.wait(0.3)
+        return True
+
+    monkeypatch.setattr("env.surrogate.compiled.is_compiled", on_disk)
+    with ThreadPoolExecutor(2) as threads:
+        made = [threads.submit(compiled, _twice, numba.int64) for _ in range(2)]
+        assert [future.result()(4) for future in made] == [8, 8]

@@ -126,11 +126,7 @@ class _Search:
         if self.journal.replays:
             return [self.value(values, seed) for values in asked]
         with ThreadPoolExecutor(cores()) as threads:  # the surrogate holds no lock of Python's
-            runs = []
-            for values in asked:
-                runs.append(threads.submit(self._play, values, seed, "train", self.rate))
-                if not self.days:  # what is to be compiled or loaded is by one of them
-                    runs[0].result()
+            runs = [threads.submit(self._play, values, seed, "train", self.rate) for values in asked]
             each = zip(asked, runs, strict=True)
             return [self.value(values, seed, played=run.result) for values, run in each]
 
