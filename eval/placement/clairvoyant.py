@@ -35,7 +35,7 @@ from policies.common import hold, kind_of
 from policies.network.features import N_FEATURES
 from policies.rule import BoundPolicy, Values
 from policies.rules import linear_score
-from policies.rules.parts.planner import count_prefill, mover
+from policies.rules.parts.planner import count_prefill, flip
 from policies.rules.planner import RULE, least_prefill, plans_of, weights_of
 from train.control.days import practice
 
@@ -77,9 +77,9 @@ def decide(context, candidates, mask, params, memory):
     have = float(count_prefill(candidates))
     row = -1
     if wanted > have:
-        row = mover(candidates, mask, False, _PREFILL)
+        row = flip(candidates, mask, -1, _PREFILL)
     elif wanted < have:
-        row = mover(candidates, mask, True, int(params[_DISPATCH]))
+        row = flip(candidates, mask, _PREFILL, int(params[_DISPATCH]))
     return row if row >= 0 else hold(candidates, mask)
 
 

@@ -22,32 +22,16 @@ from engine.jit.kernel import kernel
 from policies.common import default_answer, hold, kind_of, or_hold
 from policies.rule import Param, Rule, Setting, Values
 from policies.rules.parts.layout import split_layout, split_params
-from policies.rules.parts.planner import flip
+from policies.rules.parts.planner import flip, risks
 from policies.rules.parts.pools import least_prefill
 
 _PREFILL, _DECODE = int(Role.PREFILL), int(Role.DECODE)
 
 
 @kernel
-def _risks(context, candidates, ttft_s, ttft_factor, tpot_s):
-    """(TTFT risk, TPOT risk) as fractions of the targets, TTFT_SLO being that of a mean prompt."""
-    wait, step = np.inf, 0.0
-    for k in range(candidates.shape[0]):
-        if candidates[k, Col.INSTANCE] < 0.0:
-            continue
-        if int(candidates[k, Col.ROLE]) == _PREFILL:
-            wait = min(wait, candidates[k, Col.WAIT_S])
-        else:
-            step = max(step, candidates[k, Col.STEP_S])
-    wait = 0.0 if wait == np.inf else wait
-    target = max(ttft_s, ttft_factor * context[Ctx.ISOLATED_S], 1e-9)
-    return max(context[Ctx.WIN_TTFT_S], wait) / target, max(context[Ctx.WIN_TPOT_S], step) / tpot_s
-
-
-@kernel
 def _reallocate(context, candidates, mask, params, memory):
     memory[0] = max(memory[0] - context[Ctx.WIN_SPAN_S], 0.0)
-    ttft, tpot = _risks(context, candidates, params[3], params[4], params[5])
+    ttft, tpot = risks(context, candidates, params[3], params[4], params[5], False)
     row = -1
     if memory[0] == 0.0:
         if ttft > params[0] and tpot < params[1]:

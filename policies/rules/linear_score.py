@@ -91,18 +91,25 @@ def cost_of(candidates, k, params, row):
     return cost
 
 
-@kernel(POLICY_SIGNATURE)
-def decide(context, candidates, mask, params, memory):
-    """``params``: W, row-major. Ties to the lowest row."""
-    row = kind_of(context) * N_FEATURES
+@kernel
+def cheapest(candidates, mask, params, row, column, more):
+    """The allowed candidate of least :func:`cost_of` plus ``more`` times the feature ``column``; ties to the lowest."""
     best, least = -1, np.inf
     for k in range(candidates.shape[0]):
         if mask[k] == 0:
             continue
         cost = cost_of(candidates, k, params, row)
+        if more != 0.0:
+            cost += more * feature(candidates, k, column)
         if cost < least:
             best, least = k, cost
     return best if best >= 0 else hold(candidates, mask)
+
+
+@kernel(POLICY_SIGNATURE)
+def decide(context, candidates, mask, params, memory):
+    """``params``: W, row-major. Ties to the lowest row."""
+    return cheapest(candidates, mask, params, kind_of(context) * N_FEATURES, 0, 0.0)
 
 
 RULE = Rule(

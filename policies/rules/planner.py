@@ -42,11 +42,11 @@ from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
-from policies.network.features import N_FEATURES, feature
+from policies.network.features import N_FEATURES
 from policies.rule import BoundPolicy, InstancePlan, Param, Rule, Setting, Values
 from policies.rules import linear_score
 from policies.rules.parts import shift
-from policies.rules.parts.planner import composition, corrected, count_prefill, mover
+from policies.rules.parts.planner import composition, corrected, count_prefill, flip, risks
 from policies.rules.parts.profile_tables import (
     PROFILE_CELLS,
     itl_prof,
@@ -136,21 +136,9 @@ def needs(context, candidates, params, memory):
 
 
 @kernel
-def risks(context, candidates, params):
+def _seen(context, candidates, params):
     """(r_P, r_D): how near each target is to being missed now, see the module docstring."""
-    wait, step = np.inf, 0.0
-    for k in range(candidates.shape[0]):
-        if candidates[k, Col.INSTANCE] < 0.0:
-            continue
-        role = int(candidates[k, Col.ROLE])
-        if role != _DECODE:
-            wait = min(wait, candidates[k, Col.WAIT_S])
-        if role != _PREFILL:
-            step = max(step, candidates[k, Col.STEP_S])
-    wait = 0.0 if wait == np.inf else wait
-    limit = max(params[_TTFT_S], params[_TTFT_FACTOR] * context[Ctx.ISOLATED_S], 1e-9)
-    tpot = tpot_slo(params, _TABLES)
-    return max(context[Ctx.WIN_TTFT_S], wait) / limit, max(context[Ctx.WIN_TPOT_S], step) / tpot
+    return risks(context, candidates, params[_TTFT_S], params[_TTFT_FACTOR], tpot_slo(params, _TABLES), True)
 
 
 @kernel
@@ -162,7 +150,7 @@ def _wanted(context, candidates, params, memory, now):
         p, d = needs(context, candidates, params, memory)
         wanted = composition(p, d, n, now, params[_SPARE], params[_HYSTERESIS], least)
     if by != _BY_NEEDS:
-        ttft, tpot = risks(context, candidates, params)
+        ttft, tpot = _seen(context, candidates, params)
         wanted = corrected(wanted, now, ttft, tpot, params[_HIGH], params[_LOW], least, n - 1.0)
     return wanted
 
@@ -187,7 +175,7 @@ def shift_inputs(context, candidates, params, memory, x):
     wait, limit, occupied, coming = _demand(context, candidates, params, memory)
     p, d = needs(context, candidates, params, memory)
     x[0], x[1], prompt = p / n, d / n, context[Ctx.WIN_PROMPT]
-    x[2], x[3] = risks(context, candidates, params)
+    x[2], x[3] = _seen(context, candidates, params)
     x[4] = context[Ctx.WIN_RATE] * ttft_prof(params, _TABLES, prompt) / n if prompt > 0.0 else 0.0
     x[5], x[6] = memory[_U] / n, (memory[_U] - memory[_U_SLOW]) / n
     x[7], x[8], x[9] = wait / (limit * n), occupied / n, coming / n
@@ -238,27 +226,13 @@ def _reallocate(context, candidates, mask, params, memory):
     low, high = shift_bounds(context, candidates, params, memory)
     target, row = target + min(max(memory[SHIFT], low), high), -1
     if target > have:
-        row = mover(candidates, mask, False, _PREFILL)
+        row = flip(candidates, mask, -1, _PREFILL)
     elif target < have:
-        row = mover(candidates, mask, True, int(params[_SIDE]))
+        row = flip(candidates, mask, _PREFILL, int(params[_SIDE]))
     if row < 0:
         return hold(candidates, mask)
     memory[_MOVED] = 0.0
     return row
-
-
-@kernel
-def _place_handed_over(candidates, mask, params):
-    """Where a decode goes on whose instance changes its role: by the score, less ``pack`` for each target of step."""
-    best, least = -1, np.inf
-    for k in range(candidates.shape[0]):
-        if mask[k] == 0:
-            continue
-        cost = linear_score.cost_of(candidates, k, params, _PLACE_DECODE)
-        cost -= params[_PACK] * feature(candidates, k, Col.STEP_WITH)
-        if cost < least:
-            best, least = k, cost
-    return best if best >= 0 else hold(candidates, mask)
 
 
 @kernel(POLICY_SIGNATURE)
@@ -268,7 +242,7 @@ def decide(context, candidates, mask, params, memory):
     if kind_of(context) == Kind.REALLOCATE:
         return _reallocate(context, candidates, mask, params, memory)
     if kind_of(context) == Kind.PLACE_DECODE and context[Ctx.GENERATED] > 1.0:
-        return _place_handed_over(candidates, mask, params)
+        return linear_score.cheapest(candidates, mask, params, _PLACE_DECODE, Col.STEP_WITH, -params[_PACK])
     return linear_score.decide(context, candidates, mask, params, memory)
 
 

@@ -174,18 +174,18 @@ def adopt(candidates, params, memory, n_p, n_d):
 
 @kernel
 def flip(candidates, mask, role, new, profile=-1):
-    """Row that turns the least loaded instance of ``role`` (and ``profile``, if 0 or more) into ``new``; -1 when none
+    """Row that turns the least loaded instance of ``role`` and ``profile`` (-1: of any) into ``new``; -1 when none
     may change now."""
     best, load = -1, np.inf
     for k in range(candidates.shape[0]):
-        if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0:
+        if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0 or int(candidates[k, Col.NEW_ROLE]) != new:
             continue
         if profile >= 0 and int(candidates[k, Col.PROFILE]) != profile:
             continue
-        if int(candidates[k, Col.ROLE]) == role and int(candidates[k, Col.NEW_ROLE]) == new:
-            here = candidates[k, Col.OUTSTANDING]
-            if best < 0 or here < load:
-                best, load = k, here
+        if role >= 0 and int(candidates[k, Col.ROLE]) != role:
+            continue
+        if candidates[k, Col.OUTSTANDING] < load:
+            best, load = k, candidates[k, Col.OUTSTANDING]
     return best
 
 
@@ -226,13 +226,23 @@ def composition(p, d, n, now, spare, hysteresis, least):
 
 
 @kernel
-def mover(candidates, mask, out_of_prefill, new):
-    """Row that makes an instance ``new``, out of PREFILL or into it: the one with the least to lose; -1: none may."""
-    best, load = -1, np.inf
+def risks(context, candidates, ttft_s, ttft_factor, tpot_s, both):
+    """(r_P, r_D): how near each target is to being missed now; 1 is at the target.
+
+    r_P = max(mean TTFT of the last window, least predicted wait) / TTFT_SLO, which is that of a mean prompt;
+    r_D = max(mean TPOT of it, longest decode step now) / TPOT_SLO.
+
+    :param both: whether instances of both phases count among those that a prompt may wait for
+    """
+    wait, step = np.inf, 0.0
     for k in range(candidates.shape[0]):
-        if mask[k] == 0 or candidates[k, Col.INSTANCE] < 0.0 or int(candidates[k, Col.NEW_ROLE]) != new:
+        if candidates[k, Col.INSTANCE] < 0.0:
             continue
-        here = candidates[k, Col.OUTSTANDING]
-        if (int(candidates[k, Col.ROLE]) == _PREFILL) == out_of_prefill and here < load:
-            best, load = k, here
-    return best
+        role = int(candidates[k, Col.ROLE])
+        if role == _PREFILL or (both and role != _DECODE):
+            wait = min(wait, candidates[k, Col.WAIT_S])
+        if role != _PREFILL:
+            step = max(step, candidates[k, Col.STEP_S])
+    wait = 0.0 if wait == np.inf else wait
+    target = max(ttft_s, ttft_factor * context[Ctx.ISOLATED_S], 1e-9)
+    return max(context[Ctx.WIN_TTFT_S], wait) / target, max(context[Ctx.WIN_TPOT_S], step) / tpot_s
