@@ -270,10 +270,8 @@ def _base(
     if request.rule == AUTO:
         log.write("search")  # from its beginning, also in a resumed run
         journal = _journal(request, [scenario], config, folder, display)
-        found = search_all(
-            scenario, config, display, request.budget, request.algorithm == "direct", request.seed,
-            lambda seconds, design: log.write("incumbent", seconds=round(seconds, 2), **design.facts), journal,
-        )  # fmt: skip
+        alone = request.algorithm == "direct"
+        found = search_all(scenario, config, display, request.budget, alone, request.seed, journal)
         write_json(folder.base, asdict(found), sealed=True)
         journal.close(done=True)
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from engine.common.progress import Display
 from env.measure.sustained import DEFINITION
@@ -52,13 +52,12 @@ def search_all(
     budget: Budget,
     alone: bool,
     seed: int,
-    on_incumbent: Callable[[float, Design], None] = lambda seconds, design: None,
     journal: Journal | None = None,
 ) -> SearchResult:
     """The best design within a budget.
 
     :param alone: the search is the whole training; otherwise it gets ``config.direct_share`` of the time
-    :param on_incumbent: see :func:`train.search.direct.direct_search`, ``journal`` too
+    :param journal: see :func:`train.search.direct.direct_search`
     """
     share = 1.0 if alone else config.direct_share
     requests: float = config.direct_requests or (budget.frames if alone and budget.frames else float("inf"))
@@ -74,9 +73,8 @@ def search_all(
         rules=config.rules,
     )
     found = direct_search(
-        scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=display.report,
-        on_incumbent=on_incumbent, journal=journal,
-    )  # fmt: skip
+        scenario, sizes, requests=requests, seconds=seconds, seed=seed, report=display.report, journal=journal
+    )
     begin = time.monotonic()
     display.phase("choose")
     light = [load * found.knee for load in config.light_loads]

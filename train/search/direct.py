@@ -49,7 +49,6 @@ _KNEE_SEEDS, _FINAL_SEEDS = 4, 10
 _KNEE_RATES = 12  # about so many rates are looked at for a knee
 _KNEE_LENGTH = 4  # times the requests of other simulations: a rate that is too high shows it in time only
 _RUNG_SHARE, _KNEE_SHARE, _FINAL_SHARE = 0.12, 0.02, 0.08  # of the budget, at most
-_TELL = 0.03  # share of the budget between two incumbents of CMA-ES
 _RACE = 0.45  # share of the time of CMA-ES in which several starts compete
 _FINALISTS = 3  # beside the best rule
 _END = 0.97  # share of the budget at which CMA-ES ends
@@ -104,8 +103,6 @@ class DirectResult:
 
 
 Report = Callable[[str, float, str], None]
-#: Called with the seconds since the search began and what it would answer if it were stopped then.
-Incumbent = Callable[[float, Design], None]
 
 
 def rules_of(scenario: Scenario, among: Collection[str] | None = None) -> list[str]:
@@ -131,12 +128,12 @@ class _Search:
 
     def __init__(
         self, scenario: Scenario, config: DirectConfig, seed: int, requests: float, seconds: float, report: Report,
-        on_incumbent: Incumbent, journal: Journal,
+        journal: Journal,
     ) -> None:  # fmt: skip
         self.setting = arena_of(scenario).setting
         self.fitness = Remembered(Fitness(scenario, self.setting), journal)
         self.seconds = journal.seconds
-        self.config, self.report, self.on_incumbent = config, report, on_incumbent
+        self.config, self.report = config, report
         self.rng = np.random.default_rng([seed, 1])
         self.seed = seed
         self.rules = rules_of(scenario, config.rules)
@@ -166,10 +163,6 @@ class _Search:
         self.report(phase, min(done, 1.0), text)
         self.history.append({"requests": self.fitness.requests, "knee": self.knee, "score": best})
 
-    def incumbent(self, design: Design) -> None:
-        """Tell who leads."""
-        self.on_incumbent(self.seconds(), design)
-
     # -- explore ---------------------------------------------------------------------------------------------
 
     def explore(self) -> None:
@@ -177,9 +170,8 @@ class _Search:
         config, reference = self.config, self.fitness.scenario.reference_rate
         pool = [Design(name) for name in (*self.rules, "linear_score")]
         knees = [(self.fitness.knee(d, reference, (0,), 1000, 0.1, waits=False), i) for i, d in enumerate(pool)]
-        self.knee, best = max(knees)
+        self.knee, _ = max(knees)
         self.strict = _MODERATE * self.knee
-        self.incumbent(pool[best])
         # a round costs about 4000 requests a design; a small budget draws fewer
         afford = 0.25 * config.share * self.most_requests / self.fitness.length(self.knee, self.n_requests, False)
         n = int(max(min(config.designs, afford), 8))
@@ -220,7 +212,6 @@ class _Search:
                     done = turn + (rung + i / len(designs)) / len(_RUNGS)
                     self.note("explore", done / self.config.rounds, max(scored)[0])
             designs = [designs[-i] for _, i in sorted(scored, reverse=True)]
-            self.incumbent(designs[0])
             self.recentre(designs[0], first)
         self.ranked = [*designs, *cut, *self.ranked]  # those of the last rung, those before it, an earlier turn's
         return designs[:keep]
@@ -241,18 +232,6 @@ class _Search:
             least, greatest = _STRICT
             strict = strict or _MODERATE * knee  # nobody may hold 99 % at any rate
             self.knee, self.strict = knee, min(max(strict, least * knee), greatest * knee)
-
-    def known(self, design: Design) -> Design:
-        """``design`` where nothing is explored: the rates follow its knee.
-
-        :raises SlalomError: it meets the targets at no rate
-        """
-        self.knee = self.fitness.knee(design, self.fitness.scenario.reference_rate, (0,), self.n_requests, 0.1)
-        if self.knee <= 0.0:
-            raise SlalomError("start", design.rule, "it meets the targets at no rate; start from something else")
-        self.strict = _MODERATE * self.knee
-        self.incumbent(design)
-        return design
 
     def pair(self, generation: int) -> tuple[float, float]:
         """The two rates of a generation of CMA-ES."""
@@ -282,21 +261,14 @@ class _Climb:
         """Where it stands; the design it came from before the first generation."""
         return replace(self.design, theta=self.optimiser.mean.copy()) if self.generation else self.design
 
-    def advance(self, until: float, leads: bool) -> None:
-        """Go on until the share ``until`` of the search's budget is spent.
-
-        :param leads: tell the incumbent now and then
-        """
+    def advance(self, until: float) -> None:
+        """Go on until the share ``until`` of the search's budget is spent."""
         search, start = self.search, self.search.used
-        told_at = start
         if self.generation == 0:
             search.recentre(self.design, _FIRST_SEED)
         while search.used < until and not self.ended:
             best = self._generation()
             search.note(f"refine {self.number + 1}", (search.used - start) / max(until - start, 1e-9), best)
-            if leads and search.used - told_at >= _TELL:
-                told_at = search.used
-                search.incumbent(self.answer)
         self.knee, self.strict = search.knee, search.strict
 
     def _generation(self) -> float:
@@ -326,28 +298,21 @@ def direct_search(
     seconds: float = float("inf"),
     seed: int = 0,
     report: Report = lambda phase, done, note: None,
-    on_incumbent: Incumbent = lambda seconds, design: None,
-    start: Design | None = None,
     journal: Journal | None = None,
 ) -> DirectResult:
     """Search until ``requests`` were simulated or ``seconds`` have passed; at least one of them is finite.
 
     :param report: called with (phase, share done, note)
-    :param on_incumbent: told who leads, now and then
     :param journal: what an interrupted search knew already; it goes on from there
-    :param start: CMA-ES from this design alone, nothing is explored; the answer is then it or what became of it
     """
-    search = _Search(scenario, config, seed, requests, seconds, report, on_incumbent, journal or Journal())
-    if start is None:
-        search.explore()
-        starts = _different(search.ranked, config.starts)
-    else:
-        starts = [search.known(start)]
+    search = _Search(scenario, config, seed, requests, seconds, report, journal or Journal())
+    search.explore()
+    starts = _different(search.ranked, config.starts)
     climbs = [_Climb(search, design, number) for number, design in enumerate(starts)]
     begun, left = search.used, max(_END - search.used, 0.0)
     if len(climbs) > 1:  # arrangements show what they can become only after some generations: race, then go on
         for number, climb in enumerate(climbs):
-            climb.advance(begun + left * _RACE * (number + 1) / len(climbs), leads=number == 0)
+            climb.advance(begun + left * _RACE * (number + 1) / len(climbs))
         far = max(climbs, key=lambda climb: climb.knee)
         search.knee, search.strict = far.knee, far.strict
         rates = search.rates()
@@ -356,10 +321,10 @@ def direct_search(
         search.recentre(first.answer, 4_500)
     else:
         first = climbs[0]
-    first.advance(_END, leads=True)
+    first.advance(_END)
     refined = [first.answer, *(climb.answer for climb in climbs if climb is not first)]
     # the published rule that came furthest, however soon that was: what is shipped must not lose to it
-    rule = start or Design("linear_score")
+    rule = Design("linear_score")
     if search.rules_seen:
         rule = max(search.rules_seen, key=lambda seen: seen[:2])[2]
     finalists = [*refined, *starts, rule]

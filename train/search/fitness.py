@@ -108,10 +108,6 @@ class Fitness:
             return 0.0
         return self._rates(policy, start, seeds, n, (0.9,), waits, tolerance=tolerance)[0]
 
-    def goodput(self, policy: Policy, start: float, seeds: Sequence[int], n: int, tolerance: float = 0.03) -> float:
-        """The same of a bound policy."""
-        return self._rates(policy, start, seeds, n, (0.9,), True, tolerance=tolerance)[0]
-
     def knees(self, design: Design, start: float, seeds: Sequence[int], n: int) -> tuple[float, float]:
         """The same at 90 and at 99 % for a design known to hold 90 % near ``start``."""
         near = {"tolerance": 0.03, "step": 1.2, "widest": 16.0}
