@@ -21,8 +21,8 @@ def blocks_for(tokens, block_tokens):
 
 
 @kernel(forceinline=True)
-def _mix(h, j):
-    """Hash of sub-block ``j`` of a coarser hash entry (splitmix64 finaliser)."""
+def mixed(h, j):
+    """``h`` and the number ``j`` as one hash: splitmix64 (Steele et al. 2014)."""
     z = h + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -38,7 +38,7 @@ def _hash_at(s, r, j):
     entry = j // per
     if entry >= s.req[r].hash_n:
         return np.uint64(0)
-    return _mix(s.hashes[s.req[r].hash_off + entry], j - entry * per)
+    return mixed(s.hashes[s.req[r].hash_off + entry], j - entry * per)
 
 
 @kernel

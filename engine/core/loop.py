@@ -20,6 +20,7 @@ from engine.core.events.observed import hand_on
 from engine.core.events.roles import end_role_change, hand_out, role_change_ready
 from engine.core.events.slots import slots_of
 from engine.core.kinds import LaneKind
+from engine.core.kv import mixed
 from engine.core.lists import (
     ENDED,
     inbound_of,
@@ -314,14 +315,6 @@ def describe_transfer(words, link, source, target):
 
 
 @kernel
-def _mixed(h):
-    """splitmix64 finaliser (Steele et al. 2014)."""
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return h ^ (h >> np.uint64(31))
-
-
-@kernel
 def chain_hashes(tokens, size, salt, first, last, out):
     """Chained prefix hashes of blocks [first, last) of ``tokens``: entry k stands for everything up to its end.
 
@@ -332,7 +325,7 @@ def chain_hashes(tokens, size, salt, first, last, out):
     for k in range(first, last):
         h = out[k - 1] if k > 0 else salt
         for j in range(k * size, (k + 1) * size):
-            h = _mixed(h + np.uint64(0x9E3779B97F4A7C15) * np.uint64(tokens[j] + 1))
+            h = mixed(h, tokens[j])
         out[k] = max(h, np.uint64(1))
 
 

@@ -20,6 +20,7 @@ from engine.core.columns import Kind
 from engine.core.decide.patience import is_idle
 from engine.core.events.lifecycle import place
 from engine.core.kinds import RequestState
+from engine.core.kv import mixed
 from engine.core.lists import PLACING, inbound_of, link_list, push_back, queue_of, ready_of
 from engine.core.state import ClusterState, attach
 from engine.jit.kernel import kernel
@@ -82,13 +83,10 @@ def copies(state: ClusterState, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 @kernel
 def choose_router(q):
-    """Whose the decision asked now is: splitmix64 of the request (Steele et al. 2014), the first router's otherwise."""
+    """Whose the decision asked now is: a router's drawn by the request's hash, the first router's otherwise."""
     router = np.int32(0)
     if q.sim[0].kind <= _PLACE_DECODE:
-        h = np.uint64(q.sim[0].subject + 1) * np.uint64(0x9E3779B97F4A7C15)
-        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        router = np.int32((h ^ (h >> np.uint64(31))) % np.uint64(q.sim[0].routers))
+        router = np.int32(mixed(np.uint64(0), q.sim[0].subject) % np.uint64(q.sim[0].routers))
     q.sim[0].router = router
 
 

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from engine.core.columns import Col, Kind, Need
 from engine.core.policy import POLICY_SIGNATURE
 from engine.jit.kernel import kernel
 from policies.common import default_answer, kind_of, only_decoders, or_hold, takes_prompts
 from policies.rule import Rule
-
-_MASK32 = 0xFFFFFFFF
-
-
-@kernel
-def _random(memory):
-    """Next number in [0, 1) of a 32-bit xorshift (Marsaglia 2003); its state is ``memory[0]``, 0 = just reset.
-
-    32 bits, because a float64 cell holds them exactly.
-    """
-    state = np.int64(memory[0])
-    if state == 0:
-        state = np.int64(88675123)
-    state ^= (state << 13) & _MASK32
-    state ^= state >> 17
-    state ^= (state << 5) & _MASK32
-    memory[0] = float(state)
-    return state / 4294967296.0
+from policies.rules.parts.draws import uniform
 
 
 @kernel
@@ -51,8 +32,8 @@ def decide(context, candidates, mask, params, memory):
             allowed += 1
     if allowed < 2:
         return or_hold(_nth_instance(candidates, mask, 0, everyone), candidates, mask)
-    first = int(_random(memory) * allowed)
-    second = (first + 1 + int(_random(memory) * (allowed - 1))) % allowed
+    first = int(uniform(memory, 0, 0) * allowed)
+    second = (first + 1 + int(uniform(memory, 0, 0) * (allowed - 1))) % allowed
     a = _nth_instance(candidates, mask, first, everyone)
     b = _nth_instance(candidates, mask, second, everyone)
     return a if candidates[a, Col.OUTSTANDING] <= candidates[b, Col.OUTSTANDING] else b

@@ -12,9 +12,8 @@ from engine.core.events.roles import begin_role_change, count_able, may_change
 from engine.core.kinds import LaneKind, RequestState, Role
 from engine.core.kv import release, release_chain
 from engine.core.lists import HANDOVER, HELD, PLACING, inbound_of, link_list, push_back, queue_of, ready_of, remove
-from engine.core.schedule.preemption import note_due, touch_pool
+from engine.core.schedule.preemption import recount_due, touch_pool
 from engine.core.slo import end_request
-from engine.core.state import NEVER as _NEVER
 from engine.core.state import attach
 from engine.jit.kernel import kernel
 
@@ -43,10 +42,7 @@ def leave_running(s, i, r):
             kept += 1
     s.inst[i].run_n = kept
     s.inst[i].run_ctx -= s.req[r].computed
-    for c in range(s.cluster[0].n_classes):
-        s.due[i, c] = _NEVER
-    for slot in range(kept):
-        note_due(s, i, s.run[i, slot])
+    recount_due(s, i)
     release(s, r)
     touch_pool(s, i)
 
