@@ -7,7 +7,7 @@ by its expected time, so that ten cheap doubts are settled before a dear one of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,9 +138,8 @@ def held_out_error(measured: Sequence[Measured]) -> float:
 
 
 def next_points(
-    space: Space, kind: Kind, measured: Sequence[Measured], known: set[Point], count: int, seed: int,
-    expect: Callable[[float], float] = lambda s: s,
-) -> list[Point]:  # fmt: skip
+    space: Space, kind: Kind, measured: Sequence[Measured], known: set[Point], count: int, seed: int
+) -> list[Point]:
     """The ``count`` candidates that promise most per second, no two of them neighbours.
 
     :param known: points not to be tried again
@@ -149,7 +148,7 @@ def next_points(
     if not candidates:
         return []
     error, seconds = doubts(measured, candidates, seed)
-    score = error / np.sqrt([expect(s) for s in seconds])
+    score = error / np.sqrt(seconds)
     chosen: list[int] = []
     place = np.log1p(_axes(candidates))
     while len(chosen) < min(count, len(candidates)):

@@ -45,9 +45,7 @@ _ALIKE = 1.25  # lengths of runs are powers of this: most neighbouring rates the
 _LONGEST = 100_000  # requests of a run, at most
 
 
-def level_of(
-    run: Any, *, tail_factor: float, warmup: float = 0.05, settled: bool = False, slack: float = DEFINITION.slack
-) -> float:
+def level_of(run: Any, *, tail_factor: float, warmup: float = 0.05, settled: bool = False) -> float:
     """See the module's text; at most 1, below 0 where much is wrong.
 
     :param run: a ``RunResult``
@@ -55,12 +53,12 @@ def level_of(
     :param warmup: share of arrivals left out at the start
     :param settled: of the time in which sessions begin, see ``env.measure.metrics.outcomes``
     """
-    return _level(run, outcomes(run, warmup=warmup, settled=settled), tail_factor, slack)
+    return _level(run, outcomes(run, warmup=warmup, settled=settled), tail_factor)
 
 
-def _level(run: Any, found: Outcomes, tail_factor: float, slack: float = DEFINITION.slack) -> float:
+def _level(run: Any, found: Outcomes, tail_factor: float) -> float:
     r, good = run.req[found.rows], found.good
-    level = min(float(good.mean()), _worst_group(r, good) + slack)
+    level = min(float(good.mean()), _worst_group(r, good) + DEFINITION.slack)
     return level - _cost_of_waits(r, found, tail_factor) - _cost_of_growth(run.req, r)
 
 

@@ -327,13 +327,13 @@ def merge(traces: Sequence[Trace], name: str = "mix") -> Trace:
     )
 
 
-def concat(traces: Sequence[Trace], gap_s: float = 0.0, name: str = "concat") -> Trace:
+def concat(traces: Sequence[Trace], gap_s: float = 0.0) -> Trace:
     """The traces one after the other; each starts ``gap_s`` after the last arrival of the one before."""
     moved, start = [], 0.0
     for trace in traces:
         moved.append(replace(trace, arrival_s=trace.arrival_s + start))
         start += trace.duration_s + gap_s
-    return merge(moved, name)
+    return merge(moved, "concat")
 
 
 def _with_unit(trace: Trace, unit: int, key: int) -> Trace:

@@ -201,11 +201,9 @@ def sustained(scenario: Scenario, policy: str) -> float:
     return found.found[0].rate if found else 0.0
 
 
-def ratios(ours: Lasting, theirs: Lasting, extra: bool = True) -> tuple[Reading, ...]:
+def ratios(ours: Lasting, theirs: Lasting) -> tuple[Reading, ...]:
     """Ours by theirs, as the readings of a claim."""
-    return tuple(
-        Reading(label, ratio(a, b), extra) for label, a, b in zip((STEADY, SUSTAINED), ours, theirs, strict=True)
-    )
+    return tuple(Reading(label, ratio(a, b)) for label, a, b in zip((STEADY, SUSTAINED), ours, theirs, strict=True))
 
 
 def ratio(ours: float, theirs: float) -> float:

@@ -38,10 +38,10 @@ def _share_of_best(result: Mapping[str, Any]) -> dict[str, float]:
     return {label: sum(found) / max(len(found), 1) for label, found in shares.items()}
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def summary(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -125,14 +125,11 @@ def _whys(cell: Mapping[str, Any]) -> list[str]:
     return why + [f"{cell['label']}: {text}." for text in best["missing"]]
 
 
-def markdown(result: Mapping[str, Any], *, level: int = 2) -> str:
-    """Sections for BENCHMARKS.md: the overview, then one per scenario.
-
-    :param level: of the headings
-    """
+def markdown(result: Mapping[str, Any]) -> str:
+    """Sections for BENCHMARKS.md: the overview, then one per scenario."""
     lines = [f"Commit `{str(result['settings']['commit'])[:12]}`, {result['settings']['date'][:10]}.", ""]
     for title, said, head, rows in _sections(result):
-        lines += [f"{'#' * level} {title}", "", *(f"{sentence}\n" for sentence in said)]
+        lines += [f"## {title}", "", *(f"{sentence}\n" for sentence in said)]
         lines += [*markdown_table(head, rows), ""]
     return "\n".join(lines)
 

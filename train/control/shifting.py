@@ -47,8 +47,6 @@ _CONFIG = TrainConfig.model_validate({
     "baseline_slice_s": _STEP_S, "ent_coef": 1e-3,
 })  # fmt: skip
 
-Report = Callable[[str, float, str], None]
-
 
 class ShiftNetwork(nn.Module):
     """The network of ``policies.rules.parts.shift`` in torch, and a critic; at the start it shifts nothing."""
@@ -172,7 +170,7 @@ def _looks(env: ControlVecEnv) -> int:
     return int(env.scenario.workload.natural_s / _STEP_S) - 10
 
 
-def _imitate(network: ShiftNetwork, env: ControlVecEnv, teacher: _Teacher, most: float, report: Report) -> None:
+def _imitate(network: ShiftNetwork, env: ControlVecEnv, teacher: _Teacher, most: float) -> None:
     """DAgger on days of training arrivals, until ``most`` requests were simulated or all rounds are done."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     optimiser = th.optim.Adam(network.parameters(), lr=_FIT_RATE)
@@ -188,7 +186,6 @@ def _imitate(network: ShiftNetwork, env: ControlVecEnv, teacher: _Teacher, most:
             seen = th.from_numpy(env.step(does.numpy())[0])
         teacher.requests += env.num_envs * env.episodes.n_requests
         _fit(network, optimiser, kept)
-        report("imitate", (turn + 1) / _ROUNDS, f"{len(kept) * env.num_envs} looks")
         if teacher.requests >= most:
             return
 
@@ -207,9 +204,9 @@ def _fit(network: ShiftNetwork, optimiser: th.optim.Adam, kept: list[tuple[Tenso
 class _Snapshots(BaseCallback):
     """Weights halfway and at the end."""
 
-    def __init__(self, frames: int, report: Report) -> None:
+    def __init__(self, frames: int) -> None:
         super().__init__()
-        self.frames, self.report = frames, report
+        self.frames = frames
         self.half: dict[str, np.ndarray] | None = None
 
     def _on_step(self) -> bool:
@@ -218,7 +215,6 @@ class _Snapshots(BaseCallback):
     def _on_rollout_start(self) -> None:
         if self.half is None and self.num_timesteps >= 0.5 * self.frames:
             self.half = self.model.policy.network.arrays()  # type: ignore[union-attr, operator]
-        self.report("reinforce", self.num_timesteps / self.frames, f"{self.num_timesteps} looks")
 
 
 def learn_shift(
@@ -230,7 +226,6 @@ def learn_shift(
     seed: int = 0,
     imitation: bool = True,
     ppo: bool = True,
-    report: Report = lambda phase, done, note: None,
 ) -> Shifting:
     """A network that shifts the planner with ``values``, or none where that stands better on validation days.
 
@@ -251,22 +246,20 @@ def learn_shift(
         if imitation:
             teacher = _Teacher(world)
             most = (_IMITATION if ppo else 1.0) * requests - spent
-            _imitate(network, world(_PUPILS, 100, _PUPILS), teacher, most, report)
+            _imitate(network, world(_PUPILS, 100, _PUPILS), teacher, most)
             blocks["imitation"], plan, spent = pack(network.arrays()), teacher.plan, spent + teacher.requests
         if ppo:
             frames = max(int((requests - spent) / (rate * _STEP_S)), 1)
-            learned, frames = _reinforce(network, world(_CONFIG.n_envs, 99), frames, seed, report)
+            learned, frames = _reinforce(network, world(_CONFIG.n_envs, 99), frames, seed)
             blocks, spent = blocks | learned, spent + int(frames * rate * _STEP_S)
     found = {name: _validated(scenario, shifted(planner, block), rate) for name, block in blocks.items()}
     chosen = max(found, key=lambda name: found[name])
     return Shifting(blocks[chosen], chosen, plan, blocks, found, spent)
 
 
-def _reinforce(
-    network: ShiftNetwork, env: ControlVecEnv, frames: int, seed: int, report: Report
-) -> tuple[dict[str, np.ndarray], int]:
+def _reinforce(network: ShiftNetwork, env: ControlVecEnv, frames: int, seed: int) -> tuple[dict[str, np.ndarray], int]:
     """PPO from ``network``: blocks halfway and at the end, and the frames that it took, ``frames`` or a few more."""
-    model, halfway = DispatchPPO(env, lambda: deepcopy(network), _CONFIG, seed=seed), _Snapshots(frames, report)
+    model, halfway = DispatchPPO(env, lambda: deepcopy(network), _CONFIG, seed=seed), _Snapshots(frames)
     model.learn(frames, halfway, log_interval=0)
     learned: Any = model.policy.network
     blocks = {"ppo, end": pack(learned.arrays())}

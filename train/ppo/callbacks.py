@@ -103,13 +103,12 @@ class EvaluationCallback(Between):
         *,
         every_s: float,
         every_frames: int | None = None,
-        on_result: Callable[[Evaluation], None] | None = None,
     ) -> None:
         super().__init__()
         self.out, self.base_score = out, base_score
         self.done: list[Evaluation] = []
         self._export, self._judge, self._seeds, self._log = export, judge, tuple(seeds), log
-        self._every_s, self._every_frames, self._on_result = every_s, every_frames, on_result
+        self._every_s, self._every_frames = every_s, every_frames
         self._pending: tuple[str, int, float, Future[Verdict]] | None = None
         self._last_s, self._last_frames = 0.0, 0
 
@@ -196,8 +195,6 @@ class EvaluationCallback(Between):
             base=np.array(self.base_score),
         )
         write_bytes(self.out / "evaluations.npz", table.getvalue())
-        if self._on_result is not None:
-            self._on_result(evaluation)
 
 
 class StateCallback(Between):

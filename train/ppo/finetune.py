@@ -8,7 +8,6 @@ the engine, in turns, and the better one is the checkpoint that is kept. Not yet
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from env.scenario import Scenario
 from env.surrogate.simulate import bind_policy
 from policies.checkpoint.folder import Facts, LoadedPolicy, save_network
 from train.config import TrainConfig
+from train.ppo.callbacks import replace_folder
 from train.ppo.learner import DispatchPPO
 from train.ppo.start import load_network, network_of
 
@@ -76,12 +76,10 @@ def finetune(
     *,
     seed: int = 0,
     out: Path | None = None,
-    env: EngineVecEnv | None = None,
 ) -> dict[str, Any]:
     """Fine-tune ``init`` on the engine; ``OUT/best`` is the result, or ``init`` itself where the result is no better.
 
     :param seconds: of learning; the comparison afterwards comes on top
-    :param env: the engine to learn on (tests)
     :return: facts and figures, also in ``OUT/result.json``
     :raises SlalomError: a checkpoint that is no network, or a scenario whose profile is of another engine
     """
@@ -89,7 +87,7 @@ def finetune(
     config = TrainConfig(**CONFIG)  # type: ignore[arg-type]
     torch.set_num_threads(config.torch_threads)
     rule = loaded.manifest.rule
-    env = env or EngineVecEnv(
+    env = EngineVecEnv(
         chosen, seed=seed, n_requests=config.n_requests, policy=bind_policy(rule.name, chosen, dict(rule.values)),
         advise=bool(np.any(loaded.arrays.get("bonus", 0.0))),
     )  # fmt: skip
@@ -105,9 +103,7 @@ def finetune(
     pairs = [[_attainment(chosen, place, 10_000 + k, env) for place in (init, tuned)] for k in range(_ROUNDS)]
     before, after = np.mean(pairs, axis=0).tolist()
     better = after > before
-    if (folder / "best").exists():
-        shutil.rmtree(folder / "best")
-    shutil.copytree(tuned if better else init, folder / "best")
+    replace_folder(tuned if better else init, folder / "best")
     result = {
         "checkpoint": str(folder / "best"),
         "device": env.park.name,
