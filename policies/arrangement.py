@@ -132,7 +132,11 @@ class _Load:
 
 
 def _largest(seconds: Callable[[float], float], limit: float) -> float:
-    """The largest rate at which ``seconds``, which grows with it, is at most ``limit``; 0 where none is."""
+    """The largest rate at which ``seconds``, which grows with it, is at most ``limit``; 0 where none is.
+
+    A formula without noise that costs nothing to ask: plain bisection. Measured shares, which need not fall, are
+    searched by ``env.measure.goodput``.
+    """
     low, high = 1.0 / _MOST_PER_S, _MOST_PER_S
     if seconds(low) > limit:
         return 0.0

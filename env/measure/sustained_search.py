@@ -1,7 +1,8 @@
 """The search of sustained goodput: few runs, most of them short, the same arrivals for every policy.
 
 Rates lie on a grid of powers of ``1 + tolerance``, so that a bisection of any kind gives the same answer when its
-verdicts agree. Policies share arrivals (common random numbers), and so do most neighbouring rates, stretched in time.
+verdicts agree. (What is asked has a verdict of several clauses, each with a cost of its own; ``goodput.largest_rate``
+smooths one share.) Policies share arrivals (common random numbers), as do most neighbouring rates, stretched in time.
 Where to ask next is read off how far the verdicts at both ends of the bracket are from turning. A rate is asked in
 three steps and the search goes on at the first that decides:
 

@@ -152,7 +152,10 @@ def search_static(
 
 
 def _knee(search: Evaluator, listed: Sequence[Arrangement], least: float) -> float:
-    """The highest coarse knee of one arrangement per family (the middle one of its list), at least ``least``."""
+    """The highest coarse knee of one arrangement per family (the middle one of its list), at least ``least``.
+
+    No search of each one's knee (``largest_rate``): the bar only rises, and who does not hold it costs one run.
+    """
     knee = least
     for family in dict.fromkeys(a.family for a in listed):
         members = [a for a in listed if a.family == family]

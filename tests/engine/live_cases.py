@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -88,14 +87,6 @@ def send(engine: Engine, prompt: Sequence[int], params: SamplingParams = GREEDY,
     caller = Caller()
     caller.request = engine.submit(prompt, params, caller, **options)
     return caller
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Wait for ``condition``."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.002)
 
 
 def cores(n: int, layers: int = 4) -> Callable[[], Any]:

@@ -5,39 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+from waiting import free_port, healthy, until
 
 from policies.route import Options, build
 
 ROOT = Path(__file__).resolve().parents[2]
 MOCK = ROOT / "eval" / "benchmarks" / "mock_engine.py"
 PROFILE = "smollm2-cpu"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Wait for ``condition``."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it never came to pass"
-        time.sleep(0.005)
 
 
 class Mock:
@@ -55,13 +40,7 @@ class Mock:
         return self
 
     def wait(self) -> Mock:
-        def up() -> bool:
-            try:
-                return self.client.get("/health").status_code == 200
-            except httpx.HTTPError:
-                return False
-
-        until(up)
+        until(partial(healthy, self.url))
         return self
 
     def kill(self) -> None:

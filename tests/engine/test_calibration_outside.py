@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from remote_cases import mocks, until
+from remote_cases import mocks
+from waiting import until
 
 from engine.calibration.from_outside import fused_error, profile_of
 from engine.calibration.outside import Limits, held_out, measure

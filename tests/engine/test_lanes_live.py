@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from live_cases import GREEDY, PROMPTS, cores, engine_on, mixed, send, until
+from live_cases import GREEDY, PROMPTS, cores, engine_on, mixed, send
 from test_lanes import CORES, needs_two_cores
+from waiting import until
 
 from engine.core.kinds import Batching, Role
 from engine.lanes.base import WHOLE

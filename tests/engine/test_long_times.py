@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_cases import GREEDY, KV, PROMPTS, Ends, FirstAllowed, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, PROMPTS, Ends, FirstAllowed, engine_on, mixed, send
 from runtime_cases import tables
+from waiting import until
 
 from engine.core.columns import Col, Ctx
 from engine.core.kinds import Role

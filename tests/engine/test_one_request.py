@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from live_cases import GREEDY, KV, PROMPTS, Caller, Ends, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, PROMPTS, Caller, Ends, engine_on, mixed, send
 from test_runtime_distributed import InThread, served_by
+from waiting import until
 
 from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from live_cases import GREEDY, MODEL, PROMPTS, cores, engine_on, mixed, send, until
+from live_cases import GREEDY, MODEL, PROMPTS, cores, engine_on, mixed, send
 from test_lanes import CORES, needs_two_cores
+from waiting import until
 
 from engine.core.kinds import Batching, Role
 from engine.kernels import Span, Spans

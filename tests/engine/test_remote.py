@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from audit import recount
-from remote_cases import Mock, Routed, all_at_once, mocks, routed, until
+from remote_cases import Mock, Routed, all_at_once, mocks, routed
+from waiting import until
 
 from engine.errors import SlalomError
 from eval.benchmarks.mock_engine import text_of

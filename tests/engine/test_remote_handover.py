@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 from audit import recount
-from remote_cases import Mock, Routed, all_at_once, mocks, routed, until
+from remote_cases import Mock, Routed, all_at_once, mocks, routed
+from waiting import until
 
 from engine.core.kinds import Role
 from engine.errors import SlalomError

@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 from audit import recount
-from remote_cases import Mock, Routed, all_at_once, routed, until
+from remote_cases import Mock, Routed, all_at_once, routed
+from waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("SLALOM_ENGINES", ROOT / ".venv-engines")) / "bin" / "python"

@@ -20,7 +20,8 @@ from typing import Any
 
 import httpx
 import pytest
-from remote_cases import Mock, Routed, free_port, routed, until
+from remote_cases import Mock, Routed, routed
+from waiting import free_port, until
 
 from engine.remote.steps import read_steps, steps_so_far
 

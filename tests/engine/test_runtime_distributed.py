@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, cores, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, FirstAllowed, cores, engine_on, mixed, send
 from runtime_cases import tables
 from test_graphs import Rerun
 from test_lanes import CORES, needs_two_cores
+from waiting import until
 
 from engine.core.kinds import Batching, Role
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from live_cases import GREEDY, KV, PROMPTS, Ends, FirstAllowed, engine_on, mixed, send, until
+from live_cases import GREEDY, KV, PROMPTS, Ends, FirstAllowed, engine_on, mixed, send
+from waiting import until
 
 from engine.core.kinds import Batching, Role
 from engine.core.setup import ClusterOptions, InstanceSpec

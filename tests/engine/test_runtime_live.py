@@ -10,22 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live_cases import (
-    GREEDY,
-    KV,
-    MODEL,
-    PROMPTS,
-    TOKENIZER,
-    Caller,
-    Ends,
-    FirstAllowed,
-    engine_on,
-    mixed,
-    send,
-    tables,
-    until,
-)
+from live_cases import GREEDY, KV, MODEL, PROMPTS, TOKENIZER, Caller, Ends, FirstAllowed, engine_on, mixed, send, tables
 from runtime_cases import RandomPolicy
+from waiting import until
 
 from engine.core.columns import Kind
 from engine.core.kinds import Batching, RequestState, Role

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,8 +18,9 @@ import httpx
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from live_cases import TOKENIZER, Ends, until
+from live_cases import TOKENIZER, Ends
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import free_port, healthy, until
 
 from engine.errors import SlalomError
 from engine.server.door import Limits, configure
@@ -367,12 +367,8 @@ def test_mistakes_on_the_command_line_are_one_line() -> None:
 def test_sigterm_under_load_drains() -> None:
     command = [
         sys.executable, "-m", "policies.serve", "--model", "dummy:tiny", "--instances", "2",
-        "--roles", "prefill,decode", "--port", "0", "--drain-s", "20",
+        "--roles", "prefill,decode", "--port", str(port := free_port()), "--drain-s", "20",
     ]  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command[command.index("0")] = str(port)
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     base = f"http://127.0.0.1:{port}"
     results: list[int] = []
@@ -383,14 +379,8 @@ def test_sigterm_under_load_drains() -> None:
             response = client.post("/v1/completions", json=body)
             results.append(response.json()["usage"]["completion_tokens"] if response.status_code == 200 else -1)
 
-    def up() -> bool:
-        try:
-            return httpx.get(f"{base}/health", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
-
     try:
-        until(up, timeout_s=120.0)
+        until(partial(healthy, base), timeout_s=120.0)
         clients = [threading.Thread(target=load) for _ in range(8)]
         for client in clients:
             client.start()

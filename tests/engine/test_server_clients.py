@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from live_cases import until
+from waiting import free_port, healthy, until
 
 from engine.errors import SlalomError
 from engine.model import load_tokenizer
@@ -55,19 +54,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(tokenizer: Path) -> Iterator[str]:
     """A ``serve`` process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ["--model", MODEL, "--instances", "2", "--roles", "prefill,decode", "--port", str(port)]
     process = subprocess.Popen([sys.executable, "-m", "policies.serve", *options], cwd=ROOT)
     base = f"http://127.0.0.1:{port}"
 
     def up() -> bool:
         assert process.poll() is None, "serve ended"
-        try:
-            return httpx.get(f"{base}/health", trust_env=False).status_code == 200
-        except httpx.TransportError:
-            return False
+        return healthy(base)
 
     try:
         until(up, timeout_s=300.0)

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from live_cases import until
 from test_server import GREEDY, PROMPT, Served
+from waiting import until
 
 from engine.errors import SlalomError
 from engine.model import ModelRunner

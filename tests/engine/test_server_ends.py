@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from live_cases import until
 from test_runtime_faults import Killer, killer  # noqa: F401  (a fixture)
 from test_server import GREEDY, PROMPT, ROOT, Served, events
+from waiting import until
 
 from engine.errors import SlalomError
 from engine.model import ModelRunner

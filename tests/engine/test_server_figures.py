@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from live_cases import until
 from prometheus_client.parser import text_string_to_metric_families
 from test_server import GREEDY, PROMPT, Served
+from waiting import until
 
 from engine.core.kinds import RequestState
 from engine.live.fate import ABORT, SHED, fate_of

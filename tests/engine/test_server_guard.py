@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from live_cases import until
 from prometheus_client.parser import text_string_to_metric_families
 from test_server import GREEDY, PROMPT, Served
+from waiting import until
 
 from engine.errors import SlalomError
 from policies.serve import Options, build

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from live_cases import GREEDY, KV, MODEL, PROMPTS, FirstAllowed, engine_on, send, until
+from live_cases import GREEDY, KV, MODEL, PROMPTS, FirstAllowed, engine_on, send
+from waiting import until
 
 from engine.core.kinds import Role
 from engine.core.setup import InstanceSpec

@@ -19,6 +19,14 @@ def request(arrival_ms, first_ms=None, last_ms=None, out=1, state=RequestState.F
     return row | {"prompt": 10, "ttft_slo": 100 * MS, "tpot_slo": 10 * MS} | columns
 
 
+def steady(n, **columns):
+    """``n`` requests 10 ms apart, each answered after 20 ms; prompts of 10 to n + 9 tokens."""
+    return [
+        request(10 * i, 10 * i + 20, 10 * i + 20, prompt=10 + i * 7 % n, finished=(10 * i + 20) * MS, **columns)
+        for i in range(n)
+    ]
+
+
 class Scenario:
     """What an evaluation asks of a scenario."""
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from eval_cases import MS, request
+from eval_cases import MS, steady
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,12 +15,6 @@ from train.search.levers import OWN, Levers, label
 FIXTURE = [HealthCheck.function_scoped_fixture]  # it makes runs and keeps nothing
 
 
-def steady(n=200, **columns):
-    """Requests 10 ms apart, each answered after 20 ms; prompts of 10 to 209 tokens."""
-    return [request(10 * i, 10 * i + 20, 10 * i + 20, prompt=10 + i * 7 % n, finished=(10 * i + 20) * MS, **columns)
-            for i in range(n)]  # fmt: skip
-
-
 def late(row):
     row["first_token"] = row["arrival"] + 101 * MS
 
@@ -30,7 +24,7 @@ def level(make_run, rows, **options):
 
 
 def test_everybody_in_time_is_a_level_of_one_and_some_late_ones_their_share(make_run):
-    rows = steady()
+    rows = steady(200)
     assert level(make_run, rows) == 1.0
     for row in rows[::10]:
         late(row)
@@ -38,11 +32,11 @@ def test_everybody_in_time_is_a_level_of_one_and_some_late_ones_their_share(make
 
 
 def test_the_worst_fifth_and_the_worst_class_hold_it_down(make_run):
-    rows = steady()
+    rows = steady(200)
     for row in [row for row in rows if row["prompt"] > 170][::2]:
         late(row)  # a tenth of all, half of the longest fifth
     assert level(make_run, rows) == pytest.approx(0.6, abs=0.02)
-    rows = steady()
+    rows = steady(200)
     for i, row in enumerate(rows):
         row["cls"] = int(i % 20 == 0)
         if row["cls"]:
@@ -53,7 +47,7 @@ def test_the_worst_fifth_and_the_worst_class_hold_it_down(make_run):
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=FIXTURE)
 @given(hurt=st.sets(st.integers(0, 199), max_size=60), target=st.sampled_from((0.9, 0.95, 0.99)))
 def test_a_level_at_or_above_a_target_is_that_clauses_a_and_d_hold(make_run, hurt, target):
-    rows = steady()
+    rows = steady(200)
     for i in hurt:
         late(rows[i])
     run = make_run(rows)
@@ -64,30 +58,30 @@ def test_a_level_at_or_above_a_target_is_that_clauses_a_and_d_hold(make_run, hur
 
 def test_waits_cost_the_more_the_longer_they_are_and_who_is_unserved_costs_most(make_run):
     def waiting(targets):
-        rows = steady()
+        rows = steady(200)
         rows[7]["first_token"] = rows[7]["arrival"] + int(targets * 100 * MS)
         return level(make_run, rows)
 
     one_late = waiting(2.0)
     assert waiting(7.9) == one_late
     assert one_late > waiting(10.5) > waiting(21.0) > waiting(80.0)
-    rows = steady()
+    rows = steady(200)
     rows[7] |= {"state": int(RequestState.WAITING), "first_token": -1, "last_token": -1, "generated": 0, "finished": -1}
     assert level(make_run, rows, duration_ms=1e4) < waiting(10.5)
 
 
 def test_a_backlog_that_grows_costs_before_anybody_waits_too_long(make_run):
-    rows = steady()
+    rows = steady(200)
     for i, row in enumerate(rows):  # of a hundred requests four more stay than end, each in time so far
         row["last_token"] = row["first_token"] + int(0.04 * i * 10 * MS)
         row |= {"finished": row["last_token"], "generated": 1000}
     assert level(make_run, rows) == pytest.approx(1.0 - 2.0 * 0.03, abs=0.02)
-    assert level(make_run, steady()) == 1.0
+    assert level(make_run, steady(200)) == 1.0
 
 
 def test_a_few_early_refusals_cost_a_miss_each_and_more_of_them_more(make_run):
     def refusing(n):
-        rows = steady()
+        rows = steady(200)
         for i in range(0, 200, 200 // n):
             gone = {"state": int(RequestState.SHED), "first_token": -1, "last_token": -1, "generated": 0}
             rows[i] |= gone | {"finished": rows[i]["arrival"] + 20 * MS}
@@ -100,7 +94,7 @@ def test_a_few_early_refusals_cost_a_miss_each_and_more_of_them_more(make_run):
 @settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=FIXTURE)
 @given(starved=st.sets(st.integers(0, 199), min_size=1, max_size=40))
 def test_to_starve_somebody_never_pays(make_run, starved):
-    rows = steady()
+    rows = steady(200)
     before = level(make_run, rows, duration_ms=1e4)
     for i in starved:
         gone = {"state": int(RequestState.WAITING), "first_token": -1, "last_token": -1, "finished": -1}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from eval_cases import MS, request
+from eval_cases import MS, steady
 
 from engine.core.kinds import RequestState
 from engine.errors import SlalomError
@@ -22,17 +22,11 @@ def verdict_of(run, target=0.9, **options):
     return judge([sample_of(run, warmup=0.0)], target, **given)
 
 
-def steady(n=400, **columns):
-    """Requests 10 ms apart, each answered after 20 ms; prompts of 10 to 409 tokens."""
-    return [request(10 * i, 10 * i + 20, 10 * i + 20, prompt=10 + i * 7 % n, finished=(10 * i + 20) * MS, **columns)
-            for i in range(n)]  # fmt: skip
-
-
 # -- clauses -------------------------------------------------------------------------------------------
 
 
 def test_a_steady_run_meets_every_clause_and_is_told_to_be_too_short(make_run):
-    found = verdict_of(make_run(steady()), 0.99)
+    found = verdict_of(make_run(steady(400)), 0.99)
     assert found.met
     assert found.failed == ""
     assert any("20,000" in text for text in found.missing)
@@ -40,7 +34,7 @@ def test_a_steady_run_meets_every_clause_and_is_told_to_be_too_short(make_run):
 
 
 def test_too_few_in_time_fails_by_clause_a_with_the_share(make_run):
-    rows = steady()
+    rows = steady(400)
     for row in rows[::5]:
         row["first_token"] = row["arrival"] + 101 * MS
     found = verdict_of(make_run(rows), 0.9)
@@ -49,7 +43,7 @@ def test_too_few_in_time_fails_by_clause_a_with_the_share(make_run):
 
 
 def test_one_wait_over_ten_targets_fails_by_clause_b(make_run):
-    rows = steady()
+    rows = steady(400)
     rows[7]["first_token"] = rows[7]["arrival"] + 1001 * MS
     found = verdict_of(make_run(rows))
     assert found.failed.startswith("(b) longest wait")
@@ -59,7 +53,7 @@ def test_one_wait_over_ten_targets_fails_by_clause_b(make_run):
 
 @pytest.mark.parametrize(("after_ms", "held"), [(90, True), (110, False)])
 def test_a_refusal_counts_as_missed_and_fails_the_run_when_it_comes_late(make_run, after_ms, held):
-    rows = steady()
+    rows = steady(400)
     arrival = rows[9]["arrival"]
     rows[9] |= {"first_token": -1, "last_token": -1, "state": int(RequestState.SHED), "generated": 0}
     rows[9]["finished"] = arrival + after_ms * MS
@@ -70,29 +64,29 @@ def test_a_refusal_counts_as_missed_and_fails_the_run_when_it_comes_late(make_ru
 
 
 def test_who_is_never_served_fails_the_run(make_run):
-    rows = steady()
+    rows = steady(400)
     rows[9] |= {"first_token": -1, "last_token": -1, "finished": -1, "state": int(RequestState.HELD), "generated": 0}
     assert "unserved" in verdict_of(make_run(rows)).failed
 
 
 def test_a_starved_class_and_starved_lengths_fail_by_clause_d(make_run):
-    rows = [row | {"cls": int(i % 20 == 0)} for i, row in enumerate(steady())]
+    rows = [row | {"cls": int(i % 20 == 0)} for i, row in enumerate(steady(400))]
     late = [row | ({"first_token": row["arrival"] + 200 * MS} if row["cls"] else {}) for row in rows]
     found = verdict_of(make_run(late, class_names=("chat", "code")))
     assert found.failed.startswith("(d) share of class code: 0")
     assert found.clauses[0].met
-    long = sorted(row["prompt"] for row in steady())[-30]
-    late = [row | ({"first_token": row["arrival"] + 200 * MS} if row["prompt"] > long else {}) for row in steady()]
+    long = sorted(row["prompt"] for row in steady(400))[-30]
+    late = [row | ({"first_token": row["arrival"] + 200 * MS} if row["prompt"] > long else {}) for row in steady(400)]
     assert verdict_of(make_run(late)).failed.startswith("(d) share of prompts, longest fifth")
 
 
 def test_a_class_without_requests_is_named(make_run):
-    found = verdict_of(make_run(steady(), class_names=("chat", "code")))
+    found = verdict_of(make_run(steady(400), class_names=("chat", "code")))
     assert "class code had no request; the others were measured" in found.missing
 
 
 def test_a_rate_above_what_was_ever_served_fails_by_the_stability_limit(make_run):
-    rows = steady()
+    rows = steady(400)
     for i, row in enumerate(rows):  # half the speed at which they come
         row["first_token"] = row["last_token"] = row["finished"] = (20 * i + 20) * MS
     found = verdict_of(make_run(rows, duration_ms=8e3), limit=50.0)
@@ -105,7 +99,7 @@ def test_a_rate_above_what_was_ever_served_fails_by_the_stability_limit(make_run
 
 
 def test_the_backlog_is_the_time_average_of_requests_in_the_system(make_run):
-    sample = sample_of(make_run(steady()), warmup=0.25)
+    sample = sample_of(make_run(steady(400)), warmup=0.25)
     np.testing.assert_allclose(sample.backlog, 2.0, atol=0.05)
 
 

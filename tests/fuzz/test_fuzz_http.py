@@ -11,8 +11,8 @@ import pytest
 from contract import EXAMPLES, NASTY, mutants, scrambled, within_limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_cases import until
 from test_server import GREEDY, JSON, PROMPT, Served
+from waiting import until
 
 from engine.server.door import Limits
 

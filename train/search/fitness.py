@@ -49,7 +49,11 @@ def rates_between(strict: float, knee: float, beyond: float = BEYOND) -> list[fl
 
 
 class Fitness:
-    """Scores designs on one scenario and counts what that cost; runs are at least as long as their level asks for."""
+    """Scores designs on one scenario and counts what that cost; runs are at least as long as their level asks for.
+
+    A design of the search is no contender that an :class:`env.measure.evaluator.Evaluator` could name and keep: it is
+    bound once and asked thousands of times, on arrivals that are built once. Levels and knees are theirs.
+    """
 
     def __init__(self, scenario: Scenario, setting: Setting, split: Literal["train", "valid"] = "train") -> None:
         self.scenario, self.setting, self.split = scenario, setting, split
