@@ -19,7 +19,7 @@ from engine.core.columns import Ctx, Kind, Need
 from engine.core.policy import Policy
 from engine.live.engine import Engine
 from env.gym.base import DecisionVecEnv
-from env.live.replay import Park, model_of, park_of, replay
+from env.live.replay import Park, park_for, replay
 from env.scenario import Scenario
 
 _KINDS = {
@@ -104,7 +104,7 @@ class EngineVecEnv(DecisionVecEnv):
     ) -> None:
         super().__init__(scenario, 1, policy, rates=rates, kinds=kinds, beta=beta, advise=advise)
         self.split, self.n_requests = split, n_requests
-        self.park = park or park_of(model_of(scenario)[0], "auto", model_of(scenario)[1])
+        self.park = park or park_for(scenario)
         self.episodes = SimpleNamespace(seed=seed, number=np.full(1, -1, np.int64), forget=lambda: None)
         self._auto_reset, self.advise = auto_reset, advise
         self._learner: _Learner | None = None

@@ -85,6 +85,15 @@ def model_of(scenario: Scenario) -> tuple[str, str]:
     return profile.model, profile.engine.rsplit(", ", 1)[-1]
 
 
+def park_for(scenario: Scenario, model: str = "") -> Park:
+    """The park that ``scenario`` runs on: of ``model``, or of the model of its profile.
+
+    :raises SlalomError: none is named, and the profile is of another engine
+    """
+    named, dtype = (model, "auto") if model else model_of(scenario)
+    return park_of(named, dtype=dtype)
+
+
 def engine_state(scenario: Scenario, specs: Sequence[InstanceSpec], n_requests: int, hashing: bool) -> ClusterState:
     """The scenario's cluster as a live engine's: slots for requests that come and go.
 
@@ -132,7 +141,7 @@ def replay(
     """
     if not rate > 0:
         raise SlalomError("rate", rate, "give a positive number of requests per second")
-    park = park or park_of(model_of(scenario)[0], "auto", model_of(scenario)[1])
+    park = park or park_for(scenario)
     arena = arena_of(scenario)
     bound: Policy = bind_policy(policy, scenario, values)
     if trace is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,25 +11,6 @@ import numpy as np
 from env.measure.contender import Contender, Point, PointSettings
 from env.measure.evaluator import arranged, bound, point_of
 from env.scenario import Scenario
-
-
-@cache
-def open_park(model: str, profile_model: str, dtype: str, device: str = "auto") -> Any:
-    """The loaded model: ``model`` if given, else that of the scenario's profile."""
-    from env.live.replay import park_of
-
-    return park_of(model or profile_model, device, dtype)
-
-
-def park_for(scenario: Scenario, model: str = "", device: str = "auto") -> Any:
-    """The park that ``scenario`` runs on.
-
-    :raises SlalomError: no model is named, and the profile is of another engine
-    """
-    from env.live.replay import model_of
-
-    named, dtype = (model, "auto") if model else model_of(scenario)
-    return open_park(model, named, dtype, device)
 
 
 def engine_facts(run: Any) -> dict[str, Any]:
@@ -94,6 +75,8 @@ def on_remote(urls: Sequence[str]) -> dict[str, Any]:
 
 def on_park(scenario: Scenario, model: str, note: Callable[[str], None]) -> dict[str, Any]:
     """How an evaluator measures on our engine; ``note`` hears on which."""
+    from env.live.replay import park_for
+
     park = park_for(scenario, model)
     note(f"engine: {park.name}")
     return {"measure": partial(measure, park=park), "label": park.name}

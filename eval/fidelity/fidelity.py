@@ -285,7 +285,7 @@ def _side(model: str, engines: Sequence[str]) -> dict[str, Any]:
         from eval.fidelity.remote import engines_of_others
 
         return engines_of_others(engines)
-    from env.measure.on_engine import park_for
+    from env.live.replay import park_for
     from eval.fidelity.gauge import Gauge
 
     return {

@@ -45,17 +45,17 @@ def split_params(prefill_tokens: int | None = 2048) -> tuple[Param, ...]:
     return (*params, Param("prefill_tokens", 256, 16384, prefill_tokens, log=True, integer=True, doc=doc))
 
 
-def split_layout(rule: str, order: int = 0, prefill_tokens: int = 1) -> Arrange:
+def split_layout(rule: str, order: int = 0) -> Arrange:
     """Prefill and decode instances; the scenario's own split where it has one.
 
     :param order: of the prefill queue, see :class:`engine.core.policy.InstancePlan`
-    :param prefill_tokens: batch budget of a rule without that parameter (1: one prompt at a time)
 
-    With a value ``preemption=chunked`` the queue is preemptive and prefill goes in chunks of ``chunk_tokens``.
+    A rule without a value ``prefill_tokens`` prefills one prompt at a time. With a value ``preemption=chunked`` the
+    queue is preemptive and prefill goes in chunks of ``chunk_tokens``.
     """
 
     def arrange(values: Values, setting: Setting) -> list[InstancePlan]:
-        budget = int(values.get("prefill_tokens", prefill_tokens))
+        budget = int(values.get("prefill_tokens", 1))
         split = prefill_decode_split(setting, float(values["prefill_fraction"]), budget, rule)
         roles = [plan.role for plan in split]
         if values["layout"] == "scenario" and set(setting.roles) == {Role.PREFILL, Role.DECODE}:
