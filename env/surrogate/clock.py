@@ -152,7 +152,7 @@ def new_sim(
     books = 2 * len(state.req) if late else 1  # every request is placed, and handed over
     sim["routers"], sim["delay_ticks"], sim["book_size"] = seen.routers, to_ticks(seen.delay_s), books
     sim["keep_ticks"] = max(to_ticks(seen.delay_s / PARTS), 1)
-    rows = state.inst["profile"]
+    rows, own = state.inst["profile"], addresses(state)
     k = max_candidates(n)
     result = Sim(
         sim=sim,
@@ -169,14 +169,14 @@ def new_sim(
         context=np.zeros(N_CONTEXT),
         candidates=np.zeros((k, N_CANDIDATE)),
         mask=np.zeros(k, np.uint8),
-        seen=words[RING] if late else addresses(state),
+        seen=words[RING] if late else own,
         kept=words[:RING],
         booking=np.zeros(books, BOOKING),
         booked=np.zeros(books, REQUEST),
         books=np.zeros((seen.routers, cells if seen.routers > 1 else 0)),
         store=store,
     )
-    start(addresses(state), addresses(result))
+    start(own, addresses(result))
     return result
 
 

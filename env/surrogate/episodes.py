@@ -108,6 +108,7 @@ class Episodes:
         old = self.states[b]
         if trace.hash_tokens or len(requests) != len(old.req):
             state, sim = self._fresh(b)
+            self.state_words[b] = addresses(state)
         else:
             release_all(self.state_words[b])
             clean = self._blank(trace)
@@ -116,7 +117,7 @@ class Episodes:
             old.req[...] = requests
             state, sim = old, self._clock(old, trace, truth)
         self.states[b], self.sims[b] = state, sim
-        self.state_words[b], self.sim_words[b] = addresses(state), addresses(sim)
+        self.sim_words[b] = addresses(sim)
 
     def _blank(self, trace: Trace) -> ClusterState:
         """The small arrays of an idle cluster (made once; its requests are never used)."""
