@@ -17,6 +17,7 @@ from engine.errors import SlalomError
 from engine.latency.profile import Profile
 from engine.remote.steps import STEP, paced
 from eval.calibrate.cli import Options, calibrate
+from eval.calibrate.watched import points_of
 
 KV_TOKENS, BATCH, HOST_S = 16_000, 8, 0.004
 FIELDS = ("number", "end", "prompts", "prompt_tokens", "decodes", "elapsed_ms", "running", "waiting", "kv")
@@ -94,11 +95,13 @@ def watched(urls: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> t
 
 
 def test_two_engines_are_watched_and_their_steps_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with engine(told(150, 1.2)) as one, engine(told(150, 1.6, first=500)) as two:
+    rows = told(150, 1.2), told(150, 1.6, first=500)
+    with engine(rows[0]) as one, engine(rows[1]) as two:
         profile, said = watched([one, two], tmp_path / "made.json", capsys)
     assert profile.kv_tokens == KV_TOKENS
     assert not said["poor_fit"]
     assert set(said["steps"]) == {"prefill", "decode", "fused"}
+    assert sum(e["n"] for e in said["steps"].values()) == sum(round(0.2 * len(told)) for told in rows)  # each once
     assert all(abs(e["bias"]) < 0.05 and e["mape"] < 0.07 for e in said["steps"].values())
     for n in (100, 400, 1000):
         assert profile.prefill_s(n) == pytest.approx(step_s(n, 0, 0) + HOST_S, rel=0.07)
@@ -119,6 +122,19 @@ def test_a_pause_between_steps_is_nobodys_time() -> None:
     steps["number"], steps["running"] = [1, 2, 4, 5], [1, 0, 1, 0]
     steps["end_s"], steps["elapsed_s"] = [10.0, 10.03, 95.0, 95.05], [0.02, 0.02, 0.02, 0.04]
     np.testing.assert_allclose(paced(steps)["elapsed_s"], [0.03, 0.03, 0.03, 0.05], atol=1e-9)
+    steps["number"] = [1, 2, 3, 4]  # an engine that counts no pause had nobody to go on with
+    np.testing.assert_allclose(paced(steps)["elapsed_s"], [0.03, 0.03, 0.03, 0.05], atol=1e-9)
+
+
+def test_steps_of_several_prompts_are_left_out() -> None:
+    steps = np.zeros(3, STEP)
+    steps["prompts"], steps["prompt_tokens"], steps["decodes"], steps["elapsed_s"] = (
+        [1, 2, 0],
+        [9, 9, 0],
+        [2, 2, 2],
+        0.1,
+    )
+    assert [(m.point.n, m.point.bs) for m in points_of(steps, KV_TOKENS)] == [(9, 2), (0, 2)]
 
 
 def test_an_engine_that_tells_too_little_is_refused_by_name(tmp_path: Path) -> None:
