@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from engine.common.options import option, run_command, takes
+from engine.common.options import listed, option, run_command, takes
 from engine.errors import SlalomError
 from eval.options import parse_rates, parse_requests
 
@@ -99,7 +99,7 @@ def evaluate(options: Options) -> None:
         raise SlalomError("--env", o.env, "use surrogate, gpu or remote")
     if (o.env == "remote") != bool(o.engines):
         raise SlalomError("--engines", o.engines, "give it with --env remote, and only then")
-    urls = tuple(url.strip() for url in o.engines.split(",") if url.strip())
+    urls = tuple(listed(o.engines))
     if o.fidelity:
         from eval.fidelity.fidelity import command
 
@@ -142,7 +142,7 @@ def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> Non
         ray=o.ray,
         slo_scale=o.slo_scale,
         backend=o.env,  # type: ignore[arg-type]
-        engines=tuple(url.strip() for url in o.engines.split(",") if url.strip()),
+        engines=tuple(listed(o.engines)),
         model=o.model,
         sustained=o.rates is None and o.env == "surrogate",
     )

@@ -92,3 +92,8 @@ def run_command(name: str, app: Callable[[], Any]) -> None:
     """What an entry point does with a command of typer, see :func:`refuses`."""
     if code := refuses(name)(app)():
         sys.exit(code)
+
+
+def listed(text: str) -> list[str]:
+    """What stands between the commas of an option, without spaces around it and without what is empty."""
+    return [part.strip() for part in text.split(",") if part.strip()]

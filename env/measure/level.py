@@ -117,8 +117,7 @@ def run_length(scenario: Any, rate: float, n: int, split: Split = "train", *, wa
 
     :param waits: False: a first look, long enough for whole episodes, not for waits
     """
-    key = scenario.hash()
-    _KNOWN.setdefault(key, scenario)
+    key = _key(scenario)
     seconds, load = _least(key), _load(key)
     if not waits:
         seconds = scenario.workload.natural_s
@@ -136,9 +135,7 @@ def has_sessions(scenario: Any) -> bool:
     """Whether turns of the scenario's workload wait for earlier ones."""
     if getattr(scenario, "workload", None) is None:  # a curve that stands for one
         return False
-    key = scenario.hash()
-    _KNOWN.setdefault(key, scenario)
-    return _load(key).turns > 1.0
+    return _load(_key(scenario)).turns > 1.0
 
 
 def run_settings(
@@ -169,6 +166,12 @@ def run_settings(
 
 
 _KNOWN: dict[str, Any] = {}  # scenarios by their hash, for the caches
+
+
+def _key(scenario: Any) -> str:
+    key = str(scenario.hash())
+    _KNOWN.setdefault(key, scenario)
+    return key
 
 
 @lru_cache(maxsize=64)

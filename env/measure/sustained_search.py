@@ -362,9 +362,9 @@ class Search:
         told = []
         for rate in (f.rate for f in self.found if f.rate):
             asked = run_settings(self.evaluator.settings, rate, self.lone_s, **self._length)
-            lasts_s = cut_short(asked, self._most).n_requests / (rate * self.load.turns)
-            warm_s = cut_short(asked, self._most).warmup * lasts_s
-            told += unsteady(self.samples_at(rate), lasts_s, warm_s, self.load.settle_s)
+            played = cut_short(asked, self._most)
+            lasts_s = played.n_requests / (rate * self.load.turns)
+            told += unsteady(self.samples_at(rate), lasts_s, played.warmup * lasts_s, self.load.settle_s)
         return told
 
     def as_dict(self) -> dict[str, Any]:

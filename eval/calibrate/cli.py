@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engine.common.options import option, run_command, takes
+from engine.common.options import listed, option, run_command, takes
 from engine.common.progress import Display
 from engine.errors import SlalomError
 from engine.model.device import choose_device, choose_dtype, where
@@ -87,7 +87,7 @@ def calibrate(options: Options) -> None:
     if options.watch:
         from eval.calibrate.watched import command as watch
 
-        urls = [url.strip() for url in options.engine.split(",") if url.strip()]
+        urls = listed(options.engine)
         if not urls:
             raise SlalomError("--watch", options.engine, "name the engines to watch with --engine URL,...")
         watch(urls, options.out, seconds, options.as_json)
@@ -97,8 +97,9 @@ def calibrate(options: Options) -> None:
         from eval.calibrate.remote import command as time_engine
 
         limits = Limits(seconds, options.error, options.max_tokens, options.max_batch)
-        beside = [url.strip() for url in options.beside.split(",") if url.strip()]
-        time_engine(options.engine, options.out, limits, options.as_json, beside, options.neighbour_load)
+        time_engine(
+            options.engine, options.out, limits, options.as_json, listed(options.beside), options.neighbour_load
+        )
         return
     if options.from_requests is not None:
         from eval.calibrate.from_requests import command

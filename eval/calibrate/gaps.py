@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from engine.latency.fit import MIN_POINTS, DecodeFit, DecodeSamples, PrefillSamp
 
 _TOGETHER = 0.25  # of a short step: tokens of one step come within that
 _MOST_TOGETHER_S = 0.005
-_PER_OCTAVE = 3  # groups of contexts
+_PER_OCTAVE = 3  # groups of lengths
 _LEAST_REST = 0.1  # of a fused step: where less is left for its prompt, that is the scatter of decode
 _SAVINGS = 9  # that a fused step may have, tried
 
@@ -86,17 +87,27 @@ def _steps(log: _Log, unclear: np.ndarray, chunk_tokens: int) -> list[Measured]:
     return found
 
 
-def averaged(steps: list[Measured]) -> list[Measured]:
-    """Decode steps of one batch size and like contexts as one: where steps scatter, means add up to latencies."""
-    kept, groups = [m for m in steps if m.point.kind != "decode"], defaultdict[tuple[int, int], list[Measured]](list)
+def averaged(steps: Iterable[Measured]) -> list[Measured]:
+    """Steps of one kind and batch size and of like lengths as one: where steps scatter, means add up to latencies.
+
+    Decode steps are alike by context, those with a prompt by its length.
+    """
+    groups = defaultdict[tuple[str | int, ...], list[Measured]](list)
     for m in steps:
-        if m.point.kind == "decode":
-            groups[m.point.bs, round(_PER_OCTAVE * math.log2(m.point.ctx))].append(m)
-    for (bs, _), alike in sorted(groups.items()):
-        ctx = round(float(np.mean([m.point.ctx for m in alike])))
-        seconds = float(np.mean([m.seconds for m in alike]))
-        kept.append(Measured(Point("decode", bs=bs, ctx=ctx), seconds, repeats=len(alike)))
-    return kept
+        p = m.point
+        groups[(p.kind, _octave(p.n), p.bs) if p.n else (p.kind, p.bs, _octave(p.ctx))].append(m)
+    return [_mean(alike) for _, alike in sorted(groups.items())]
+
+
+def _octave(tokens: int) -> int:
+    return round(_PER_OCTAVE * math.log2(tokens))
+
+
+def _mean(alike: list[Measured]) -> Measured:
+    n, ctx = (round(float(np.mean([getattr(m.point, size) for m in alike]))) for size in ("n", "ctx"))
+    return Measured(
+        replace(alike[0].point, n=n, ctx=ctx), float(np.mean([m.seconds for m in alike])), repeats=len(alike)
+    )
 
 
 def _lone_prompts(log: _Log, unclear: np.ndarray, chunk_tokens: int) -> list[Measured]:
@@ -163,7 +174,9 @@ def steps_of(content: Mapping[str, Any], n: int, chunk_tokens: int) -> list[Meas
     if read is None:
         return []
     log, unclear = read
-    points = averaged(_steps(log, unclear, chunk_tokens)) + _lone_prompts(log, unclear, chunk_tokens)
+    steps = _steps(log, unclear, chunk_tokens)
+    points = [m for m in steps if m.point.n] + averaged(m for m in steps if not m.point.n)
+    points += _lone_prompts(log, unclear, chunk_tokens)
     kinds = [m.point.kind for m in points]
     if kinds.count("decode") < MIN_POINTS or kinds.count("fused") + kinds.count("prefill") < MIN_POINTS:
         return []

@@ -9,10 +9,9 @@ scatter.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from eval.calibrate.remote import say
 
 _CHECKED = 0.2  # last share of the steps, which no fit sees
 _POLL_S = 5.0
-_PER_OCTAVE = 3  # groups of prompt lengths
 
 
 def watch(urls: Sequence[str], budget_s: float) -> tuple[list[EngineFacts], list[np.ndarray]]:
@@ -75,22 +73,6 @@ def points_of(steps: np.ndarray, kv_tokens: int) -> list[Measured]:
     return found
 
 
-def _alike(points: Sequence[Measured]) -> list[Measured]:
-    """Means over prompts of like lengths beside as many sequences; decode steps by batch and context."""
-    groups = defaultdict[tuple[int, int], list[Measured]](list)
-    for m in points:
-        if m.point.n:
-            groups[round(_PER_OCTAVE * math.log2(m.point.n)), m.point.bs].append(m)
-    found = averaged([m for m in points if not m.point.n])
-    for (_, bs), alike in sorted(groups.items()):
-        n = round(float(np.mean([m.point.n for m in alike])))
-        ctx = round(float(np.mean([m.point.ctx for m in alike])))
-        seconds = float(np.mean([m.seconds for m in alike]))
-        point = Point("fused" if bs else "prefill", n=n, prompts=1, bs=bs, ctx=ctx)
-        found.append(Measured(point, seconds, repeats=len(alike)))
-    return found
-
-
 def fitted(
     facts: Sequence[EngineFacts], steps: Sequence[np.ndarray], name: str
 ) -> tuple[Profile, float, dict[str, dict[str, float]]]:
@@ -105,7 +87,7 @@ def fitted(
         whole = paced(own)
         unseen.append(whole[cut:])
         points += points_of(whole[:cut], fact.kv_tokens or KV_TOKENS)
-    alike = _alike(points)
+    alike = averaged(points)
     of = Counter(m.point.kind for m in alike)
     if of["decode"] < MIN_POINTS or of["prefill"] + of["fused"] < MIN_POINTS:
         got = f"decode steps of {of['decode']} kinds, prompts of {of['prefill'] + of['fused']}"

@@ -54,14 +54,12 @@ class _At(NamedTuple):
     rate: float
     shares: dict[str, float]
 
-    @property
-    def ordered(self) -> bool:
-        return self.reading("").extra
+    def ordered(self, planner: str = "DOPD") -> bool:
+        """Whether ``planner`` and the two others stand in the published order."""
+        return self.shares[planner] > self.shares["DYN-SLA"] > self.shares["DYN-LOAD"]
 
     def reading(self, label: str, planner: str = "DOPD") -> Reading:
-        """What ``planner`` meets, and whether it stands above the two others in the published order."""
-        first, second, third = (self.shares[name] for name in (planner, "DYN-SLA", "DYN-LOAD"))
-        return Reading(label, first, first > second > third)
+        return Reading(label, self.shares[planner], self.ordered(planner))
 
     def __str__(self) -> str:
         return ", ".join(f"{label} {share:.1f}" for label, share in self.shares.items())
@@ -111,7 +109,6 @@ def planners() -> Claim:
         for label, rule in _POLICIES.items():
             found = [100.0 * share_at(scenario, joint, rule, x, _REQUESTS, (0,)) for x in loads]
             curves.append(Curve(f"{label}, ours", loads, tuple(found)))
-    lengths = {ORIGINAL: ours, STEADY: steady}
     read = {"": ours, ", role change in 50 ms": quick, f", {STEADY}": steady}
     read |= {f", {label}, {STEADY}": at for label, at in changed.items()}
     rows = [(f"{name}{label}", share, "% of sent") for label, at in read.items() for name, share in at.shares.items()]
@@ -126,11 +123,11 @@ def planners() -> Claim:
         band=(95.0, 100.0),
         interval=(min(single), max(single)),
         length="not published; 10,000 requests in four to eight phases, three draws",
-        extra=ours.ordered,
+        extra=ours.ordered(),
         lasting=(steady.reading(STEADY),),
         causes=(
             *(at.reading(f"{label}, {STEADY}") for label, at in changed.items()),
-            *(at.reading(f"planner: as released, {label}", _RELEASED) for label, at in lengths.items()),
+            *(at.reading(f"planner: as released, {k}", _RELEASED) for k, at in ((ORIGINAL, ours), (STEADY, steady))),
         ),
         note=_note(ours, quick, steady, (min(single), max(single))),
         rows=tuple(rows),
@@ -140,7 +137,7 @@ def planners() -> Claim:
 
 
 def _note(ours: _At, quick: _At, steady: _At, single: tuple[float, float]) -> str:
-    comes, lasts = ("comes" if at.ordered else "does not come" for at in (ours, steady))
+    comes, lasts = ("comes" if at.ordered() else "does not come" for at in (ours, steady))
     return (
         f"Read at the rate where DYN-SLA meets 87.3 % as published. The published order {comes} out ({ours}); at "
         f"steady state, with phases of minutes, it {lasts} out ({steady}). A stand-in: neither BurstGPT nor a 70B-FP8 "

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from engine.common.files import digest_of
+from engine.common.options import listed
 from engine.common.provenance import commit, machine, versions
 from engine.errors import SlalomError
 from engine.jit import sources
@@ -118,8 +119,8 @@ def _measuring() -> str:
 
 def scenario_names(asked: Sequence[str]) -> tuple[str, ...]:
     """Scenarios named with commas, repeated options or ``all`` (the eight traffic regimes), each once."""
-    listed = [name.strip() for text in asked for name in text.split(",") if name.strip()]
-    return tuple(dict.fromkeys(s for name in listed for s in (TRAFFIC if name == "all" else (name,))))
+    names = [name for text in asked for name in listed(text)]
+    return tuple(dict.fromkeys(s for name in names for s in (TRAFFIC if name == "all" else (name,))))
 
 
 def cells_of(request: TableRequest) -> list[str]:

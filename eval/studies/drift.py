@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ _WINDOWS = (120.0, 300.0)  # of replanning, seconds
 _NEAR = 0.02  # relative width of the rate's bracket
 Say = Callable[[str], None]
 Row = dict[str, Any]
+Named = tuple[str, Any]  # a policy, and what to call it
 
 
 def paired(mine: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
@@ -77,26 +78,29 @@ def _fixed(scenario: Scenario, own: Mapping[str, Any] | None = None) -> Iterator
                 yield name, side == Role.DECODE, followed([(0.0, k)], n, values)
 
 
-def _best(scenario: Scenario, policies: Iterator[tuple[str, Any]]) -> tuple[str, Any]:
-    """The one of ``policies`` that holds most on a training day.
+def _best(
+    scenario: Scenario, policies: Iterable[Named], known: tuple[float, Named] | None = None
+) -> tuple[float, Named]:
+    """The one of ``policies`` that holds most on a training day, and the least rate that nobody was seen to hold.
 
+    :param known: what others hold already
     :raises SlalomError: none holds a tenth of the reference rate
     """
-    short, rate, found = practice(scenario), 0.1 * scenario.reference_rate, None
-    for name, policy in policies:
-        while standing(short, *play_days(short, policy, rate, _FIXED_SEED, "train")) >= GOAL:
-            rate, found = rate * (1.0 + _COARSE), (name, policy)
+    short, rate = practice(scenario), known[0] if known else 0.1 * scenario.reference_rate
+    found = known[1] if known else None
+    for named in policies:
+        while standing(short, *play_days(short, named[1], rate, _FIXED_SEED, "train")) >= GOAL:
+            rate, found = rate * (1.0 + _COARSE), named
     if found is None:
         raise SlalomError("scenario", scenario.name, "no fixed composition holds a tenth of its reference rate")
-    return found
+    return rate, found
 
 
 def _best_fixed(scenario: Scenario, say: Say) -> dict[str, tuple[str, Any]]:
     """The best split into prefill and decode, and the best composition of any kind."""
-    found = {
-        "fixed split": _best(scenario, ((name, policy) for name, apart, policy in _fixed(scenario) if apart)),
-        "fixed, any roles": _best(scenario, ((name, policy) for name, _, policy in _fixed(scenario))),
-    }
+    of = {apart: [(name, policy) for name, a, policy in _fixed(scenario) if a == apart] for apart in (True, False)}
+    split = _best(scenario, of[True])
+    found = {"fixed split": split[1], "fixed, any roles": _best(scenario, of[False], split)[1]}
     say("fixed: " + "; ".join(f"{label}: {name}" for label, (name, _) in found.items()))
     return found
 
@@ -111,7 +115,7 @@ def _parts(scenario: Scenario, folder: str) -> Iterator[tuple[str, Any]]:
         ("+ placement and budgets", learned, ("fcfs", "on_time")),
     ):
         fixed = _fixed(scenario, own)
-        name, policy = _best(scenario, ((n, policy) for n, _, policy in fixed if n.endswith(orders)))
+        _, (name, policy) = _best(scenario, ((n, policy) for n, _, policy in fixed if n.endswith(orders)))
         yield f"{text}: {name}", policy
     yield "+ role changes: the checkpoint", folder
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.common.files import write_json, write_text
-from engine.common.options import refuses
+from engine.common.options import listed, refuses
 from engine.errors import SlalomError
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
@@ -220,11 +220,11 @@ def _figure(value: float | None) -> str:
 def _variants(scenario: Scenario, instances: str, profiles: str) -> list[Scenario]:
     """What the command line asks for, every variant once."""
     found = []
-    for text in (part.strip() for part in instances.split(",") if part.strip()):
+    for text in listed(instances):
         if not text.isdigit() or not 1 <= int(text) <= 1024:
             raise SlalomError("--instances", text, "write whole numbers with commas, e.g. 2,8,16")
         found.append(variant(scenario, instances=int(text)))
-    found += [variant(scenario, profile=text.strip()) for text in profiles.split(",") if text.strip()]
+    found += [variant(scenario, profile=text) for text in listed(profiles)]
     if not found:
         raise SlalomError("--instances", instances, "name at least one number of instances or one profile")
     return list({each.name: each for each in found}.values())

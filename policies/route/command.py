@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
-from engine.common.options import option, run_command, same, takes
+from engine.common.options import listed, option, run_command, same, takes
 from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan, Policy, from_outside
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec
@@ -135,7 +135,7 @@ def find_engines(urls: str) -> list[EngineFacts]:
     """
     from engine.remote.discover import discover
 
-    names = [url.strip().rstrip("/") for url in urls.split(",") if url.strip()]
+    names = [url.rstrip("/") for url in listed(urls)]
     if not names or len(set(names)) != len(names):
         raise SlalomError("--engines", urls, "name each engine once: URL,URL,...")
     found: dict[str, EngineFacts] = {}
