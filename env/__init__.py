@@ -11,4 +11,3 @@ __all__: list[str] = []
 
 if "slalom/Dispatch-v0" not in registry:
     register(id="slalom/Dispatch-v0", entry_point="env.gym.dispatch_env:DispatchEnv")
-    register(id="slalom/Control-v0", entry_point="env.gym.control_env:ControlEnv")

@@ -43,19 +43,16 @@ class DispatchEnv(gym.Env[np.ndarray, int]):
         self._options: dict[str, Any] = {
             "n_requests": n_requests, "rates": rates, "kinds": kinds, "policy": policy, "split": split
         }  # fmt: skip
-        self.render_mode = render_mode
+        self.render_mode, self._backend = render_mode, backend
+        self._env: Any
         if backend == "gpu":
             from env.gym.engine_env import EngineVecEnv
 
-            self._open(backend, EngineVecEnv(self.scenario, seed=0, auto_reset=False, **self._options))
+            self._env = EngineVecEnv(self.scenario, seed=0, auto_reset=False, **self._options)
         else:
-            self._open(backend, SlalomVecEnv(self.scenario, 1, seed=0, **self._options))
-
-    def _open(self, backend: str, env: Any) -> None:
-        """Be the one cluster of ``env``."""
-        self._backend, self._env = backend, env
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        self._mask = env.action_masks()[0]
+            self._env = SlalomVecEnv(self.scenario, 1, seed=0, **self._options)
+        self.observation_space, self.action_space = self._env.observation_space, self._env.action_space
+        self._mask = self._env.action_masks()[0]
 
     def action_masks(self) -> np.ndarray:
         """Allowed actions, bool (K,)."""

@@ -47,8 +47,6 @@ class SlalomVecEnv(DecisionVecEnv):
     :param advise: observations end with K columns more, 1 at what ``policy`` would answer
     """
 
-    _advance_kernel: Any = staticmethod(advance_many)
-
     def __init__(
         self,
         scenario: Scenario,
@@ -84,7 +82,7 @@ class SlalomVecEnv(DecisionVecEnv):
         )
         self._kind_bits = sum(1 << int(k) for k in self.kinds)
         self._memory = np.tile(self.policy.memory, (n_envs, 1))
-        self._advance_many = compiled(self._advance_kernel, *_SIGNATURE)
+        self._advance_many = compiled(advance_many, *_SIGNATURE)
         self._decide = FirstClass(self.policy.decide)
         self._everyone = np.arange(n_envs)
         self._actions = np.full(n_envs, -1, np.int64)

@@ -82,14 +82,6 @@ class Episodes:
             self._cache[key] = trace, requests_of(trace), truth
         return self._cache[key]
 
-    def requests(self, b: int) -> Trace:
-        """The requests of the present episode of cluster ``b``."""
-        return self._episode(b)[0]
-
-    def now_s(self, b: int) -> float:
-        """Seconds since it began."""
-        return float(self.sims[b].sim[0]["now"]) * 1e-12
-
     def _fresh(self, b: int) -> tuple[ClusterState, Sim]:
         """New arrays for cluster ``b``, at the start of its present episode."""
         trace, _, truth = self._episode(b)

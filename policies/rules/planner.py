@@ -24,8 +24,6 @@ r_P < ``low``. One instance a tick begins to move, the one with the least to han
 ``side``: decode only, or both phases (multiplexed or mixed), where nobody has to prefill only.
 
 DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0, by needs; Arrow is by risks alone.
-A network may shift the composition, every so many seconds by up to two instances (:func:`shifted`): what demand says
-and what is seen are among its inputs, what it was taught is in its weights (``policies.rules.parts.shift``).
 Prompts and decodes are placed by ``linear_score``: the weights named in ``PLACING`` are parameters here too, the
 others have their defaults.
 """
@@ -43,12 +41,10 @@ from engine.errors import SlalomError
 from engine.jit.kernel import kernel
 from policies.common import hold, kind_of
 from policies.network.features import N_FEATURES
-from policies.rule import BoundPolicy, InstancePlan, Param, Rule, Setting, Values
+from policies.rule import InstancePlan, Param, Rule, Setting, Values
 from policies.rules import linear_score
-from policies.rules.parts import shift
 from policies.rules.parts.planner import composition, corrected, count_prefill, flip, risks
 from policies.rules.parts.profile_tables import (
-    PROFILE_CELLS,
     itl_prof,
     largest_batch,
     profile_block,
@@ -63,13 +59,11 @@ _PLACE_DECODE = int(Kind.PLACE_DECODE) * N_FEATURES
  _SPARE, _HYSTERESIS, _COMMIT, _HIGH, _LOW, _PACK, _SIDE, _BY, _TTFT_S, _TTFT_FACTOR) = range(
     _DISPATCH, _DISPATCH + 22)  # fmt: skip
 _TABLES = _DISPATCH + 22
-_NETWORK = _TABLES + PROFILE_CELLS
 _BY_NEEDS, _BY_RISKS, _BY_BOTH = range(3)
 #: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, seconds for
-#: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet), what the network adds
-#: to them, seconds since it looked and since an instance began to move, its scratch.
-_U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _PLAN, SHIFT, _LOOKED, _MOVED = range(14)
-_SCRATCH = _MOVED + 1
+#: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet).
+_U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _PLAN = range(11)
+_CELLS = _PLAN + 1
 
 
 @kernel
@@ -142,10 +136,16 @@ def _seen(context, candidates, params):
 
 
 @kernel
+def _least(params):
+    """Instances that must prefill only."""
+    return 1.0 if int(params[_SIDE]) == _DECODE else 0.0
+
+
+@kernel
 def _wanted(context, candidates, params, memory, now):
     """Prefill instances by needs, by risks, or by needs corrected by risks."""
     wanted, n, by = now, context[Ctx.N_INSTANCES], int(params[_BY])
-    least = 1.0 if int(params[_SIDE]) == _DECODE else 0.0
+    least = _least(params)
     if by != _BY_RISKS:
         p, d = needs(context, candidates, params, memory)
         wanted = composition(p, d, n, now, params[_SPARE], params[_HYSTERESIS], least)
@@ -156,64 +156,11 @@ def _wanted(context, candidates, params, memory, now):
 
 
 @kernel
-def looks(context, params, memory):
-    """Whether the network looks at the fleet in this tick, before the planner does."""
-    return memory[_LOOKED] + context[Ctx.WIN_SPAN_S] >= params[_NETWORK] * (1.0 - 1e-6)
-
-
-@kernel
-def shift_bounds(context, candidates, params, memory):
-    """(least, greatest) shift that leaves as many instances of either kind as there must be."""
-    plan = memory[_PLAN] - 1.0 if memory[_PLAN] > 0.0 else float(count_prefill(candidates))
-    return (1.0 if int(params[_SIDE]) == _DECODE else 0.0) - plan, context[Ctx.N_INSTANCES] - 1.0 - plan
-
-
-@kernel
-def shift_inputs(context, candidates, params, memory, x):
-    """What the network reads, into ``x`` (at least ``shift.N_INPUTS``): quotients, cut to ±5."""
-    n, have, moving = context[Ctx.N_INSTANCES], float(count_prefill(candidates)), 0.0
-    wait, limit, occupied, coming = _demand(context, candidates, params, memory)
-    p, d = needs(context, candidates, params, memory)
-    x[0], x[1], prompt = p / n, d / n, context[Ctx.WIN_PROMPT]
-    x[2], x[3] = _seen(context, candidates, params)
-    x[4] = context[Ctx.WIN_RATE] * ttft_prof(params, _TABLES, prompt) / n if prompt > 0.0 else 0.0
-    x[5], x[6] = memory[_U] / n, (memory[_U] - memory[_U_SLOW]) / n
-    x[7], x[8], x[9] = wait / (limit * n), occupied / n, coming / n
-    x[10], x[11] = memory[_TTFT] / limit, memory[_TPOT] / tpot_slo(params, _TABLES)
-    x[12], x[13] = memory[_PLAN] / n, have / n
-    for k in range(candidates.shape[0]):
-        moving += 1.0 if candidates[k, Col.INSTANCE] >= 0.0 and candidates[k, Col.BECOMES] > 0.0 else 0.0
-    x[14] = moving / (n * max(candidates.shape[0] // n, 1.0))
-    x[15] = memory[_COMMITTED] / max(params[_COMMIT], 1.0)
-    x[16], x[17] = np.log1p(memory[_MOVED] / 10.0), memory[SHIFT] / 2.0
-    x[18] = (n * p / max(p + d, 1e-9) - memory[_PLAN] + 1.0) / n
-    x[19] = context[Ctx.HELD]
-    for i in range(shift.N_INPUTS):
-        x[i] = min(max(x[i], -5.0), 5.0)
-
-
-@kernel
-def _look(context, candidates, params, memory):
-    """Have the network, where there is one, say how far what is wanted is shifted until it looks again."""
-    memory[_LOOKED] = 0.0
-    if params[_NETWORK + 1] > 0.0:
-        scratch = memory[_SCRATCH:]
-        shift_inputs(context, candidates, params, memory, scratch)
-        low, high = shift_bounds(context, candidates, params, memory)
-        memory[SHIFT] = shift.logit_shift(params, _NETWORK, scratch, low, high)
-
-
-@kernel
 def _reallocate(context, candidates, mask, params, memory):
     span = context[Ctx.WIN_SPAN_S]
-    if looks(context, params, memory):
-        _look(context, candidates, params, memory)
-    else:
-        memory[_LOOKED] += span
     _observe(context, params, memory)
     have = float(count_prefill(candidates))
     memory[_CLOCK] += span
-    memory[_MOVED] += span
     memory[_COMMITTED] = max(memory[_COMMITTED] - span, 0.0)
     if memory[_PLAN] == 0.0:
         memory[_PLAN] = 1.0 + have
@@ -223,22 +170,17 @@ def _reallocate(context, candidates, mask, params, memory):
         wanted = _wanted(context, candidates, params, memory, target)
         if wanted != target:
             memory[_PLAN], memory[_COMMITTED], target = 1.0 + wanted, params[_COMMIT], wanted
-    low, high = shift_bounds(context, candidates, params, memory)
-    target, row = target + min(max(memory[SHIFT], low), high), -1
+    target, row = min(max(target, _least(params)), context[Ctx.N_INSTANCES] - 1.0), -1
     if target > have:
         row = flip(candidates, mask, -1, _PREFILL)
     elif target < have:
         row = flip(candidates, mask, _PREFILL, int(params[_SIDE]))
-    if row < 0:
-        return hold(candidates, mask)
-    memory[_MOVED] = 0.0
-    return row
+    return hold(candidates, mask) if row < 0 else row
 
 
 @kernel(POLICY_SIGNATURE)
 def decide(context, candidates, mask, params, memory):
-    """``params``: weights of the score, the rule's own in declared order, TTFT target and factor, profile tables, the
-    network's block."""
+    """``params``: weights of the score, the rule's own in declared order, TTFT target and factor, profile tables."""
     if kind_of(context) == Kind.REALLOCATE:
         return _reallocate(context, candidates, mask, params, memory)
     if kind_of(context) == Kind.PLACE_DECODE and context[Ctx.GENERATED] > 1.0:
@@ -312,12 +254,7 @@ def _prepare(values: Values, setting: Setting) -> np.ndarray:
     own = [p.number(values[p.name]) for p in _PARAMS if p.choices is None]
     kinds = [float(Role[str(values["side"]).upper()]), float(_BYS.index(str(values["by"])))]
     targets = [tight.ttft_s, tight.ttft_factor]
-    return np.concatenate([weights_of(values), own, kinds, targets, profile_block(setting), shift.NO_NETWORK])
-
-
-def shifted(planner: BoundPolicy, block: np.ndarray) -> BoundPolicy:
-    """The planner with the network of ``block`` (:func:`policies.rules.parts.shift.pack`), in the place of another."""
-    return replace(planner, params=np.concatenate([planner.params[:_NETWORK], block]))
+    return np.concatenate([weights_of(values), own, kinds, targets, profile_block(setting)])
 
 
 def weights_of(values: Values) -> np.ndarray:
@@ -354,7 +291,7 @@ RULE = Rule(
     source="this project; DYN-SLA's equations and Arrow's signals (arXiv 2511.20982, 2505.11916) are special cases",
     decide=decide,
     needs=Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS,
-    memory_size=_SCRATCH + shift.CELLS,
+    memory_size=_CELLS,
     params=(*_PARAMS, *_LAYOUT, *_PLACED),
     prepare=_prepare,
     arrange=_arrange,

@@ -25,8 +25,7 @@ from policies.rule import BoundPolicy
 from policies.rules import dyn_sla
 from policies.rules.parts.planner import composition, corrected
 from policies.rules.parts.profile_tables import profile_block
-from policies.rules.parts.shift import N_INPUTS, NO_NETWORK, SHIFTS, pack, shapes
-from policies.rules.planner import needs, shifted
+from policies.rules.planner import needs
 
 NOTHING: dict[str, float] = dict.fromkeys(
     ("trend", "prefill", "decode", "backlog", "lead", "occ_share", "ttft_risk", "tpot_risk", "spare", "hysteresis"), 0.0
@@ -45,7 +44,7 @@ def planner(**values: Any) -> BoundPolicy:
 
 
 def ttft_target(policy: BoundPolicy) -> float:
-    return float(policy.params[-len(profile_block(profiled())) - len(NO_NETWORK) - 2])
+    return float(policy.params[-len(profile_block(profiled())) - 2])
 
 
 def tick(**columns: float) -> np.ndarray:
@@ -230,48 +229,3 @@ def test_mixed_rows_are_told_apart() -> None:
     p, d = asked(planner(), tick(), table)
     assert p > 0.0
     assert d > 0.0
-
-
-def network(hidden: int, seed: int | None = None) -> dict[str, np.ndarray]:
-    """Random weights, or nothing in the last layer: then it says nothing."""
-    rng = np.random.default_rng(seed)
-    found = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes(hidden).items()}
-    return found if seed is not None else found | {k: 0.0 * found[k] for k in ("out.weight", "out.bias")}
-
-
-def test_a_network_of_zeros_leaves_the_planner_alone_and_another_does_not() -> None:
-    day = Scenario.load("daynight-70b-30min").with_overrides({"workload.duration_s": 1800.0})
-    plain = bind_policy("planner", day)
-    stamps = []
-    for block in (NO_NETWORK, pack(network(32)), pack(network(32, 1))):
-        run, _ = play_days(day, shifted(plain, block), 5.0, 0, "valid")
-        stamps.append(run.req["finished"])
-    np.testing.assert_array_equal(stamps[0], stamps[1])
-    assert (stamps[0] != stamps[2]).any()
-
-
-@pytest.mark.parametrize("action", range(len(SHIFTS)))
-def test_a_network_shifts_what_is_wanted_as_far_as_roles_are_left(action: int) -> None:
-    arrays = network(4)
-    arrays["out.bias"][action] = 100.0
-    for n_p in (1, 4, 7):
-        policy = shifted(planner(interval_s=60.0), pack(arrays, every_s=5.0))  # the network looks first
-        table = fleet(n_p)
-        row = choose(policy, tick(WIN_RATE=0.0, WIN_PROMPT=0.0, WIN_OUTPUT=0.0), table)
-        moves = 0 if row <= 0 else (1 if table[row, Col.NEW_ROLE] == P else -1)
-        possible = 1 <= n_p + SHIFTS[action] <= 7
-        assert moves == (np.sign(SHIFTS[action]) if possible else 0)
-
-
-def test_what_is_no_network_is_refused() -> None:
-    good = network(4, 0)
-    for bad, match in (
-        ({}, "width"),
-        (network(80, 0), "1 to 64"),
-        (good | {"out.bias": np.zeros(3, np.float32)}, "arrays"),
-        (good | {"more": np.zeros(3, np.float32)}, "arrays"),
-        (good | {"out.bias": np.full(len(SHIFTS), np.nan, np.float32)}, "NaN"),
-    ):
-        with pytest.raises(SlalomError, match=match):
-            pack(bad)
-    assert good["first.weight"].shape == (4, N_INPUTS)
