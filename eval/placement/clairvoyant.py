@@ -9,7 +9,8 @@ places them, so that the gap between the two is that of knowing.
 The search: compositions first, each kind of phase for itself on a stretch of its own arrivals, all at once or one after
 the other; then one number of the schedule at a time, at the largest rate that holds so far, as long as something gets
 better. Days of more than two hours are compressed for it (changes are counted from the beginning of a phase, so they
-mean the same in longer ones). It ends in a local optimum: the true ceiling may lie a little higher.
+mean the same in longer ones). Where phases are drawn at random, every day gets a search and a schedule of its own. A
+search ends in a local optimum: the true ceiling may lie a little higher.
 """
 
 from __future__ import annotations
@@ -215,14 +216,15 @@ def clairvoyant(
     like: Sequence[Values] = (),
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """The best schedule found on test arrivals of the first seed, and what it holds on all of them.
+    """The best schedule found on the test arrivals of one seed for each course that a day may take, and what the
+    schedules hold on all seeds.
 
     :param goal: share of requests within targets in every phase
     :param seeds: test seeds, from 0
     :param like: values of planners whose role beside prefill, budgets and placement are tried beside its defaults
     :param rate: requests per second at which the search begins (None: the scenario's reference rate)
-    :return: JSON-ready: ``goodput`` per seed, ``schedule`` [{at_s, prefill}], ``side``, ``order``, ``role_changes``;
-        ``fixed``: the best fixed split under the same dispatch, per seed
+    :return: JSON-ready: ``goodput`` per seed; of the first ``schedule`` [{at_s, prefill}], ``side``, ``order``,
+        ``role_changes``; ``fixed``: the best fixed split under the same dispatch, per seed
     :raises SlalomError: a scenario without phases or role changes, several profiles, or one instance
     """
     if not 0.0 < goal < 1.0:
@@ -231,8 +233,41 @@ def clairvoyant(
         raise SlalomError("--clairvoyant", scenario.name, "its roles cannot change; allow decisions.reallocate")
     if len(scenario.profile_names()) > 1 or len(scenario.placements()) < 2:
         raise SlalomError("--clairvoyant", scenario.name, "it needs two instances or more, all of one profile")
-    search, full = _Search(practice(scenario), 0, say), _Search(scenario, 0, say)
-    search.rate = rate or scenario.reference_rate
+    begin, tests = rate or scenario.reference_rate, range(seeds)
+    days = [_Search(scenario, seed, say) for seed in tests]
+    found: dict[str, tuple[_Plan, float]] = {}
+    goodput: list[float] = []
+    for day in days:
+        course = repr(day.world(begin))
+        if course not in found:
+            found[course] = _sought(scenario, day.seed, goal, begin, like, say)
+        plan, held = found[course]
+        near = goodput[-1] if goodput and goodput[-1] > 0.0 else held
+        goodput += phase_goodput(scenario, day.policy(plan, held), (day.seed,), start=near, goal=goal)
+    best, held = found[repr(days[0].world(begin))]
+    run, shares = play_days(scenario, days[0].policy(best, held), float(np.mean(goodput)), 0, "test")
+    fixed = _fixed(scenario, days[0].n, best.values, tests, goal, held)
+    return {
+        "scenario": scenario.name,
+        "scenario_sha256": scenario.hash(),
+        "goal": goal,
+        "goodput": goodput,
+        "side": best.values["side"],
+        "order": best.values["order"],
+        "values": dict(best.values),
+        "schedule": [{"at_s": at, "prefill": k} for at, k in best.timeline(*days[0].world(held))],
+        "role_changes": int(run.cluster["n_switches"]),
+        "shares": [phase.share for phase in shares],
+        "fixed": fixed,
+    }
+
+
+def _sought(
+    scenario: Scenario, seed: int, goal: float, rate: float, like: Sequence[Values], say: Say
+) -> tuple[_Plan, float]:
+    """The best plan that the search finds for the test day ``seed``, and what it holds there, compressed."""
+    search = _Search(practice(scenario), seed, say)
+    search.rate = rate
     usable, allowed = arena_of(scenario).setting.usable_roles, set(scenario.decisions.roles)
     sides = [r for r in (Role.DECODE, Role.MULTIPLEXED, Role.MIXED) if r in usable and r.name.lower() in allowed]
     plain = product((side.name.lower() for side in sides), ("fcfs", "on_time"))
@@ -250,24 +285,7 @@ def clairvoyant(
         if found <= held * 1.002:
             break
         best, held = tried, found
-    full.rate = held
-    policy, tests = full.policy(best, held), range(seeds)
-    goodput = phase_goodput(scenario, policy, tests, start=held, goal=goal)
-    run, shares = play_days(scenario, policy, float(np.mean(goodput)), 0, "test")
-    fixed = _fixed(scenario, search.n, best.values, tests, goal, held)
-    return {
-        "scenario": scenario.name,
-        "scenario_sha256": scenario.hash(),
-        "goal": goal,
-        "goodput": goodput,
-        "side": best.values["side"],
-        "order": best.values["order"],
-        "values": dict(best.values),
-        "schedule": [{"at_s": at, "prefill": k} for at, k in best.timeline(*full.world(held))],
-        "role_changes": int(run.cluster["n_switches"]),
-        "shares": [phase.share for phase in shares],
-        "fixed": fixed,
-    }
+    return best, held
 
 
 def _fixed(

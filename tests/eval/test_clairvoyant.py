@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from engine.core.kinds import Role
 from engine.errors import SlalomError
+from env.measure.phases import phase_goodput
 from env.measure.roles import role_timeline
 from env.scenario import Scenario
 from eval.placement.clairvoyant import Leg, _kinds, _Plan, clairvoyant, followed
@@ -53,6 +54,17 @@ def test_knowing_beats_every_fixed_split(brief: Scenario) -> None:
     assert found["role_changes"] >= 3
     json.dumps(found, allow_nan=False)
     assert found == clairvoyant(brief, seeds=2)
+
+
+def test_where_phases_are_random_every_day_has_its_own_schedule(brief: Scenario) -> None:
+    """A schedule of one day is worth little on another: its changes come at the wrong times."""
+    lengths = Scenario.load("surprise-70b").workload.model_dump(mode="json")["lengths"]
+    drawn = {"kind": "shift", "lengths": lengths, "random": {"phases": [2, 3], "sharpness": 0.1}, "duration_s": 300.0}
+    days = brief.with_overrides({"workload": drawn | {"max_context": 32768}})
+    found = clairvoyant(days, seeds=2)
+    plan = [(row["at_s"], row["prefill"]) for row in found["schedule"]]
+    first = followed(plan, len(days.placements()), found["values"])
+    assert found["goodput"][1] > 1.2 * phase_goodput(days, first, (1,), start=found["goodput"][1])[0]
 
 
 def test_what_it_cannot_do_is_said(brief: Scenario) -> None:

@@ -48,9 +48,9 @@ _STEP, _LEAP = 1.02, 1.06
 _BEGIN, _FALL, _RISE = 0.7, 0.85, 1.1  # part of the reference rate to begin with; how it falls or rises at first
 _LOWEST = 0.05  # part of the reference rate below which nobody is asked
 _UNFIT = -10.0  # value of what the scenario does not allow
-MEAN = 0.1  # weight of the mean over phases, so that ways out of a deadlock are seen
-_TRAIN_SEED, VALID_DAYS = 30_000, range(1_000, 1_003)
-BEYOND, _NEAR = 1.02, 0.03  # of the choice: rate, and tolerance of the goodput
+_MEAN = 0.1  # weight of the mean over phases, so that ways out of a deadlock are seen
+_TRAIN_SEED, _VALID_DAYS = 30_000, range(1_000, 1_003)
+_BEYOND, _NEAR = 1.02, 0.03  # of the choice: rate, and tolerance of the goodput
 _MARKS = (0.55, 0.75)  # of the budget, at which the answer so far is kept for the choice
 
 Report = Callable[[str, float, str], None]
@@ -119,7 +119,7 @@ class _Search:
         self.requests += int(found[2])
         self.moves += int(found[3])
         self.days += 1
-        return found[0] + MEAN * found[1], found[0]
+        return found[0] + _MEAN * found[1], found[0]
 
     def each(self, asked: Sequence[Values], seed: int) -> list[tuple[float, float]]:
         """:meth:`value` of several on training days, played side by side."""
@@ -285,7 +285,7 @@ def tune_on_days(
 
 def _validated(search: _Search, values: Values) -> float:
     """Where validation days stand on average, a little beyond the rate of the search."""
-    return float(np.mean([search.value(values, day, split="valid", beyond=BEYOND)[1] for day in VALID_DAYS]))
+    return float(np.mean([search.value(values, day, split="valid", beyond=_BEYOND)[1] for day in _VALID_DAYS]))
 
 
 def _goodput(search: _Search, scenario: Scenario, values: Values) -> float:
@@ -293,7 +293,7 @@ def _goodput(search: _Search, scenario: Scenario, values: Values) -> float:
     policy = search.space.bind(values)
 
     def found() -> float:
-        (rate,) = phase_goodput(scenario, policy, VALID_DAYS[:1], start=search.rate, split="valid", tolerance=_NEAR)
+        (rate,) = phase_goodput(scenario, policy, _VALID_DAYS[:1], start=search.rate, split="valid", tolerance=_NEAR)
         return rate
 
     rate = float(search.journal.ask("goodput", found))
