@@ -21,6 +21,12 @@ def blocks_for(tokens, block_tokens):
 
 
 @kernel(forceinline=True)
+def could_hold(s, i, tokens):
+    """Whether the pool of instance ``i``, were it empty, had room for the KV of ``tokens`` tokens."""
+    return tokens <= s.pool[s.inst[i].pool].n_blocks * s.cluster[0].block_tokens
+
+
+@kernel(forceinline=True)
 def mixed(h, j):
     """``h`` and the number ``j`` as one hash: splitmix64 (Steele et al. 2014)."""
     z = h + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15)

@@ -59,19 +59,19 @@ def answer(words, kind, subject, action, now):
 # -- what may start ----------------------------------------------------------------------------------------
 
 
-@kernel
+@kernel(forceinline=True)
 def next_changed(s, i):
     """The next instance after ``i``, in turn, where something changed: it counts as looked at. -1: there is none."""
     n = s.cluster[0].n_instances
-    for k in range(1, n + 1):
-        j = (i + k) % n
-        if s.inst[j].dirty == 1:
-            s.inst[j].dirty = 0
-            return j
+    for _ in range(n):
+        i = i + 1 if i + 1 < n else 0  # a division would cost more than all the rest
+        if s.inst[i].dirty == 1:
+            s.inst[i].dirty = 0
+            return i
     return -1
 
 
-@kernel
+@kernel(forceinline=True)
 def kick(s, i, now, started, n):
     """Pull KV, change role and start idle lanes of instance ``i``.
 
@@ -137,7 +137,7 @@ def last_token(words, r):
     stop(attach(words), r)
 
 
-@kernel
+@kernel(forceinline=True)
 def end_step(s, i, l, steps, first, delta, now):
     """The step of lane (i, l), or the last of ``steps`` decode steps, ended: book them and leave the lane idle.
 
@@ -263,7 +263,8 @@ def describe_step(words, columns, i, l):
     steps.
 
     :param columns: addresses of :func:`step_columns`, always the same for a lane
-    :return: (sequences, those that are prompts, first layer, end of the layers or 0 for all)
+    :return: (sequences, those that are prompts, first layer, end of the layers or 0 for all, whether every row is of
+        the request that it was of when last written)
     """
     s, out = attach(words), _attach_step(columns)
     lane = s.lane[i, l]
@@ -279,18 +280,20 @@ def describe_step(words, columns, i, l):
             r = s.run[i, slot]
             out.request[n], out.start[n], out.n_tokens[n], out.sample[n] = r, s.req[r].computed, 1, 1
             n += 1
+    same = True
     for k in range(n):
         r = out.request[k]
         req, known = s.req[r], out.known[k]
         if known.request != r or known.arrival != req.arrival or known.n_preempt != req.n_preempt:
             known.request, known.arrival, known.n_preempt, known.blocks = r, req.arrival, req.n_preempt, 0
+            same = False
         b = req.tail
         for at in range(req.blocks - 1, known.blocks - 1, -1):
             out.table[k, at] = b - base
             b = s.block[b].parent
         known.blocks = req.blocks
         out.n_blocks[k] = req.blocks
-    return n, lane.n_prefills, lane.layer_from, lane.layer_to
+    return n, lane.n_prefills, lane.layer_from, lane.layer_to, same
 
 
 @kernel
@@ -315,18 +318,22 @@ def describe_transfer(words, link, source, target):
 
 
 @kernel
-def chain_hashes(tokens, size, salt, first, last, out):
-    """Chained prefix hashes of blocks [first, last) of ``tokens``: entry k stands for everything up to its end.
+def chain_hashes(words, r, tokens, n, salt):
+    """Extend the prefix hashes of request ``r`` to what its first ``n`` tokens fill, as far as they are known.
 
-    :param tokens: int64 (T,), T at least ``last * size``
-    :param salt: of this process, so that nobody outside can aim at a collision
-    :param out: uint64 (at least last,), in which entries below ``first`` are done already
+    They are chained: an entry stands for everything up to its end.
+
+    :param tokens: int64 (T,): those that are known
+    :param salt: uint64, of this process, so that nobody outside can aim at a collision
     """
-    for k in range(first, last):
-        h = out[k - 1] if k > 0 else salt
+    s = attach(words)
+    req, size = s.req[r], s.cluster[0].hash_tokens
+    for k in range(req.hash_n, min(n, len(tokens)) // size):
+        h = s.hashes[req.hash_off + k - 1] if k > 0 else salt
         for j in range(k * size, (k + 1) * size):
             h = mixed(h, tokens[j])
-        out[k] = max(h, np.uint64(1))
+        s.hashes[req.hash_off + k] = max(h, np.uint64(1))
+        req.hash_n = k + 1
 
 
 # -- how long things take by a profile ---------------------------------------------------------------------

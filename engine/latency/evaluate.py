@@ -23,6 +23,7 @@ TICKS_PER_S = 1_000_000_000_000
 #: The longest duration, 26 days: longer ones count as that, so that sums of a stamp and a duration never overflow.
 FOREVER = 2**61
 _FOREVER, _ALWAYS = float(FOREVER), 2.0 * FOREVER
+_SHORT, _FEW = 2**42, 2**20  # of these even the product is below _ALWAYS: 4.4 s, a million tokens
 MAX_KNOTS = 8
 
 PROFILE = np.dtype(
@@ -66,15 +67,14 @@ SHARE = np.dtype(
 def to_ticks(seconds):
     """Seconds to ticks, rounded to the nearest; at most FOREVER, which is what a number that is none becomes, too."""
     ticks = np.rint(seconds * 1e12)
-    if ticks < _FOREVER:
-        return np.int64(max(ticks, -_FOREVER))
-    return np.int64(_FOREVER)
+    ticks = ticks if ticks < _FOREVER else _FOREVER
+    return np.int64(ticks if ticks > -_FOREVER else -_FOREVER)
 
 
 @kernel
 def times(ticks, n):
     """``ticks`` × ``n``, at most twice FOREVER."""
-    if float(ticks) * float(n) >= _ALWAYS:
+    if (ticks >= _SHORT or n >= _FEW) and float(ticks) * float(n) >= _ALWAYS:
         return np.int64(_ALWAYS)
     return np.int64(ticks * n)
 

@@ -82,7 +82,7 @@ def _refresh(s, q):
                     s.inst[i].unbooked = steps_done(q.clock[i, l], q.sim[0].now, strict)
 
 
-@kernel
+@kernel(forceinline=True)
 def _start_lane(s, q, i, l):
     """Put the step that ``plan_lane`` formed on the clock."""
     lane, clock, now = s.lane[i, l], q.clock[i, l], q.sim[0].now
@@ -99,7 +99,7 @@ def _start_lane(s, q, i, l):
     set_event(q, 2 * i + l, now + span(clock, clock.left))
 
 
-@kernel
+@kernel(forceinline=True)
 def _start(s, q, slot):
     """Put the end of what starts in ``slot`` on the clock."""
     slots = _slots(s)
@@ -114,7 +114,7 @@ def _start(s, q, slot):
         set_event(q, slot, q.sim[0].now + to_ticks(q.true_profile[slot - slots.switches].switch_s))
 
 
-@kernel
+@kernel(forceinline=True)
 def _start_idle(s, q):
     """Start whatever may start on instances where something changed; their jumps end."""
     i = next_changed(s, -1)
@@ -129,7 +129,7 @@ def _start_idle(s, q):
         i = next_changed(s, i)
 
 
-@kernel
+@kernel(forceinline=True)
 def _lane_event(s, q, i, l):
     lane, clock = s.lane[i, l], q.clock[i, l]
     if s.inst[i].role == _MULTIPLEXED or s.pool[s.inst[i].pool].sharers > 1:
@@ -209,7 +209,7 @@ def _credit(s, q):
     q.sim[0].seen_missed = s.cluster[0].miss_weight
 
 
-@kernel
+@kernel(forceinline=True)
 def _process(s, q, slot):
     """Carry out the event of ``slot`` at the present time."""
     slots = _slots(s)

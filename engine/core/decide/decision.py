@@ -17,7 +17,7 @@ from engine.core.events.handover import drop_handover, hand_over
 from engine.core.events.lifecycle import hold, place, shed
 from engine.core.events.roles import begin_role_change, count_able, may_change
 from engine.core.kinds import Batching, RequestState, Role
-from engine.core.kv import blocks_for
+from engine.core.kv import could_hold
 from engine.core.lists import HANDOVER, PLACING, remove
 from engine.core.slo import end_request
 from engine.jit.kernel import kernel
@@ -48,7 +48,7 @@ def _could_decode(s, i, r):
     leaving = s.inst[i].switching == 1 and s.inst[i].target_role == _PREFILL
     if s.inst[i].role == _PREFILL or leaving or s.inst[i].lost == 1:
         return False
-    return blocks_for(s.req[r].computed + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
+    return could_hold(s, i, s.req[r].computed + 1)
 
 
 @kernel
@@ -66,9 +66,8 @@ def next_decision(s, now):
         r = s.lists[HANDOVER, 0]
     r = s.lists[PLACING, 0]
     while r >= 0:
-        size = s.cluster[0].block_tokens
         for i in range(s.cluster[0].n_instances):
-            if s.inst[i].lost != 1 and blocks_for(s.req[r].target + 1, size) <= s.pool[s.inst[i].pool].n_blocks:
+            if s.inst[i].lost != 1 and could_hold(s, i, s.req[r].target + 1):
                 return _PLACE_PREFILL, r
         remove(s.lists, s.req, PLACING, r)
         end_request(s, r, now, _FAILED)

@@ -13,7 +13,7 @@ import numpy as np
 from engine.core.decide.outlook import prefill_forecast, queue_outlook, residual_s
 from engine.core.events.lifecycle import wake_held
 from engine.core.kinds import LaneKind, RequestState, Role
-from engine.core.kv import blocks_for, find_prefix
+from engine.core.kv import could_hold, find_prefix
 from engine.core.lists import HELD, PLACING, inbound_of, push_back, queue_of, ready_of, remove
 from engine.core.schedule.on_time import pace_of
 from engine.core.schedule.predict import whole_device
@@ -31,7 +31,7 @@ def fits(s, i, r):
     """Whether instance ``i`` may be given request ``r`` for prefill at all."""
     if s.inst[i].target_role >= 0 or s.inst[i].lost != 0:
         return False
-    return blocks_for(s.req[r].target + 1, s.cluster[0].block_tokens) <= s.pool[s.inst[i].pool].n_blocks
+    return could_hold(s, i, s.req[r].target + 1)
 
 
 @kernel

@@ -225,20 +225,21 @@ def book_decode(s, i, l, k, first, delta, now, more):
             common += 1
         else:
             record_gaps(s.itl, end_first - req.last_token, 0, 1, 1)
-        before = req.computed
+        computed = req.computed + k
         req.generated += k
-        req.computed = before + k
+        req.computed = computed
         req.last_token = now
         if req.hash_n > 0:
-            publish(s, p, r, before, req.computed)
+            publish(s, p, r, computed - k, computed)
         if req.generated >= req.output:
             finished = True
             release(s, r)
             end_request(s, r, now, _FINISHED)
             continue
-        s.run[i, kept] = r
+        if kept < slot:
+            s.run[i, kept] = r
         kept += 1
-        context += req.computed
+        context += computed
         note_due(s, i, r)
     if common == n and end_first - last_end == first:
         record_gaps(s.itl, first, delta, k, n)
@@ -284,7 +285,7 @@ def _emit_from_prefill(s, i, r, now):
     s.inst[i].dirty = 1
 
 
-@kernel
+@kernel(forceinline=True)
 def complete_prompt(s, i, r, now):
     """Book the tokens of request ``r`` that the step of instance ``i`` which just ended has computed."""
     req = s.req[r]
@@ -304,7 +305,7 @@ def complete_prompt(s, i, r, now):
         _emit_from_prefill(s, i, r, now)
 
 
-@kernel
+@kernel(forceinline=True)
 def complete_prefill(s, i, l, now):
     """Book the prompts of the step (or last slice) that lane (i, l) just ended."""
     lane = s.lane[i, l]
