@@ -44,12 +44,13 @@ class Scored(NamedTuple):
     tokens: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Spans:
     """Several :class:`Span` as columns: S sequences in order, T tokens. What the scheduler writes and a lane reads.
 
     The columns may be views of somebody's buffers, and ``blocks`` may be wider than any sequence needs; entries
-    beyond a sequence's blocks mean nothing.
+    beyond a sequence's blocks mean nothing. Nobody changes one; it is not frozen since that takes three times as long
+    to make, and there is one for every step.
     """
 
     tokens: np.ndarray  # int64 (T,), those of the first sequence first

@@ -50,8 +50,7 @@ class RequestBook(ABC, Generic[T]):
         self._blank = blank_requests(1)
         self._hash_room = len(state.hashes) // slots
         self._salt, self._hash_tokens = np.uint64(salt), int(state.cluster[0]["hash_tokens"])
-        self._hashed = state.req["hash_n"]  # a view: how many prefix hashes each request has
-        self._n_done = state.cluster["n_done"]  # a view, too: reading a record takes several times as long
+        self._n_done = memoryview(state.cluster["n_done"])  # reading a record takes several times as long
         self._doomed: set[T] = set()
         self.lost: set[int] = set()
         self._deltas: list[tuple[T, Delta]] = []
@@ -154,23 +153,21 @@ class RequestBook(ABC, Generic[T]):
         """Extend the prefix hashes of ``request`` to what its first ``tokens`` tokens fill."""
         size = self._hash_tokens
         request.due = (tokens // size + 1) * size if size else NEVER
-        if size == 0 or not request.reuses:
-            return
-        first, last = int(self._hashed[request.slot]), min(tokens, len(request.tokens)) // size
-        if last > first:
-            begin = request.slot * self._hash_room
-            room = self._state.hashes[begin : begin + self._hash_room]
-            loop.chain_hashes(request.tokens, size, self._salt, first, last, room)
-            self._hashed[request.slot] = last
+        if size and request.reuses:
+            loop.chain_hashes(self._words, request.slot, request.tokens, tokens, self._salt)
 
     # -- what callers hear ---------------------------------------------------------------------------------
 
     def settled(self) -> None:
         for request, delta in self._deltas:
-            if request.doomed is None and not self.heard(request, delta):
-                self.doom(request, ERROR)
+            if request.doomed is None:
+                try:  # here and not in a function of its own: there is one for every token
+                    request.sink(delta)
+                except Exception:
+                    self._is_deaf(request)
+                    self.doom(request, ERROR)
         self._deltas.clear()
-        done = int(self._n_done[0])
+        done = self._n_done[0]
         if done != self._seen_done:
             self._seen_done = done
             self._part_with_ended()
@@ -205,7 +202,7 @@ class RequestBook(ABC, Generic[T]):
     def _tell_end(self, request: T, finish: str) -> None:
         request.ended = True
         if finish:
-            self.heard(request, Delta(None, "", finish))
+            self.last_words(request, finish)
         request.sink = _nobody  # whoever listens may hold the request, and need not for ever
         self.on_gone()
 
@@ -227,13 +224,15 @@ class RequestBook(ABC, Generic[T]):
         record = self._state.req[request.slot]
         self.announce(lambda observer: observer.request_begun(request, record))
 
-    @staticmethod
-    def heard(request: T, delta: Delta) -> bool:
-        """Tell the caller of ``request``; False when that fails, and then it is told nothing more."""
+    def last_words(self, request: T, finish: str) -> None:
+        """Tell the caller of ``request`` why it ended."""
         try:
-            request.sink(delta)
+            request.sink(Delta(None, "", finish))
         except Exception:
-            _log.exception("whoever listens to request %s failed", request.id)
-            request.sink = _nobody
-            return False
-        return True
+            self._is_deaf(request)
+
+    @staticmethod
+    def _is_deaf(request: T) -> None:
+        """The caller of ``request`` failed (call it in the handler): it is told nothing more."""
+        _log.exception("whoever listens to request %s failed", request.id)
+        request.sink = _nobody

@@ -164,7 +164,7 @@ class LiveInstances(RequestBook[Request]):
     def _fail(self, request: Request, error: Exception) -> None:
         """A request failed in a step: it ends, and what the step wrote of it is never found in the prefix cache."""
         _log.error("request %s failed: %s", request.id, repr(error)[:200])
-        self._hashed[request.slot] = 0
+        self._state.req["hash_n"][request.slot] = 0
         if request.doomed is None:
             request.doomed = ERROR
             self._doomed.add(request)

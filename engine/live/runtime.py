@@ -90,6 +90,7 @@ class Runtime:
         self.words = addresses(state)
         self.decisions: Counter[str] = Counter()  # by kind
         self.fallbacks: Counter[str] = guard.fallbacks if guard else Counter()  # by reason
+        self._held = memoryview(state.lists[HELD])  # as an array, reading an entry takes several times as long
         self._started = np.zeros(self.slots.deadline, np.int32)
         self._wake = NEVER  # when held requests are asked for again
         rows = max_candidates(n)
@@ -136,11 +137,11 @@ class Runtime:
         now = self.clock.now
         self._decide(now)
         self._start_idle(now)
-        while self.state.lists[HELD, 2] > 0 and loop.wake_idle(self.words):
+        while self._held[2] > 0 and loop.wake_idle(self.words):
             self._decide(now)
             self._start_idle(now)
         self.instances.settled()
-        if self.state.lists[HELD, 2] > 0:
+        if self._held[2] > 0:
             when = loop.wake_time(self.words, now, self._wake)
             if when != self._wake:
                 self._wake = when

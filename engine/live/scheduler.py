@@ -22,7 +22,7 @@ from engine.live.door import Door, Overloaded, TurnedAway, Unavailable
 from engine.live.fate import DRAINING, OVERLOADED, UNAVAILABLE
 from engine.live.guard import Guard
 from engine.live.integrity import faults
-from engine.live.request import ABORT, ERROR, Delta, Ticket
+from engine.live.request import ABORT, ERROR, Ticket
 from engine.live.runtime import Runtime
 
 _log = logging.getLogger("slalom.engine")
@@ -128,7 +128,7 @@ class Scheduler:
             _log.critical("the scheduler stopped", exc_info=error)
             for request in self.instances.requests:
                 if request is not None:
-                    self.instances.heard(request, Delta(None, "", ERROR))
+                    self.instances.last_words(request, ERROR)
             self.instances.announce(lambda observer: observer.settled())
             self._open.forget()
 

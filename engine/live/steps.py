@@ -84,6 +84,7 @@ class LaneRunner:
         self._columns = loop.step_columns(state.run.shape[1] + state.prefills.shape[1], width)
         self._where = addresses(self._columns)
         self._first = self._views(0)  # of the columns, their part that the last step used
+        self._present: list[Request] = []  # whose step that was
         self._passes: list[_Pass] = []  # whose last layers are still to come; those that stand aside first
         self._said: set[str] = set()  # faults whose traceback has been logged
 
@@ -93,19 +94,21 @@ class LaneRunner:
 
     def describe(self, words: np.ndarray, i: int, l: int) -> Step:
         """The step that the core has put into lane (i, l)."""
-        n, prompts, begin, end = loop.describe_step(words, self._where, i, l)
+        n, prompts, begin, end, same = loop.describe_step(words, self._where, i, l)
         if n != len(self._first[0]):
             self._first = self._views(n)
         # Views, not copies: the columns are written again only when this step, or its next slice, has ended.
         slots, starts, counts, sample, n_blocks, blocks = self._first
-        requests: list[Request] = list(map(self._requests.__getitem__, slots.tolist()))  # type: ignore[arg-type]
-        assert all(requests), "a step with a request nobody knows"
+        if not same or n != len(self._present):  # a new list: that of a step is kept until its last slice has ended
+            self._present = list(map(self._requests.__getitem__, slots.tolist()))  # type: ignore[arg-type]
+            assert all(self._present), "a step with a request nobody knows"
+        requests = self._present
         layers = (begin, end or self.executor.n_layers)
         partition = self.executor.partition(self._state, i, l)
         if begin > 0:
             return Step(None, requests, layers, partition)
         tokens = self._tokens(requests, prompts, starts, counts)
-        scored = self._scored(requests[:prompts], starts, counts)
+        scored = self._scored(requests[:prompts], starts, counts) if prompts else ()
         spans = Spans(tokens, counts, starts, sample, n_blocks, blocks, prompts, scored)
         return Step(spans, requests, layers, partition)
 
