@@ -50,7 +50,7 @@ class RequestBook(ABC, Generic[T]):
         self._blank = blank_requests(1)
         self._hash_room = len(state.hashes) // slots
         self._salt, self._hash_tokens = np.uint64(salt), int(state.cluster[0]["hash_tokens"])
-        self._n_done = memoryview(state.cluster["n_done"])  # reading a record takes several times as long
+        self._n_done = state.cluster["n_done"].data  # reading a record takes several times as long
         self._doomed: set[T] = set()
         self.lost: set[int] = set()
         self._deltas: list[tuple[T, Delta]] = []

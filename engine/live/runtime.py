@@ -90,7 +90,7 @@ class Runtime:
         self.words = addresses(state)
         self.decisions: Counter[str] = Counter()  # by kind
         self.fallbacks: Counter[str] = guard.fallbacks if guard else Counter()  # by reason
-        self._held = memoryview(state.lists[HELD])  # as an array, reading an entry takes several times as long
+        self._held = state.lists[HELD].data  # as an array, reading an entry takes several times as long
         self._started = np.zeros(self.slots.deadline, np.int32)
         self._wake = NEVER  # when held requests are asked for again
         rows = max_candidates(n)
