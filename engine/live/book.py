@@ -57,7 +57,7 @@ class RequestBook(ABC, Generic[T]):
         self._seen_done = 0
         self.transfer_failures = 0
         self.closing = False
-        self.on_gone: Callable[[], None] = lambda: None  # a request has heard its last
+        self.on_gone: Callable[[Ticket], None] = lambda request: None  # it has heard its last
 
     # What an :class:`engine.live.runtime.Instances` does beside:
 
@@ -98,9 +98,6 @@ class RequestBook(ABC, Generic[T]):
 
     def admit(self, request: T) -> None:
         """Give a new request a slot and let it arrive; there must be a free one."""
-        if request.doomed is not None:
-            self._tell_end(request, request.doomed)
-            return
         r = request.slot = self._free.pop()
         try:
             self._fill_in(r, request)
@@ -130,9 +127,8 @@ class RequestBook(ABC, Generic[T]):
         if request.ended or request.doomed is not None:
             return
         request.doomed = reason
-        if request.slot >= 0:
-            self._doomed.add(request)
-            self._sweep()
+        self._doomed.add(request)
+        self._sweep()
 
     def doom_all(self, reason: str) -> None:
         """:meth:`doom` every request that is here."""
@@ -204,7 +200,7 @@ class RequestBook(ABC, Generic[T]):
         if finish:
             self.last_words(request, finish)
         request.sink = _nobody  # whoever listens may hold the request, and need not for ever
-        self.on_gone()
+        self.on_gone(request)
 
     def refuse(self, away: TurnedAway) -> None:
         """Book somebody who was not taken in."""

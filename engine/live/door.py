@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # it knows torch, and nobody here needs that
+    from engine.live.request import Ticket
 
 
 class Overloaded(RuntimeError):
@@ -23,28 +26,37 @@ class TurnedAway(NamedTuple):
 
 
 class Door:
-    """Counts the requests that were handed in and have not ended.
+    """Knows the requests that were handed in and have not ended, also those that the scheduler has not met yet.
 
     :ivar lock: held while one is handed in, so that :meth:`engine.live.engine.Engine.drain` knows that nothing follows
+    :ivar inside: they; under the lock
     :ivar refused: those turned away that nobody has booked yet; under the lock
     """
 
     def __init__(self) -> None:
-        self.n, self.lock = 0, threading.Lock()
+        self.inside: set[Ticket] = set()
+        self.lock = threading.Lock()
         self.refused: list[TurnedAway] = []
         self._none = threading.Condition(self.lock)
 
-    def one_less(self) -> None:
+    @property
+    def n(self) -> int:
+        """How many they are."""
+        return len(self.inside)
+
+    def leaves(self, request: Ticket) -> None:
+        """``request`` has ended."""
         with self.lock:
-            self.n -= 1
-            if self.n == 0:
+            self.inside.discard(request)
+            if not self.inside:
                 self._none.notify_all()
 
-    def forget(self) -> None:
-        """Nobody will end those that are left."""
+    def forget(self) -> set[Ticket]:
+        """Nobody will end those that are left: who they are."""
         with self.lock:
-            self.n = 0
+            left, self.inside = self.inside, set()
             self._none.notify_all()
+        return left
 
     def take_refused(self) -> list[TurnedAway]:
         """Those turned away since the last call."""
@@ -54,4 +66,4 @@ class Door:
 
     def wait_for_none(self, timeout_s: float) -> None:
         with self.lock:
-            self._none.wait_for(lambda: self.n == 0, min(timeout_s, threading.TIMEOUT_MAX))
+            self._none.wait_for(lambda: not self.inside, min(timeout_s, threading.TIMEOUT_MAX))

@@ -58,7 +58,7 @@ class Scheduler:
         if guard is not None:
             guard.attach(instances.requests, self.observers)
         self._open = Door()
-        instances.on_gone = self._open.one_less
+        instances.on_gone = self._open.leaves
         self._accepting = True
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="scheduler", daemon=True)
@@ -124,13 +124,12 @@ class Scheduler:
         try:
             self.runtime.run()
         except BaseException as error:  # a fault of ours: nobody may wait for ever
-            self.failure = error
+            with self._open.lock:  # whoever is not inside by now is turned away
+                self.failure = error
             _log.critical("the scheduler stopped", exc_info=error)
-            for request in self.instances.requests:
-                if request is not None:
-                    self.instances.last_words(request, ERROR)
+            for request in self._open.forget():
+                self.instances.last_words(request, ERROR)
             self.instances.announce(lambda observer: observer.settled())
-            self._open.forget()
 
     # -- requests ----------------------------------------------------------------------------------------------
 
@@ -142,7 +141,7 @@ class Scheduler:
         """
         with self._open.lock:
             self._admit(request)
-            self._open.n += 1
+            self._open.inside.add(request)
             request.handed_in = self.clock.stamp()
             # Posted under the lock: after drain() nothing follows, so close() speaks the last word.
             self.clock.post(self.runtime.slots.arrival, partial(self.instances.admit, request))

@@ -263,8 +263,15 @@ def test_when_the_scheduler_fails_nobody_waits_for_ever(monkeypatch: pytest.Monk
     engine = Engine(MODEL, TOKENIZER, state, RandomPolicy(0)).start()
     caller = send(engine, PROMPTS[0], replace(GREEDY, max_tokens=2000))
     until(lambda: bool(caller.deltas))
-    monkeypatch.setattr(engine.runtime, "_decide", lambda now: 1 / 0)
+    late: list[Caller] = []
+
+    def fail(now: int) -> None:
+        late.append(send(engine, PROMPTS[1]))  # the scheduler never comes to look at it
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine.runtime, "_decide", fail)
     assert caller.wait().finish == "error"
+    assert late[0].wait().finish == "error"
     until(lambda: not engine.accepting)
     with pytest.raises(Unavailable):
         send(engine, PROMPTS[0])
