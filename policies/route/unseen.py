@@ -28,7 +28,8 @@ _TOGETHER = TICKS_PER_S // 50
 
 @dataclass
 class _Step:
-    """What an engine is thought to do: ``prompts`` in one step, or decode steps of ``each`` ticks, since ``begun``."""
+    """What an engine is thought to do: ``prompts`` in one step, or decode steps of ``each`` ticks, since ``begun``,
+    which is counted from the clock's beginning."""
 
     begun: int
     each: int
@@ -66,7 +67,7 @@ class UnseenInstances(RemoteInstances):
         each = int(loop.step_ticks(self._words, self._truth, i, 0))
         slots = self._state.prefills[i, : lane["n_prefills"]].tolist()
         prompts = [request for r in slots if (request := self.requests[r]) is not None]
-        self._steps[i] = _Step(self._clock.now, each, prompts)
+        self._steps[i] = _Step(self._clock.now + self._clock.origin, each, prompts)
         steps = 1 if prompts else max(_TOGETHER // each, 1)
         self._clock.at(2 * i, self._clock.now + steps * each)
 
@@ -75,7 +76,7 @@ class UnseenInstances(RemoteInstances):
         step, stamp = self._steps[i], WallClock.stamp()
         if step is None:
             return
-        n = (self._clock.now - step.begun) // step.each
+        n = (self._clock.now + self._clock.origin - step.begun) // step.each
         if step.prompts:
             n = min(n, 1)
         if n == 0:

@@ -12,7 +12,9 @@ import pytest
 from audit import recount
 
 from engine.core.kinds import RequestState
+from engine.core.origin import move_origin
 from engine.errors import SlalomError
+from engine.latency.evaluate import TICKS_PER_S
 from engine.live.door import Overloaded
 from policies.route.elsewhere import Asked, Dispatcher, Refused, asked_of, desk_for
 from policies.route.progress import STATS, Progress
@@ -92,6 +94,30 @@ def test_tokens_are_foretold_at_the_pace_of_the_profile_until_the_truth_is_told(
         assert stamps["first_token"] > stamps["arrival"]
         dispatcher.done(asked)
         await until(lambda: dispatcher.router.n_open == 0)
+
+    served(work)
+
+
+def test_what_is_foretold_goes_on_when_the_clock_counts_from_another_origin() -> None:
+    async def work(dispatcher: Dispatcher) -> None:
+        router, nine_days = dispatcher.router, 9 * 86_400 * TICKS_PER_S
+
+        def move() -> None:
+            router.clock.move(nine_days)
+            move_origin(router.state, nine_days, router.clock.origin)
+
+        def grow_old() -> None:
+            router.clock._zero -= 10 * 86_400 * 10**9
+
+        router.call(grow_old)
+        asked = dispatcher.submit(SHORT, {})
+        await dispatcher.place(asked)
+        await until(lambda: record(dispatcher, asked, "generated") >= 10)
+        router.call(move)
+        before = record(dispatcher, asked, "generated")
+        await until(lambda: record(dispatcher, asked, "generated") >= before + 20)
+        dispatcher.done(asked)
+        await until(lambda: router.n_open == 0)
 
     served(work)
 
