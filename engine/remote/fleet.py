@@ -143,11 +143,19 @@ class Fleet:
         """It refuses: ask it for nothing for a while."""
         assert self._loop is not None
         if not engine.away:
+            after_s = min(max(0.05, after_s), _MOST_BACKOFF_S)
+            engine.rest = self._loop.call_later(after_s, self._rested, engine)
             self._set_away(engine, True)
-            self._loop.call_later(min(max(after_s, 0.05), _MOST_BACKOFF_S), self._readmit, engine)
+
+    def _rested(self, engine: Upstream) -> None:
+        engine.rest = None
+        self._readmit(engine)
 
     def _eject(self, engine: Upstream, why: str) -> None:
-        if not engine.away:
+        if not engine.away or engine.rest is not None:
+            if engine.rest is not None:
+                engine.rest.cancel()
+                engine.rest = None
             _log.warning("engine %d (%s) is away: %s", engine.index, engine.url, why)
             engine.ejections += 1
             self._set_away(engine, True)
@@ -157,14 +165,14 @@ class Fleet:
                     other.give_up(attempt)
 
     def _readmit(self, engine: Upstream) -> None:
-        if engine.away:
+        if engine.away and engine.rest is None:
             _log.info("engine %d (%s) is back", engine.index, engine.url)
             self._set_away(engine, False)
 
     def _set_away(self, engine: Upstream, away: bool) -> None:
         engine.away = away
         self.set_away(engine.index, away)
-        if not all(other.away for other in self.engines):
+        if not all(other.away and other.rest is None for other in self.engines):  # who refuses does answer
             self._out_since, self.out = None, False
         elif self._out_since is None:
             self._out_since = time.monotonic()

@@ -32,10 +32,13 @@ _REQUESTS = re.compile(
 
 
 class Attempt:
-    """A request at an engine. ``number`` tells it from others at the same request."""
+    """A request at an engine. ``number`` tells it from others at the same request.
 
-    def __init__(self, request: RemoteRequest, number: int) -> None:
-        self.request, self.number = request, number
+    :param among: those that are under way, of which it is one until it ends
+    """
+
+    def __init__(self, request: RemoteRequest, number: int, among: set[Attempt]) -> None:
+        self.request, self.number, self._among = request, number, among
         self.total = 0  # tokens so far
         self.leg, self.source = request.leg, request.source
         self.heard = time.monotonic()
@@ -43,12 +46,14 @@ class Attempt:
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Begin."""
+        self._among.add(self)
         self._task = asyncio.get_running_loop().create_task(work)
         self.request.cancel = self.cancel
 
     def cancel(self) -> None:
         """Hang up on the engine; once, since a second time would disturb the first."""
         task, self._task = self._task, None
+        self._among.discard(self)  # a task that has not begun would never do so itself
         if task is not None:
             task.cancel()
 
@@ -57,6 +62,8 @@ class Upstream:
     """:param keeps: see :class:`engine.remote.wire.Wire`
     :param troubled: hears when a connection fails; ``busy`` when the engine refuses, with its Retry-After in seconds
     :ivar attempts: under way
+    :ivar away: it is given nothing at present
+    :ivar rest: ends the time that it asked to be spared, where that is all that keeps it away
     :ivar heard: when anything came from the engine, seconds of ``time.monotonic``
     :ivar reported: requests that it said it has, by ``/metrics``; None where it does not say
     """
@@ -77,6 +84,7 @@ class Upstream:
         self.attempts: set[Attempt] = set()
         self.heard = time.monotonic()
         self.away = False
+        self.rest: asyncio.TimerHandle | None = None
         self.ejections = self.refusals = 0
         self._keeps_nothing = False
         self.reported: float | None = None
@@ -84,24 +92,24 @@ class Upstream:
 
     def begin(self, request: RemoteRequest, number: int) -> None:
         """Send ``request``; what comes of it goes to its answer and into the reports."""
-        attempt = Attempt(request, number)
+        attempt = Attempt(request, number, self.attempts)
         request.finish = None
-        self.attempts.add(attempt)
         attempt.run(self._attempt(attempt))
 
     async def _attempt(self, attempt: Attempt) -> None:
-        end = End.LOST
+        end, trouble = End.LOST, ""
         try:
             end = await self._relay(attempt)
         except httpx.HTTPError as error:
-            end = End.BROKEN if attempt.request.told else End.LOST
-            self._troubled(self, repr(error))
+            end, trouble = End.BROKEN if attempt.request.told else End.LOST, repr(error)
         except Exception:  # an answer that is none: the request fails, the router goes on
             _log.exception("engine %d: request %d", self.index, attempt.request.number)
             end = End.BROKEN
         finally:
             self.attempts.discard(attempt)
         self._report(attempt, end)
+        if trouble:  # by now this attempt is not among those that are given up for it
+            self._troubled(self, trouble)
 
     def give_up(self, attempt: Attempt) -> None:
         """The engine is away: try the request elsewhere, or end it where its client has got a part."""
