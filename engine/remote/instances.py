@@ -48,7 +48,7 @@ class RemoteInstances(RequestBook[RemoteRequest]):
             assert request is not None
             if request in self._prefilled:  # it could not move, for want of room, and is computed here
                 self._prefilled.discard(request)
-                observed.forget_first_token(self._words, r)
+                observed.forget_tokens(self._words, r)
                 request.engine = -1
             if request.engine < 0:
                 self._order(request, i, Leg.PREFILL if request.apart else Leg.WHOLE)
@@ -150,8 +150,9 @@ class RemoteInstances(RequestBook[RemoteRequest]):
         request.engine = -1
         request.failures += why == End.LOST
         if request.leg == Leg.DECODE and not request.counted:
-            observed.forget_first_token(self._words, request.slot)
             request.apart &= why == End.REFUSED  # a hand-over that failed is not tried again
+        observed.forget_tokens(self._words, request.slot)
+        request.counted = 0
         if request.failures > _MOST_FAILURES:
             self.doom(request, ERROR)
             return
@@ -178,7 +179,7 @@ class RemoteInstances(RequestBook[RemoteRequest]):
         """Nobody computes ``request`` at present, and what is left of it is given up."""
         if request in self._prefilled:
             self._prefilled.discard(request)
-            observed.forget_first_token(self._words, request.slot)
+            observed.forget_tokens(self._words, request.slot)
             request.apart = False
         request.engine = -1
         observed.take_back(self._words, request.slot, self._clock.now, 1)

@@ -55,7 +55,7 @@ def rehearse(state: ClusterState, policy: Policy, guard: Guard | None, timeout_s
         observed.book_moved(words, 0, 0)
         observed.book_prefilled(words, len(state.req) - 1, 0)
         observed.book_delivered(words, len(state.req) - 1, 0)
-        observed.forget_first_token(words, len(state.req) - 1)
+        observed.forget_tokens(words, len(state.req) - 1)
 
     try:
         settle(compile_rest)

@@ -54,7 +54,7 @@ class Metrics(Observer):
         self._compiled = compilations.count()  # in the warm-up
         self._ends = dict.fromkeys((*map(str, Finish), ABORT, ERROR, SHED, UNPLACEABLE), 0)
         self._refused = {(name, reason): 0 for name in classes for reason in (OVERLOADED, DRAINING, UNAVAILABLE)}
-        self._prompt_tokens = 0
+        self._prompt_tokens = self._tokens = 0
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "Time to first token.", _TTFT)
         self._tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds", "Mean time per output token of a request.", _ITL
@@ -121,7 +121,8 @@ class Metrics(Observer):
     def _totals(self) -> Iterator[Metric]:
         cluster = self._engine.state.cluster[0]
         yield self._total("vllm:prompt_tokens", "Prompt tokens of requests with a first token.", self._prompt_tokens)
-        yield self._total("vllm:generation_tokens", "Generated tokens.", float(cluster["tokens_out"]))
+        self._tokens = max(self._tokens, int(cluster["tokens_out"]))  # nobody got some: a counter never falls
+        yield self._total("vllm:generation_tokens", "Generated tokens.", self._tokens)
         yield self._total("vllm:num_preemptions", "Preempted requests.", float(cluster["n_preempted"]))
         yield self._total("vllm:prefix_cache_queries", "Prompt tokens looked up.", float(cluster["looked_up_tokens"]))
         yield self._total("vllm:prefix_cache_hits", "Prompt tokens found.", float(cluster["cached_tokens"]))

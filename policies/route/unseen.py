@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.core import loop
-from engine.core.events import observed
 from engine.core.kinds import LaneKind, RequestState
 from engine.core.state import ClusterState
 from engine.jit.rows import addresses
@@ -101,8 +100,6 @@ class UnseenInstances(RemoteInstances):
         super().hear(reports)
 
     def _again(self, request: RemoteRequest, why: Any) -> None:
-        observed.forget_first_token(self._words, request.slot)  # nobody has got anything, whatever was foretold
-        request.counted = 0
         self._foretold.pop(request, None)
         super()._again(request, why)
 

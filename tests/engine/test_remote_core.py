@@ -226,7 +226,7 @@ def test_a_prompt_whose_kv_is_lost_begins_anew() -> None:
     desk = one_handed_over()
     observed.book_prefilled(desk.words, 0, 5)
     desk.settle(lambda allowed: 1)
-    observed.forget_first_token(desk.words, 0)
+    observed.forget_tokens(desk.words, 0)
     observed.take_back(desk.words, 0, 7, 1)
     assert desk.in_state(S.PLACING) == [0]
     assert (int(desk.state.req[0]["target"]), int(desk.state.cluster[0]["tokens_out"])) == (100, 0)
@@ -322,7 +322,7 @@ def test_the_books_agree_with_a_recount_while_prompts_move_and_roles_change() ->
         elif what < 0.95 and open_:
             r = dice.choice(open_)
             if r in moving:
-                observed.forget_first_token(desk.words, r)
+                observed.forget_tokens(desk.words, r)
                 moving.remove(r)
             observed.take_back(desk.words, r, desk.now, dice.randrange(2))
         elif what < 0.98:

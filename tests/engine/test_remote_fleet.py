@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import waiting
+from prometheus_client import generate_latest
+from test_remote_core import Desk
 
+from engine.core.kinds import RequestState
+from engine.live.clock import WallClock
 from engine.remote.fleet import Fleet, Patience
+from engine.remote.instances import Orders
 from engine.remote.reports import End, Report
 from engine.remote.request import RemoteRequest
+from engine.remote.router import Router
+from engine.server.metrics import Metrics
+from policies.load import load_policy
+from policies.setting import Setting
 
 QUICK = Patience(period_s=0.02, timeout_s=0.5, outage_s=0.2)
 
@@ -140,3 +150,65 @@ def test_who_refuses_answers() -> None:
         assert time.monotonic() - begin > 2.0 * QUICK.outage_s
 
     in_a_fleet(work)
+
+
+# -- the scheduler's side
+
+
+class Post(Fleet):
+    """Engines of which a test tells everything."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__([("", False)] * n)
+        self.orders: Orders = []
+
+    def send(self, orders: Orders) -> None:
+        self.orders += orders
+
+    def tell_end(self, request: RemoteRequest, reason: str) -> None:
+        pass
+
+    def report(self, total: int, end: End = End.NONE) -> None:  # type: ignore[override]
+        """Of the attempt that was ordered last."""
+        request, number, _ = self.orders[-1]
+        self.hear([Report(request, number, total, WallClock.stamp(), end)])
+
+
+@contextmanager
+def scheduled() -> Iterator[tuple[Router, Post]]:
+    state = Desk(2).state
+    post = Post(2)
+    router = Router(state, load_policy("least_tokens", Setting.of_state(state)), post).start()
+    try:
+        yield router, post
+    finally:
+        assert router.close(5.0)
+    assert router.failure is None
+    assert router.integrity_faults() == []
+
+
+def submit(router: Router, n: int = 4) -> RemoteRequest:
+    options: dict[str, Any] = {"n_letters": n, "tokens": np.arange(n), "known": True, "headers": {}, "ttft_s": 3600.0}
+    return router.submit("", {}, whole=True, strip_usage=True, **options)
+
+
+def test_tokens_that_nobody_got_are_not_there_when_a_request_is_tried_again() -> None:
+    """Else its new attempt counts as an unanswered prompt until it has as many, and keeps others from the engine."""
+    with scheduled() as (router, post):
+        metrics = Metrics(router, "m", ["a", "b"])
+        one = submit(router)
+        waiting.until(lambda: len(post.orders) == 1, 240.0)  # the first one may wait for the compiler
+        post.report(7)
+        waiting.until(lambda: int(router.state.req[one.slot]["generated"]) == 7, 240.0)
+        generate_latest(metrics.registry)
+        post.report(7, End.LOST)
+        waiting.until(lambda: len(post.orders) == 2)
+        record = router.call(lambda: router.state.req[one.slot].copy())
+        assert (record["target"], record["generated"], record["state"]) == (4, 0, RequestState.PREFILLING)
+        assert b'vllm:generation_tokens_total{engine="0",model_name="m"} 7.0' in generate_latest(metrics.registry)
+        post.report(1)
+        waiting.until(lambda: int(router.state.req[one.slot]["state"]) == RequestState.RUNNING)
+        post.report(5, End.DONE)
+        waiting.until(lambda: router.n_open == 0)
+        cluster = router.state.cluster[0]
+        assert (cluster["n_finished"], cluster["tokens_out"], router.state.cls[0]["ttft_ok"]) == (1, 5, 1)

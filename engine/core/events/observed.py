@@ -205,15 +205,20 @@ def book_delivered(words, r, now):
 
 
 @kernel
-def forget_first_token(words, r):
-    """Nobody got the first token of request ``r``, whose prompt was computed: it will be computed anew."""
+def forget_tokens(words, r):
+    """Nobody got the tokens of request ``r``: all will be computed anew. A first one that was in time is judged anew.
+
+    To be followed by :func:`take_back`, or by another first token.
+    """
     s = attach(words)
-    if s.req[r].generated != 1:
-        return
-    s.req[r].generated = 0
-    s.req[r].first_token = -1
-    s.req[r].last_token = -1
-    s.cluster[0].tokens_out -= 1
+    req = s.req[r]
+    s.cluster[0].tokens_out -= req.generated
+    req.generated = 0
+    req.first_token = -1
+    req.last_token = -1
+    if req.ttft_ok == 1:
+        s.cls[req.cls].ttft_ok -= 1
+        req.ttft_ok = -1
 
 
 @kernel
