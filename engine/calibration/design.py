@@ -145,8 +145,8 @@ def next_points(
     :param known: points not to be tried again
     """
     candidates = [p for p in space.scatter(kind, 192, seed) if p not in known]
-    if not candidates:
-        return []
+    if not candidates or not measured:  # nothing to doubt where every point so far has failed
+        return candidates[:count]
     error, seconds = doubts(measured, candidates, seed)
     score = error / np.sqrt(seconds)
     chosen: list[int] = []

@@ -90,6 +90,17 @@ def test_neighbours_slow_the_device_part_by_the_share_of_time_they_compute(tmp_p
     assert assemble(store, MODEL, name="x", model_name="m", kv_tokens=4096, max_prompt=512).neighbour_slowdown == 1.1
 
 
+def test_a_kind_of_step_that_always_fails_leaves_the_others(tmp_path):
+    class NoFused(FakeBench):
+        def measure(self, point):
+            return Measured(point, failed="refused") if point.kind == "fused" else super().measure(point)
+
+    store, why = filled(tmp_path / "p.jsonl", NoFused(), budget_s=150)
+    assert "budget" in why
+    assert (store.of("fused"), bool(store.of("decode"))) == ([], True)
+    assert assemble(store, MODEL, name="x", model_name="m", kv_tokens=4096, max_prompt=512).fused_mape == 0.0
+
+
 def test_points_outlive_a_crash_a_failed_point_and_a_second_start(tmp_path):
     path, bench = tmp_path / "p.jsonl", FakeBench(broken=5)
     store, why = filled(path, bench, budget_s=60)
