@@ -115,7 +115,7 @@ def assemble(
         if len(found) < MIN_POINTS:
             fix = f"at least {MIN_POINTS} are needed; give more --budget and run it again (finished points are kept)"
             raise SlalomError(f"{kind} points", len(found), fix)
-    slowdown = _neighbour_slowdown(store.notes)
+    slowdown = _neighbour_slowdown(store.notes.get(f"neighbours_{neighbours}"))
     factor = 1.0 + (slowdown - 1.0) * neighbour_load * (neighbours > 0)
     facts = _facts(store, model, name, model_name, kv_tokens, max_prompt) | {"provenance": _provenance(store, notes)}
     n, r, prompts, seconds = (np.array(c) for c in arrays(prefill, "n", "r", "prompts", "seconds"))
@@ -169,7 +169,8 @@ def _facts(store: Store, model: Llama, name: str, model_name: str, kv_tokens: in
 def _provenance(store: Store, notes: str) -> Provenance:
     counts = ", ".join(f"{len(store.of(kind))} {kind}" for kind in ("prefill", "decode", "fused"))
     busy = sum(m.busy for m in store.points)
-    failed = [name.removesuffix("_failed") for name in store.notes if name.endswith("_failed")]
+    tried = [name.removesuffix("_failed") for name in store.notes if name.endswith("_failed")]
+    failed = [name for name in tried if name not in store.notes]  # a later start may have done better
     said = [
         f"Measured points: {counts}; {len(store.failures())} failed; {busy} on a busy machine (thread time used).",
         f"Not measured: {', '.join(failed)}." if failed else "",
@@ -178,9 +179,11 @@ def _provenance(store: Store, notes: str) -> Provenance:
     return Provenance(source="slalom calibrate", notes=" ".join(s for s in said if s))
 
 
-def _neighbour_slowdown(notes: Mapping[str, Any]) -> float:
-    """By the wall; by thread time where the wall tells of somebody else's work (both at least 1)."""
-    found = notes.get("neighbours")
+def _neighbour_slowdown(found: Mapping[str, float] | None) -> float:
+    """By the wall; by thread time where the wall tells of somebody else's work (both at least 1).
+
+    :param found: what was measured beside so many neighbours, as :func:`engine.calibration.live.neighbour_time` says
+    """
     if not found:
         return 1.0
     wall, cpu = max(found["wall"], 1.0), max(found["cpu"], 1.0)

@@ -129,7 +129,7 @@ class Campaign:
         ]
         tasks += [(f"share_{size}", partial(self._share, size)) for size in self.shares]
         if self.instances > 1:
-            tasks.append(("neighbours", self._neighbours))
+            tasks.append((f"neighbours_{self.instances - 1}", self._neighbours))
         for name, task in tasks:
             if name in notes:
                 continue

@@ -66,10 +66,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Link:
-    """A KV transfer takes ``latency_s + bytes ÷ bytes_per_s`` (infinite: size does not show)."""
+    """A KV transfer takes ``latency_s + bytes ÷ bytes_per_s`` (None: size does not show)."""
 
     latency_s: float
-    bytes_per_s: float
+    bytes_per_s: float | None
     transfers: int
 
 
@@ -181,7 +181,7 @@ def link_time(
     rows = np.array([[1.0, blocks * block_bytes * 1e-9] for blocks in by_size])
     middle = np.array([float(np.median(seconds)) for seconds in by_size.values()])
     latency, per_gb = relative_nnls(rows, middle)
-    return Link(float(latency), 1e9 / float(per_gb) if per_gb > 0 else float("inf"), len(probe.transfers))
+    return Link(float(latency), 1e9 / float(per_gb) if per_gb > 0 else None, len(probe.transfers))
 
 
 def role_change_s(model: Llama, tokenizer: Tokenizer, repeats: int = 5, *, eager: bool = False) -> float:

@@ -154,7 +154,7 @@ def _measure(o: Options, device: str, dtype: Any, budget_s: float) -> dict[str, 
         campaign = Campaign(
             loaded, load_tokenizer(o.model), space, store, Limits(budget_s, o.error), instances=o.instances,
             shares=parts, eager=o.eager,
-            say=lambda text: display.update((time.monotonic() - begin) / budget_s, text),
+            say=lambda text: display.update(min((time.monotonic() - begin) / budget_s, 1.0), text),
         )  # fmt: skip
         stopped = campaign.run()
     print(f"stopped: {stopped}", file=sys.stderr)
@@ -197,7 +197,9 @@ def _notes(store: Any, instances: int, load: float) -> str:
     said = []
     link = store.notes.get("link")
     if link:
-        said.append(f"KV copies at {link['bytes_per_s'] * 1e-9:.2f} GB/s after {1e3 * link['latency_s']:.2f} ms.")
+        speed = link["bytes_per_s"]
+        size = "of any size" if speed is None else f"at {speed * 1e-9:.2f} GB/s"
+        said.append(f"KV copies {size} after {1e3 * link['latency_s']:.2f} ms.")
     if instances > 1:
         said.append(f"For {instances} instances on this machine, the others computing {100 * load:g} % of the time.")
     return " ".join(said)

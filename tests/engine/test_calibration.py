@@ -22,7 +22,7 @@ from engine.calibration.shares import measure_share
 from engine.errors import SlalomError
 from engine.lanes.partitions import make_device
 from engine.latency import Profile, pack
-from eval.calibrate.cli import app, parse_seconds
+from eval.calibrate.cli import _notes, app, parse_seconds
 
 SPACE = Space(max_tokens=256, max_reused=512, max_batch=16, max_context=512, kv_tokens=8192)
 FACTS = {"roofline": [1e15, 1e15], "host": {"fixed_s": 1e-3, "per_sequence_s": 1e-5, "steps": 9}, "switch_s": 1e-4,
@@ -78,7 +78,7 @@ def test_the_fit_gives_back_a_device_it_can_describe_and_stops_when_it_does(tmp_
 
 def test_neighbours_slow_the_device_part_by_the_share_of_time_they_compute(tmp_path):
     store, _ = filled(tmp_path / "p.jsonl", FakeBench())
-    store.note("neighbours", {"wall": 1.2, "cpu": 1.1})
+    store.note("neighbours_1", {"wall": 1.2, "cpu": 1.1})
     plain, loaded = (
         assemble(
             store, MODEL, name="x", model_name="m", kv_tokens=4096, max_prompt=512, neighbours=n, neighbour_load=0.5
@@ -86,8 +86,45 @@ def test_neighbours_slow_the_device_part_by_the_share_of_time_they_compute(tmp_p
         for n in (0, 1)
     )  # fmt: skip
     assert loaded.profile.decode_s(0, 1) - 1e-3 == pytest.approx((plain.profile.decode_s(0, 1) - 1e-3) * 1.1, rel=1e-3)
-    store.note("neighbours", {"wall": 2.0, "cpu": 1.1})  # somebody else was computing: the wall says nothing
-    assert assemble(store, MODEL, name="x", model_name="m", kv_tokens=4096, max_prompt=512).neighbour_slowdown == 1.1
+    store.note("neighbours_1", {"wall": 2.0, "cpu": 1.1})  # somebody else was computing: the wall says nothing
+    one, two = (
+        assemble(store, MODEL, name="x", model_name="m", kv_tokens=4096, max_prompt=512, neighbours=n) for n in (1, 2)
+    )
+    assert (one.neighbour_slowdown, two.neighbour_slowdown) == (1.1, 1.0)  # nobody has looked beside two
+
+
+def test_what_was_measured_beside_one_neighbour_says_nothing_beside_three(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(model, tokenizer, instances, batches, *, eager):
+        asked.append(instances)
+        return {"wall": float(instances), "cpu": float(instances)}
+
+    monkeypatch.setattr("engine.calibration.campaign.neighbour_time", measured)
+    for instances in (2, 4, 4):
+        store = Store(tmp_path / "p.jsonl", {"model": "m"})
+        for name, value in FACTS.items():
+            store.note(name, value)
+        limits = Limits(budget_s=-1.0)
+        Campaign(MODEL, TOKENIZER, SPACE, store, limits, instances=instances, bench=FakeBench(), warm=False).run()
+    assert asked == [2, 4]
+    assert store.notes["neighbours_3"]["wall"] == 4.0
+
+
+def test_a_link_on_which_size_does_not_show_is_a_finding_like_others(tmp_path, monkeypatch):
+    store = Store(tmp_path / "p.jsonl", {"model": "m"})
+    for name, value in FACTS.items():
+        if name != "link":
+            store.note(name, value)
+    store.note("link_failed", "TimeoutError: at the first start")
+    monkeypatch.setattr("engine.calibration.live.relative_nnls", lambda rows, seconds: (1e-3, 0.0))
+    Campaign(MODEL, TOKENIZER, SPACE, store, Limits(300.0), bench=FakeBench(), warm=False).run()
+    again = Store(tmp_path / "p.jsonl", {"model": "m"})
+    assert again.notes["link"]["bytes_per_s"] is None
+    assert "KV copies of any size" in _notes(again, 1, 0.0)
+    found = assemble(again, MODEL, name="x", model_name="m", kv_tokens=4096, max_prompt=512)
+    assert found.facts()["kv_gb_per_s"] is None
+    assert "Not measured" not in found.profile.provenance.notes
 
 
 def test_a_kind_of_step_that_always_fails_leaves_the_others(tmp_path):
