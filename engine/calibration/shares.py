@@ -11,7 +11,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from engine.calibration.bench import Bench, believed
@@ -68,25 +67,34 @@ def _timed(place: _Place, point: Point) -> float:
 
 
 def _beside(place: _Place, point: Point, busy: _Place, load: Point) -> float:
-    """:func:`_timed` while ``busy`` runs ``load`` over and over."""
+    """:func:`_timed` while ``busy`` runs ``load`` over and over.
+
+    :raises RuntimeError: a step of either failed
+    """
     stop, started = threading.Event(), threading.Event()
+    failed: list[Exception] = []
 
     def work() -> None:
-        with suppress(Exception):
+        try:
             spans = busy.bench.spans(load)
             while not stop.is_set():
                 busy.step(spans)
                 started.set()
-        started.set()
+        except Exception as error:  # else ``point`` would pass for undisturbed by a neighbour that was not there
+            failed.append(error)
+            started.set()
 
     thread = threading.Thread(target=work)
     thread.start()
-    started.wait(60.0)
+    started.wait()
     try:
-        return _timed(place, point)
+        seconds = _timed(place, point)
     finally:
         stop.set()
         thread.join()
+    if failed:
+        raise RuntimeError("a step on the lane beside it failed") from failed[0]
+    return seconds
 
 
 def measure_share(

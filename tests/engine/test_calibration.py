@@ -18,7 +18,7 @@ from engine.calibration.assemble import plot, predict_s
 from engine.calibration.bench import believed
 from engine.calibration.design import KINDS, Space, doubts, held_out_error, next_points
 from engine.calibration.live import neighbour_time
-from engine.calibration.shares import measure_share
+from engine.calibration.shares import _beside, _Place, measure_share
 from engine.errors import SlalomError
 from engine.lanes.partitions import make_device
 from engine.latency import Profile, pack
@@ -264,3 +264,25 @@ def test_lanes_of_a_cpu_are_measured_beside_each_other():
     assert set(found) == {"prefill", "decode", "corun_prefill", "corun_decode", "guard"}
     assert found["guard"] >= found["corun_decode"] >= 1.0
     assert 0.2 < found["decode"] < 5.0
+
+
+class Lanes:
+    """A bench whose second lane refuses its steps."""
+
+    def __init__(self):
+        self.device = MODEL.embed.weight.device
+
+    def spans(self, point):
+        return point
+
+    def step(self, spans, l, partition):
+        if l == 1:
+            raise MemoryError("no room")
+
+
+def test_a_neighbour_that_failed_is_no_neighbour():
+    prompt, decodes = Point("prefill", n=8, prompts=1), Point("decode", bs=1, ctx=8)
+    bench = Lanes()
+    assert _beside(_Place(bench, 0), prompt, _Place(bench, 0), decodes) > 0.0
+    with pytest.raises(RuntimeError, match="beside it failed"):
+        _beside(_Place(bench, 0), prompt, _Place(bench, 1), decodes)
