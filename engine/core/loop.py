@@ -233,11 +233,9 @@ def _write_chain(s, base, tail, n, out):
         b = s.block[b].parent
 
 
-#: What a row of a lane's block table already holds: the first ``blocks`` blocks of ``request``, which arrived then and
-#: had been recomputed so often. That names its chain on one instance, which until the next recomputation only grows.
-_KNOWN = np.dtype(
-    [("arrival", np.int64), ("request", np.int32), ("n_preempt", np.int32), ("blocks", np.int32)], align=True
-)
+#: What a row of a lane's block table already holds: the first ``blocks`` blocks of a chain of ``request``, that
+#: arrived then. A chain only grows, and a request that moves away and comes back has another one.
+_KNOWN = np.dtype([("arrival", np.int64), ("request", np.int32), ("chain", np.int32), ("blocks", np.int32)], align=True)
 _STEP = [
     ("request", np.int32, 1), ("start", np.int64, 1), ("n_tokens", np.int64, 1), ("sample", np.uint8, 1),
     ("n_blocks", np.int32, 1), ("table", np.int32, 2), ("known", _KNOWN, 1),
@@ -284,8 +282,8 @@ def describe_step(words, columns, i, l):
     for k in range(n):
         r = out.request[k]
         req, known = s.req[r], out.known[k]
-        if known.request != r or known.arrival != req.arrival or known.n_preempt != req.n_preempt:
-            known.request, known.arrival, known.n_preempt, known.blocks = r, req.arrival, req.n_preempt, 0
+        if known.request != r or known.arrival != req.arrival or known.chain != req.chain:
+            known.request, known.arrival, known.chain, known.blocks = r, req.arrival, req.chain, 0
             same = False
         b = req.tail
         for at in range(req.blocks - 1, known.blocks - 1, -1):

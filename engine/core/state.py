@@ -216,6 +216,7 @@ REQUEST = np.dtype(
         ("dest", np.int32),  # instance that will decode it
         ("next_turn", np.int32),  # request sent ``think`` after this one finishes, -1 none
         ("n_preempt", np.int32),
+        ("chain", np.int32),  # number of its chain of blocks: another one after a recomputation or a transfer
         ("first_inst", np.int32),  # where its prefill was placed first
         ("priority", np.int32),  # prompts of a lower value start first; equal ones in order of arrival
         # how often it was given up: 1 for its TTFT target (order ON_TIME, computed after those that can meet theirs),

@@ -11,11 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from live_cases import GREEDY, KV, PROMPTS, engine_on, mixed, send
+from strategies import Case, RequestSpec
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.core import loop
+from engine.core.columns import Kind
+from engine.core.events import interrupt
+from engine.core.events.slots import slots_of
 from engine.core.kinds import Batching, Role
-from engine.core.setup import InstanceSpec
+from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec
 from engine.core.state import ClusterState
+from engine.jit.rows import addresses
 from engine.kernels import Batch, Span, Spans
 from engine.kernels.static import StaticBatch
 from engine.kernels.work import Tiling, work_list
@@ -150,6 +156,45 @@ def test_every_step_computes_the_tokens_of_its_requests(cut: str, monkeypatch: p
             assert all(len(caller.wait().tokens) == GREEDY.max_tokens for caller in callers)
         assert (engine.state.cluster[0]["n_preempted"] > 0) == (cut == "chunked and preempted")
     assert seen == {"chunk", "token"}
+
+
+def test_a_request_that_moved_away_and_comes_back_is_found_in_its_new_blocks() -> None:
+    """Two prompts in one step; one is decoded elsewhere, where the role changes, while the other takes its blocks."""
+    options = ClusterOptions(place_decode=True, hand_over=True)
+    specs = tuple(InstanceSpec(Role.MIXED, i, 1024, link=i) for i in range(2))
+    links = (LinkSpec(), LinkSpec())
+    state, sim = Case(specs, (RequestSpec(40, 200), RequestSpec(40, 200)), links=links, options=options).build()
+    words, columns = addresses(state), [loop.step_columns(400, 64) for _ in range(4)]
+    started, running, place = np.zeros(10, np.int32), [], [0, 1]
+
+    def settle(now: int) -> None:
+        while (asked := loop.ask(words, now, 7, sim.context, sim.candidates, sim.mask))[0] >= 0:
+            kind, r, _ = asked
+            loop.answer(words, kind, r, 0 if kind == Kind.PLACE_PREFILL else place[r], now)
+        running.extend(started[: loop.start_idle(words, now, started)].tolist())
+        for slot in (slot for slot in running if slot < 4):
+            n, *_ = loop.describe_step(words, addresses(columns[slot]), *divmod(slot, 2))
+            for r, blocks, row in zip(columns[slot][0][:n], columns[slot][4], columns[slot][5], strict=False):
+                assert row[:blocks].tolist() == chain_of(state, slot // 2, r)
+
+    loop.begin(words, 0, 0)
+    loop.begin(words, 1, 0)
+    settle(0)
+    for now in range(1, 70):
+        if now == 60:
+            place[1] = 0
+            assert interrupt.request_role(words, 1, Role.PREFILL)
+        ended, running[:] = list(running), []
+        for slot in ended:
+            if slot < 4:
+                loop.finish_lane(words, *divmod(slot, 2), now)
+            elif slot < slots_of(2, 2).switches:
+                loop.finish_transfer(words, slot - 4, now)
+            else:
+                loop.finish_switch(words, slot - slots_of(2, 2).switches)
+        settle(now)
+    assert state.req["inst"].tolist() == [0, 0]
+    assert state.cluster[0]["n_migrated"] == 2
 
 
 def chain_of(state: ClusterState, i: int, r: int) -> list[int]:

@@ -134,6 +134,7 @@ def transfer_done(s, link, now):
     touch_pool(s, src)
     req.tail, req.blocks = req.dst_tail, req.dst_blocks
     req.dst_tail, req.dst_blocks = -1, 0
+    req.chain += 1
     req.inst = dest
     req.state = _READY
     s.inst[dest].moving_n -= 1

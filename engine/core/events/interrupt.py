@@ -121,6 +121,7 @@ def start_over(s, r):
     req.computed = 0
     req.target = req.prompt + req.generated
     req.n_preempt += 1
+    req.chain += 1
     req.inst = -1
     req.dest = -1
     req.state = _PLACING

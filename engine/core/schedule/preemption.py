@@ -50,6 +50,7 @@ def requeue(s, i, r):
     req.target = req.prompt + req.generated
     req.state = _WAITING
     req.n_preempt += 1
+    req.chain += 1
     p = s.inst[i].profile
     n = float(req.target)
     req.work = to_ticks(prefill_s(s.profile[p], s.share[p, whole_device(s, i)], n * n, 0.0, n))
