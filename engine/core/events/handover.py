@@ -39,6 +39,8 @@ def hand_over(s, r, dest, now):
         req.inst = dest
         req.state = _READY
         push_back(s.lists, s.req, ready_of(dest), r)
+        if s.inst[src].target_role >= 0:
+            s.inst[src].dirty = 1  # this may have been the last that its role change waited for
     else:
         req.state = _INBOUND
         s.inst[dest].inbound_tokens += req.computed

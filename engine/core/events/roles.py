@@ -161,8 +161,11 @@ def role_change_ready(s, i):
         busy = s.lane[i, 0].n_prefills > 0
     if busy or s.lists[queue_of(i), 2] > 0:
         return False
-    if s.profile[s.inst[i].profile].switch_full == 1 and s.inst[i].out_n > 0:
-        return False
+    if s.profile[s.inst[i].profile].switch_full == 1:
+        pool = s.pool[s.inst[i].pool]
+        # A transfer that was given up may still write into blocks that no request holds (``interrupt.fail_transfer``).
+        if s.inst[i].out_n > 0 or (pool.sharers == 1 and pool.free < pool.n_blocks):
+            return False
     if gives_up_decodes(s, i):
         waiting = s.lists[ready_of(i), 2] + s.lists[inbound_of(i), 2] + s.inst[i].moving_n
         return s.inst[i].run_n == 0 and waiting == 0

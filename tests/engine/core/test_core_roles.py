@@ -14,8 +14,9 @@ from strategies import Case, ProfileSpec, RequestSpec, cases
 
 from engine.core.columns import Col, Ctx, Kind
 from engine.core.events import interrupt
+from engine.core.events.slots import slots_of
 from engine.core.kinds import Batching, RequestState, Role
-from engine.core.loop import finish_switch
+from engine.core.loop import answer, begin, finish_lane, finish_switch, start_idle
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec
 from engine.core.state import ClusterState
@@ -166,3 +167,40 @@ def test_minima_and_the_number_at_once_hold_at_every_moment(what: Case, prefill:
             return
     driver.finish()
     check_end(state, sim)
+
+
+def test_a_role_change_that_waits_for_a_hand_over_in_place_goes_on_at_once() -> None:
+    """Two instances on one pool; the first prefills a prompt that the second is to decode, and drains meanwhile."""
+    options = ClusterOptions(place_decode=True)
+    specs = (one(Role.MIXED, 0), one(Role.MIXED, 0))
+    state, _ = Case(specs, (RequestSpec(10, 5),), (ProfileSpec(switch_full=1),), options=options).build()
+    words, started = addresses(state), np.zeros(8, np.int32)
+    begin(words, 0, 0)
+    answer(words, Kind.PLACE_PREFILL, 0, 0, 0)
+    assert start_idle(words, 0, started) == 1
+    assert interrupt.request_role(words, 0, Role.PREFILL)
+    finish_lane(words, 0, 0, 10)
+    state.inst["dirty"] = 0  # the loop has looked at it: the prompt is not handed over yet
+    answer(words, Kind.PLACE_DECODE, 0, 1, 10)
+    begun = started[: start_idle(words, 10, started)].tolist()
+    assert slots_of(2, 1).switches in begun
+
+
+def test_a_pool_is_not_cleared_while_a_transfer_that_was_given_up_may_write_to_it() -> None:
+    options = ClusterOptions(hand_over=True)
+    specs = (one(Role.PREFILL, 0), one(Role.DECODE, 1), one(Role.DECODE, 2))
+    what = Case(specs, (RequestSpec(20, 5),), (ProfileSpec(switch_full=1),), options=options)
+    state, _ = what.build()
+    words, started = addresses(state), np.zeros(12, np.int32)
+    begin(words, 0, 0)
+    answer(words, Kind.PLACE_PREFILL, 0, 0, 0)
+    start_idle(words, 0, started)
+    finish_lane(words, 0, 0, 10)
+    answer(words, Kind.PLACE_DECODE, 0, 1, 10)
+    start_idle(words, 10, started)
+    tail, n, _ = interrupt.fail_transfer(words, 0, True)
+    assert interrupt.request_role(words, 1, Role.PREFILL)
+    switch = slots_of(3, 1).switches + 1
+    assert switch not in started[: start_idle(words, 11, started)]
+    interrupt.release_blocks(words, 1, tail, n)
+    assert switch in started[: start_idle(words, 12, started)]
