@@ -128,7 +128,8 @@ def _overtakes(s, i, r, own, q):
         return goes_before(s, r, q)
     waits = s.req[q].state == _WAITING and s.req[q].blocks == 0
     shorter = order == _SHORTEST and s.req[q].target - s.req[q].computed > s.req[r].target - s.req[r].computed
-    return waits and (theirs > mine or (theirs == mine and shorter and s.req[q].late >= 0))
+    shorter = shorter and s.req[q].late >= 0 and s.req[q].generated == 0
+    return waits and (theirs > mine or (theirs == mine and shorter))
 
 
 @kernel

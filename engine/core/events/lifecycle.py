@@ -103,7 +103,7 @@ def _enqueue(s, i, r):
     while other >= 0:
         started = s.req[other].state != _WAITING or s.req[other].blocks > 0
         shorter = s.inst[i].order == _SHORTEST and s.req[other].target - s.req[other].computed > rest
-        shorter = shorter and s.req[other].late >= 0
+        shorter = shorter and s.req[other].late >= 0 and s.req[other].generated == 0
         behind = s.req[other].priority > priority or (s.req[other].priority == priority and shorter)
         if not started and behind:
             break

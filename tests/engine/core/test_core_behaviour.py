@@ -133,6 +133,15 @@ def test_the_newest_is_preempted_and_recomputed() -> None:
     assert s.itl.sum() == 5 + 4
 
 
+def test_shorter_prompts_do_not_go_before_one_that_has_answered_and_is_computed_anew() -> None:
+    requests = (RequestSpec(30, 6), RequestSpec(30, 5), RequestSpec(16, 1, gap_s=0.085))
+    s = serve(Case((one(kv_tokens=80, batching=Batching.PREFILL_FIRST, order=Order.SHORTEST),), requests))
+    # As above; the third comes while the second waits for the first to end, and is shorter.
+    assert s.req["n_preempt"].tolist() == [0, 1, 0]
+    assert ms(s, "prefill_start")[2] >= 110
+    assert ms(s, "finished")[:2] == [110, 153 + 16]
+
+
 def test_a_full_receiver_stalls_the_senders_prefill() -> None:
     requests = (RequestSpec(32, 10), RequestSpec(32, 2), RequestSpec(32, 1))
     s = serve(Case((one(PREFILL, 48), one(DECODE, 48, pool=1)), requests), 0, 0, 0)
