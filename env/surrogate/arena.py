@@ -289,6 +289,8 @@ def slowed(state: ClusterState, factor: float) -> Mapping[str, np.ndarray]:
     profile, share = state.profile[rows].copy(), state.share[rows].copy()
     for name in ("prefill", "knot_s", "decode_small", "decode_large"):
         share[name] *= factor
-    share["fused_shared_s"] *= factor
-    profile["step_overhead_s"] *= factor
+    for name in ("fused_shared_s", "floor_s_per_token"):
+        share[name] *= factor
+    for name in ("step_overhead_s", "ctx_overhead_s"):
+        profile[name] *= factor
     return {"true_profile": profile, "true_share": share}

@@ -40,7 +40,7 @@ SIM = np.dtype(
         ("heap_n", np.int64),
         ("due_n", np.int64),
         ("fast_forward", np.int32),
-        ("hashing", np.int32),
+        ("settles", np.int32),  # 1: steps that are over are booked at every look, not only counted
         ("kind", np.int32),  # the decision being asked, -1 none
         ("subject", np.int32),
         ("candidates", np.int32),
@@ -145,7 +145,9 @@ def new_sim(
     size = 1 << (slots - 1).bit_length()
     sim = np.zeros(1, SIM)
     sim["n_roots"], sim["fast_forward"], sim["beta"] = n_roots, fast_forward, beta
-    sim["hashing"] = int(state.cluster[0]["hash_tokens"] > 0)
+    # A prefix cache changes with every block that is filled. And where requests bring TPOT targets of their own, what
+    # a step leaves of the least slack is not told by their classes.
+    sim["settles"] = state.cluster[0]["hash_tokens"] > 0 or (state.req["tpot_slo"] > 0).any()
     sim["kind"], sim["size"] = -1, size
     late = seen.delay_s > 0
     store, words = copies(state, RING + 1 if late else 0)

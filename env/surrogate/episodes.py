@@ -104,7 +104,7 @@ class Episodes:
         else:
             release_all(self.state_words[b])
             clean = self._blank(trace)
-            for name in ("cluster", "inst", "lane", "link", "lists", "cls", "due", "itl"):
+            for name in ("cluster", "inst", "lane", "link", "lists", "cls", "due", "watch", "itl"):
                 getattr(old, name)[...] = getattr(clean, name)
             old.req[...] = requests
             state, sim = old, self._clock(old, trace, truth)
@@ -115,8 +115,8 @@ class Episodes:
         """The small arrays of an idle cluster (made once; its requests are never used)."""
         if not hasattr(self, "_template"):
             self._template = self.arena.cluster(self.plan, None)
-            self._template.cluster["n_requests"] = len(self.states[0].req)
             self._template.cluster["counted"] = 1  # clusters that keep a cache are never reused
+        self._template.cluster["n_requests"] = trace.n
         self._template.cluster["horizon_ticks"] = int(horizon_s(trace) * 1e12)
         return self._template
 

@@ -75,7 +75,7 @@ def _refresh(s, q):
     for i in range(s.cluster[0].n_instances):
         for l in range(2):
             if s.lane[i, l].kind == _K_DECODE and q.clock[i, l].left > 1:
-                if q.sim[0].hashing == 1:
+                if q.sim[0].settles == 1:
                     _settle_lane(s, q, i, l, False)
                 else:
                     strict = q.sim[0].slot < 2 * i + l

@@ -7,6 +7,8 @@ import pytest
 
 from env.gym.vector_env import SlalomVecEnv
 from env.scenario import Scenario
+from env.surrogate import episodes
+from env.surrogate.arena import build_trace
 
 TINY_BETA = 1e-12
 
@@ -132,6 +134,25 @@ def test_an_episode_after_a_reset_in_the_middle_is_the_one_a_fresh_environment_p
         used.step(first_allowed(used.action_masks()))
     for left, right in zip(_record(used), _record(make(scenario)), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_a_cluster_that_was_used_before_is_as_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Episodes of as many requests as the former one of the same cluster, but not as those of the others."""
+    lengths = iter([40, 70, 70])
+    monkeypatch.setattr(
+        episodes,
+        "build_trace",
+        lambda scenario, rate, n, seed, split: build_trace(scenario, rate, next(lengths), seed, split),
+    )
+    ordered = Scenario.load("classes-6xa100").with_overrides({"cluster.0.order": "on_time"})
+    venv = make(ordered, n=2, n_requests=70, rates=(200.0, 240.0))
+    venv.reset()
+    for _ in range(30):
+        venv.step(first_allowed(venv.action_masks()))
+    venv.episodes.next(1)
+    used, new = venv.episodes.states[1], venv.episodes._fresh(1)[0]
+    for name in ("cluster", "inst", "lane", "req", "pool", "link", "lists", "cls", "due", "watch", "itl"):
+        np.testing.assert_array_equal(getattr(used, name), getattr(new, name), err_msg=name)
 
 
 def test_a_masked_action_is_replaced_by_the_first_allowed_one(scenario: Scenario) -> None:

@@ -11,12 +11,12 @@ import pytest
 
 from engine.core.kinds import RequestState
 from engine.errors import SlalomError
-from engine.latency.evaluate import TICKS_PER_S
+from engine.latency.evaluate import TICKS_PER_S, decode_s, prefill_s
 from env.measure.metrics import absolute_s, detailed, summarize
 from env.measure.sustained import judge, sample_of
 from env.scenario import Scenario
 from env.surrogate import simulate as module
-from env.surrogate.arena import build_trace
+from env.surrogate.arena import arena_of, build_trace, slowed
 from env.surrogate.simulate import simulate
 from env.workload import Trace
 
@@ -108,6 +108,20 @@ def test_requests_that_are_open_while_the_origin_moves_keep_their_times(scenario
     assert all((b >= a).all() for a, b in pairwise(stamps))
     assert (r["finished"] - r["arrival"] < 60 * DAY_S * TICKS_PER_S).all()
     assert sparse["completed"] == 4000
+
+
+def test_every_step_of_a_slowed_cluster_takes_so_much_longer(scenario: Scenario) -> None:
+    state = arena_of(scenario.with_overrides({"profile": "opt-13b-a100-tp1"})).cluster(None, None)
+    nominal, full = (table[state.inst["profile"]].copy() for table in (state.profile, state.share))
+    slow, part = slowed(state, 3.0).values()
+    assert decode_s(slow[0], part[0, -1], 100_000, 30) == pytest.approx(
+        3 * decode_s(nominal[0], full[0, -1], 100_000, 30)
+    )
+    for of in (full, part):
+        of["prefill"] = 0.0  # the roofline is all that is left
+    assert prefill_s(slow[0], part[0, -1], 0.0, 0.0, 1e3) == pytest.approx(
+        3 * prefill_s(nominal[0], full[0, -1], 0.0, 0.0, 1e3)
+    )
 
 
 def test_a_session_goes_on_over_months(scenario: Scenario) -> None:

@@ -9,10 +9,13 @@ from contextlib import suppress
 import numba
 import numpy as np
 import pytest
-from drive import played
+from drive import Driver, played
 from hypothesis import given, settings
-from strategies import Case, cases
+from strategies import Case, RequestSpec, cases
 
+from engine.core.columns import Col
+from engine.core.kinds import Role
+from engine.core.setup import InstanceSpec
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
@@ -60,6 +63,21 @@ def test_jumping_and_stepping_give_the_same_timeline(case: Case) -> None:
     assert jump_sim.sim["now"] == step_sim.sim["now"]
     assert jump_sim.sim["decisions"] == step_sim.sim["decisions"]
     assert jump_sim.sim["events"] <= step_sim.sim["events"]
+
+
+def test_the_least_slack_is_that_of_the_requests_own_targets_in_the_middle_of_a_jump_too() -> None:
+    requests = (
+        RequestSpec(10, 100, tpot_slo_s=0.5),
+        RequestSpec(10, 100, 0.1, tpot_slo_s=0.02),
+        RequestSpec(10, 5, 0.45),
+    )
+    found = []
+    for jump in (True, False):
+        case = Case((InstanceSpec(Role.MIXED, 0, 4096),), requests)
+        state, sim = case.build(fast_forward=jump)
+        Driver(case, state, sim).step(3)
+        found.append(sim.candidates[0, Col.MIN_SLACK_S])
+    assert found[0] == found[1] == pytest.approx(0.44)
 
 
 @settings(max_examples=200)
