@@ -26,7 +26,7 @@ import numpy as np
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, Point, PointSettings, Split
 from env.measure.evaluator import Evaluator, arranged, simulated
-from env.measure.metrics import Outcomes, outcomes, refusals, waits
+from env.measure.metrics import Outcomes, on_one_clock, outcomes, refusals, waits
 from env.measure.sustained import DEFINITION, QUANTILES, Definition, backlog_of
 from env.surrogate.arena import build_trace
 from env.surrogate.simulate import simulate
@@ -59,7 +59,7 @@ def level_of(run: Any, *, tail_factor: float, warmup: float = 0.05, settled: boo
 def _level(run: Any, found: Outcomes, tail_factor: float) -> float:
     r, good = run.req[found.rows], found.good
     level = min(float(good.mean()), _worst_group(r, good) + DEFINITION.slack)
-    return level - _cost_of_waits(r, found, tail_factor) - _cost_of_growth(run.req, r)
+    return level - _cost_of_waits(r, found, tail_factor) - _cost_of_growth(on_one_clock(run)[0], found.rows)
 
 
 def _worst_group(r: np.ndarray, good: np.ndarray) -> float:
@@ -72,11 +72,11 @@ def _worst_group(r: np.ndarray, good: np.ndarray) -> float:
     return min(shares)
 
 
-def _cost_of_growth(req: np.ndarray, r: np.ndarray) -> float:
+def _cost_of_growth(req: np.ndarray, rows: np.ndarray) -> float:
     """The last quarter's backlog against that of the second, which lie half the measured arrivals apart."""
-    backlog = backlog_of(req, int(r["arrival"][0]), int(r["arrival"][-1]))
+    backlog = backlog_of(req, *(int(req["arrival"][rows[k]]) for k in (0, -1)))
     quarter = len(backlog) // 4
-    growth = float(backlog[-quarter:].mean() - backlog[quarter : 2 * quarter].mean()) / (len(r) / 2)
+    growth = float(backlog[-quarter:].mean() - backlog[quarter : 2 * quarter].mean()) / (len(rows) / 2)
     return _GROWTH * max(growth - DEFINITION.limit_margin, 0.0)
 
 

@@ -287,7 +287,7 @@ def summarize(run: Any, *, warmup: float = 0.05, drain: float = 0.0, settled: bo
     waits_s = np.where(r["first_token"] >= 0, found.ttft_s, end_s - arrival_s)
     waited = ~((state == RequestState.SHED) | (state == RequestState.FAILED))
     done = found.finished
-    leave_s = np.where(done, last_s, end_s)
+    leave_s = np.where(done, last_s, np.where(gone, absolute_s(run, "finished")[found.rows], end_s))
     concurrent, peak_tokens = _peaks(arrival_s, leave_s, first_s[done], last_s[done], r["generated"][done])
     return {
         "num_prompts": n,

@@ -21,9 +21,8 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.errors import SlalomError
-from engine.latency.evaluate import TICKS_PER_S
 from env.measure.goodput import largest_rate
-from env.measure.metrics import outcomes
+from env.measure.metrics import absolute_s, outcomes
 from env.measure.sustained import DEFINITION, sample_of, worst_of
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
@@ -36,6 +35,7 @@ GOAL = 0.9
 #: Arrivals are random: a last phase that lacks less than this share of its length is complete.
 _SPREAD = 0.05
 _LEAST_SENT = 20  # requests below which a share says nothing
+_LEAST_RUN = 100  # requests below which a run says nothing of its phases: whoever holds no rate above holds none
 _DOUBLING = 0.1  # what each doubling of the longest wait costs from the longest allowed on
 _WRONG = 0.1  # what a request costs that is left unserved or refused late
 
@@ -74,7 +74,7 @@ def phases_of(trace: Trace) -> list[tuple[float, float]]:
 def by_phase(run: RunResult, windows: Sequence[tuple[float, float]]) -> list[Phase]:
     """What became of the requests that arrived in each window, nothing left out; windows with next to none are."""
     found = outcomes(run, warmup=0.0)
-    arrival = run.req["arrival"][found.rows] / TICKS_PER_S
+    arrival = absolute_s(run, "arrival")[found.rows]
     result = []
     for start, end in windows:
         inside = (arrival >= start) & (arrival < end)
@@ -140,9 +140,11 @@ def phase_goodput(
     for seed in seeds:
 
         def attainment(rate: float, seed: int = seed) -> float:
+            if 0.0 < rate * scenario.workload.natural_s * days < _LEAST_RUN:
+                return 0.0
             run, phases = play_days(scenario, bound, rate, seed, split, days)
             on_run(run, phases)
-            return standing(scenario, run, phases, goal)
+            return standing(scenario, run, phases, goal) if phases else 0.0
 
         near = found[-1] if found and found[-1] > 0.0 else start or scenario.reference_rate
         found.append(largest_rate(attainment, near, goal, tolerance=tolerance, step=1.15))

@@ -12,7 +12,9 @@ import pytest
 from engine.core.kinds import RequestState
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S, decode_s, prefill_s
+from env.measure.level import level_of
 from env.measure.metrics import absolute_s, detailed, summarize
+from env.measure.phases import by_phase
 from env.measure.sustained import judge, sample_of
 from env.scenario import Scenario
 from env.surrogate import simulate as module
@@ -159,6 +161,10 @@ def test_sustained_goodput_of_months_has_the_clauses_of_the_same_run_in_one_stre
     assert one["span_s"] > 35 * DAY_S
     assert max(one["backlog"]) > 0.5
     assert one.pop("classes") == other.pop("classes")
+    levels = [level_of(run, tail_factor=1e9) for run in (parts, whole)]
+    assert levels[0] == pytest.approx(levels[1])
+    windows = [(k * 4 * DAY_S, (k + 1) * 4 * DAY_S) for k in range(10)]
+    assert by_phase(parts, windows) == by_phase(whole, windows)
     for name, value in other.items():
         assert np.ravel(one[name]) == pytest.approx(np.ravel(value), rel=1e-6), name
     monkeypatch.undo()

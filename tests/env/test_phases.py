@@ -56,6 +56,11 @@ def test_the_rate_found_meets_the_target_in_every_phase_and_the_one_above_does_n
     assert held <= rate <= lost <= 1.06 * held
 
 
+def test_who_holds_no_rate_at_all_has_none(short: Scenario) -> None:
+    hopeless = short.with_overrides({"classes.0.tpot_s": 1e-4})
+    assert phase_goodput(hopeless, "least_tokens", (0,), start=1.0) == [0.0]
+
+
 def test_a_day_stands_at_its_goal_exactly_when_shares_waits_and_lengths_do(short: Scenario) -> None:
     split = short.with_overrides({"cluster.0.count": 4, "cluster.1.count": 2})
     for rate in (1.0, 3.0, 9.0):

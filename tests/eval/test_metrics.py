@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from eval_cases import request
+from eval_cases import MS, request
 
 from engine.core.kinds import RequestState
 from engine.core.slo import ITL_BINS, itl_edges_s
@@ -15,7 +15,7 @@ def test_four_requests_by_hand(make_run):
         request(0, 50, 90, out=5),  # TTFT 50, TPOT 10: both exactly or well inside -> good
         request(100, 250, 250, out=1),  # TTFT 150: late; one token, so TPOT is met
         request(200, 220, 320, out=6),  # TPOT 20: too slow
-        request(300, state=RequestState.SHED, out=0),
+        request(300, state=RequestState.SHED, out=0, finished=300 * MS),
     ]
     m = summarize(make_run(rows), warmup=0.0)
     assert (m["num_prompts"], m["completed"], m["shed"], m["failed"], m["unfinished"]) == (4, 3, 1, 0, 0)
@@ -31,6 +31,12 @@ def test_four_requests_by_hand(make_run):
     assert m["worst_wait_s"] == pytest.approx(0.15)
     assert m["max_concurrent_requests"] == 2
     assert (m["total_input_tokens"], m["total_output_tokens"]) == (40, 12)
+
+
+def test_who_was_refused_is_in_the_system_no_longer(make_run):
+    rows = [request(0, 50, 1000, out=5)]
+    rows += [request(10 * k, state=RequestState.SHED, out=0, finished=(10 * k + 5) * MS) for k in range(1, 50)]
+    assert summarize(make_run(rows, duration_ms=1000), warmup=0.0)["max_concurrent_requests"] == 2
 
 
 def test_targets_are_met_on_the_tick_and_missed_one_after(make_run):
