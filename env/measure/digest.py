@@ -20,20 +20,19 @@ from env.scenario import Scenario
 @cache
 def code_sha256() -> str:
     """Digest of every source file a point depends on: a stored point never outlives the code that made it."""
-    simulator = [sources.path_of("env.surrogate.simulate"), sources.path_of("env.measure.metrics")]
-    simulator += [sources.path_of("env.measure.sustained")]
-    return sources.sha256([*simulator, *(sources.ROOT / "policies").rglob("*.py")])
+    simulator = ("env.surrogate.simulate", "env.measure.evaluator", "env.measure.sustained")
+    return sources.sha256([*map(sources.path_of, simulator), *(sources.ROOT / "policies").rglob("*.py")])
 
 
 def policy_sha256(contender: Contender) -> str:
     """Digest of what decides: every file of a checkpoint folder, or the name and values of a rule."""
-    parts: list[Any] = [contender.policy, sorted(contender.values.items())]
+    is_folder = os.path.isdir(contender.policy)  # not Path.is_dir: "" is no folder, nor is a spec longer than a name
+    parts: list[Any] = ["" if is_folder else contender.policy, sorted(contender.values.items())]
     parts += [contender.cluster] if contender.cluster else []
     parts += [{"plans": contender.plans}] if contender.plans else []
     digest = hashlib.sha256(json.dumps(parts).encode())
-    if os.path.isdir(contender.policy):  # not Path.is_dir: "" is no folder, nor is a spec longer than a file name
+    if is_folder:
         folder = Path(contender.policy)
-        digest = hashlib.sha256(json.dumps(sorted(contender.values.items())).encode())
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             digest.update(path.relative_to(folder).as_posix().encode())
             digest.update(path.read_bytes())

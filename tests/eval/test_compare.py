@@ -174,6 +174,8 @@ def test_a_checkpoint_is_known_by_its_content_not_its_place(tmp_path):
         (tmp_path / name / "policy.json").write_text("{}")
     one, two = (Contender(str(tmp_path / name)) for name in ("a", "b"))
     assert policy_sha256(one) == policy_sha256(two)
+    assert policy_sha256(one) != policy_sha256(replace(two, plans=({"role": 2},)))
+    assert policy_sha256(one) != policy_sha256(replace(two, cluster=({"role": "mixed"},)))
     (tmp_path / "b" / "policy.json").write_text("{ }")
     assert policy_sha256(one) != policy_sha256(two)
 
