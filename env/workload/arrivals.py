@@ -198,7 +198,7 @@ class ReplayArrivals(_Arrivals):
     def times(self, rate: float, n: int, rng: np.random.Generator, split: Split = "train") -> np.ndarray:
         trace = self.source.part(split, self.split_at)
         if trace.n_roots < n:
-            raise SlalomError(f"arrival.source {trace.name}", n, f"ask for at most {trace.n_roots} ({split} part)")
+            raise SlalomError(f"trace {trace.name}", n, f"ask for at most {trace.n_roots} ({split} part)")
         start = int(rng.integers(trace.n_roots - n + 1))
         run = trace.arrival_s[start : start + n] - trace.arrival_s[start]
         if n > 1 and run[-1] <= 0:

@@ -109,7 +109,7 @@ def preset_facts(name: str) -> dict[str, Any]:
 
 
 class PresetLengths(Lengths):
-    """Lengths of a published workload by name (``presets.PRESETS``), measured figures, no download.
+    """Lengths of a published workload by name (:func:`preset_names`), measured figures, no download.
 
     :param scale: factor on prompt and output tokens, e.g. for another tokenizer
     """
@@ -120,15 +120,11 @@ class PresetLengths(Lengths):
 
     @model_validator(mode="after")
     def _known(self) -> PresetLengths:
-        from env.workload.presets import preset_names
-
         if self.name not in preset_names():
             raise ValueError(f"unknown preset; choose from {', '.join(preset_names())}")
         return self
 
     def draw(self, n: int, rng: np.random.Generator, split: Split = "train") -> Pair:
-        from env.workload.presets import preset
-
         prompt, output = preset(self.name).draw(n, rng, split)
         if self.scale == 1:
             return prompt, output

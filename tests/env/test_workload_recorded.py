@@ -12,6 +12,7 @@ from trace_stats import describe, gap_cv
 
 from engine.errors import SlalomError
 from env.workload import SPLIT_NAMES, parse_workload
+from env.workload.steady import most_of
 
 SHARED = Path(os.environ.get("SLALOM_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "traces"
 
@@ -57,6 +58,8 @@ def test_empirical_lengths_and_replayed_arrivals(tmp_path: Path) -> None:
     assert np.diff(trace.arrival_s) == pytest.approx(0.25)
     assert ((trace.prompt >= 1200) & (trace.prompt < 1400)).all()
     assert (np.diff(trace.prompt.reshape(-1, 8), axis=1) == 1).all()
+    longest = most_of(lambda n: parse_workload(section).build(4.0, n, 0, "valid"), 5_000)
+    assert longest == 200  # who asks how long a run can be hears where the arrivals end
 
 
 @needs_shared
