@@ -103,9 +103,11 @@ def fit_prefill(samples: PrefillSamples, *, knots: bool = True, seed: int = 0) -
     """Fit a·Σn² + b·Σn·r + c·Σn + d, or its piecewise-linear form where the quadratic misses.
 
     :param knots: False: the quadratic form only
-    :raises SlalomError: fewer than eight points, unequal lengths, non-finite or non-positive times
+    :raises SlalomError: fewer than eight points, unequal lengths, no tokens, non-finite or non-positive times
     """
     features, y = _checked("prefill samples", samples.features(), samples.seconds)
+    if features[:, 2].min() < 1:
+        raise SlalomError("prefill samples", features[:, 2].min(), "give steps of at least one token")
     train, test = _split(len(y), seed)
     quadratic = np.column_stack([features, np.ones(len(y))])
     x = relative_nnls(quadratic[train], y[train])
@@ -276,6 +278,8 @@ def _fit_regimes(features: np.ndarray, y: np.ndarray, train: np.ndarray, test: n
         rows = train[large[train] == regime]
         if len(rows) >= MIN_POINTS // 2:
             found[regime] = relative_nnls(features[rows], y[rows])
+    if not found:
+        return _fit_regimes(features, y, train, test, NO_REGIME)
     for regime in (False, True):
         x = found[regime] if regime in found else found[not regime]
         predicted[large == regime] = features[large == regime] @ x

@@ -9,7 +9,6 @@ of extrapolation, and a policy trained on it learns to believe in a machine that
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.common.documents import bad_input, json_of, read_text
+from engine.common.files import write_text
 from engine.common.names import Name
 from engine.errors import SlalomError
 from engine.jit.sources import ROOT
@@ -224,18 +224,9 @@ class Profile(Strict):
         return self.model_dump_json(indent=2) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file atomically (a reader sees the old content or the new one, never a part)."""
+        """Write the file, see :func:`engine.common.files.write_bytes`."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.chmod(part, 0o644)
-            os.replace(part, target)
-        except BaseException:
-            os.unlink(part)
-            raise
+        write_text(target, self.to_json())
         return target
 
     # -- evaluation ------------------------------------------------------------------------------------

@@ -72,6 +72,12 @@ def test_one_regime_unless_the_data_jump() -> None:
     assert fit.held_out_mape < 0.02
 
 
+def test_a_regime_of_another_share_that_leaves_either_side_too_few_points_is_left_out() -> None:
+    samples = DecodeSamples(np.full(8, 1000), np.array([1, 2, 3, 40, 50, 60, 1, 40]), np.full(8, 0.01))
+    for seed in range(20):  # which points are held out differs
+        assert fit_decode(samples, regime_bs=10, seed=seed).held_out_mape < 1e-6
+
+
 def test_same_seed_same_fit() -> None:
     samples = decode_samples(noise=0.02)
     assert fit_decode(samples, seed=3) == fit_decode(samples, seed=3)
@@ -89,6 +95,8 @@ def test_impossible_times_are_refused(value: float) -> None:
 def test_too_few_or_unequal_points_are_refused() -> None:
     with pytest.raises(SlalomError, match="at least 8"):
         fit_prefill(PrefillSamples(np.arange(1, 6), np.zeros(5), np.ones(5)))
+    with pytest.raises(SlalomError, match="at least one token"):
+        fit_prefill(PrefillSamples(np.arange(9), np.zeros(9), np.linspace(1.0, 9.0, 9) % 2 + 1))
     with pytest.raises(SlalomError, match="one length"):
         fit_prefill(PrefillSamples(np.arange(1, 20), np.zeros(19), np.ones(18)))
 

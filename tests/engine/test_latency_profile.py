@@ -32,6 +32,8 @@ def written(tmp_path: Path, data: Any) -> Path:
 def test_save_and_load_keep_every_digit(tmp_path: Path) -> None:
     profile = Profile.load("opt-13b-a100-tp1")
     assert Profile.load(profile.save(tmp_path / "a" / "copy.json")) == profile
+    with pytest.raises(SlalomError, match="can be written"):
+        profile.save(tmp_path / "a" / "copy.json" / "no folder.json")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["copy.json"]
 
 
