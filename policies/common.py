@@ -1,8 +1,8 @@
 """Compiled helpers that rules share: allowed candidates, minima, and the answers nobody wants to repeat.
 
 Ties always go to the lowest row, so equal inputs give equal answers on every machine. Candidates are told
-apart by raw columns only (``INSTANCE`` is -1 for HOLD, SHED and KEEP), because a rule that asks for ``LOAD``
-alone finds zeros in the dimensionless block.
+apart by raw columns only (``INSTANCE`` is -1 for HOLD, SHED and KEEP), because for a rule that asks for ``LOAD``
+alone the dimensionless block may hold anything.
 """
 
 from __future__ import annotations

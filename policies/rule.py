@@ -131,7 +131,7 @@ class Rule:
 
     :param decide: compiled with ``kernel(POLICY_SIGNATURE)``; must answer every :class:`Kind`
     :param source: where the rule comes from (paper, section, equation)
-    :param needs: bit mask of :class:`engine.core.columns.Need`; columns not asked for hold zeros
+    :param needs: bit mask of :class:`engine.core.columns.Need`; columns not asked for may hold anything
     :param memory_size: float64 cells of memory, or a function of the setting
     :param prepare: (checked values, setting) -> float64 params; by default the values in declared order
     :param arrange: (checked values, setting) -> one plan per instance, or None for the scenario's own

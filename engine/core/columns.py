@@ -22,7 +22,7 @@ class Kind(IntEnum):
 
 
 class Need(IntEnum):
-    """What a policy asks the core to compute (bit mask); columns not asked for hold zeros."""
+    """What a policy asks the core to compute (bit mask); columns not asked for may hold anything."""
 
     LOAD = 1  # raw counts and token sums: O(1) per candidate
     PREDICT = 2  # predicted waits, steps and slacks (raw seconds): evaluates the latency profile
