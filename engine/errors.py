@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -30,6 +31,19 @@ def _line(text: str, most: int) -> str:
     joined = " ".join(text[: 2 * most].split()) if "\n" in text else text[: 2 * most]
     plain = joined if joined.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
     return plain if len(plain) <= most else plain[: most - 3] + "..."
+
+
+def no_such(field: str, name: str, known: Iterable[str], other: str = "") -> SlalomError:
+    """The answer to a name that nobody knows: the one that was probably meant, then all of them.
+
+    :param other: what may be given instead of a name, e.g. ``"a YAML file"``
+    """
+    from difflib import get_close_matches
+
+    names = list(known)
+    near = get_close_matches(name, names, 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return SlalomError(field, name, f"{meant}give {other + ', or ' if other else ''}one of: {', '.join(names)}")
 
 
 class PromptTooLong(SlalomError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.common.options import refuses
 from engine.common.provenance import commit, machine
-from engine.errors import SlalomError
+from engine.errors import no_such
 
 NAMES = {
     "surrogate": "requests simulated per second, one core",
@@ -40,7 +40,7 @@ def run(name: str, **options: Any) -> dict[str, Any]:
     :raises SlalomError: unknown name
     """
     if name not in NAMES:
-        raise SlalomError("benchmark", name, f"choose one of {', '.join(NAMES)}")
+        raise no_such("benchmark", name, NAMES)
     figures = import_module(f"eval.benchmarks.{name.replace('-', '_')}").run(**options)
     return {"benchmark": name, **figures, "commit": commit(), "machine": machine()}
 

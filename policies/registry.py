@@ -12,7 +12,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from engine.errors import SlalomError
+from engine.errors import SlalomError, no_such
 from policies.rule import Rule
 
 GROUP = "slalom.policies"
@@ -43,7 +43,7 @@ def get(name: str) -> Rule:
         return rule
     entry = _entries().get(name)
     if entry is None:
-        raise SlalomError("policy", name, f"choose one of {', '.join(names())} or a checkpoint folder")
+        raise no_such("policy", name, names(), "a checkpoint folder")
     try:
         found = entry.load()
     except Exception as error:  # code of another package may fail in any way
@@ -58,13 +58,13 @@ def get(name: str) -> Rule:
 def parse(spec: str) -> tuple[str, dict[str, str]]:
     """``"name:a=1,b=2"`` as ``("name", {"a": "1", "b": "2"})``.
 
-    :raises SlalomError: a part without ``=``
+    :raises SlalomError: a part without ``=``, or a parameter twice
     """
     name, _, rest = spec.partition(":")
-    values = {}
-    for part in filter(None, (p.strip() for p in rest.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise SlalomError("policy", spec, "write NAME:parameter=value,parameter=value")
-        values[key.strip()] = value.strip()
+    values: dict[str, str] = {}
+    for part in rest.split(",") if rest.strip() else ():
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or key in values:
+            raise SlalomError("policy", spec, "write NAME:parameter=value,parameter=value, each parameter once")
+        values[key] = value
     return name.strip(), values

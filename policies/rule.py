@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.core.columns import Need
 from engine.core.policy import InstancePlan
-from engine.errors import SlalomError
+from engine.errors import SlalomError, no_such
 from policies.setting import Setting, SloTarget
 
 if TYPE_CHECKING:
@@ -164,8 +164,9 @@ class Rule:
         given = given or {}
         for name in given:
             if name not in self._by_name:
-                known = ", ".join(self._by_name) or "none"
-                raise SlalomError(f"{self.name}: {name}", given[name], f"parameters are: {known}")
+                if not self._by_name:
+                    raise SlalomError(f"{self.name}: {name}", given[name], "this rule has no parameters")
+                raise no_such(f"{self.name}: parameter", name, self._by_name)
         return {p.name: p.check(given.get(p.name, p.default), self.name) for p in self.params}
 
     def bind(self, values: Mapping[str, Any] | None, setting: Setting) -> BoundPolicy:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engine.common.documents import bad_input
 from engine.common.yaml_documents import read_yaml
-from engine.errors import SlalomError
+from engine.errors import no_such
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -50,7 +50,7 @@ def load_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not os.path.exists(path):
-        raise SlalomError("--recipe", name, f"give a YAML file, or one of: {', '.join(recipe_names())}")
+        raise no_such("--recipe", name, recipe_names(), "a YAML file")
     content = read_yaml(path, "--recipe")
     try:
         return Recipe.model_validate(content)

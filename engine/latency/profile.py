@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from engine.common.documents import bad_input, json_of, read_text
 from engine.common.files import write_text
 from engine.common.names import Name
-from engine.errors import SlalomError
+from engine.errors import SlalomError, no_such
 from engine.jit.sources import ROOT
 from engine.latency import evaluate
 from engine.latency.evaluate import MAX_KNOTS, PROFILE, SHARE
@@ -211,7 +211,7 @@ class Profile(Strict):
         if path.suffix != ".json":
             path = profiles_dir() / f"{name_or_path}.json"
             if not os.path.isfile(path):
-                raise SlalomError("profile", str(name_or_path), "use one of: " + ", ".join(list_profiles()))
+                raise no_such("profile", str(name_or_path), list_profiles(), "a file that ends in .json")
         text = read_text(path, "profile")
         json_of(text, path.name, constants=True)  # the fields say which may be infinite
         try:

@@ -42,7 +42,7 @@ from engine.core.lists import inbound_of, queue_of, ready_of
 from engine.core.setup import InstanceSpec, LinkSpec, SloClass, blank_requests, new_cluster
 from engine.core.state import attach
 from engine.core.ticks import arrival_ticks
-from engine.errors import SlalomError
+from engine.errors import SlalomError, no_such
 from engine.jit.kernel import kernel
 from engine.jit.rows import addresses
 from engine.latency import Profile, pack
@@ -167,7 +167,7 @@ def distserve_run(
     :raises SlalomError: unknown setup, or a rate or number of requests that is not positive
     """
     if setup not in _PROFILES:
-        raise SlalomError("setup", setup, "choose one of: " + ", ".join(_PROFILES))
+        raise no_such("setup", setup, _PROFILES)
     if not rate > 0:
         raise SlalomError("rate", rate, "give a positive number of requests per second")
     if n_requests < 1:

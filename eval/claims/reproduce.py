@@ -19,7 +19,7 @@ from typing import Any
 
 from engine.common.files import write_bytes, write_json, write_text
 from engine.common.provenance import commit, machine
-from engine.errors import SlalomError
+from engine.errors import SlalomError, no_such
 from engine.jit import sources
 from env.measure.digest import code_sha256
 from eval.claims.claim import ORIGINAL, STEADY, SUSTAINED, Claim, Curve, Reading
@@ -48,7 +48,7 @@ def reproduce(name: str) -> Claim:
     :raises SlalomError: unknown name
     """
     if name not in CLAIMS:
-        raise SlalomError("claim", name, f"choose one of {', '.join(CLAIMS)} or all")
+        raise no_such("--reproduce", name, (*CLAIMS, "all"))
     return CLAIMS[name]()
 
 

@@ -39,7 +39,7 @@ from eval.compare.cells import measured
 from eval.compare.headline import answers, search_one
 from eval.compare.session import label_of, scaled
 from eval.compare.static import TRIALS, search_static
-from policies.registry import names
+from policies import registry
 from train.search.levers import EVERY
 from train.search.tune import MANNER, best_knee, tune
 
@@ -125,7 +125,7 @@ def scenario_names(asked: Sequence[str]) -> tuple[str, ...]:
 
 def cells_of(request: TableRequest) -> list[str]:
     """Policies of the table; ``all``: every rule and ``static_plan``."""
-    listed = [p for asked in request.policies for p in ((*names(), STATIC) if asked == "all" else (asked,))]
+    listed = [p for asked in request.policies for p in ((*registry.names(), STATIC) if asked == "all" else (asked,))]
     return list(dict.fromkeys(listed))
 
 
@@ -245,8 +245,12 @@ def run_table(
     :param out: finished cells are kept here and read back; None keeps nothing
     :param say: hears what is finished, how many cells are, and of how many
     :return: JSON-ready: ``scenarios`` (knee, rate), ``cells`` in order, ``settings``
-    :raises SlalomError: unknown scenario, a policy that fits none of them, a folder that cannot be written
+    :raises SlalomError: unknown scenario or rule, a policy that fits none of them, a folder that cannot be written
     """
+    for policy in request.policies:  # a slip costs a second, not the hours before its cell
+        if policy not in ("all", STATIC) and not os.path.isdir(policy):
+            rule, values = registry.parse(policy)
+            registry.get(rule).values(values)
     policies = cells_of(request)
     total = len(policies) * len(request.scenarios)
     say("knees", 0, total)

@@ -26,7 +26,7 @@ import numpy as np
 
 from engine.common.files import write_json, write_text
 from engine.common.options import listed, refuses
-from engine.errors import SlalomError
+from engine.errors import SlalomError, no_such
 from env.measure.contender import PointSettings
 from env.scenario import Scenario
 from eval.compare.result import Comparison
@@ -234,8 +234,8 @@ def _checkpoint(text: str) -> Path:
     for path in (Path(text), CHECKPOINTS / text):
         if (path / "policy.json").is_file():
             return path
-    known = ", ".join(sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir()))
-    raise SlalomError("--checkpoint", text, f"give a checkpoint folder, or one of: {known}")
+    known = sorted(path.name for path in CHECKPOINTS.iterdir() if path.is_dir())
+    raise no_such("--checkpoint", text, known, "a checkpoint folder")
 
 
 @refuses("zeroshot")

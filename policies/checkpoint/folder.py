@@ -330,7 +330,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a path with a null byte
-        raise SlalomError(str(path), str(error), "a checkpoint folder needs this file") from error
+        why = getattr(error, "strerror", None) or error
+        raise SlalomError("checkpoint", str(path), f"a checkpoint folder needs this file ({why})") from error
 
 
 def _read_json(path: Path) -> Any:

@@ -182,6 +182,17 @@ def test_a_changed_trace_file_changes_the_scenarios_digest(tmp_path: Path) -> No
     assert scenario_hash(scenario) != before
 
 
-def test_a_named_policy_that_fits_nowhere_is_refused() -> None:
-    with pytest.raises(SlalomError, match="nobody"):
-        table.run_table(table.TableRequest((CHAT,), ("nobody",), requests=100, seeds=1))
+def test_a_named_policy_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
+    one = tmp_path / "one.yaml"
+    one.write_text(Scenario.load(CHAT).with_overrides({"cluster.0.count": 1}).to_yaml())
+    with pytest.raises(SlalomError, match="two instances"):
+        table.run_table(table.TableRequest((str(one),), ("static_split",), requests=100, seeds=1))
+
+
+@pytest.mark.parametrize(("policy", "says"), [("least_token", "mean least_tokens"), ("chunked:rooter=ttft", "router")])
+def test_a_slip_in_a_policy_is_told_before_anything_is_simulated(
+    policy: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "_knee", None)
+    with pytest.raises(SlalomError, match=says):
+        table.run_table(table.TableRequest((CHAT,), ("least_tokens", policy)))

@@ -136,10 +136,18 @@ def test_parameters_from_text() -> None:
         "chunked:chunk_tokens=nan",
         "chunked:chunk_tokens=many",
         "chunked:router=best",
+        "chunked:chunk_tokens=128,",
+        "chunked:chunk_tokens=128,chunk_tokens=256",
     ],
 )
 def test_bad_specifications_are_refused(spec: str) -> None:
     with pytest.raises(SlalomError):
+        load_policy(spec, setting())
+
+
+@pytest.mark.parametrize(("spec", "meant"), [("least_token", "least_tokens"), ("chunked:rooter=ttft", "router")])
+def test_who_mistypes_a_name_is_told_the_nearest(spec: str, meant: str) -> None:
+    with pytest.raises(SlalomError, match=f"did you mean {meant}\\?"):
         load_policy(spec, setting())
 
 

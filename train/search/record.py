@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from engine.common.appends import heal
 from engine.common.regular import LARGE, check_regular
-from engine.errors import SlalomError
+from engine.errors import SlalomError, no_such
 
 #: ``auto`` picks one of the others; ``gp`` needs half a second for a suggestion.
 SAMPLERS = ("auto", "tpe", "cma", "gp", "random")
@@ -46,7 +46,7 @@ def choose_sampler(name: str, free: Sequence[Any]) -> str:
     :raises SlalomError: unknown name
     """
     if name not in SAMPLERS:
-        raise SlalomError("--sampler", name, f"choose one of {', '.join(SAMPLERS)}")
+        raise no_such("--sampler", name, SAMPLERS)
     if name != "auto":
         return name
     continuous = all(p.choices is None and not p.integer for p in free)
