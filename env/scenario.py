@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Field,
     ValidationError,
@@ -25,8 +24,8 @@ from pydantic import (
 )
 
 from engine.common.documents import bad_input
-from engine.common.yaml_documents import read_yaml
-from engine.errors import SlalomError
+from engine.common.yaml_documents import read_yaml, yaml_text
+from engine.errors import SlalomError, no_such
 from engine.latency import Profile
 from env.others import EngineName, filled_in, misfits, roles_of
 from env.sections import (
@@ -153,7 +152,7 @@ class Scenario(Section):
         if path.suffix not in (".yaml", ".yml"):
             path = scenarios_dir() / f"{name_or_path}.yaml"
             if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-                raise SlalomError("scenario", str(name_or_path), "use one of: " + ", ".join(list_scenarios()))
+                raise no_such("scenario", str(name_or_path), list_scenarios(), "a file that ends in .yaml")
         return cls.parse(read_yaml(path, "scenario"), path.name)
 
     @classmethod
@@ -174,7 +173,7 @@ class Scenario(Section):
 
     def to_yaml(self) -> str:
         """The scenario with every default shown; loading it gives an equal scenario."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110))
+        return yaml_text(self.model_dump(mode="json"))
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Scenario:
         """A copy with some fields replaced, validated again.
@@ -266,7 +265,10 @@ class Scenario(Section):
                     gpu, pool = gpu + profiles[index].tp, pool + 1
 
     def _check_profiles(self, source: str) -> None:
-        profiles = dict(zip(self.profile_names(), self.load_profiles(), strict=True))
+        try:
+            profiles = dict(zip(self.profile_names(), self.load_profiles(), strict=True))
+        except SlalomError as error:  # which scenario names such a profile
+            raise SlalomError(f"{source}: {error.field}", error.value, error.fix) from error
         for i, group in enumerate(self.cluster):
             profile, where = profiles[group.profile or self.profile], f"{source}: cluster.{i}"
             if group.gpus_per_instance not in (None, profile.tp):

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.common.yaml_documents import read_yaml
-from engine.errors import SlalomError
+from engine.common.documents import bad_input
+from engine.common.yaml_documents import read_yaml, yaml_text
+from engine.errors import SlalomError, no_such
 from env.scenario import list_scenarios
 
 
@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """In the layout :func:`load_config` reads."""
-        return yaml.safe_dump({"default": self.model_dump(mode="json")}, sort_keys=False)
+        return yaml_text({"default": self.model_dump(mode="json")})
 
 
 def load_config(path: Path | None, scenario: str, **overrides: Any) -> TrainConfig:
@@ -125,12 +125,11 @@ def load_config(path: Path | None, scenario: str, **overrides: Any) -> TrainConf
     try:
         return TrainConfig(**(values | overrides))
     except ValidationError as error:
+        where = str(path or "hyper-parameters")
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "hyper-parameters"
-        known = ", ".join(TrainConfig.model_fields)
-        fix = f"known fields: {known}" if first["type"] == "extra_forbidden" else first["msg"]
-        where = f"{path}: {name}" if path is not None else name
-        raise SlalomError(where, first["input"] if first["loc"] else values, fix) from error
+        if first["type"] == "extra_forbidden":
+            raise no_such(f"{where}: setting", str(first["loc"][0]), TrainConfig.model_fields) from error
+        raise bad_input(where, error) from error
 
 
 def _check_sections(path: Path, sections: Mapping[Any, Any], scenario: str) -> None:

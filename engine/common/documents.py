@@ -9,6 +9,7 @@ is one. Files of lines are read by ``engine.common.lines``. The engine alone rea
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,17 +103,39 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
+_PLAINLY = {
+    "extra_forbidden": "no such key here; correct its spelling or remove it",
+    "missing": "this key is missing",
+    "int_type": "it must be a whole number",
+    "float_type": "it must be a number",
+    "bool_type": "it must be true or false",
+    "string_type": "it must be text",
+    "model_type": "it must be a mapping of keys to values",
+}
+
+
+def _said(fault: Any) -> str:
+    """What pydantic says of one fault, as an instruction."""
+    said = _PLAINLY.get(fault["type"], str(fault["msg"]).removeprefix("Value error, "))
+    return re.sub(r"^(?:Input|String|List|Tuple|Dictionary) should ", "it must ", said)
+
+
 def bad_input(source: str, error: ValidationError) -> SlalomError:
     """The first fault pydantic found, as the one exception users see.
 
     :param source: file or object the input came from, shown before the field
     """
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "no such key here; correct its spelling or remove it"
-    value = first.get("input")
+    found = error.errors(include_url=False)
+    first, value = found[0], found[0].get("input")
+    place = [str(part) for part in first["loc"]]
+    message = _said(first)
+    if place and place[-1].startswith("literal["):  # one of several forms: the others have an error each
+        *place, _ = place
+        forms = [each for each in found if [str(part) for part in each["loc"][:-1]] == place]
+        message = ", or ".join(dict.fromkeys(map(_said, forms)))
+    where = ".".join(place)
+    if value is None and not where:
+        message = "the file is empty; it must be a mapping of keys to values"
     if not where and isinstance(value, dict):
         value = value.get("name", sorted(value))  # the whole content would say nothing
     return SlalomError(f"{source}: {where}" if where else source, value, message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def read_yaml(path: str | Path, field: str) -> Any:
         raise SlalomError(f"{field}: {path}{line}", _line_of(text, mark), fix) from error
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise SlalomError(f"{field}: {path}", text[:60], f"this is not valid YAML: {error}") from error
+
+
+def yaml_text(content: Any) -> str:
+    """What :func:`read_yaml` reads as ``content`` again."""
+    return str(yaml.dump(content, Dumper=_Writer, sort_keys=False, width=110))
 
 
 def _line_of(text: str, mark: yaml.Mark | None) -> str:
@@ -102,3 +108,13 @@ _Plain.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
+
+
+class _Writer(yaml.SafeDumper):
+    """YAML's safe dumper with quotes around what ``_Plain`` would not take for text."""
+
+
+#: Numbers such as 1e6, which YAML 1.1 takes for text.
+_POWER = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+$")
+for _each in (_Plain, _Writer):
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", _POWER, list("-+.0123456789"))

@@ -11,7 +11,7 @@ import pytest
 
 from engine.common.documents import DEEPEST, json_of, read_json
 from engine.common.lines import lines
-from engine.common.yaml_documents import read_yaml
+from engine.common.yaml_documents import read_yaml, yaml_text
 from engine.errors import SlalomError
 
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 40))
@@ -51,10 +51,17 @@ def test_yaml_that_grows_or_makes_objects_is_refused(tmp_path: Path, text: str, 
 
 
 def test_yaml_keys_are_texts_and_dates_stay_text(tmp_path: Path) -> None:
-    found = yaml_of(tmp_path, "2024-01-01: 2024-01-02\n1: [.inf, 1e3]\nyes: no\nx: &a {p: 1}\ny: {<<: *a, q: 2}\n")
+    found = yaml_of(tmp_path, "2024-01-01: 2024-01-02\n1: .inf\nyes: no\nx: &a {p: 1}\ny: {<<: *a, q: 2}\n")
     assert found == {
-        "2024-01-01": "2024-01-02", "1": [float("inf"), "1e3"], "yes": False, "x": {"p": 1}, "y": {"p": 1, "q": 2},
+        "2024-01-01": "2024-01-02", "1": float("inf"), "yes": False, "x": {"p": 1}, "y": {"p": 1, "q": 2},
     }  # fmt: skip
+
+
+def test_powers_of_ten_are_numbers_unless_quoted(tmp_path: Path) -> None:
+    assert yaml_of(tmp_path, "[1e3, -2E-1, 1.5e+2, .5e1, 2.e0]") == [1e3, -0.2, 150.0, 5.0, 2.0]
+    assert yaml_of(tmp_path, "[e3, 1e, '1e3', 1e3s]") == ["e3", "1e", "1e3", "1e3s"]
+    kept = {"1e3": ["1e3", 1e3, "2024-01-01", 1e300, "e3", "no"]}
+    assert yaml_of(tmp_path, yaml_text(kept)) == kept
 
 
 @pytest.mark.parametrize(

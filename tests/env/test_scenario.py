@@ -127,6 +127,27 @@ def test_files_that_are_no_scenario_are_refused(tmp_path: Path, text: str) -> No
         Scenario.load(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"latency_jitter": 5.0}, "latency_jitter: got 5.0; it must be 'profile', or it must be less than or equal"),
+        ({"cluster.0.count": "four"}, "got 'four'; it must be a whole number"),
+        ({"profile": "llama-8b-a10"}, "mistaken: profile: got 'llama-8b-a10'; did you mean llama-8b-a100?"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_with_what_may_stand_there(changes: dict[str, Any], says: str) -> None:
+    content = Scenario.load(DEFAULT).with_overrides({"name": "mistaken"})
+    with pytest.raises(SlalomError) as caught:
+        content.with_overrides(changes)
+    assert says in str(caught.value)
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(SlalomError, match="the file is empty"):
+        Scenario.load(tmp_path / "mine.yaml")
+
+
 def test_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(SlalomError, match=DEFAULT):
         Scenario.load("no-such-scenario")

@@ -30,7 +30,8 @@ def test_written_configuration_reads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("default: {learning_rat: 1}", "known fields"),
+        ("default: {learning_rat: 1}", r"did you mean learning_rate\?"),
+        ("default: {tune_share: 7}", "tune_share: got 7; it must be less than or equal to"),
         ("default: {hidden: many}", "hidden"),
         ("default: {load_low: 2, load_high: 1}", "load_low must not exceed"),
         ("default: {n_envs: 10, groups: 4}", "multiple of groups"),
