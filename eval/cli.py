@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from engine.common.options import listed, option, run_command, takes
+from engine.common.options import command_app, listed, none_of, only, option, run_command, takes
 from engine.errors import SlalomError
 from eval.options import parse_rates, parse_requests
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from eval.compare.result import Comparison
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
+_OF_FIDELITY = ("loads", "repetitions", "run_s", "store")
+_OF_BOTH = ("fidelity", "scenario", "policy", "env", "engines", "model", "out", "resume", "as_json")
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,19 @@ class Options:
 def evaluate(options: Options) -> None:
     """Compare policies on a scenario: paired runs, bootstrap 95 % intervals, HTML report.
 
-    Example: eval-policy --scenario NAME --policy least_tokens --policy runs/my-policy --goodput --out report
+    Policies run on the simulator; with --env gpu in real time on the engine. With --fidelity the same arrivals go to
+    both, and the table says how far apart they are.
 
-    All of them: eval-policy --scenario all --policy all --tune 40 --jobs 2 --out table
-
-    Published results: eval-policy --reproduce all --out reproduced
-
-    On the engine: --env gpu plays each run in real time. With --fidelity the same arrivals go to surrogate and engine,
-    and the table says how far apart they are.
+    \b
+    Examples:
+      eval-policy --scenario azure-conv-4xa100 --policy runs/mine/best \\
+          --policy least_tokens --tune 40 --out runs/report
+      eval-policy --scenario all --policy all --tune 40 --jobs 2 --out runs/table
+      eval-policy --reproduce all --out reproduced
     """
     o = options
     if o.reproduce is not None:
+        only(o, ("reproduce", "out", "resume", "jobs", "as_json"), "it does nothing with --reproduce; leave it out")
         _reproduce(o, o.reproduce)
         return
     if not o.scenario or not o.policy:
@@ -103,14 +107,21 @@ def evaluate(options: Options) -> None:
     if o.fidelity:
         from eval.fidelity.fidelity import command
 
+        only(o, _OF_BOTH + _OF_FIDELITY, "it does nothing with --fidelity; leave it out")
         command(
             o.scenario, o.policy, o.loads, o.repetitions, o.run_s, o.model, urls, o.out, o.resume, o.store, o.as_json
         )  # fmt: skip
         return
+    none_of(o, _OF_FIDELITY, "give it together with --fidelity")
     if o.rates is not None and o.goodput:
         raise SlalomError("--rates", o.rates, "give either --rates or --goodput")
     several = len(o.scenario) > 1 or o.scenario[0] == "all" or "," in o.scenario[0]
-    (_compare_on_many if several else _compare_on_one)(o, o.scenario, o.policy)
+    if several:
+        none_of(o, ("ray", "save_detailed"), "with several scenarios it does nothing; leave it out")
+        _compare_on_many(o, o.scenario, o.policy)
+    else:
+        none_of(o, ("markdown",), "it is for several scenarios; leave it out")
+        _compare_on_one(o, o.scenario, o.policy)
 
 
 def _compare_on_one(o: Options, scenario: list[str], policies: list[str]) -> None:

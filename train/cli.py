@@ -13,10 +13,10 @@ from typing import Any
 
 import typer
 
-from engine.common.options import option, run_command, takes
+from engine.common.options import command_app, only, option, run_command, takes
 from engine.errors import SlalomError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 _BUDGET, _CONTROLLER_BUDGET = "2m", "15m"
 
 
@@ -33,28 +33,37 @@ class Options:
         "top of a direct search, or from --init; auto: controller where roles may follow a drift of hours, else direct",
     )
     rule: str = option("auto", "only this rule: searched (--algo search), or what ppo starts from; auto: all of them")
-    budget: str = option("auto", "wall time (90s, 2m, 1h) or frames (500k, 2M); auto: 15m for a controller, else 2m")
-    seed: int = option(0, "of everything random", min=0)
+    budget: str = option(
+        "auto",
+        "wall time (90s, 2m, 1h), or simulated requests (of ppo: decisions) (500k, 2M); auto: 2m, a controller 15m",
+    )
+    seed: int = option(0, "seed of everything random", min=0)
     out: Path | None = option(None, "run folder; default runs/SCENARIO-ALGO-SEED")
     resume: bool = option(False, "go on with the run in --out", "--resume")
-    config: Path | None = option(None, "YAML with hyper-parameters")
+    config: Path | None = option(None, "YAML file with hyper-parameters, see train/config.py")
     ray: str | None = option(
-        None, "spread rollouts and trials over a Ray cluster: auto (else started here) or HOST:PORT"
+        None, "search and ppo: spread trials and rollouts over a Ray cluster: auto (else started here) or HOST:PORT"
     )
     storage: str | None = option(
-        None, "where the search keeps its trials: a journal file or postgresql://...; default in OUT"
+        None, "where the search of one rule keeps its trials: a journal file or postgresql://...; default in OUT"
     )
     accept_poor_fit: bool = option(
         False, "train also on a latency profile with a held-out error above 10 %", "--accept-poor-fit"
     )
-    recipe: str | None = option(None, "train a shipped checkpoint again: sets all of the above but --out")
+    recipe: str | None = option(None, "train a shipped checkpoint again: says scenario, learner, budget and seed")
     as_json: bool = option(False, "print the result as JSON on stdout", "--json")
 
 
 @app.command()
 @takes(Options)
 def train_policy(options: Options) -> None:
-    """Learn a dispatch policy and keep the best as a deployable checkpoint in OUT/best."""
+    """Learn a policy for a scenario on the simulator, and keep the best as a checkpoint in OUT/best.
+
+    \b
+    Examples:
+      train-policy --scenario azure-conv-4xa100 --budget 3m --out runs/mine
+      train-policy --scenario azure-conv-4xa100 --budget 3m --out runs/mine --resume
+    """
     if options.env not in ("surrogate", "gpu"):
         raise SlalomError("--env", options.env, "use surrogate or gpu")
     result = _tuned(options) if options.env == "gpu" else _learned(options)
@@ -71,9 +80,15 @@ def _tuned(options: Options) -> dict[str, Any]:
 
     if options.init is None:
         raise SlalomError("--init", options.init, "name the checkpoint that is to be fine-tuned on the engine")
-    seconds = parse_budget(_BUDGET if options.budget == "auto" else options.budget).seconds
+    used = ("env", "init", "algo", "scenario", "budget", "seed", "out", "accept_poor_fit", "as_json")
+    only(options, used, "it does nothing with --env gpu; leave it out")
+    if options.algo not in ("auto", "ppo"):
+        raise SlalomError("--algo", options.algo, "with --env gpu only ppo learns")
+    budget = parse_budget(_BUDGET if options.budget == "auto" else options.budget)
+    if budget.frames is not None:
+        raise SlalomError("--budget", options.budget, "the engine takes real time; write a time (90s, 2m, 1h)")
     _check_fits(options)
-    return finetune(options.scenario, options.init, seconds, seed=options.seed, out=options.out)
+    return finetune(options.scenario, options.init, budget.seconds, seed=options.seed, out=options.out)
 
 
 def _check_fits(o: Options) -> None:
@@ -95,6 +110,8 @@ def _learned(o: Options) -> dict[str, Any]:
     if o.recipe is not None:
         from train.recipe import load_recipe
 
+        used = ("recipe", "out", "resume", "ray", "storage", "accept_poor_fit", "as_json")
+        only(o, used, "a recipe says all of that, and trains from nothing; leave one of the two out")
         found = load_recipe(o.recipe)
         also, overrides = found.also, found.config
         o = replace(
@@ -111,6 +128,11 @@ def _learned(o: Options) -> dict[str, Any]:
     if o.algo == "direct" and o.rule != "auto":
         raise SlalomError("--rule", o.rule, "direct searches all rules; --rule belongs to --algo search or ppo")
     rule = "linear_score" if o.algo == "search" and o.rule == "auto" else o.rule
+    one_rule = rule != "auto" and o.algo in ("search", "ppo")
+    if o.storage is not None and not one_rule:
+        raise SlalomError("--storage", o.storage, "only the search of one rule keeps its trials there; leave it out")
+    if o.ray is not None and o.algo not in ("search", "ppo"):
+        raise SlalomError("--ray", o.ray, f"{o.algo} runs on this machine alone; leave it out, or use search or ppo")
     spent = parse_budget(o.budget)
     _check_fits(o)
 
@@ -134,8 +156,6 @@ def _going_on(o: Options) -> Options:
 
     :raises SlalomError: something else is named to learn from
     """
-    if o.recipe is not None:
-        raise SlalomError("--init", str(o.init), "a recipe trains from nothing; leave one of the two out")
     if o.algo not in ("auto", "ppo"):
         raise SlalomError("--algo", o.algo, "with --init only ppo goes on from a checkpoint")
     if o.rule != "auto":

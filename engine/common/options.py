@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, field, fields
 from typing import Annotated, Any, ParamSpec, TypeVar, get_type_hints
 
@@ -27,6 +27,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def command_app() -> typer.Typer:
+    """An application of one command. Its help is plain text: boxes cut the names of options short in 80 columns."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
 def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
     """A field of an options class.
 
@@ -35,7 +40,7 @@ def option(default: Any, help: str, *names: str, **limits: Any) -> Any:
     :param limits: ``min``, ``max`` and whatever else ``typer.Option`` takes
     """
     given = {} if default is ... else {"default": default}
-    return field(**given, metadata={"option": typer.Option(*names, help=help, **limits)})
+    return field(**given, metadata={"option": typer.Option(*names, help=help, **limits), "names": names})
 
 
 def same(options: type, name: str) -> Any:
@@ -65,6 +70,25 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
         return command
 
     return made
+
+
+def only(options: Any, used: Collection[str], fix: str) -> None:
+    """Refuse what would be ignored: all but ``used``, see :func:`none_of`."""
+    none_of(options, [each.name for each in fields(options) if each.name not in used], fix)
+
+
+def none_of(options: Any, ignored: Collection[str], fix: str) -> None:
+    """Refuse what would be ignored.
+
+    :param options: as :func:`takes` gives them
+    :param ignored: fields that do not count in what the command was asked to do
+    :raises SlalomError: one of them is not as it is where nobody gives it
+    """
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if each.name in ignored and value != each.default:
+            named = (*each.metadata["names"], "--" + each.name.replace("_", "-"))[0]
+            raise SlalomError(named, value, fix)
 
 
 def _default(options: type, name: str) -> Any:

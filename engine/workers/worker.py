@@ -20,7 +20,7 @@ import torch
 import typer
 
 from engine.calibration.quick import measure
-from engine.common.options import run_command
+from engine.common.options import command_app, run_command
 from engine.lanes.partitions import Lanes, make_device
 from engine.live.graphs import Capturer, CudaCapturer, LaneGraphs
 from engine.live.hosts import GraphSizes, LocalExecutor, lane_graphs
@@ -32,7 +32,7 @@ from engine.workers.wire import admit, hang_up, listen, parse_address, receive, 
 
 #: Callers that have not proved yet to know the secret; more are turned away.
 _STRANGERS = 64
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 
 
 class Worker:
@@ -185,17 +185,17 @@ class Worker:
 
 @app.command()
 def work(
-    model: Annotated[str, typer.Option(help="as serve's; the same file on every machine")],
+    model: Annotated[str, typer.Option(help="as for serve; the same file on every machine")],
     listen_on: Annotated[
         str, typer.Option("--listen", help="HOST:PORT by which serve and the other workers reach this process")
     ] = "127.0.0.1:0",
     device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16; as serve's")
+        str, typer.Option(help="auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16; as for serve")
     ] = "auto",
     kernels: Annotated[str, typer.Option(help="auto, torch, triton or flashinfer")] = "auto",
-    eager: Annotated[bool, typer.Option("--eager", help="launch every kernel, no CUDA graphs")] = False,
-    once: Annotated[bool, typer.Option("--once", help="end when standard input does")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="launch every kernel by itself, without CUDA graphs")] = False,
+    once: Annotated[bool, typer.Option("--once", help="stop when standard input ends")] = False,
 ) -> None:
     """Hold weights and KV for a serve started with --workers HOST:PORT. Both need the same secret in SLALOM_KEY."""
     place = choose_device(device)

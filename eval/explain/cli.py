@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from engine.common.options import run_command
+from engine.common.options import command_app, only, option, run_command, takes
 from engine.errors import SlalomError
 
 if TYPE_CHECKING:
     from env.scenario import Scenario
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 
 
 def explain_policy(
@@ -63,42 +62,60 @@ def explain_policy(
     }
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is explained, and in which form."""
+
+    policy: str | None = option(None, "Rule, RULE:parameter=value, or checkpoint folder.")
+    scenario: str = option("azure-conv-4xa100", "With --policy: shipped scenario or YAML file.")
+    rate: float | None = option(None, "With --policy: requests per second (default: the scenario's).")
+    requests: int = option(1500, "With --policy: requests of one run.", min=100)
+    seeds: int = option(3, "With --policy: paired runs.", min=1, max=50)
+    depth: int = option(3, "With --policy: depth of the tree.", min=1, max=8)
+    log: Path | None = option(None, "Decision log of serve --decision-log or route --decision-log.")
+    request: str | None = option(None, "With --log: one request: 17, or 1f3a9c02-17 of cmpl-1f3a9c02-17.")
+    seq: str | None = option(None, "With --log: one decision: its number, or SERVER-NUMBER.")
+    as_json: bool = option(False, "Print one JSON object.", "--json")
+    html: Path | None = option(None, "Also write a page to this file.")
+
+
 @app.command()
-def explain(
-    policy: Annotated[str | None, typer.Option(help="Rule, RULE:parameter=value, or checkpoint folder.")] = None,
-    scenario: Annotated[str, typer.Option(help="Shipped scenario or YAML file.")] = "azure-conv-4xa100",
-    rate: Annotated[float | None, typer.Option(help="Requests per second (default: the scenario's).")] = None,
-    requests: Annotated[int, typer.Option(min=100, help="Requests of one run.")] = 1500,
-    seeds: Annotated[int, typer.Option(min=1, max=50, help="Paired runs.")] = 3,
-    depth: Annotated[int, typer.Option(min=1, max=8, help="Depth of the tree.")] = 3,
-    log: Annotated[Path | None, typer.Option(help="Decision log of serve --decision-log.")] = None,
-    request: Annotated[str | None, typer.Option(help="Request: 17, or 1f3a9c02-17 of cmpl-1f3a9c02-17.")] = None,
-    seq: Annotated[str | None, typer.Option(help="Decision: its number, or SERVER-NUMBER.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write a page to this file.")] = None,
-) -> None:
-    """Explain one decision of a log, a whole log, or a policy on a scenario."""
+@takes(Options)
+def explain(options: Options) -> None:
+    """Explain one decision of a log, a whole log, or a policy on a scenario.
+
+    \b
+    Examples:
+      explain-policy --policy runs/mine/best --scenario azure-conv-4xa100 --html why.html
+      explain-policy --log decisions.jsonl
+      explain-policy --log decisions.jsonl --request cmpl-1f3a9c02-17
+    """
     from engine.common.files import write_text
     from eval.explain import render
     from eval.explain.log import explain_decision, summary
 
-    if (policy is None) == (log is None):
-        raise SlalomError("--policy, --log", policy, "give one of the two")
-    if log is not None and (request is not None or seq is not None):
-        result, text = (found := explain_decision(log, request=request, seq=seq)), render.decision_text(found)
-    elif log is not None:
-        result, text = (found := summary(log)), render.summary_text(found)
+    o = options
+    if (o.policy is None) == (o.log is None):
+        raise SlalomError("--policy, --log", o.policy, "give one of the two")
+    shown = ("as_json", "html")
+    if o.log is not None:
+        only(o, ("log", "request", "seq", *shown), "it belongs to --policy; leave it out with --log")
+        one = o.request is not None or o.seq is not None
+        result = explain_decision(o.log, request=o.request, seq=o.seq) if one else summary(o.log)
+        text = render.decision_text(result) if one else render.summary_text(result)
     else:
         from env.scenario import Scenario
 
-        assert policy is not None
-        loaded = Scenario.load(scenario)
-        found = explain_policy(policy, loaded, rate=rate, requests=requests, seeds=seeds, depth=depth)
-        result, text = found, render.policy_text(found)
-    if html is not None:
-        write_text(html, render.page(result, text))
-        print(f"wrote {html}", file=sys.stderr)
-    print(json.dumps(result, allow_nan=False) if as_json else text)
+        assert o.policy is not None
+        used = ("policy", "scenario", "rate", "requests", "seeds", "depth", *shown)
+        only(o, used, "it belongs to --log; leave it out with --policy")
+        loaded = Scenario.load(o.scenario)
+        result = explain_policy(o.policy, loaded, rate=o.rate, requests=o.requests, seeds=o.seeds, depth=o.depth)
+        text = render.policy_text(result)
+    if o.html is not None:
+        write_text(o.html, render.page(result, text))
+        print(f"wrote {o.html}", file=sys.stderr)
+    print(json.dumps(result, allow_nan=False) if o.as_json else text)
 
 
 def main() -> None:

@@ -16,11 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from engine.common.options import run_command
+from engine.common.options import command_app, run_command
 from engine.errors import SlalomError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_REPLANNING = "Replanning"
+app = command_app()
 
 
 @app.command()
@@ -40,46 +39,40 @@ def place(
             "--replan",
             help="Instead: walk the workload, split prefill and decode anew whenever the load has shifted, and "
             "measure what that gains.",
-            rich_help_panel=_REPLANNING,
         ),
     ] = False,
     knowing: Annotated[
         bool,
         typer.Option(
             "--clairvoyant",
-            help="Instead: the best schedule of role changes for somebody who knows the phases of the workload, and "
-            "the rate that it holds in each: the ceiling for whoever has to find out.",
-            rich_help_panel=_REPLANNING,
+            help="Instead: the best schedule of role changes when the phases of the workload are known beforehand, and "
+            "the rate that it sustains in each: a bound for every policy that does not know them.",
         ),
     ] = False,
     rate: Annotated[
         float | None,
         typer.Option(
             help="Requests per second; with --clairvoyant those it begins with (default: the scenario's).",
-            rich_help_panel=_REPLANNING,
         ),
     ] = None,
     window: Annotated[
         float | None,
         typer.Option(
             help="Seconds of load that are watched (default: 300, or a tenth of the workload).",
-            rich_help_panel=_REPLANNING,
         ),
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            help="Relative change of rate, prompt or output that counts (default: 0.2).", rich_help_panel=_REPLANNING
-        ),
+        typer.Option(help="Relative change of rate, prompt or output that counts (default: 0.2)."),
     ] = None,
 ) -> None:
     """Search the best fixed arrangement: roles and counts, chunk budget, SM split, tensor parallelism.
 
-    Example: plan-placement --scenario distserve-13b-3xa100 --gpus 4 --out plan.json
-
-    With --replan: DistServe's answer to a load that shifts. Example: plan-placement --scenario shift-pd-8xa100 --replan
-
-    With --clairvoyant: what knowing the shifts is worth. Example: plan-placement --scenario daynight-70b --clairvoyant
+    \b
+    Examples:
+      plan-placement --scenario distserve-13b-3xa100 --gpus 4 --out plan.json
+      plan-placement --scenario shift-pd-8xa100 --replan
+      plan-placement --scenario daynight-70b --clairvoyant
     """
     from engine.common.files import write_json
     from engine.common.provenance import commit

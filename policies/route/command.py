@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
-
-from engine.common.options import listed, option, run_command, same, takes
+from engine.common.options import command_app, listed, option, run_command, same, takes
 from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import InstancePlan, Policy, from_outside
 from engine.core.setup import ClusterOptions, InstanceSpec, LinkSpec
@@ -28,25 +26,31 @@ _log = logging.getLogger("slalom.route")
 _KV_TOKENS, _MAX_BATCH = 2**17, 256  # where neither the user nor the engine says
 _CHUNK_TOKENS = 2048
 _MEASURE_S, _MEASURE_TOKENS, _MEASURE_BATCH = 10.0, 512, 8  # at the start
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 
 
 @dataclass(frozen=True)
 class Options:
     """Who is routed to, and how. What :class:`policies.serve.Options` has too means the same."""
 
-    engines: str = option(..., "addresses of OpenAI-compatible engines: URL,URL,...")
+    engines: str = option(..., "addresses of the engines, which speak OpenAI's API: URL,URL,...")
     policy: str = same(serve.Options, "policy")
-    profile: str = option("", "latency profile of one engine, name or path; default: measured at start, some seconds")
-    order: str = option("", "who is handed on first: fcfs, shortest or on_time; default: the policy's, else fcfs")
+    profile: str = option("", "latency profile of one engine, by name or path; default: timed at the start")
+    order: str = option(
+        "", "which prompts engines get first: fcfs, shortest or on_time; default: the policy's, else fcfs"
+    )
     kv_tokens: int = option(0, "KV capacity of an engine, tokens; 0: what it says, else 131072", min=0, max=2**31 - 1)
     max_batch: int = option(0, "sequences that an engine runs at once; 0: what it says, else 256", min=0, max=65536)
     chunk_tokens: int = option(_CHUNK_TOKENS, "prompt tokens that an engine computes in a step", min=16, max=2**30)
-    prefix_cache: bool = option(True, "engines reuse KV of equal beginnings: prefer who has it")
+    prefix_cache: bool = option(True, "engines reuse the KV of prompts that begin alike")
     kv_transfer: bool = option(
-        False, "engines pull KV from each other (vLLM: NixlConnector): who decodes is a decision too", "--kv-transfer"
+        False,
+        "engines pull KV from each other (vLLM: NixlConnector), so one may prefill and another decode",
+        "--kv-transfer",
     )
-    roles: str = option("", "with --kv-transfer: prefill, decode, mixed; one, or one for each; default: the policy's")
+    roles: str = option(
+        "", "with --kv-transfer: prefill, decode or mixed, one for all or one for each; default: the policy's"
+    )
     reallocate: bool = option(False, "with --kv-transfer: the policy may change roles", "--reallocate")
     at_once: int = same(serve.Options, "at_once")
     engine_deadlines: bool = option(
@@ -71,10 +75,10 @@ class Options:
     advisory: bool = same(serve.Options, "advisory")
     guard_config: str = same(serve.Options, "guard_config")
     decision_log: str = same(serve.Options, "decision_log")
-    health_s: float = option(1.0, "seconds between two looks at a silent engine", min=0.05, max=3600)
-    health_timeout_s: float = option(3.0, "it may take that long to answer one", min=0.05, max=3600)
-    stall_s: float = option(30.0, "an ejected engine's streams may be silent for so long", min=0.1, max=86_400)
-    outage_s: float = option(10.0, "requests wait so long while no engine answers", min=0.1, max=86_400)
+    health_s: float = option(1.0, "seconds between two looks at an engine that says nothing", min=0.05, max=3600)
+    health_timeout_s: float = option(3.0, "seconds that an engine may take to answer one", min=0.05, max=3600)
+    stall_s: float = option(30.0, "seconds that a stream of an ejected engine may be silent", min=0.1, max=86_400)
+    outage_s: float = option(10.0, "seconds that requests wait while no engine answers", min=0.1, max=86_400)
 
 
 def _order(options: Options, policy_order: int | None) -> int:
@@ -253,9 +257,13 @@ def _profile(options: Options, engines: Sequence[EngineFacts]) -> tuple[Any, Any
 @app.command()
 @takes(Options)
 def route(options: Options) -> None:
-    """Route requests for /v1/completions and /v1/chat/completions to ENGINES, dispatched by POLICY behind a guard.
+    """Stand in front of engines that speak OpenAI's API: a policy decides which one gets a request, and when.
 
     /dashboard shows it live, /metrics counts it, and clients on this machine may change policy and mode under /admin.
+
+    \b
+    Example:
+      route --engines http://gpu1:8000,http://gpu2:8000 --policy predicted_ttft --order on_time
     """
     from engine.server.running import open_and_serve
 

@@ -67,7 +67,7 @@ def test_a_poor_fit_is_marked_and_refused_by_training(tmp_path: Path) -> None:
     scenario = Scenario.load("smollm2-2xcpu").with_overrides({"profile": str(tmp_path / "x.json")})
     assert "poor fit" in scenario.poor_fits()[0]
     (tmp_path / "poor.yaml").write_text(scenario.to_yaml(), encoding="utf-8")
-    options = TrainOptions(scenario=str(tmp_path / "poor.yaml"), algo="search", budget="1", out=tmp_path / "run")
+    options = TrainOptions(scenario=str(tmp_path / "poor.yaml"), algo="search", budget="1k", out=tmp_path / "run")
     with pytest.raises(SlalomError, match="--accept-poor-fit"):
         train_policy(**vars(options))
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from engine.common.options import option, takes
+from engine.common.options import only, option, takes
+from engine.errors import SlalomError
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,13 @@ def test_the_help_is_that_of_the_function_and_of_the_fields() -> None:
     said = CliRunner().invoke(app, ["--help"]).output
     assert "What it does." in said
     assert "repeated" in said
+
+
+def test_an_option_that_would_do_nothing_is_refused() -> None:
+    only(Options("m", loud=True), ("model", "loud"), "leave it out")
+    with pytest.raises(SlalomError, match=r"^--loud: got True; leave it out"):
+        only(Options("m", loud=True), ("model",), "leave it out")
+    with pytest.raises(SlalomError, match=r"^--name: got \['a'\]; leave it out"):
+        only(Options("m", names=["a"]), ("model",), "leave it out")
+    with pytest.raises(SlalomError, match=r"^--out: "):
+        only(Options("m", out=Path("x")), ("model",), "leave it out")

@@ -170,6 +170,21 @@ def test_interrupt_keeps_points_and_resume_needs_no_point_twice(world, monkeypat
     assert world.runs == 1 + 8 - kept
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--reproduce", "all", "--seeds", "2"], "--seeds: got 2; it does nothing with --reproduce"),
+        (["--fidelity", "--rates", "1,2"], "--rates: got '1,2'; it does nothing with --fidelity"),
+        (["--loads", "0.5"], "give it together with --fidelity"),
+        (["--markdown"], "--markdown: got True; it is for several scenarios"),
+        (["--scenario", "all", "--ray", "auto"], "--ray: got 'auto'; with several scenarios"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments, says):
+    compared = [] if "--reproduce" in arguments else ["--scenario", "x", "--policy", "y"]
+    assert says in str(CliRunner().invoke(cli.app, [*compared, *arguments]).exception)
+
+
 def test_help_explains_every_option():
     shown = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "200"}).output
     for option in (

@@ -175,5 +175,7 @@ def test_command_line(log: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert json.loads(run(app, ["--log", str(log), "--json"]).stdout)["requests"] == 60
     assert isinstance(run(app, []).exception, SlalomError)
+    for arguments in (["--log", str(log), "--rate", "3"], ["--policy", "least_tokens", "--seq", "3"]):
+        assert f"{arguments[2]}: got" in str(run(app, arguments).exception)
     log.with_name("broken").write_text("nonsense\n")
     assert isinstance(run(app, ["--log", str(log.with_name("broken"))]).exception, SlalomError)

@@ -66,3 +66,17 @@ def test_the_command_writes_a_profile_and_prints_the_held_out_errors(tmp_path):
     profile = Profile.load(out)
     assert (profile.kv_tokens, profile.engine, profile.model) == (6400, "vLLM 0.19.0", "m")
     assert profile.decode_s(1000, 4) == pytest.approx(TRUE[2] * 1000 + TRUE[3] * 4 + TRUE[4], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--from-requests", "log.jsonl", "--device", "cpu"], "--device: got 'cpu'; it does nothing with --from-req"),
+        (["--engine", "http://a", "--instances", "2"], "--instances: got 2; it does nothing with --engine"),
+        (["--engine", "http://a", "--watch", "--beside", "http://b"], "it does nothing with --watch"),
+        (["--model", "dummy:tiny", "--beside", "http://b"], "give it together with --engine"),
+        (["--model", "dummy:tiny", "--holdout", "0.2"], "--holdout: got 0.2; give it together with --from-requests"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments, says):
+    assert says in str(CliRunner().invoke(app, ["--out", "mine.json", *arguments]).exception)
