@@ -116,15 +116,16 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
     for k, entry in enumerate(entries):
         try:
             numbers = {x: float(entry[x]) for x in ("ttft_s", "tpot_s", "ttft_factor", "weight") if x in entry}
+            numbers.setdefault("ttft_s", 0.0)  # with a factor alone there is no least target
             targets = min(numbers["tpot_s"], max(numbers["ttft_s"], numbers.get("ttft_factor", 0.0)))
             name = str(entry["name"])
             if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or name in found:
                 raise ValueError
-            if not name.isprintable() or not 0 < len(name) <= 200:
+            if not {*entry} <= _CLASS_KEYS or not name.isprintable() or not 0 < len(name) <= 200:
                 raise ValueError
             found[name] = SloClass(**numbers)
         except (KeyError, TypeError, ValueError) as error:
-            fix = "give every class its own name, ttft_s and tpot_s (above 0, at most a day), maybe weight, ttft_factor"
+            fix = "give every class its own name, ttft_s or ttft_factor, tpot_s (above 0, at most a day), maybe weight"
             raise SlalomError(f"{path}: classes[{k}]", entry, fix) from error
     return found
 

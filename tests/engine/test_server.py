@@ -22,6 +22,7 @@ from live_cases import TOKENIZER, Ends
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import free_port, healthy, until
 
+from engine.core.setup import SloClass
 from engine.errors import SlalomError
 from engine.server.door import Limits, configure
 from engine.server.protocol import targets_of
@@ -226,12 +227,15 @@ def test_classes_and_priorities_of_requests_reach_the_core(served: Served, tmp_p
     finally:
         server.close()
     assert seen == [(0, 1000, 0), (2, 8000, -2), (1, 70, 0)]
-    for text in ("", "classes: []", "classes: [{name: a}]", "classes: [3]", "classes: {", "- 1"):
+    for text in ("", "classes: []", "classes: [{name: a}]", "classes: [3]", "classes: {", "- 1",
+                 "classes: [{name: a, ttft_s: 1, tpot_s: 1, ttft_facto: 2}]"):  # fmt: skip
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(SlalomError, match="classes"):
             load_classes(str(tmp_path / "bad.yaml"), 1.0, 1.0)
     with pytest.raises(SlalomError, match="--classes"):
         load_classes("nowhere.yaml", 1.0, 1.0)
+    (tmp_path / "factor.yaml").write_text("classes: [{name: a, ttft_factor: 5, tpot_s: 1}]")
+    assert load_classes(str(tmp_path / "factor.yaml"), 1.0, 1.0) == {"a": SloClass(0.0, 1.0, ttft_factor=5.0)}
 
 
 def test_metrics_speak_as_vllm(served: Served) -> None:
