@@ -9,6 +9,9 @@ from engine.errors import SlalomError
 
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _FRAMES = {"": 1, "k": 1_000, "M": 1_000_000}
+#: Fewer tell nothing: a bare small number is a time whose unit was forgotten.
+_FEWEST = 1_000
+_FIX = "write a time (90s, 2m, 1h), or a number of simulated requests (500k, 2M)"
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,15 @@ class Budget:
 def parse_budget(text: str) -> Budget:
     """``90s``, ``2m``, ``1.5h`` are time; ``500k``, ``2M``, ``100000`` are frames.
 
-    :raises SlalomError: anything else, or nothing left to spend
+    :raises SlalomError: anything else, or too little to learn from
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhkM]?)", text.strip())
     if found is None or float(found[1]) <= 0:
-        raise SlalomError("--budget", text, "write a time (90s, 2m, 1h) or frames (500k, 2M)")
+        raise SlalomError("--budget", text, _FIX)
     amount, unit = float(found[1]), found[2]
     if unit in _SECONDS:
         return Budget(seconds=amount * _SECONDS[unit])
     frames = round(amount * _FRAMES[unit])
-    if frames < 1:
-        raise SlalomError("--budget", text, "at least one frame is needed")
+    if frames < _FEWEST:
+        raise SlalomError("--budget", text, f"that is less than {_FEWEST} requests; {_FIX}")
     return Budget(frames=frames)

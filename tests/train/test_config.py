@@ -79,7 +79,7 @@ def test_minutes_and_millions_differ() -> None:
     assert parse_budget("2M").frames == 2_000_000
 
 
-@pytest.mark.parametrize("text", ["", "s", "-3s", "0", "0.0001k", "3 weeks", "1e5", "nan"])
+@pytest.mark.parametrize("text", ["", "s", "-3s", "0", "0.0001k", "3 weeks", "1e5", "nan", "3", "0.9k"])
 def test_bad_budget(text: str) -> None:
     with pytest.raises(SlalomError, match="--budget"):
         parse_budget(text)
