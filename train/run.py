@@ -32,6 +32,7 @@ from env.measure.evaluator import measure
 from env.measure.pool import RayExecutor, connect, cores
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
+from policies import registry
 from train.budget import Budget
 from train.collect.workers import RayCollector
 from train.config import TrainConfig, load_config
@@ -104,6 +105,10 @@ def run(request: Request) -> dict[str, Any]:
     if config.workers and request.ray is None:
         raise SlalomError("workers", config.workers, "leave it out, or let Ray's workers collect: --ray auto")
     torch.set_num_threads(config.torch_threads)
+    if request.rule != AUTO:
+        registry.get(request.rule).bind({}, arena_of(scenario).setting)  # it may refuse, before there is a folder
+    if request.init is not None and not request.resume:
+        load_network(request.init)
     root = request.out or Path("runs") / f"{scenario.name}-{request.algorithm}-{request.seed}"
     folder = RunFolder(root)
     if request.resume:
@@ -262,7 +267,6 @@ def _base(
         return SearchResult.read(folder.base)
     if request.init is not None:
         kept = folder.root / "base"
-        load_network(request.init)
         replace_folder(request.init, kept)  # to resume from, whatever becomes of the other
         found = start_from(kept, scenario, config, display)
         write_json(folder.base, asdict(found), sealed=True)

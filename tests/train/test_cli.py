@@ -45,6 +45,14 @@ def test_bad_flags_exit_2(arguments: list[str], says: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--algo", "search", "--rule", "no_such_rule"], ["--algo", "ppo", "--init", "nowhere"]]
+)
+def test_what_is_refused_leaves_no_run_behind(tmp_path: Path, arguments: list[str]) -> None:
+    assert command("--scenario", "tiny-4xa100", "--out", str(tmp_path / "run"), *arguments).returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_needs_no_heavy_imports() -> None:
     code = (
         "import sys, train.cli\n"

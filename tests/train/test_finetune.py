@@ -53,6 +53,8 @@ def test_a_checkpoint_goes_on_learning_on_the_engine(tiny, tmp_path):
     assert best.manifest.name == (tuned if better else before).manifest.name
     assert tuned.manifest.training["seed"] == 3
     assert tuned.manifest.fidelity == {"step_spread": 0.1}
+    with pytest.raises(SlalomError, match="a run is there already"):
+        finetune(str(path), tmp_path / "start", 2.0, out=tmp_path / "run")
 
 
 def test_a_rule_cannot_be_fine_tuned(tiny, tmp_path):

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.common.files import write_json
+from engine.common.files import claim, write_json
+from engine.errors import SlalomError
 from env.gym.engine_env import EngineVecEnv
 from env.live.replay import replay
 from env.measure.metrics import outcomes
@@ -86,13 +87,16 @@ def finetune(
     loaded, chosen = load_network(init), Scenario.load(scenario)
     config = TrainConfig(**CONFIG)  # type: ignore[arg-type]
     torch.set_num_threads(config.torch_threads)
+    folder = out or Path("runs") / f"{chosen.name}-engine-{seed}"
+    claim(folder)  # before anything is learned that could not be written
+    if (folder / "result.json").exists():
+        raise SlalomError("--out", str(folder), "a run is there already; name another folder")
     rule = loaded.manifest.rule
     env = EngineVecEnv(
         chosen, seed=seed, n_requests=config.n_requests, policy=bind_policy(rule.name, chosen, dict(rule.values)),
         advise=bool(np.any(loaded.arrays.get("bonus", 0.0))),
     )  # fmt: skip
     print(f"fine-tuning {init} for {seconds:g} s on {env.park.name}", file=sys.stderr)
-    folder = out or Path("runs") / f"{chosen.name}-engine-{seed}"
     try:
         model = DispatchPPO(env, partial(network_of, loaded), config, seed=seed)
         model.learn(10**9, time_limit_s=seconds, log_interval=0)
