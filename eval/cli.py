@@ -52,7 +52,7 @@ class Options:
     repetitions: int = option(3, "With --fidelity: engine runs of each case.", min=2, max=100)
     run_s: float = option(9.0, "With --fidelity: seconds of arrivals of one run.", min=1.0)
     store: bool = option(True, "With --fidelity: keep the table in the scenario's profile.")
-    rates: str | None = option(None, "START:STOP:STEP or a,b,c in requests per second.")
+    rates: str | None = option(None, "START:STOP:STEP or a,b,c in requests (or sessions) per second.")
     goodput: bool = option(False, "Search each policy's sustained goodput (default).", "--goodput")
     seeds: int = option(3, "Seeds, the same for every policy.", min=1, max=1000)
     requests: int | None = option(None, "Requests of one run.", min=20)
@@ -185,7 +185,7 @@ def _compare_on_many(o: Options, scenarios: list[str], policies: list[str]) -> N
     from engine.common.progress import Display
     from eval.compare.session import MOST_TRIALS, open_folder
     from eval.compare.table import TableRequest, run_table, scenario_names
-    from eval.report.table_page import markdown, summary, write_table
+    from eval.report.table_page import markdown, summary, units, write_table
 
     open_folder(o.out, o.resume, "cells")
     request = TableRequest(
@@ -207,7 +207,7 @@ def _compare_on_many(o: Options, scenarios: list[str], policies: list[str]) -> N
         sys.stdout.write(text.rstrip("\n") + "\n")
         return
     head, rows = summary(result)
-    table = Table(title="sustained/classic goodput at 90 % [requests/s], tuned (untuned)")
+    table = Table(title=f"sustained/classic goodput at 90 % [{units(result)}], tuned (untuned)")
     for at, name in enumerate(head):
         table.add_column(name, no_wrap=at == 0, justify="left" if at == 0 else "right")
     for row in rows:
@@ -255,7 +255,7 @@ def _print(result: Comparison, console: Console) -> None:
 
     from eval.compare.verdict import lost_share, verdict
 
-    kind = ": sustained goodput in requests/s" if result.is_sustained else ": classic goodput in requests/s"
+    kind = f": {'sustained' if result.is_sustained else 'classic'} goodput in {result.rate_unit}"
     title = result.settings["scenario"] + (kind if result.searched else ": attainment in %")
     table = Table(title=escape(title))
     table.add_column("policy", no_wrap=True)

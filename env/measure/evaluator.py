@@ -219,5 +219,5 @@ def lone_time(evaluator: Evaluator, contender: Contender, seed: int = 0) -> floa
     settings = replace(evaluator.settings, n_requests=400, warmup=0.0, drain=0.0, detailed=False)
     p90 = evaluator.points(contender, rate, [seed], settings)[0].metrics["p90_e2el_ms"]
     if p90 is None:
-        raise SlalomError("policy", contender.name, f"it serves nobody at {rate:.3g} requests/s: does it fit?")
+        raise SlalomError("policy", contender.name, f"it serves nobody at {rate:.3g}/s: does it fit?")
     return float(p90) / 1e3

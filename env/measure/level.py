@@ -138,6 +138,11 @@ def has_sessions(scenario: Any) -> bool:
     return _load(_key(scenario)).turns > 1.0
 
 
+def rate_unit(scenario: Any) -> str:
+    """What a rate of the scenario counts: ``sessions/s`` where later turns come of one arrival, else ``requests/s``."""
+    return "sessions/s" if has_sessions(scenario) else "requests/s"
+
+
 def run_settings(
     base: PointSettings, rate: float, lone_s: float, *, part: int = 1, turns: float = 1.0, settle_s: float = 0.0,
     natural_s: float = 0.0,

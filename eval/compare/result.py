@@ -16,7 +16,7 @@ class _Part(BaseModel):
 
 
 class Found(_Part):
-    """Goodput of one policy at one target, requests per second, with its interval of 95 % where it has one.
+    """Goodput of one policy at one target, in ``rate_unit`` of the comparison, with its 95 % interval if it has one.
 
     Of a sustained one also what it was found with (``at``), and the rate above it that fails (``above``), with why.
     """
@@ -141,6 +141,11 @@ class Comparison(_Part):
     def is_sustained(self) -> bool:
         """Whether its goodput is the sustained one; else it is the classic one."""
         return self.goodput_kind == "sustained"
+
+    @property
+    def rate_unit(self) -> str:
+        """What its rates count: ``requests/s`` or ``sessions/s``."""
+        return str(self.settings.get("rate_unit", "requests/s"))
 
     @property
     def lead(self) -> float:

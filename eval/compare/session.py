@@ -22,6 +22,7 @@ from env.measure.contender import Contender, Point, PointSettings
 from env.measure.digest import code_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
 from env.measure.goodput import TARGETS
+from env.measure.level import rate_unit
 from env.measure.sustained_search import measure_sustained
 from env.scenario import Scenario
 from eval.compare.headline import SUSTAINED, lead_with, meetings, search_all
@@ -162,7 +163,7 @@ def evaluate(request: Request, watcher: Watcher | None = None) -> Comparison:
                 contenders = [c for c in contenders if c.policy != found["policy"] or c.tuned]
     for rate in request.rates or (request.scenario.reference_rate,):
         if told := _unfinished(request, rate):
-            watcher.note(f"at {rate:.4g} requests/s {told}")
+            watcher.note(f"at {rate:.4g} {rate_unit(request.scenario)} {told}")
     seeds = list(range(request.seeds))
     pool, width = _pool(request)
     folder = None if request.out is None else request.out / "points"
@@ -298,6 +299,7 @@ def _settings(request: Request, seeds: Sequence[int], tuning: list[dict[str, Any
         "machine": machine(),
         "tuning": tuning,
         "scenario_yaml": scenario.to_yaml(),
+        "rate_unit": rate_unit(scenario),
         "poor_fits": scenario.poor_fits(),
     }
 

@@ -33,6 +33,7 @@ from env.measure.contender import STATIC_PLAN as STATIC
 from env.measure.contender import Contender, PointSettings
 from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.evaluator import Evaluator
+from env.measure.level import rate_unit
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
 from eval.compare.cells import measured
@@ -290,5 +291,6 @@ def _about(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "name": scenario.name,
         "description": " ".join([scenario.description, *scenario.poor_fits()]),
         "regime": scenario.regime,
+        "rate_unit": rate_unit(scenario),
     }
     return facts | {"gpus": scenario.n_gpus(), "reference_rate": scenario.reference_rate, **found}

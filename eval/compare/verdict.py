@@ -18,7 +18,7 @@ def reasons(result: Comparison) -> list[str]:
     for side in result.ranking():
         found = side.at(result.lead)
         above = found.above
-        held = f"sustains {found.rate:.4g} requests/s" if found.rate else "sustains no rate"
+        held = f"sustains {found.rate:.4g} {result.rate_unit}" if found.rate else "sustains no rate"
         why = f": {above['rate']:.4g} fails by {above['failed']}" if above else ""
         said.append(f"{side.label} {held}{why}.")
         said += [f"{side.label}: {text}." for text in side.sustained["missing"]]
@@ -82,7 +82,7 @@ def _opening(result: Comparison, best: Side) -> str:
         return f"No policy holds {share} at any rate: the targets are out of reach on this cluster."
     verb = "sustains" if result.is_sustained else "holds"
     return (
-        f"{best.label} {verb} {share} of requests sent up to {found.rate:.4g} requests/s "
+        f"{best.label} {verb} {share} of requests sent up to {found.rate:.4g} {result.rate_unit} "
         f"(95 % interval {found.interval[0]:.4g} to {found.interval[1]:.4g}; {found.per_gpu:.4g} per GPU)."
     )
 
@@ -97,7 +97,7 @@ def _price(result: Comparison, best: Side) -> list[str]:
     told = ", ".join(f"{percent(n / _sent(point))} {name}" for name, n in lost.items()) or "none lost"
     longest = point["worst_wait_s"]
     wait = "nobody was served" if longest is None else f"the longest wait for a first token was {longest:.3g} s"
-    return [f"At {point['rate']:.4g} requests/s under {best.label}: {told} of the requests sent; {wait}."]
+    return [f"At {point['rate']:.4g} {result.rate_unit} under {best.label}: {told} of the requests sent; {wait}."]
 
 
 def percent(share: float) -> str:

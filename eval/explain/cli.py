@@ -33,6 +33,7 @@ def explain_policy(
     :raises SlalomError: unknown policy or scenario, or scikit-learn is missing
     """
     from engine.core.columns import Kind
+    from env.measure.level import rate_unit
     from eval.explain.policy import deviations, distil, gain, importance, record
 
     rate = rate or scenario.reference_rate
@@ -57,6 +58,7 @@ def explain_policy(
         "policy": {"name": recorder.name, **recorder.describe()},
         "scenario": scenario.name,
         "rate": rate,
+        "rate_unit": rate_unit(scenario),
         "kinds": kinds,
         "gain": gain(scenario, policy, rate=rate, n_requests=requests, seeds=range(seeds), differing=differing),
     }

@@ -67,7 +67,7 @@ def policy_text(result: dict[str, Any]) -> str:
     g = result["gain"]
     low, high = (100 * x for x in g["interval"])
     lines = [
-        f"{result['policy']['name']} on {result['scenario']} at {result['rate']:g} requests/s, "
+        f"{result['policy']['name']} on {result['scenario']} at {result['rate']:g} {result['rate_unit']}, "
         f"{g['seeds']} x {g['requests']} requests",
         "",
         f"against {BASELINE} on the same arrivals: attainment {100 * g['attainment']['policy']:.1f} % and "

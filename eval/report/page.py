@@ -29,7 +29,7 @@ _BODY = """
 <ul>{% for text in starved %}<li>{{ text }}</li>{% endfor %}</ul>
 {{ drawn.breakdown }}
 {% if per_class %}
-{{ table(["policy", "rate [1/s]", "class", "both [%]", "TTFT [%]", "TPOT [%]"], per_class) }}
+{{ table(["policy", "rate [" ~ unit ~ "]", "class", "both [%]", "TTFT [%]", "TPOT [%]"], per_class) }}
 {% endif %}
 {% if watched %}
 <h2>One run over time</h2>
@@ -101,6 +101,7 @@ def _page(result: Comparison, drawn: Mapping[str, Markup]) -> str:
         _BODY,
         title=title,
         settings=settings,
+        unit=result.rate_unit,
         drawn=drawn,
         cards=cards(result),
         verdict=[(_kind(text), text) for text in verdict(result)],
@@ -134,7 +135,7 @@ def _goodput_table(result: Comparison) -> tuple[list[str], list[list[str]]]:
         return _sustained_table(result)
     head = ["policy", "tuned"]
     for target in result.targets:
-        head += [f"goodput at {100 * target:g} % [1/s]", "95 % interval"]
+        head += [f"goodput at {100 * target:g} % [{result.rate_unit}]", "95 % interval"]
     head.append("per GPU")
     rows = []
     for side in result.ranking():
@@ -149,7 +150,13 @@ def _goodput_table(result: Comparison) -> tuple[list[str], list[list[str]]]:
 def _sustained_table(result: Comparison) -> tuple[list[str], list[list[str]]]:
     """Sustained goodput, what it was found with, and the classic figure beside it."""
     shares = [f"{100 * target:g} %" for target in result.targets]
-    head = ["policy", "tuned", *(f"sustained at {share} [1/s]" for share in shares), "95 % interval", "per GPU"]
+    head = [
+        "policy",
+        "tuned",
+        *(f"sustained at {share} [{result.rate_unit}]" for share in shares),
+        "95 % interval",
+        "per GPU",
+    ]
     head += [f"classic at {shares[0]}", "stability limit", "P99 TTFT [s]", "longest wait [s]"]
     head += ["refused", "unserved", "worst class [%]", "worst length [%]", "no more, because"]
     rows = []
@@ -187,7 +194,7 @@ def _points(result: Comparison, side: Side) -> list[Mapping[str, Any]]:
 
 
 def _point_table(result: Comparison) -> tuple[list[str], list[list[str]]]:
-    head = ["policy", "rate [1/s]", "attainment [%]", "95 % interval", "TTFT met [%]", "TPOT met [%]"]
+    head = ["policy", f"rate [{result.rate_unit}]", "attainment [%]", "95 % interval", "TTFT met [%]", "TPOT met [%]"]
     rows = []
     for side in result.ranking():
         for p in _points(result, side):

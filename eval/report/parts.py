@@ -26,8 +26,8 @@ def cards(result: Comparison) -> Iterator[tuple[str, str, str]]:
             yield _against(result, subject, rival)
     worst = _worst_class(point)
     if worst is not None:
-        yield f"{100 * worst[1]:.1f} %", f"worst class, {worst[0]}, at {point['rate']:.4g} requests/s", ""
-    yield longest_wait(point), f"longest wait for a first token at {point['rate']:.4g} requests/s", ""
+        yield f"{100 * worst[1]:.1f} %", f"worst class, {worst[0]}, at {point['rate']:.4g} {result.rate_unit}", ""
+    yield longest_wait(point), f"longest wait for a first token at {point['rate']:.4g} {result.rate_unit}", ""
     yield percent(lost_share(point)), "of requests shed, failed or unfinished there", ""
 
 
@@ -60,7 +60,7 @@ def starved(result: Comparison) -> list[str]:
     for side in result.ranking():
         point = result.meeting_point(side)
         worst = _worst_class(point)
-        told = f"at {point['rate']:.4g} requests/s "
+        told = f"at {point['rate']:.4g} {result.rate_unit} "
         if worst is not None:
             gap = 100 * (point["slo_attainment"] - worst[1])
             told += f"its worst class, {worst[0]}, meets its targets for {100 * worst[1]:.1f} % "

@@ -36,7 +36,7 @@ def figures(result: Comparison) -> dict[str, tuple[Figure, str]]:
         caption = f"{kind} of every policy with 95 % intervals, best on top; marks: at stricter shares"
         drawn["goodput"] = (_goodput(result), caption)
     if watched := result.shadow:
-        where = f"seed {watched['seed']} at {watched['rate']:.4g} requests/s"
+        where = f"seed {watched['seed']} at {watched['rate']:.4g} {result.rate_unit}"
         caption = f"One run over time ({where}): attainment by time of arrival, load, roles of {watched['subject']}"
         drawn["timeline"] = (timeline(watched), caption)
         if watched["differing"]["ways"]:
@@ -105,7 +105,7 @@ def _attainment(result: Comparison) -> Figure:
     target = 100 * result.lead
     axis.axhline(target, color="#555555", linewidth=1)
     axis.annotate(f"{target:g} %", (0.005, target), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
-    axis.set(xlabel="request rate [1/s]", ylabel="requests meeting both targets [% of sent]", ylim=(0, 102))
+    axis.set(xlabel=f"rate [{result.rate_unit}]", ylabel="requests meeting both targets [% of sent]", ylim=(0, 102))
     _legend(figure, axis, len(result.policies))
     return figure
 
@@ -122,7 +122,7 @@ def _latency(result: Comparison) -> Figure:
             axis.plot(rates, [p[key] for p in points], label=side.label, **style)
             low, high = [p[f"{key}_range"][0] for p in points], [p[f"{key}_range"][1] for p in points]
             axis.fill_between(rates, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axis.set(xlabel="request rate [1/s]", ylabel=f"P90 {metric.upper()} [ms]")
+        axis.set(xlabel=f"rate [{result.rate_unit}]", ylabel=f"P90 {metric.upper()} [ms]")
         if not drawn:
             axis.text(0.5, 0.5, "no request finished", transform=axis.transAxes, ha="center")
             continue
@@ -160,7 +160,7 @@ def _goodput(result: Comparison) -> Figure:
         figure.legend(loc="outside upper right", fontsize=9, frameon=False, ncols=4)
     axis.set_yticks(range(len(order)), [side.label for side in order])
     kind = "sustained goodput" if result.is_sustained else "goodput"
-    axis.set_xlabel(f"{kind} at {100 * result.lead:g} % [requests/s]; hatched: tuned")
+    axis.set_xlabel(f"{kind} at {100 * result.lead:g} % [{result.rate_unit}]; hatched: tuned")
     return figure
 
 
@@ -190,7 +190,7 @@ def _breakdown(result: Comparison) -> Figure:
             edgecolor="white",
         )
     axis.set_xticks(range(len(groups)), groups)
-    axis.set(ylabel="attainment [% of sent]", ylim=(0, 102), title=f"at {rows[0][1]['rate']:.4g} requests/s")
+    axis.set(ylabel="attainment [% of sent]", ylim=(0, 102), title=f"at {rows[0][1]['rate']:.4g} {result.rate_unit}")
     _legend(figure, axis, len(rows))
     return figure
 

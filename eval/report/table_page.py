@@ -64,8 +64,13 @@ def _both(figures: Mapping[str, Any]) -> str:
     return f"{_number(figures['goodput']['rate'])}/{_number(figures['classic'])}"
 
 
+def units(result: Mapping[str, Any]) -> str:
+    """What the rates of the table count."""
+    return " or ".join(dict.fromkeys(about["rate_unit"] for about in result["scenarios"]))
+
+
 _DETAIL = (
-    "policy", "", "sustained at 90 % [req/s]", "95 % interval", "classic", "stability", "attainment [%]", "lost [%]",
+    "policy", "", "sustained at 90 % [{}]", "95 % interval", "classic", "stability", "attainment [%]", "lost [%]",
     "P90 TTFT [ms]", "P90 TPOT [ms]", "P99 ITL [ms]", "decisions/s",
 )  # fmt: skip
 
@@ -90,10 +95,10 @@ def _sections(result: Mapping[str, Any]) -> list[tuple[str, list[str], Row, list
     asked = result["settings"]
     effort = f"{asked['tune']} trials per policy and scenario" if asked["tune"] else "nothing tuned but static_plan"
     first = (
-        f"Sustained/classic goodput at 90 %, tuned (untuned), {effort}, {asked['seeds']} seeds of the test split, the "
-        "same arrivals for all. Sustained: the largest request rate that is held for good (90 % of those sent in time, "
-        "nobody waits too long or stays unserved, no backlog grows, every class and length served). Classic: the first "
-        "of these clauses alone, over runs as long. 0: held at no rate. "
+        f"Sustained/classic goodput at 90 % [{units(result)}], tuned (untuned), {effort}, {asked['seeds']} seeds of "
+        "the test split, the same arrivals for all. Sustained: the largest rate that is held for good (90 % of those "
+        "sent in time, nobody waits too long or stays unserved, no backlog grows, every class and length served). "
+        "Classic: the first of these clauses alone, over runs as long. 0: held at no rate. "
         "–: does not fit the scenario's levers. static_plan: the best fixed arrangement found with the same trials, "
         "free in all roles, without any lever at run time."
     )
@@ -103,7 +108,8 @@ def _sections(result: Mapping[str, Any]) -> list[tuple[str, list[str], Row, list
         cells = _cells(result, about["name"])
         said = [
             f"{about['description']} Latencies, attainment and decisions per second (event loop included) at "
-            f"{about['reference_rate']:g} requests/s, {about['requests']:,} requests per run; goodput in longer ones."
+            f"{about['reference_rate']:g} {about['rate_unit']}, {about['requests']:,} requests per run; goodput in "
+            "longer ones."
         ]
         for cell in cells:
             if cell.get("tuned") and "arrangement" in cell["tuned"]:
@@ -111,7 +117,14 @@ def _sections(result: Mapping[str, Any]) -> list[tuple[str, list[str], Row, list
             said += _whys(cell)
             if cell.get("refused"):
                 said.append(f"Left out: {cell['refused']}.")
-        parts.append((f"{about['name']} ({about['regime']})", said, list(_DETAIL), _detail(cells)))
+        parts.append(
+            (
+                f"{about['name']} ({about['regime']})",
+                said,
+                [head.format(about["rate_unit"]) for head in _DETAIL],
+                _detail(cells),
+            )
+        )
     return parts
 
 

@@ -11,6 +11,7 @@ from eval.compare.result import Comparison
 from eval.compare.session import Request, evaluate
 from eval.compare.verdict import reasons, verdict
 from eval.report.page import write_report
+from eval.report.parts import cards, starved
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,13 @@ def test_rates_of_sessions_are_told_to_be_of_sessions(result):
     assert not any("Rates count sessions" in text for text in reasons(result))
     content = result.to_json()
     content["policies"][0]["sustained"] |= {"turns": 4.06, "settle_s": 1650.0}
-    told = reasons(Comparison.from_json(content))
+    content["settings"] = result.settings | {"rate_unit": "sessions/s"}
+    sessions = Comparison.from_json(content)
+    told = reasons(sessions)
     assert told[0].startswith("Rates count sessions, of 4.06 requests each; their load settles in 27.5 minutes")
+    for text in (*verdict(sessions), *(f"{a} {b}" for a, b, _ in cards(sessions)), *starved(sessions)):
+        assert "requests/s" not in text
+    assert f"up to {result.ranking()[0].at(0.9).rate:.4g} sessions/s" in " ".join(verdict(sessions))
 
 
 def test_a_pair_is_compared_seed_by_seed(result):

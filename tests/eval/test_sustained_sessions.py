@@ -12,7 +12,7 @@ from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator, simulated
-from env.measure.level import level_settings, mean_level, measure_level, run_settings
+from env.measure.level import level_settings, mean_level, measure_level, rate_unit, run_settings
 from env.measure.metrics import outcomes
 from env.measure.sustained import DEFINITION, sample_of
 from env.measure.sustained_search import Search, measure_sustained
@@ -224,3 +224,8 @@ def test_only_runs_with_sessions_leave_out_two_thirds_for_their_level(talks):
     given = PointSettings(warmup=0.1)
     assert level_settings(given, talks, 900) == replace(given, n_requests=900, warmup=2 / 3, sessions="settled")
     assert level_settings(given, Scenario.load("azure-conv-4xa100"), 900) == replace(given, n_requests=900)
+def test_rates_of_sessions_count_sessions(talks):
+    assert rate_unit(talks) == "sessions/s"
+    assert rate_unit(Scenario.load("azure-conv-4xa100")) == "requests/s"
+
+

@@ -11,6 +11,7 @@ import torch
 from engine.common.progress import Display
 from engine.errors import SlalomError
 from env.measure.contender import PointSettings
+from env.measure.level import rate_unit
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of
 from policies.checkpoint.folder import LoadedPolicy, load
@@ -65,7 +66,7 @@ def start_from(init: Path, scenario: Scenario, config: TrainConfig, display: Dis
     display.update(0.0, f"knee of {loaded.name}")
     settings = PointSettings(n_requests=config.tune_requests, split="train")
     knee = knee_rate(scenario, settings, policy=str(init), tolerance=KNEE_NEAR)
-    display.update(1.0, f"{knee:.3g} requests/s")
+    display.update(1.0, f"{knee:.3g} {rate_unit(scenario)}")
     rule, plans, past = loaded.manifest.rule, loaded.manifest.arrangement, loaded.manifest.training
     effort = int(past.get("search_requests", 0)) + int(past.get("frames", 0))  # it counts, whoever spent it
     return SearchResult(

@@ -19,6 +19,7 @@ from engine.common.files import read_json
 from engine.common.progress import Display
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings
+from env.measure.level import rate_unit
 from env.scenario import Scenario
 from policies import registry
 from policies.rule import Value
@@ -132,7 +133,7 @@ def search_rule(
     display.update(0.0, f"knee of {rule} with its defaults")
     knee = knee_rate(scenario, settings, policy=rule, tolerance=KNEE_NEAR)
     rates = tuple(factor * knee for factor in KNEE)
-    display.update(1.0, f"{knee:.3g} requests/s")
+    display.update(1.0, f"{knee:.3g} {rate_unit(scenario)}")
     per_trial = len(rates) * len(_SEEDS) * settings.n_requests
     limits = [trials, requests // per_trial if requests else None, _MOST_TRIALS]
     budget = max(4, min(limit for limit in limits if limit is not None))
