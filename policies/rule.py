@@ -36,6 +36,8 @@ class Param:
     :param integer: whole numbers only
     :param choices: the values allowed, instead of a range; the params array holds the *index*
     :param by_hand: further values that may be given, but that a search never draws
+    :param off: a trial takes what it draws below this as ``low``, which switches something off. It would never draw
+        exactly ``low``, and a value beside it may do harm: one prompt in some hundred that is placed at random
     :param when: the choices of other parameters with which this one matters, by name; nothing named: with all
     """
 
@@ -48,6 +50,7 @@ class Param:
     choices: tuple[Value, ...] | None = None
     doc: str = ""
     by_hand: tuple[Value, ...] = ()
+    off: float | None = None
     when: tuple[tuple[str, tuple[Value, ...]], ...] = ()
 
     def matters(self, choices: Mapping[str, Value]) -> bool:
@@ -93,7 +96,8 @@ class Param:
             return self.check(choice)
         if self.integer:
             return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
-        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
+        drawn = trial.suggest_float(self.name, self.low, self.high, log=self.log)
+        return self.low if self.off is not None and drawn < self.off else drawn
 
 
 @dataclass(frozen=True, eq=False)

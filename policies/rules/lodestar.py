@@ -205,7 +205,7 @@ RULE = Rule(
     decide=decide,
     needs=int(Need.LOAD),
     params=(
-        Param("epsilon", 0.0, 0.2, 0.01, doc="share of prompts routed at random, to keep learning"),
+        Param("epsilon", 0.0, 0.2, 0.01, off=0.005, doc="share of prompts routed at random, to keep learning"),
         Param("forgetting", 0.98, 1.0, 0.999, doc="λ: weight of an answer after the next one came in"),
         Param("ridge", 1e-3, 10.0, 0.1, log=True, doc="pull of the first weights towards zero"),
         Param("warm_up", 8, 512, 32, log=True, integer=True, doc="answers before predictions are trusted"),

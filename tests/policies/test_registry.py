@@ -165,6 +165,15 @@ def test_optuna_draws_values_the_rule_accepts(name: str) -> None:
         assert rule.values(drawn) == drawn
 
 
+def test_a_search_may_switch_off_what_it_draws_too_low_to_matter() -> None:
+    param = Param("share", 0.0, 1.0, 0.5, off=0.1)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [param.suggest(study.ask()) for _ in range(100)]
+    assert 0.0 in drawn
+    assert min(value for value in drawn if value) >= 0.1
+    assert param.check(0.01) == 0.01  # given by hand it stays
+
+
 def test_a_default_outside_its_range_is_a_programming_error() -> None:
     with pytest.raises(SlalomError):
         Rule("r", "d", "s", default_answer, (Param("x", 0.0, 1.0, 2.0),))
