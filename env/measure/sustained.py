@@ -85,7 +85,7 @@ class Sample:
 
     :param span_s: from the first to the last measured arrival
     :param sent: requests measured; ``good``: those that met both targets; per block of arrivals as well
-    :param tail: longest wait for a first token, in TTFT targets of the one who waited
+    :param tail: longest wait for a first token, in TTFT targets of the one who waited; ``over``: waits too long
     :param refused: shed, or failed before a first token; ``refused_late``: later than the TTFT target
     :param unserved: neither finished nor refused
     :param classes: good and sent per class; ``lengths``: per fifth of the prompts by length
@@ -103,6 +103,7 @@ class Sample:
     block_sent: list[int]
     block_good: list[int]
     tail: float
+    over: int
     longest_wait_s: float
     p99_ttft_s: float | None
     refused: int
@@ -121,12 +122,13 @@ class Sample:
         return asdict(self)
 
 
-def sample_of(run: Any, *, warmup: float, settled: bool = False) -> Sample:
+def sample_of(run: Any, *, warmup: float, settled: bool = False, tail_factor: float = math.inf) -> Sample:
     """The facts of a finished run.
 
     :param run: a ``RunResult``
     :param warmup: share of arrivals left out at the start
     :param settled: of the time in which sessions begin, see ``env.measure.metrics.outcomes``
+    :param tail_factor: longest wait that the scenario allows, in TTFT targets
     """
     found = outcomes(run, warmup=warmup, settled=settled)
     r = run.req[found.rows]
@@ -134,6 +136,7 @@ def sample_of(run: Any, *, warmup: float, settled: bool = False) -> Sample:
     first, last = (int(req["arrival"][found.rows[k]]) for k in (0, -1))
     refused, late = refusals(r)
     wait = waits(r)
+    targets = wait / np.maximum(r["ttft_slo"], 1)
     block_sent, block_good = block_counts(found, 20)
     lengths, edges = _by_length(r["prompt"], found.good)
     span_s = (last - first) / per_s
@@ -146,7 +149,8 @@ def sample_of(run: Any, *, warmup: float, settled: bool = False) -> Sample:
         good=int(found.good.sum()),
         block_sent=block_sent,
         block_good=block_good,
-        tail=float((wait / np.maximum(r["ttft_slo"], 1)).max()),
+        tail=float(targets.max()),
+        over=int((targets > tail_factor).sum()),
         longest_wait_s=float(wait.max()) / TICKS_PER_S,
         p99_ttft_s=float(np.nanpercentile(found.ttft_s, 99)) if (r["first_token"] >= 0).any() else None,
         refused=int(refused.sum()),
@@ -256,6 +260,7 @@ class Clause:
     :param letter: a, b, c or d
     :param name: what it asks
     :param value: measured; ``bound``: what it must reach or stay below
+    :param told: how many requests are behind the value, in words
     """
 
     letter: str
@@ -263,9 +268,10 @@ class Clause:
     value: float
     bound: float
     met: bool
+    told: str = ""
 
     def __str__(self) -> str:
-        return f"({self.letter}) {self.name}: {self.value:.4g}, bound {self.bound:.4g}"
+        return f"({self.letter}) {self.name}: {self.value:.4g}, bound {self.bound:.4g}{self.told}"
 
 
 @dataclass(frozen=True)
@@ -323,21 +329,19 @@ def judge(
     offered, served = (float(np.mean([getattr(s, key) for s in samples])) for key in ("offered", "served"))
     bound = max(limit, served) * (1.0 + definition.limit_margin)
     tail, late = max(s.tail for s in samples), sum(s.refused_late for s in samples)
-    unserved = sum(s.unserved for s in samples)
+    unserved, over = sum(s.unserved for s in samples), f" ({sum(s.over for s in samples):,} of {sent:,} requests)"
     growing = f"growth of the backlog over a run, in mean backlogs (p = {trend.p:.2g})"
     floor = target - definition.slack
     clauses = [
         Clause("a", "share of requests sent that meets both targets", good / sent, target, good >= target * sent),
-        Clause("b", "longest wait for a first token, in TTFT targets", tail, tail_factor, tail <= tail_factor),
+        Clause("b", "longest wait for a first token, in TTFT targets", tail, tail_factor, tail <= tail_factor, over),
         Clause("b", "requests left unserved", unserved, 0, unserved == 0),
         Clause("b", "requests refused later than their TTFT target", late, 0, late == 0),
         Clause("c", growing, trend.growth, definition.trend_growth, not trend.found(definition)),
         Clause("c", "rate, against the stability limit", offered, bound, offered <= bound),
     ]
-    groups = list(_groups(samples))
-    for name, hit, n in groups:
-        if n:
-            clauses.append(Clause("d", f"share of {name}", hit / n, floor, hit >= floor * n))
+    groups = _groups(samples)
+    clauses += [Clause("d", f"share of {name}", hit / n, floor, hit >= floor * n) for name, hit, n in groups if n]
     missing = () if early else _missing(samples, groups, lone_s, definition)
     return Verdict(
         rate=samples[0].rate, target=target, clauses=tuple(clauses), runs=len(samples),

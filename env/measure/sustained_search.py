@@ -59,7 +59,9 @@ def measure_sustained(scenario: Any, contender: Contender, rate: float, seed: in
     """As :func:`env.measure.evaluator.measure`, with the facts of ``env.measure.sustained`` under ``sustained``."""
     kept: list[Any] = []
     point = measure(scenario, contender, rate, seed, settings, watch=kept.append)
-    sample = sample_of(kept[0], warmup=settings.warmup, settled=settings.sessions == "settled")
+    sample = sample_of(
+        kept[0], warmup=settings.warmup, settled=settings.sessions == "settled", tail_factor=scenario.tail_factor
+    )
     return replace(point, metrics=point.metrics | {"sustained": sample.as_dict()})
 
 

@@ -148,7 +148,7 @@ def _held(side: Side) -> dict[str, Any]:
         "classic": classic and classic.rate,
         "limit": side.sustained.get("stability_limit"),
         "at": first.at,
-        "ends_by": first.fails_above.split(":")[0],
+        "ends_by": first.fails_above.split(";")[0],
     }
 
 

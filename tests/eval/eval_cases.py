@@ -30,7 +30,7 @@ def steady(n, **columns):
 class Scenario:
     """What an evaluation asks of a scenario."""
 
-    name, reference_rate, n_requests = "synthetic", 8.0, 500
+    name, reference_rate, n_requests, tail_factor = "synthetic", 8.0, 500, 10.0
 
     def __init__(self, capacity: float = 40.0) -> None:
         self.capacity = capacity

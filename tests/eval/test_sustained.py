@@ -19,7 +19,7 @@ from env.scenario import Scenario
 
 def verdict_of(run, target=0.9, **options):
     given = {"tail_factor": 10.0, "limit": 1e6, "lone_s": 0.1} | options
-    return judge([sample_of(run, warmup=0.0)], target, **given)
+    return judge([sample_of(run, warmup=0.0, tail_factor=given["tail_factor"])], target, **given)
 
 
 # -- clauses -------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_one_wait_over_ten_targets_fails_by_clause_b(make_run):
     rows[7]["first_token"] = rows[7]["arrival"] + 1001 * MS
     found = verdict_of(make_run(rows))
     assert found.failed.startswith("(b) longest wait")
-    assert "10.01" in found.failed
+    assert "10.01, bound 10 (1 of 400 requests)" in found.failed
     assert verdict_of(make_run(rows), tail_factor=11.0).met
 
 
