@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.calibration.probe import StepTrace
 from engine.core.kinds import RequestState
+from engine.core.origin import STAMPS
 from engine.core.setup import blank_requests
 from engine.latency.evaluate import TICKS_PER_S
 from engine.live.fate import Fate
@@ -22,7 +23,7 @@ from engine.live.request import ABORT, Ticket
 from engine.live.scheduler import Scheduler
 from env.scenario import Scenario
 from env.surrogate.arena import requests_of
-from env.surrogate.simulate import RunResult
+from env.surrogate.simulate import RunResult, abandon
 from env.workload import Trace
 
 #: Seconds that requests still open at the last arrival are given, unless the caller says otherwise.
@@ -57,9 +58,9 @@ class Client(Observer):
     def __init__(self, trace: Trace, vocabulary: int, salt: int = 0) -> None:
         self._trace = trace
         self.records = blank_requests(trace.n)
-        template = requests_of(trace)
+        self._template = requests_of(trace)
         for name in ("prompt", "output", "cls", "ttft_slo", "tpot_slo"):
-            self.records[name] = template[name]
+            self.records[name] = self._template[name]
         self.lag_s = np.full(trace.n, np.nan)
         self._row: dict[int, int] = {}  # request number -> row
         self._turns: list[tuple[int, int]] = []  # follow-up turns by due time, ns of the clock on the wall
@@ -107,6 +108,16 @@ class Client(Observer):
                     sent += 1
             self._send(send, row, when)
 
+    def sealed(self, zero: int) -> np.ndarray:
+        """The records, REQUEST (R,), with stamps from ``zero`` on and sessions as the surrogate's have them."""
+        for name in ("next_turn", "think"):  # a scheduler knows of no sessions
+            self.records[name] = self._template[name]
+        for name in STAMPS:
+            happened = self.records[name] >= 0
+            self.records[name][happened] -= zero
+        abandon(self.records)
+        return self.records
+
     def _send(self, send: Send, row: int, when_ns: int) -> None:
         with self._changed:  # ``request_ended`` waits until the request's row is known
             request = send(row, self._prompts[row])
@@ -149,7 +160,7 @@ def play(scheduler: Scheduler, client: Client, send: Send, drain_s: float, **sai
         raise RuntimeError("the scheduler failed while it replayed the scenario") from scheduler.failure
     state = scheduler.state
     return EngineRun(
-        req=_from_zero(client.records, zero), cluster=state.cluster[0], inst=state.inst, cls=state.cls, itl=state.itl,
+        req=client.sealed(zero), cluster=state.cluster[0], inst=state.inst, cls=state.cls, itl=state.itl,
         duration_s=(scheduler.clock.read() - zero) / TICKS_PER_S, wall_s=time.perf_counter() - begin,
         decisions=sum(scheduler.runtime.decisions.values()), policy=scheduler.runtime.policy.name,
         events=int(state.cluster[0]["tokens_out"]), lag_s=client.lag_s, steps=(), transfers=(), **said,
@@ -160,14 +171,6 @@ def said_of(scenario: Scenario, rate: float, seed: int) -> dict[str, Any]:
     """Fields of :class:`EngineRun` that say what was asked for."""
     names = tuple(c.name for c in scenario.classes)
     return {"class_names": names, "n_gpus": scenario.n_gpus(), "rate": rate, "seed": seed, "scenario": scenario.name}
-
-
-def _from_zero(records: np.ndarray, zero: int) -> np.ndarray:
-    """Stamps counted from the start of the run, as the surrogate's are."""
-    for name in ("arrival", "placed", "prefill_start", "first_token", "last_token", "finished"):
-        happened = records[name] >= 0
-        records[name][happened] -= zero
-    return records
 
 
 def targets_of(trace: Trace, row: int) -> dict[str, Any]:

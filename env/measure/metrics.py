@@ -6,7 +6,8 @@ Definitions (DESIGN.md section 4, Metrics):
 * TPOT = (last token − first token) / (output tokens − 1). An answer of one token has none: it meets its target by
   definition and enters no mean, median or percentile.
 * A request is *good* when it finished and met both of its own targets. Whoever was sent and is shed, failed
-  or unfinished when the run ends, counts as missed: attainment is good ÷ **sent**.
+  or unfinished when the run ends, counts as missed: attainment is good ÷ **sent**. So do the turns of a session after
+  one that was shed or failed: nobody sends them, and they count among these (``env.surrogate.simulate.abandon``).
 * The first ``warmup`` and last ``drain`` share of arrivals are left out of every figure except the
   histogram of token gaps (``itl``) and the cluster's counters: those cover the whole run (see ``windows``).
 * Of sessions the later turns come for as long as the sessions last, long after the last one has begun. ``settled``

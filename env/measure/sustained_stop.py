@@ -110,6 +110,5 @@ def unsteady(samples: Sequence[Sample], lasts_s: float, warm_s: float, settle_s:
         )
     came, due = (float(np.mean([getattr(s, key) for s in samples])) for key in ("offered", "due"))
     if came < _STEADY * due:
-        why = "a refused turn ends its session" if any(s.refused for s in samples) else "sessions outlast the runs"
-        told.append(f"{why}: {came:.3g} requests/s came, not {due:.3g} as in the long run")
+        told.append(f"sessions outlast the runs: {came:.3g} requests/s came, not {due:.3g} as in the long run")
     return told

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numba
 import numpy as np
 
+from engine.core.kinds import RequestState
 from engine.core.policy import Policy
 from engine.core.state import ClusterState
 from engine.errors import SlalomError
@@ -31,7 +32,8 @@ _SLICE = 200_000  # decisions, about a second
 class RunResult:
     """What a run left behind. Times in ``req`` are ticks of 1 ps; stamps that never happened are -1.
 
-    :param req: REQUEST (R,)
+    :param req: REQUEST (R,), with the turns that nobody sent because an earlier one was refused or failed: see
+        :func:`abandon`
     :param cluster: CLUSTER record; ``inst`` INSTANCE (N,); ``cls`` SLO_CLASS (C,)
     :param itl: int64 (ITL_BINS,), token gaps counted in ``engine.core.slo.itl_edges_s()``
     :param duration_s: simulated seconds
@@ -139,7 +141,28 @@ def simulate(
     else:
         origin_s = long.play(state, sim, play)
     wall = time.perf_counter() - begin
+    abandon(state.req, origin_s)
     return replace(_result(scenario, state, sim, rate, seed, bound.name, wall, arena.n_gpus), origin_s=origin_s)
+
+
+def abandon(req: np.ndarray, origin_s: np.ndarray | None = None) -> None:
+    """Whoever is refused, or fails, gives up the session: the turns after it end as it did, when they would have come.
+
+    Each counts as sent and missed, as if answers took no time. Else refusing the first turn of a long session would
+    take all its work away for the price of one missed request.
+
+    :param req: REQUEST (R,) of a finished run, changed in place
+    :param origin_s: (R,), as in :class:`RunResult`
+    """
+    ended = np.isin(req["state"], (RequestState.SHED, RequestState.FAILED)) & (req["next_turn"] > 0)
+    rows = np.flatnonzero(ended)
+    while len(rows):
+        turns = req["next_turn"][rows]
+        req["state"][turns] = req["state"][rows]
+        req["arrival"][turns] = req["finished"][turns] = req["finished"][rows] + req["think"][rows]
+        if origin_s is not None:
+            origin_s[turns] = origin_s[rows]
+        rows = turns[req["next_turn"][turns] > 0]
 
 
 def _result(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from eval_cases import MS, request
 
+from engine.core.kinds import RequestState
+from engine.core.setup import blank_requests
+from engine.core.state import REQUEST
 from engine.errors import SlalomError
 from engine.latency.evaluate import TICKS_PER_S
+from engine.live.request import ABORT
+from env.live.client import Client
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator, simulated
 from env.measure.level import level_settings, mean_level, measure_level, rate_unit, run_settings
@@ -18,6 +25,7 @@ from env.measure.sustained import DEFINITION, sample_of
 from env.measure.sustained_search import Search, measure_sustained
 from env.measure.sustained_stop import cut_short, unsteady
 from env.scenario import Scenario
+from env.surrogate.simulate import abandon
 from env.workload import write_trace
 
 TURNS, THINK_S = 8, 40.0
@@ -57,12 +65,12 @@ def span_s(found):
 # -- the measured window -------------------------------------------------------------------------------
 
 
-def settled_run(scenario, found, rate, seed=0):
+def settled_run(scenario, found, rate, seed=0, who=WHO):
     """(settings, run) as the search plays it."""
     load = found.load
     settings = run_settings(PointSettings(), rate, found.lone_s, turns=load.turns, settle_s=load.settle_s,
                             definition=replace(SHORT, requests=16_000))  # fmt: skip
-    return settings, simulated(scenario, WHO, rate, seed, settings)
+    return settings, simulated(scenario, who, rate, seed, settings)
 
 
 def sessions_of(run):
@@ -123,6 +131,56 @@ def test_shares_are_of_the_time_in_which_sessions_begin(make_run):
     assert len(outcomes(run, warmup=0.0).rows) == 10
     sample = sample_of(run, warmup=0.5, settled=True)
     assert (sample.sent, sample.due) == (3, pytest.approx(100.0))
+
+
+@pytest.mark.parametrize("end", [RequestState.SHED, RequestState.FAILED])
+def test_turns_after_one_that_ended_early_end_as_it_did_when_they_would_have_come(end):
+    run = np.zeros(5, dtype=REQUEST)
+    run["next_turn"] = [2, 3, -1, 4, -1]
+    run["state"][:2], run["finished"][:2], run["think"] = [RequestState.FINISHED, end], [10, 20], 7
+    run["arrival"] = [0, 10, 17, -1, -1]
+    run["state"][2] = RequestState.RUNNING
+    origin_s = np.array([0.0, 9.0, 0.0, 0.0, 0.0])
+    abandon(run, origin_s)
+    assert run["state"].tolist() == [RequestState.FINISHED, end, RequestState.RUNNING, end, end]
+    assert run["arrival"].tolist() == [0, 10, 17, 27, 34]
+    assert run["finished"][3:].tolist() == [27, 34]
+    assert origin_s.tolist() == [0.0, 9.0, 0.0, 9.0, 9.0]
+
+
+def test_whoever_refuses_a_turn_misses_the_rest_of_the_session_too(talks, found):
+    """At twice the capacity about half of all turns is missed, though most of those are never sent."""
+    strict = talks.with_overrides({"decisions": {"shed": True}})
+    settings, run = settled_run(strict, found, 2.0 * found.limit, who=Contender("linear_score:shed=0"))
+    sample = sample_of(run, warmup=settings.warmup, settled=True)
+    assert sample.offered == pytest.approx(sample.due, rel=0.05)
+    assert 0.4 < sample.good / sample.sent < 0.6
+    assert (sample.unserved, sample.refused_late) == (0, 0)
+    assert (run.cluster["n_sent"] - run.cluster["n_finished"]) / run.cluster["n_sent"] < 0.25
+
+
+def test_the_client_of_live_runs_counts_them_as_well(talks):
+    """A server that refuses the second request it gets: a first turn."""
+    trace = talks.workload.build(1000.0, 3 * TURNS, 0, "test")
+    client = Client(trace, vocabulary=100)
+    asked = []
+
+    def send(row, prompt):
+        record = blank_requests(1)[0]
+        end = RequestState.SHED if asked else RequestState.RUNNING
+        record["state"], record["arrival"], record["finished"] = end, 5 * MS, 6 * MS
+        asked.append(SimpleNamespace(number=row))
+        finish = "shed" if len(asked) > 1 else ABORT
+        threading.Timer(0.0, client.request_ended, (asked[-1], record, finish, None)).start()
+        return asked[-1]
+
+    client.send_all(send, drain_s=60.0)
+    req = client.sealed(zero=4 * MS)
+    assert len(asked) == trace.n_roots == 3
+    assert (req["state"] == RequestState.SHED).sum() == 2 * TURNS
+    assert (req["arrival"][:3] == MS).all()
+    later = req["arrival"][trace.n_roots :]
+    assert sorted(later[later >= 0] // (THINK_S * TICKS_PER_S)) == sorted([*range(1, TURNS)] * 2)
 
 
 # -- the search ----------------------------------------------------------------------------------------
@@ -195,13 +253,12 @@ def test_a_trace_that_is_cut_keeps_the_warm_up_of_sessions_and_the_share_of_open
     assert cut_short(settled, 2_000).warmup == 0.8
 
 
-def test_fewer_turns_than_sessions_hold_are_told_with_the_reason(make_run):
+def test_fewer_turns_than_sessions_hold_are_told(make_run):
     rows = [request(10 * i, 10 * i + 1, 10 * i + 1, finished=(10 * i + 1) * MS) for i in range(100)]
     sample = sample_of(make_run(rows), warmup=0.0)
     assert unsteady([sample], 60.0, 60.0, 60.0) == []
     long = replace(sample, due=1.3 * sample.offered)
     assert "sessions outlast the runs" in unsteady([long], 60.0, 60.0, 60.0)[0]
-    assert "a refused turn ends its session" in unsteady([replace(long, refused=3)], 60.0, 60.0, 60.0)[0]
 
 
 def test_sessions_that_settle_in_no_run_at_all_are_refused(talks):
@@ -220,12 +277,12 @@ def test_the_level_of_sessions_is_that_of_the_long_run(talks, found, times, low,
         assert low <= mean_level(evaluator, WHO, times * found.limit, (0, 1)) <= high
 
 
-def test_only_runs_with_sessions_leave_out_two_thirds_for_their_level(talks):
-    given = PointSettings(warmup=0.1)
-    assert level_settings(given, talks, 900) == replace(given, n_requests=900, warmup=2 / 3, sessions="settled")
-    assert level_settings(given, Scenario.load("azure-conv-4xa100"), 900) == replace(given, n_requests=900)
 def test_rates_of_sessions_count_sessions(talks):
     assert rate_unit(talks) == "sessions/s"
     assert rate_unit(Scenario.load("azure-conv-4xa100")) == "requests/s"
 
 
+def test_only_runs_with_sessions_leave_out_two_thirds_for_their_level(talks):
+    given = PointSettings(warmup=0.1)
+    assert level_settings(given, talks, 900) == replace(given, n_requests=900, warmup=2 / 3, sessions="settled")
+    assert level_settings(given, Scenario.load("azure-conv-4xa100"), 900) == replace(given, n_requests=900)
