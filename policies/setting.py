@@ -65,6 +65,11 @@ class Setting:
     mean_prompt: float = 0.0
     mean_output: float = 0.0
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all instances are of one hardware: then it does not matter which of them does what."""
+        return len(set(zip(self.profile_of, self.kv_tokens, self.max_batch, strict=True))) == 1
+
     def check_roles(self, plans: Sequence[InstancePlan], who: str) -> None:
         """:raises SlalomError: a plan uses a role that this scenario does not allow"""
         for plan in plans:

@@ -54,6 +54,16 @@ def test_searches_and_plans_draw_from_the_roles_that_are_allowed(apart: Scenario
     assert {a.family for a in arrangements(free, 8)} == {"mixed", "multiplexed", "hybrid", "disaggregated"}
 
 
+def test_where_instances_differ_it_matters_which_of_them_does_what() -> None:
+    def splits(name: str) -> set[tuple[int | None, ...]]:
+        found = [tuple(plan.role for plan in plans) for plans in composed(arena_of(Scenario.load(name)).setting)]
+        return {roles for roles in found if set(roles) == {Role.PREFILL, Role.DECODE} and roles.count(Role.DECODE) == 2}
+
+    there, back = (Role.PREFILL,) * 2 + (Role.DECODE,) * 2, (Role.DECODE,) * 2 + (Role.PREFILL,) * 2
+    assert splits("fleet-2xa100-2xh100") == {there, back}
+    assert splits("azure-conv-4xa100") == {there}
+
+
 def test_levers_of_role_changes_reach_the_core_and_older_hashes_stand() -> None:
     shift = Scenario.load("shift-pd-8xa100")
     both = shift.with_overrides({"decisions.at_once": 3, "decisions.drain": "hand_over"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 
@@ -71,8 +71,8 @@ def _roles(setting: Setting) -> list[Role]:
 
 
 def composed(setting: Setting) -> list[tuple[InstancePlan, ...]]:
-    """One role for all, and every two roles in up to five proportions, with plain budgets; queues on time and in order
-    of arrival. Random draws may miss the right one, and who does what decides more than anything else."""
+    """One role for all, and every two roles in up to five proportions (both ways round where instances differ), with
+    plain budgets; queues on time and in order of arrival. Random draws may miss the right one, and who does what decides more than anything else."""
     in_time = _chunk_in_time(setting)
     chunk = int(np.clip(_IN_TIME * in_time, 64, 8192)) if in_time >= 64 else _CHUNK
     n, roles = setting.n_instances, _roles(setting)
@@ -91,6 +91,6 @@ def composed(setting: Setting) -> list[tuple[InstancePlan, ...]]:
             ),
         }  # fmt: skip
         found += [(plans[role],) * n for role in roles if role not in (Role.PREFILL, Role.DECODE)]
-        for first, second in combinations(roles, 2):
+        for first, second in (combinations if setting.is_uniform else permutations)(roles, 2):
             found += [(plans[first],) * size + (plans[second],) * (n - size) for size in sizes]
     return found

@@ -307,7 +307,7 @@ def direct_search(
     """
     search = _Search(scenario, config, seed, requests, seconds, report, journal or Journal())
     search.explore()
-    starts = _different(search.ranked, config.starts)
+    starts = _different(search.ranked, config.starts, ordered=not search.setting.is_uniform)
     climbs = [_Climb(search, design, number) for number, design in enumerate(starts)]
     begun, left = search.used, max(_END - search.used, 0.0)
     if len(climbs) > 1:  # arrangements show what they can become only after some generations: race, then go on
@@ -340,12 +340,18 @@ def direct_search(
     )  # fmt: skip
 
 
-def _different(designs: Sequence[Design], n: int) -> list[Design]:
+def _different(designs: Sequence[Design], n: int, *, ordered: bool) -> list[Design]:
     """The best designs of different arrangements, then of different rules; among equals linear scores first: CMA-ES
-    moves them further than scores that have a rule to talk out of its answer."""
+    moves them further than scores that have a rule to talk out of its answer.
+
+    :param ordered: whether it matters which instance does what
+    """
 
     def roles(design: Design) -> object:
-        return None if design.plans is None else tuple(p.role for p in design.plans)
+        if design.plans is None:
+            return None
+        found = [-1 if p.role is None else p.role for p in design.plans]
+        return tuple(found if ordered else sorted(found))
 
     found: dict[object, Design] = {}
     for design in designs:
