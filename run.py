@@ -28,7 +28,7 @@ RULES = (
     *("round_robin", "power_of_two", "least_tokens", "static_split"),
     *("chunked", "splitwise", "muxwise", "linear_score"),
 )
-EFFORT = "5M"  # simulated requests of the training, and of the search of each rule
+EFFORT = "3M"  # simulated requests of the training, and of the search of each rule
 #: The versions with which everything was tested last; ``python tests/test_lock.py`` writes it.
 LOCK = ROOT / "requirements.lock"
 #: Users with a GPU bring these in the build for their CUDA version; elsewhere they are locked like the rest.
