@@ -28,6 +28,7 @@ from env.scenario import Scenario
 from eval.compare.headline import SUSTAINED, lead_with, meetings, search_all
 from eval.compare.paired import compare
 from eval.compare.result import Comparison
+from eval.placement.placement import check_plannable
 
 #: Of one search, where only its simulated requests are bounded.
 MOST_TRIALS = 3_000
@@ -116,10 +117,11 @@ def contenders_of(request: Request, watcher: Watcher) -> list[Contender]:
         for policy in dict.fromkeys(request.policies):
             for name in (*names(), STATIC) if policy == "all" else [policy]:
                 label = label_of(name)
-                if name == STATIC:
-                    chosen.setdefault(name, Contender(name))
-                    continue
                 try:
+                    if name == STATIC:
+                        check_plannable(request.scenario)
+                        chosen.setdefault(name, Contender(name))
+                        continue
                     evaluator.points(Contender(name), request.scenario.reference_rate, [0])
                 except SlalomError as error:
                     if policy != "all":

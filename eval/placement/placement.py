@@ -130,9 +130,21 @@ def _group(scenario: Scenario, profile: Profile, role: str, count: int, **change
     return InstanceGroup(**(facts | changes))
 
 
+def check_plannable(scenario: Scenario) -> None:
+    """:raises SlalomError: a fleet of several kinds of GPU: a plan would trade the slower ones for faster ones"""
+    kinds = sorted({profile.device for profile in scenario.load_profiles()})
+    if len(kinds) > 1:
+        fix = "a plan places instances on GPUs of one kind; leave static_plan out, or plan for each kind by itself"
+        raise SlalomError(f"{scenario.name}: cluster", ", ".join(kinds), fix)
+
+
 def arrangements(scenario: Scenario, gpus: int) -> Iterator[Arrangement]:
     """Every arrangement on ``gpus`` GPUs with default budgets, of roles that the scenario allows; all of them use as
-    many GPUs as they can."""
+    many GPUs as they can.
+
+    :raises SlalomError: a fleet of several kinds of GPU
+    """
+    check_plannable(scenario)
     usable = scenario.usable_roles()
     for arrangement in _every(scenario, gpus):
         if all(group.role in usable for group in arrangement.groups):

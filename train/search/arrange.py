@@ -72,7 +72,8 @@ def _roles(setting: Setting) -> list[Role]:
 
 def composed(setting: Setting) -> list[tuple[InstancePlan, ...]]:
     """One role for all, and every two roles in up to five proportions (both ways round where instances differ), with
-    plain budgets; queues on time and in order of arrival. Random draws may miss the right one, and who does what decides more than anything else."""
+    plain budgets; queues on time and in order of arrival. Random draws may miss the right one, and who does what
+    decides more than anything else."""
     in_time = _chunk_in_time(setting)
     chunk = int(np.clip(_IN_TIME * in_time, 64, 8192)) if in_time >= 64 else _CHUNK
     n, roles = setting.n_instances, _roles(setting)
