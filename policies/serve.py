@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("slalom.serve")
 _WARM_UP_TOKENS = 256
 _DAY_MS = 86_400_000.0
-_CLASS_KEYS = {"name", "share", "weight", "ttft_s", "ttft_factor", "tpot_s"}
+_CLASS_NUMBERS = ("ttft_s", "tpot_s", "ttft_factor", "weight")
 app = command_app()
 
 
@@ -115,13 +115,13 @@ def load_classes(path: str, ttft_s: float, tpot_s: float) -> dict[str, SloClass]
     found: dict[str, SloClass] = {}
     for k, entry in enumerate(entries):
         try:
-            numbers = {x: float(entry[x]) for x in ("ttft_s", "tpot_s", "ttft_factor", "weight") if x in entry}
+            numbers = {x: float(entry[x]) for x in _CLASS_NUMBERS if x in entry}
             numbers.setdefault("ttft_s", 0.0)  # with a factor alone there is no least target
             targets = min(numbers["tpot_s"], max(numbers["ttft_s"], numbers.get("ttft_factor", 0.0)))
             name = str(entry["name"])
             if any(not 0.0 <= x <= 86400.0 for x in numbers.values()) or targets == 0.0 or name in found:
                 raise ValueError
-            if not {*entry} <= _CLASS_KEYS or not name.isprintable() or not 0 < len(name) <= 200:
+            if not {*entry} <= {"name", "share", *_CLASS_NUMBERS} or not name.isprintable() or not 0 < len(name) <= 200:
                 raise ValueError
             found[name] = SloClass(**numbers)
         except (KeyError, TypeError, ValueError) as error:

@@ -154,8 +154,8 @@ def abandon(req: np.ndarray, origin_s: np.ndarray | None = None) -> None:
     :param req: REQUEST (R,) of a finished run, changed in place
     :param origin_s: (R,), as in :class:`RunResult`
     """
-    ended = np.isin(req["state"], (RequestState.SHED, RequestState.FAILED)) & (req["next_turn"] > 0)
-    rows = np.flatnonzero(ended)
+    rows = np.flatnonzero(req["next_turn"] > 0)  # none, where nobody waits for answers: every run comes by here
+    rows = rows[np.isin(req["state"][rows], (RequestState.SHED, RequestState.FAILED))]
     while len(rows):
         turns = req["next_turn"][rows]
         req["state"][turns] = req["state"][rows]

@@ -126,8 +126,8 @@ def scenario_names(asked: Sequence[str]) -> tuple[str, ...]:
 
 def cells_of(request: TableRequest) -> list[str]:
     """Policies of the table; ``all``: every rule and ``static_plan``."""
-    listed = [p for asked in request.policies for p in ((*registry.names(), STATIC) if asked == "all" else (asked,))]
-    return list(dict.fromkeys(listed))
+    named = [p for asked in request.policies for p in ((*registry.names(), STATIC) if asked == "all" else (asked,))]
+    return list(dict.fromkeys(named))
 
 
 # -- one cell --------------------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ from env.measure.phases import phase_goodput, phases_of, play_days, standing
 from env.scenario import Scenario
 from env.surrogate.arena import arena_of, build_trace
 from env.surrogate.simulate import simulate
-from policies.common import hold, kind_of
+from policies.common import kind_of
 from policies.network.features import N_FEATURES
 from policies.rule import BoundPolicy, Values
 from policies.rules import linear_score
-from policies.rules.parts.planner import count_prefill, flip
+from policies.rules.parts.planner import toward
 from policies.rules.planner import RULE, least_prefill, plans_of, weights_of
 from train.control.days import practice
 
@@ -75,13 +75,7 @@ def decide(context, candidates, mask, params, memory):
     for k in range(1, int(params[_DISPATCH + 1])):
         if params[_DISPATCH + 2 + 2 * k] <= context[Ctx.NOW_S]:
             wanted = params[_DISPATCH + 3 + 2 * k]
-    have = float(count_prefill(candidates))
-    row = -1
-    if wanted > have:
-        row = flip(candidates, mask, -1, _PREFILL)
-    elif wanted < have:
-        row = flip(candidates, mask, _PREFILL, int(params[_DISPATCH]))
-    return row if row >= 0 else hold(candidates, mask)
+    return toward(candidates, mask, wanted, int(params[_DISPATCH]))
 
 
 def followed(timeline: Sequence[tuple[float, int]], n: int, values: Values) -> BoundPolicy:
@@ -101,6 +95,14 @@ def followed(timeline: Sequence[tuple[float, int]], n: int, values: Values) -> B
         arrangement=plans_of(values, timeline[0][1], n),
         values={},
     )
+
+
+def compositions(scenario: Scenario) -> Iterator[tuple[int, str]]:
+    """(instances that prefill only, role of the others) of every fixed composition that the scenario allows."""
+    n, usable = len(scenario.placements()), arena_of(scenario).setting.usable_roles
+    for side in (Role.DECODE, Role.MIXED, Role.MULTIPLEXED):
+        for prefill in range(1 if side == Role.DECODE else 0, n) if side in usable else ():
+            yield prefill, side.name.lower()
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def clairvoyant(
         plan, held = found[course]
         near = goodput[-1] if goodput and goodput[-1] > 0.0 else held
         goodput += phase_goodput(scenario, day.policy(plan, held), (day.seed,), start=near, goal=goal)
-    best, held = found[repr(days[0].world(begin))]
+    best, held = next(iter(found.values()))  # of the first day
     run, shares = play_days(scenario, days[0].policy(best, held), float(np.mean(goodput)), 0, "test")
     fixed = _fixed(scenario, days[0].n, best.values, tests, goal, held)
     return {

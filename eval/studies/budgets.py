@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import product, starmap
 from typing import Any
 
 import numpy as np
 
 from engine.common.options import refuses
-from engine.core.kinds import Role
 from engine.errors import SlalomError
 from env.measure.phases import phase_goodput
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of
-from eval.placement.clairvoyant import followed
+from eval.placement.clairvoyant import compositions, followed
 from policies.registry import get
 from train.control.days import RULE
 
@@ -72,13 +70,6 @@ def kinds_of(scenario: Scenario) -> list[tuple[Scenario, float]]:
     return found
 
 
-def _compositions(scenario: Scenario) -> Iterator[Composition]:
-    n, usable = len(scenario.placements()), arena_of(scenario).setting.usable_roles
-    for side in (Role.DECODE, Role.MIXED, Role.MULTIPLEXED):
-        for prefill in range(1 if side == Role.DECODE else 0, n) if side in usable else ():
-            yield Composition(prefill, side.name.lower())
-
-
 def _held(kinds: Sequence[tuple[Scenario, float]], who: Composition, budgets: Budgets, split: Any, near: float
           ) -> tuple[float, ...]:  # fmt: skip
     """What every kind of phase holds, as the rate of a day in which it lies."""
@@ -86,16 +77,12 @@ def _held(kinds: Sequence[tuple[Scenario, float]], who: Composition, budgets: Bu
     tokens, guard = budgets
     scaled = {p.name: int(np.clip(round(float(own[p.name]) * tokens), p.low, p.high)) for p in _BUDGETS}
     values = get(RULE).values(own | scaled | {"guard": guard})
-    found = []
+    found, near_enough = [], _COARSE if split == "train" else _FINE
     for scenario, factor in kinds:
         policy = followed([(0.0, who.prefill)], len(scenario.placements()), values)
-        held = phase_goodput(scenario, policy, (0,), start=near * factor, split=split, tolerance=near_enough(split))
+        held = phase_goodput(scenario, policy, (0,), start=near * factor, split=split, tolerance=near_enough)
         found.append(held[0] / factor)
     return tuple(found)
-
-
-def near_enough(split: str) -> float:
-    return _COARSE if split == "train" else _FINE
 
 
 def ceilings(held: Held) -> dict[str, tuple[float, float]]:
@@ -118,7 +105,7 @@ def study(scenario: Scenario, say: Any = lambda text: None) -> Held:
     """
     kinds, near = kinds_of(scenario), scenario.reference_rate
     plain: dict[Composition, tuple[float, ...]] = {}
-    for who in _compositions(scenario):
+    for who in starmap(Composition, compositions(scenario)):
         plain[who] = _held(kinds, who, (1.0, 1.0), "train", near)
         say(f"{who}: {', '.join(f'{rate:.2f}' for rate in plain[who])}")
     worth = {max(plain, key=lambda who: min(plain[who]))}

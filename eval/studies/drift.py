@@ -29,7 +29,6 @@ from scipy.stats import t as student
 from engine.common.files import read_json, write_json
 from engine.common.options import refuses
 from engine.common.provenance import commit
-from engine.core.kinds import Role
 from engine.errors import SlalomError
 from engine.jit import sources
 from env.measure.contender import Contender
@@ -38,8 +37,8 @@ from env.measure.evaluator import bound
 from env.measure.phases import GOAL, phase_goodput, play_days, standing
 from env.measure.roles import role_timeline
 from env.scenario import Scenario
-from env.surrogate.arena import arena_of, build_trace
-from eval.placement.clairvoyant import clairvoyant, followed
+from env.surrogate.arena import build_trace
+from eval.placement.clairvoyant import clairvoyant, compositions, followed
 from eval.placement.replan import planned
 from eval.report.plots_drift import roles_under_demand
 from policies.registry import get
@@ -69,13 +68,11 @@ def _fixed(scenario: Scenario, own: Mapping[str, Any] | None = None) -> Iterator
 
     :param own: values of the planner that say how prompts and decodes are placed, and the budgets
     """
-    n, usable = len(scenario.placements()), arena_of(scenario).setting.usable_roles
-    for side in (Role.DECODE, Role.MIXED, Role.MULTIPLEXED):
-        for k in range(1 if side == Role.DECODE else 0, n) if side in usable else ():
-            for order in ("fcfs", "on_time"):
-                name = f"{k} prefill + {n - k} {side.name.lower()}, {order}"
-                values = get(RULE).values({**(own or {}), "side": side.name.lower(), "order": order})
-                yield name, side == Role.DECODE, followed([(0.0, k)], n, values)
+    n = len(scenario.placements())
+    for k, side in compositions(scenario):
+        for order in ("fcfs", "on_time"):
+            values = get(RULE).values({**(own or {}), "side": side, "order": order})
+            yield f"{k} prefill + {n - k} {side}, {order}", side == "decode", followed([(0.0, k)], n, values)
 
 
 def _best(

@@ -39,11 +39,11 @@ from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
-from policies.common import hold, kind_of
+from policies.common import kind_of
 from policies.network.features import N_FEATURES
 from policies.rule import InstancePlan, Param, Rule, Setting, Values
 from policies.rules import linear_score
-from policies.rules.parts.planner import composition, corrected, count_prefill, flip, risks
+from policies.rules.parts.planner import composition, corrected, count_prefill, risks, toward
 from policies.rules.parts.profile_tables import (
     itl_prof,
     largest_batch,
@@ -159,23 +159,18 @@ def _wanted(context, candidates, params, memory, now):
 def _reallocate(context, candidates, mask, params, memory):
     span = context[Ctx.WIN_SPAN_S]
     _observe(context, params, memory)
-    have = float(count_prefill(candidates))
     memory[_CLOCK] += span
     memory[_COMMITTED] = max(memory[_COMMITTED] - span, 0.0)
     if memory[_PLAN] == 0.0:
-        memory[_PLAN] = 1.0 + have
+        memory[_PLAN] = 1.0 + float(count_prefill(candidates))
     target = memory[_PLAN] - 1.0
     if memory[_CLOCK] >= params[_INTERVAL] * (1.0 - 1e-6) and memory[_COMMITTED] == 0.0:
         memory[_CLOCK] = 0.0
         wanted = _wanted(context, candidates, params, memory, target)
         if wanted != target:
             memory[_PLAN], memory[_COMMITTED], target = 1.0 + wanted, params[_COMMIT], wanted
-    target, row = min(max(target, _least(params)), context[Ctx.N_INSTANCES] - 1.0), -1
-    if target > have:
-        row = flip(candidates, mask, -1, _PREFILL)
-    elif target < have:
-        row = flip(candidates, mask, _PREFILL, int(params[_SIDE]))
-    return hold(candidates, mask) if row < 0 else row
+    target = min(max(target, _least(params)), context[Ctx.N_INSTANCES] - 1.0)
+    return toward(candidates, mask, target, int(params[_SIDE]))
 
 
 @kernel(POLICY_SIGNATURE)

@@ -190,6 +190,17 @@ def flip(candidates, mask, role, new, profile=-1):
 
 
 @kernel
+def toward(candidates, mask, wanted, side):
+    """Row that brings the fleet one instance nearer to ``wanted`` that prefill only, the others being ``side``."""
+    have, row = float(count_prefill(candidates)), -1
+    if wanted > have:
+        row = flip(candidates, mask, -1, _PREFILL)
+    elif wanted < have:
+        row = flip(candidates, mask, _PREFILL, side)
+    return row if row >= 0 else hold(candidates, mask)
+
+
+@kernel
 def follow(candidates, mask, memory):
     """One role change towards the target N_P; KEEP at the target, without one, or where the core allows none now."""
     n_p, target = count_prefill(candidates), int(memory[_TARGET])
