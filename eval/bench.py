@@ -17,7 +17,7 @@ from engine.errors import no_such
 
 NAMES = {
     "surrogate": "requests simulated per second, one core",
-    "scale": "cost per request and memory at 10 thousand to 1 million requests",
+    "scale": "cost per request and memory at 10 thousand to 1 million requests, and in an overload",
     "clusters": "requests per second on 64 instances, and on Mooncake's prompts with the prefix cache",
     "goodput": "cost of one sustained goodput, beside a plain bisection with full-length runs",
     "env": "decisions per second of the batched environment, observations handed to Python",

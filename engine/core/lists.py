@@ -14,6 +14,10 @@ HELD = 2  # a policy answered HOLD
 ENDED = 3  # ended requests that a further turn of their session follows
 _FIXED = 4
 
+#: Prompts that were given up this often (REQUEST ``late``) wait behind all others of their priority, in the order in
+#: which that happened: they are many when the load is above what an instance can serve, and nobody walks past them.
+TWICE = 2
+
 
 @kernel(forceinline=True)
 def queue_of(i):
@@ -86,15 +90,25 @@ def place_by_work(lists, req, k, r):
     """The request of queue ``k`` before which ``r`` belongs by priority, then predicted remaining prefill; -1: none.
 
     Requests that are computed anew (they have answered already) keep the head, and those whose second deadline is near.
+    Those that were given up twice come last.
     """
-    other, priority = lists[k, 0], req[r].priority
+    other, priority, last = lists[k, 0], req[r].priority, req[r].late >= TWICE
     while other >= 0:
-        longer = req[other].work > req[r].work and req[other].late >= 0
+        longer = not last and (req[other].late >= TWICE or (req[other].work > req[r].work and req[other].late >= 0))
         behind = req[other].priority > priority or (req[other].priority == priority and longer)
         if behind and req[other].generated == 0:
             break
         other = req[other].next
     return other
+
+
+@kernel
+def push_last(lists, req, k, r):
+    """Insert ``r``, which may not start before anybody of its priority, into list ``k``."""
+    before = lists[k, 1]
+    while before >= 0 and req[before].priority > req[r].priority:
+        before = req[before].prev
+    push_before(lists, req, k, r, req[before].next if before >= 0 else lists[k, 0])
 
 
 @kernel(forceinline=True)

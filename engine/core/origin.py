@@ -52,6 +52,6 @@ def move_origin(state: ClusterState, shift: int, origin: int) -> None:
     state.inst["last_decode_end"] = moved(state.inst["last_decode_end"], 0)
     for name in ("last_arrival", "win_start"):
         state.cluster[name] = moved(state.cluster[name], 0)
-    for times in (state.due, state.watch, state.cluster["hold_due"]):
+    for times in (state.due, state.watch, state.turn, state.cluster["hold_due"]):
         times[times < times.dtype.type(NEVER)] -= step
     state.cluster["origin_s"] = origin / TICKS_PER_S

@@ -294,6 +294,7 @@ def new_cluster(
         share=share,
         due=np.full((len(specs), len(classes)), NEVER, np.int64),
         watch=np.full(len(specs), NEVER, np.float64),
+        turn=np.full(len(specs), NEVER, np.float64),
         itl=np.zeros(ITL_BINS, np.int64),
     )
 

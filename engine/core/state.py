@@ -220,7 +220,7 @@ REQUEST = np.dtype(
         ("first_inst", np.int32),  # where its prefill was placed first
         ("priority", np.int32),  # prompts of a lower value start first; equal ones in order of arrival
         # how often it was given up: 1 for its TTFT target (order ON_TIME, computed after those that can meet theirs),
-        # more for its second deadline; below 0: that is near, so it goes first (``engine.core.bounds``)
+        # 2 for its second deadline too; -1: that is near, so it goes first; -2: it has its turn (``schedule.bounds``)
         ("late", np.int8),
         ("ttft_ok", np.int8),  # -1 unknown, 0 missed, 1 met
         ("tpot_ok", np.int8),
@@ -316,6 +316,7 @@ class ClusterState(NamedTuple):
     share: np.ndarray  # engine.latency.evaluate.SHARE (n, M)
     due: np.ndarray  # int64 (N, C): per class, least first token + TPOT target × tokens of the running set
     watch: np.ndarray  # float64 (N,): ticks before which no second deadline in the queue of an instance can be near
+    turn: np.ndarray  # float64 (N,): ticks when the next prompt there that was given up twice goes first
     itl: np.ndarray  # int64 (ITL_BINS,): histogram of token gaps, see engine.core.slo
 
 
@@ -342,6 +343,7 @@ attach = make_attach(
         ("share", SHARE, 2),
         ("due", np.int64, 2),
         ("watch", np.float64, 1),
+        ("turn", np.float64, 1),
         ("itl", np.int64, 1),
     ],
 )

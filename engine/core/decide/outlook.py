@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.kinds import Batching, LaneKind, Order, RequestState, Role, Split
-from engine.core.lists import queue_of
+from engine.core.lists import TWICE, queue_of
 from engine.core.schedule.layer_preemption import parked_rest_s
 from engine.core.schedule.on_time import goes_before
 from engine.core.schedule.predict import expected_row, predict_step, prefill_share, running_ctx, whole_device
@@ -122,14 +122,34 @@ def _overtakes(s, i, r, own, q):
     """Whether a new prompt ``r`` (predicted prefill ``own`` ticks) goes before queued ``q``, as ``place`` does it."""
     order, mine, theirs = s.inst[i].order, s.req[r].priority, s.req[q].priority
     if order == _PREEMPTIVE:
-        longer = s.req[q].work > own and s.req[q].late >= 0
+        longer = s.req[q].late >= TWICE or (s.req[q].work > own and s.req[q].late >= 0)
         return s.req[q].generated == 0 and (theirs > mine or (theirs == mine and longer))
     if order == _ON_TIME:
         return goes_before(s, r, q)
     waits = s.req[q].state == _WAITING and s.req[q].blocks == 0
-    shorter = order == _SHORTEST and s.req[q].target - s.req[q].computed > s.req[r].target - s.req[r].computed
+    longer = s.req[q].target - s.req[q].computed > s.req[r].target - s.req[r].computed
+    shorter = order == _SHORTEST and (longer or s.req[q].late >= TWICE)
     shorter = shorter and s.req[q].late >= 0 and s.req[q].generated == 0
     return waits and (theirs > mine or (theirs == mine and shorter))
+
+
+@kernel(forceinline=True)
+def _rest_of(req):
+    """Predicted prefill work of queued ``req`` that no step in flight does, ticks."""
+    done = req.sched if req.state == _IN_STEP else 0
+    return req.work if done == 0 else req.work - req.work * done // (req.target - req.computed)
+
+
+@kernel
+def work_ahead_s(s, i, r, own_s, now):
+    """Predicted seconds of prefill work before the place that request ``r``, which takes ``own_s``, would get in queue
+    ``i``."""
+    own, end = to_ticks(own_s), to_ticks(residual_s(s, i, now))
+    q = s.lists[queue_of(i), 0]
+    while q >= 0 and not _overtakes(s, i, r, own, q):
+        end += _rest_of(s.req[q])
+        q = s.req[q].next
+    return end * 1e-12
 
 
 @kernel
@@ -151,9 +171,7 @@ def queue_outlook(s, i, r, own_s, placing, now):
             ahead = end * 1e-12
             end += own
             pending = False
-        rest = req.target - req.computed
-        done = req.sched if req.state == _IN_STEP else 0
-        end += req.work if done == 0 else req.work - req.work * done // rest
+        end += _rest_of(req)
         if req.first_token < 0:
             least = min(least, req.arrival + req.ttft_slo - now - end)
         q = req.next

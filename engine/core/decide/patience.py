@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.core.decide.outlook import prefill_forecast, queue_outlook, residual_s
+from engine.core.decide.outlook import prefill_forecast, residual_s, work_ahead_s
 from engine.core.events.lifecycle import wake_held
 from engine.core.kinds import LaneKind, RequestState, Role
 from engine.core.kv import could_hold, find_prefix
@@ -82,7 +82,7 @@ def _in_reach(s, i, r, now):
     wait, own, _ = prefill_forecast(s, i, s.req[r].target - reused, reused, then)
     if wait + own <= left:
         return True
-    ahead, _ = queue_outlook(s, i, r, own, True, then)
+    ahead = work_ahead_s(s, i, r, own, then)
     begun = min(residual_s(s, i, then), ahead)
     return begun + (ahead - begun) * pace_of(s, i) + own <= left
 

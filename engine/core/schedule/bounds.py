@@ -6,11 +6,14 @@ computed; while everyone is done by then, the order stays what it is. Who would 
 earliest second deadline first, which keeps every such deadline that any sequence keeps (Jackson 1955). ON_TIME serves
 prompts that can be in time first for as long as the given up ones, next in line after that step, still make it.
 
-Where even that is too late, the load is above what the instance can serve: the longest prompt of those is given up once
-more and due after ten times as long, so that as few as possible are late (Moore 1968). A first-come-first-served queue
-lets nobody overtake, and priorities, which a user sets, come before any deadline.
+Where even that is too late, the load is above what the instance can serve, and the longest prompt of those is given up
+a second time, so that as few as possible are late (Moore 1968). From then on it waits behind all others of its
+priority, in the order in which that happened; once in the time of a second deadline the first of them has its turn.
+Such prompts pile up while the load stays, so nobody walks past them: a step costs no more, however long an overload
+lasts. A first-come-first-served queue lets nobody overtake. Priorities, which a user sets, come before any deadline.
 
-``watch`` spares most looks: before it no bound can be near, and whatever joins the queue brings it forward.
+``watch`` spares most looks: before it no bound can be near, and whatever joins the queue brings it forward. ``turn`` is
+when the next one that was given up twice goes first.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.kinds import Order, RequestState
-from engine.core.lists import push_before, queue_of, remove
-from engine.core.schedule.on_time import line_up, pace_of, tail_due
+from engine.core.lists import TWICE, push_before, push_last, queue_of, remove
+from engine.core.schedule.on_time import pace_of, tail_due
 from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
 
@@ -28,8 +31,6 @@ _PREEMPTIVE, _ON_TIME = int(Order.SHORTEST_PREEMPTIVE), int(Order.ON_TIME)
 
 #: Predictions err: a second deadline counts as near when this part of the time to it would be used up.
 _NEAR = 0.9
-#: Times that a prompt can be given up.
-_MOST = 10
 
 
 @kernel
@@ -57,13 +58,11 @@ def _move(s, i, r, ahead):
     """Put request ``r`` of the queue of ``i`` ``ahead`` among those whose second deadline is near, or last."""
     queue = queue_of(i)
     remove(s.lists, s.req, queue, r)
-    if not ahead and s.inst[i].order == _ON_TIME:
-        line_up(s, i, r)
+    if not ahead:
+        push_last(s.lists, s.req, queue, r)
         return
     other = s.lists[queue, 0]
-    while other >= 0:
-        if _yields(s, i, other, r) if ahead else s.req[other].priority > s.req[r].priority:
-            break
+    while other >= 0 and not _yields(s, i, other, r):
         other = s.req[other].next
     push_before(s.lists, s.req, queue, r, other)
 
@@ -81,7 +80,7 @@ def _bring_forward(s, i, r):
         same = s.req[q].priority == s.req[r].priority and s.req[q].late >= 0 and _is_free(s, i, q)
         in_time = s.inst[i].order == _ON_TIME and s.req[q].late == 0
         if q == r or (same and not in_time and tail_due(s, q) <= due):
-            s.req[q].late = -max(s.req[q].late, 1)
+            s.req[q].late = -1
             _move(s, i, q, True)
             work += s.req[q].work
         if q == r:
@@ -96,12 +95,34 @@ def _longest_near(s, i, last):
     found, most = np.int32(-1), np.int64(-1)
     q = s.lists[queue_of(i), 0]
     while q >= 0:
-        if s.req[q].late < 0 and s.req[q].blocks == 0 and _is_free(s, i, q) and s.req[q].work > most:
+        if s.req[q].late == -1 and s.req[q].blocks == 0 and _is_free(s, i, q) and s.req[q].work > most:
             found, most = q, s.req[q].work
         if q == last:
             break
         q = s.req[q].next
     return found
+
+
+@kernel(forceinline=True)
+def _span(s, r):
+    """Ticks that request ``r`` may wait."""
+    return s.cluster[0].tail_factor * s.req[r].ttft_slo
+
+
+@kernel
+def _give_up_again(s, i, r):
+    """Request ``r`` cannot keep its second deadline either: it waits for its turn behind all others."""
+    s.req[r].late = TWICE
+    s.turn[i] = min(s.turn[i], tail_due(s, r) + _span(s, r))
+    _move(s, i, r, False)
+
+
+@kernel
+def _take_turn(s, i, r, now):
+    """Request ``r``, given up twice, goes first; the next such one a while later."""
+    s.req[r].late = -TWICE
+    s.turn[i] += _span(s, r) * np.floor((now - s.turn[i]) / _span(s, r) + 1.0)  # not from now: looks are rare or often
+    _move(s, i, r, True)
 
 
 @kernel
@@ -111,6 +132,7 @@ def keep_bounds(s, i, budget, now):
     :param budget: tokens that the next step may compute
     """
     pace = pace_of(s, i)
+    lowest, late = s.req[s.lists[queue_of(i), 1]].priority, False
     on_time = s.inst[i].order == _ON_TIME
     room = float(_NEVER)
     level = np.int64(-(2**40))
@@ -130,12 +152,19 @@ def keep_bounds(s, i, budget, now):
         elif req.late < 0:
             first += work
             room = 0.0
-            if first > tail_due(s, r):
+            if req.late > -TWICE and first > tail_due(s, r):
                 longest = _longest_near(s, i, r)
                 if longest >= 0:
                     first -= s.req[longest].work * pace
-                    s.req[longest].late = min(1 - s.req[longest].late, _MOST)
-                    _move(s, i, longest, False)
+                    _give_up_again(s, i, longest)
+                    late = True
+        elif req.late >= TWICE:
+            late = True
+            if now >= s.turn[i]:
+                _take_turn(s, i, r, now)
+                first += work
+            elif req.priority == lowest:
+                break  # only such ones follow
         elif on_time and req.late == 0:
             if tokens < budget or tokens == 0:
                 first += work
@@ -149,4 +178,6 @@ def keep_bounds(s, i, budget, now):
                 first += forward
                 behind -= forward
         r = after
-    s.watch[i] = now + max(0.5 * room, 0.0)
+    if not late:
+        s.turn[i] = _NEVER
+    s.watch[i] = min(now + max(0.5 * room, 0.0), s.turn[i])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.kinds import RequestState
-from engine.core.lists import queue_of, ready_of
+from engine.core.lists import TWICE, queue_of, ready_of
 from engine.core.schedule.predict import prefill_share, running_ctx, split_for, whole_device
 from engine.core.state import NEVER as _NEVER
 from engine.jit.kernel import kernel
@@ -46,12 +46,14 @@ def overtaker(s, i, now):
         if req.first_token >= 0:
             return np.int32(-1)  # it is computed anew, between two of its tokens: no time to stand aside
         due = min(due, req.arrival + req.ttft_slo)
-    priority = s.req[s.prefills[i, 0]].priority
+    priority, lowest = s.req[s.prefills[i, 0]].priority, s.req[s.lists[queue_of(i), 1]].priority
     r = s.lists[queue_of(i), 0]
     while r >= 0:
         req = s.req[r]
         if req.late < 0 and req.state == _WAITING:
             return np.int32(-1)  # its second deadline is near, and it goes first
+        if req.late >= TWICE and req.priority == lowest and req.blocks == 0:
+            return np.int32(-1)  # only such ones follow, whose target has long passed
         if req.state == _WAITING and req.first_token < 0 and req.priority <= priority:
             n = float(req.target - req.computed)
             own = _prefill_s(s, i, n * n, n * req.computed, n)

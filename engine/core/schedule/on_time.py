@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.kinds import Batching, RequestState, Role
-from engine.core.lists import push_before, queue_of, remove
+from engine.core.lists import TWICE, push_before, push_last, queue_of, remove
 from engine.core.schedule.predict import expected_row, prefill_share, running_ctx, whole_device
 from engine.jit.kernel import kernel
 from engine.latency.evaluate import decode_s, fused_shared_s, prefill_s
@@ -33,14 +33,8 @@ def deadline_of(s, r):
 
 @kernel
 def tail_due(s, r):
-    """The second deadline of request ``r``, ticks: ``tail_factor`` TTFT targets after its arrival.
-
-    It is ten times as far after each time that it turned out to be out of reach as well, so that nobody is forgotten.
-    """
-    factor = s.cluster[0].tail_factor
-    for _ in range(abs(s.req[r].late) - 1):
-        factor *= 10.0
-    return s.req[r].arrival + factor * s.req[r].ttft_slo
+    """The second deadline of request ``r``, ticks: ``tail_factor`` TTFT targets after its arrival."""
+    return s.req[r].arrival + s.cluster[0].tail_factor * s.req[r].ttft_slo
 
 
 @kernel
@@ -56,7 +50,9 @@ def watch_bound(s, i, r, now):
 
 @kernel(forceinline=True)
 def _band(late):
-    """Who starts first in order ON_TIME: second deadlines that are near, then prompts in time, then given up ones."""
+    """Who starts first in order ON_TIME: second deadlines that are near, then prompts in time, then given up ones.
+
+    Of these the ones that were given up twice come last."""
     return 0 if late < 0 else (1 if late == 0 else 2)
 
 
@@ -74,7 +70,7 @@ def goes_before(s, r, q):
     if _band(theirs.late) != band:
         return _band(theirs.late) > band
     if band == 2:
-        return theirs.arrival > mine.arrival
+        return mine.late < TWICE and (theirs.late >= TWICE or theirs.arrival > mine.arrival)
     if band == 0:
         return tail_due(s, q) > tail_due(s, r)
     return deadline_of(s, q) > deadline_of(s, r)
@@ -123,6 +119,9 @@ def _longest_until(s, i, last):
 def line_up(s, i, r):
     """Put request ``r`` where it belongs in the queue of instance ``i``."""
     queue = queue_of(i)
+    if s.req[r].late >= TWICE:
+        push_last(s.lists, s.req, queue, r)
+        return
     other = s.lists[queue, 0]
     while other >= 0 and not goes_before(s, r, other):
         other = s.req[other].next

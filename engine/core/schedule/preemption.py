@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.core.kinds import Order, RequestState, Role
 from engine.core.kv import grow, release
 from engine.core.lists import place_by_work, push_before, push_front, queue_of, remove
@@ -86,15 +88,16 @@ def preempt(s, i, r):
 
 @kernel
 def partly_prefilled(s, i):
-    """The newest queued request that holds blocks and is not in a step in flight, -1 if none."""
-    if s.inst[i].started_n == 0:
-        return -1
-    r = s.lists[queue_of(i), 1]
-    while r >= 0:
-        if s.req[r].state == _WAITING and s.req[r].blocks > 0:
-            return r
-        r = s.req[r].prev
-    return -1
+    """The last queued request that holds blocks and is not in a step in flight, -1 if none."""
+    started, found = s.inst[i].started_n, np.int32(-1)
+    r = s.lists[queue_of(i), 0]
+    while r >= 0 and started > 0:  # they stand near the head, and the queue may be long
+        if s.req[r].blocks > 0:
+            started -= 1
+            if s.req[r].state == _WAITING:
+                found = r
+        r = s.req[r].next
+    return found
 
 
 @kernel

@@ -122,6 +122,35 @@ def test_nobody_stays_starved_when_the_load_falls_after_an_overload(
     assert max(ms(state, "first_token")[: len(burst)]) <= 1.2 * drained + 100
 
 
+def overloaded(order: Order, longs: int) -> tuple[ClusterState, list[float]]:
+    """A quarter more short prompts than an instance can serve for 8 s, among them long ones in the first 90 ms."""
+    short = [RequestSpec(10, 1, gap_s=0.008, ttft_slo_s=0.05) for _ in range(1000)]
+    long = [RequestSpec(300 + k, 1, gap_s=0.03, ttft_slo_s=0.05) for k in range(longs)]
+    how = one(MIXED, batching=Batching.PREFILL_FIRST, prefill_tokens=1, order=order)
+    state = serve(Case((how,), (*long, *short), (ProfileSpec(SHARES),)))
+    return state, ms(state, "first_token")
+
+
+@pytest.mark.parametrize("order", [Order.SHORTEST, Order.SHORTEST_PREEMPTIVE, Order.ON_TIME])
+def test_who_was_given_up_twice_has_a_turn_while_the_overload_lasts(order: Order) -> None:
+    state, first = overloaded(order, 6)
+    twice = abs(state.req["late"][:6]) == 2
+    assert twice.sum() >= 3, "1.8 s of long prompts do not fit into ten targets of 50 ms"
+    served = np.sort(np.array(first[:6])[twice])
+    assert served[-1] < state.req["arrival"].max() / 1e9, "all have had their turn before the load falls"
+    assert (np.diff(served) > 400).all(), "one in the time of a second deadline: those that can keep theirs come first"
+
+
+@pytest.mark.parametrize("order", [Order.SHORTEST, Order.SHORTEST_PREEMPTIVE, Order.ON_TIME])
+def test_a_step_looks_past_nobody_who_was_given_up_twice(order: Order) -> None:
+    state, _ = overloaded(order, 6)
+    last = state.req["late"] >= 2
+    assert last.sum() > 100, "they pile up"
+    in_reach = state.req[~last]
+    waited = (in_reach["first_token"] - in_reach["arrival"]) / in_reach["ttft_slo"]
+    assert np.quantile(waited, 0.95) <= 10.0, "and the others keep their second deadlines"
+
+
 # -- HOLD and SHED -----------------------------------------------------------------------------------------
 
 
