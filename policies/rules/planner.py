@@ -23,7 +23,8 @@ prefill gets one instance more than it has where r_P > ``high`` and r_D < ``low`
 r_P < ``low``. One instance a tick begins to move, the one with the least to hand over or to place anew. The others take
 ``side``: decode only, or both phases (multiplexed or mixed), where nobody has to prefill only.
 
-DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0, by needs; Arrow is by risks alone.
+DYN-SLA's equations are prefill = decode = lead = 1 with everything else 0, by needs; Arrow is by risks alone. By
+nothing the composition of the start stays, which is best where one suits every hour.
 Prompts and decodes are placed by ``linear_score``: the weights named in ``PLACING`` are parameters here too, the
 others have their defaults.
 """
@@ -39,7 +40,7 @@ from engine.core.kinds import Batching, Order, Role
 from engine.core.policy import POLICY_SIGNATURE
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
-from policies.common import kind_of
+from policies.common import default_answer, kind_of
 from policies.network.features import N_FEATURES
 from policies.rule import InstancePlan, Param, Rule, Setting, Values
 from policies.rules import linear_score
@@ -59,7 +60,7 @@ _PLACE_DECODE = int(Kind.PLACE_DECODE) * N_FEATURES
  _SPARE, _HYSTERESIS, _COMMIT, _HIGH, _LOW, _PACK, _SIDE, _BY, _TTFT_S, _TTFT_FACTOR) = range(
     _DISPATCH, _DISPATCH + 22)  # fmt: skip
 _TABLES = _DISPATCH + 22
-_BY_NEEDS, _BY_RISKS, _BY_BOTH = range(3)
+_BY_NEEDS, _BY_RISKS, _BY_BOTH, _BY_NOTHING = range(4)
 #: Memory: averages (prefill load fast and slow, prompt, rate, output, TTFT, TPOT), seconds seen, the clock, seconds for
 #: which the composition holds still, 1 + the prefill instances wanted (0: nobody has looked yet).
 _U, _U_SLOW, _PROMPT, _RATE, _OUTPUT, _TTFT, _TPOT, _SEEN, _CLOCK, _COMMITTED, _PLAN = range(11)
@@ -157,6 +158,8 @@ def _wanted(context, candidates, params, memory, now):
 
 @kernel
 def _reallocate(context, candidates, mask, params, memory):
+    if int(params[_BY]) == _BY_NOTHING:
+        return default_answer(context, candidates, mask)
     span = context[Ctx.WIN_SPAN_S]
     _observe(context, params, memory)
     memory[_CLOCK] += span
@@ -184,13 +187,14 @@ def decide(context, candidates, mask, params, memory):
 
 
 _SIDES = ("decode", "multiplexed", "mixed")
-_BYS = ("needs", "risks", "both")
+_BYS = ("needs", "risks", "both", "nothing")
+_MOVING = (("by", ("needs", "risks", "both")),)
 _NEEDS = (("by", ("needs", "both")),)
 _RISKS = (("by", ("risks", "both")),)
 _BESIDE = (("side", ("mixed", "multiplexed")),)
 _LAYERED = (("side", ("multiplexed",)),)
 _PARAMS = (
-    Param("interval_s", 1.0, 60.0, 2.0, log=True, doc="time between two looks at the composition"),
+    Param("interval_s", 1.0, 60.0, 2.0, log=True, doc="time between two looks at the composition", when=_MOVING),
     Param("window_s", 2.0, 300.0, 10.0, log=True, doc="time constant of the fast averages", when=_NEEDS),
     Param("slow", 1.5, 20.0, 4.0, log=True, doc="that of the slow ones, as a multiple", when=_NEEDS),
     Param("trend", 0.0, 3.0, 0.0, doc="how far the move of the prefill load is carried on", when=_NEEDS),
@@ -206,12 +210,12 @@ _PARAMS = (
     Param("tpot_risk", 0.0, 4.0, 0.3, doc="instances for each TPOT target of mean TPOT beyond the target", when=_NEEDS),
     Param("spare", 0.0, 1.0, 0.5, doc="share for prefill of the instances that nobody needs", when=_NEEDS),
     Param("hysteresis", 0.0, 1.5, 0.2, doc="instances by which a composition must be off, beyond a half", when=_NEEDS),
-    Param("commit_s", 0.0, 300.0, 10.0, doc="time that a composition holds at least"),
+    Param("commit_s", 0.0, 300.0, 10.0, doc="time that a composition holds at least", when=_MOVING),
     Param("high", 0.1, 3.0, 0.9, doc="risk from which a phase asks for an instance", when=_RISKS),
     Param("low", 0.1, 3.0, 1.0, doc="risk below which a phase can give one", when=_RISKS),
     Param("pack", 0.0, 8.0, 4.0, doc="how much decodes handed over prefer slow steps, leaving others to new ones"),
     Param("side", default="decode", choices=_SIDES, doc="role of the instances that do not prefill only"),
-    Param("by", default="needs", choices=_BYS, doc="what moves instances: demand, targets at risk, or both"),
+    Param("by", default="needs", choices=_BYS, doc="what moves instances: demand, targets at risk, both, or nothing"),
 )
 #: Weights of ``linear_score`` that matter where instances of several roles may take a prompt.
 PLACING = (

@@ -73,8 +73,15 @@ def test_axes_go_there_and_back() -> None:
 def test_everybody_may_arrange_queues_and_who_changes_no_roles_whole_fleets() -> None:
     day = Scenario.load("daynight-70b-30min")
     own, free = Space("planner", day, arranges=True), Space("muxwise", day, arranges=False)
-    assert len(own.choices()) == 18
+    moving = [c for c in own.choices() if c["by"] != "nothing"]
+    stays = [c for c in own.choices() if c["by"] == "nothing"]
+    assert len(moving) == 18
     assert own.compositions() == []
+    best = next(
+        own.bind(own.defaults | c).arrangement for c in stays if c["side"] == "multiplexed" and c["start"] == 0.5
+    )
+    assert best is not None
+    assert [plan.role for plan in best] == [Role.PREFILL] * 3 + [Role.MULTIPLEXED] * 3
     assert not any(axis.param.name.startswith("lever.") for axis in own.axes)
     assert {c["lever.order"] for c in free.choices()} == {"own", "fcfs", "shortest", "on_time"}
     mixture = next(c for c in free.compositions() if c["lever.roles"] == "2 prefill + 4 multiplexed")
@@ -111,6 +118,16 @@ def test_it_becomes_a_checkpoint_that_changes_roles(small: Scenario, tmp_path: P
     day, phases = play_days(small, str(loaded.folder), 1.5, 0, "test")
     assert day.cluster["n_switches"] >= 3
     assert len(phases) == 4
+
+
+def test_a_composition_may_stay(small: Scenario) -> None:
+    space = Space("planner", small, arranges=True)
+    switches = []
+    for by in ("needs", "nothing"):
+        policy = space.bind(space.defaults | {"side": "decode", "order": "on_time", "by": by})
+        switches.append(play_days(small, policy, 1.5, 0, "test")[0].cluster["n_switches"])
+    assert switches[0] >= 3
+    assert switches[1] == 0
 
 
 def test_any_rule_gets_the_same_search(small: Scenario) -> None:

@@ -14,6 +14,8 @@ from policies.rule import BoundPolicy, Param, Value
 from train.search.levers import EVERY, Levers
 
 Values = dict[str, Value]
+#: Shares of the instances that prefill in compositions that stay; what lies between is found by the search.
+_STAYS = (0.0, 1 / 6, 1 / 3, 0.5)
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ class Space:
 
     def choices(self) -> list[Values]:
         """Where a search may begin: every combination of the rule's choices and the order of queues, on instances as
-        the rule arranges them."""
+        the rule arranges them; of a planner that keeps its first composition, several of these, with queues on time."""
         names = [p.name for p in self._choices]
         orders = [p for p in self._levers.params if p.name == "lever.order"]
         options: list[tuple[Value, ...]] = [tuple(p.choices or ()) for p in (*self._choices, *orders)]
         names += [p.name for p in orders]
-        return [dict(zip(names, picked, strict=True)) for picked in product(*options)]
+        found: list[Values] = [dict(zip(names, picked, strict=True)) for picked in product(*options)]
+        stays = [choices for choices in found if choices.get("by") == "nothing"]
+        stays = [choices | {"start": share} for choices in stays if choices["order"] == "on_time" for share in _STAYS]
+        return [choices for choices in found if choices.get("by") != "nothing"] + stays
 
     def compositions(self) -> list[Values]:
         """Further starts: every composition of roles, its queues on time."""
