@@ -7,7 +7,7 @@ same levers; every fixed composition is tried; replanned DistServe follows plans
 ``plan-placement --clairvoyant`` gives the ceiling, also with the placement that the controllers have learned. All of
 them meet the same test days. The figure is goodput in every phase (``env.measure.phases``); ratios are of each day's
 figures, so what days have in common drops out, with a Student interval of 95 % over days. Every row is kept as soon as
-it is known: a study that was stopped goes on where it was. ``--short`` compresses days to two hours, as training does.
+it is known: a study that was stopped goes on where it was. ``--short`` compresses test days to two hours.
 
 ``--parts CHECKPOINT`` says instead what each lever earned: the scenario's own arrangement, the best fixed composition,
 the order of its queues, how prompts and decodes are placed, and that roles change.
@@ -47,6 +47,7 @@ from train.control.days import RULE, practice, tune_on_days
 RULES = ("arrow", "dyn_sla", "dyn_load", "dopd", "muxwise")
 _FIXED_SEED, _COARSE = 0, 0.04  # training day and step of the rate on which fixed compositions are compared
 _WINDOWS = (120.0, 300.0)  # of replanning, seconds
+_SHORT_S = 7200.0
 _NEAR = 0.02  # relative width of the rate's bracket
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -306,13 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=float, default=12e6, help="simulated for each search")
     parser.add_argument("--days", type=int, default=3, help="test days")
     parser.add_argument("--seeds", type=int, default=3, help="searches for a controller")
-    parser.add_argument("--short", action="store_true", help="days compressed to two hours, as in training")
+    parser.add_argument("--short", action="store_true", help="test days compressed to two hours")
     parser.add_argument("--out", type=Path, required=True, help="folder for results; a stopped study goes on there")
     parser.add_argument("--parts", metavar="CHECKPOINT", help="say instead what each of its levers earned")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     scenario = Scenario.load(given.scenario)
-    scenario = practice(scenario) if given.short else scenario
+    if given.short and scenario.workload.natural_s > _SHORT_S:
+        scenario = scenario.with_overrides({"workload.duration_s": _SHORT_S})
     say = partial(print, file=sys.stderr, flush=True)
     if given.parts:
         print(parts(scenario, given.parts, days=given.days, out=given.out, say=say))

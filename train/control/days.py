@@ -1,16 +1,16 @@
 """The learner ``controller``: CMA-ES over the parameters of ``planner``, by where a day stands in its worst phase.
 
     race      every start (choices of the rule, orders, compositions) for a day, at rates up to the largest that one of
-              them holds, the better half going on; CMA-ES begins from the best two, with small steps and with
-              large ones, and goes on with what leads
+              them holds, beginning near what the rule as it is holds, the better half going on; CMA-ES begins from
+              the best two, with small steps and with large ones, and goes on with what leads
     refine    one day of training arrivals a generation, the same for all its members, at a rate that follows the leader
               up or down, so that it always lies where phases are about to fail
     choose    among where the search has been, the other starts and the rule as it is, on validation days
 
 What counts is ``env.measure.phases.standing``: the share within targets in the worst phase, and what the definition of
-sustained goodput says beside it of waits, classes and lengths. Training compresses long days to two hours: phases keep
-their order, rates and mixes, and what role changes cost counts for more. :func:`tune_on_days` gives any rule the same
-search, and the levers that the controller's own parameters are: an opponent of equal effort.
+sustained goodput says beside it of waits, classes and lengths. Training compresses long days (:func:`practice`):
+phases keep their order, rates and mixes, and what role changes cost counts for more. :func:`tune_on_days` gives any
+rule the same search, and the levers that the controller's own parameters are: an opponent of equal effort.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from train.search.rule import SearchResult
 
 CONTROLLER, RULE = "controller", "planner"
 _LEAST_S, _LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
+_MOST = 100_000  # requests of a day in training, at the reference rate: else a search sees too few days
 _RACE = 0.3  # share of the budget until one climb is left
 _CLIMBS = ((0, 0.05), (0, 0.15), (1, 0.1))  # (place among the starts, first step): near a good rule cliffs are many
 _FRESH = 3  # days on which climbs are compared at the end of the race
@@ -46,6 +47,7 @@ _ROOM = (0.87, 0.92)  # the rate falls when the leader stands below, and rises w
 _FAR = (0.7, 0.96)  # and does so faster beyond these
 _STEP, _LEAP = 1.02, 1.06
 _BEGIN, _FALL, _RISE = 0.7, 0.85, 1.1  # part of the reference rate to begin with; how it falls or rises at first
+_STRIDE, _BELOW = 1.3, 0.85  # steps in which the rule as it is finds its limit, and the part of that where all begin
 _LOWEST = 0.05  # part of the reference rate below which nobody is asked
 _UNFIT = -10.0  # value of what the scenario does not allow
 _MEAN = 0.1  # weight of the mean over phases, so that ways out of a deadlock are seen
@@ -69,10 +71,11 @@ def drifts(scenario: Scenario) -> bool:
 
 
 def practice(scenario: Scenario) -> Scenario:
-    """The scenario with its days compressed to what training plays."""
-    if scenario.workload.natural_s <= _LONGEST_S:
+    """The scenario with its days compressed to what training plays: two hours, less where many requests come."""
+    longest = min(_LONGEST_S, max(_MOST / scenario.reference_rate, _LEAST_S))
+    if scenario.workload.natural_s <= longest:
         return scenario
-    return scenario.with_overrides({"workload.duration_s": _LONGEST_S})
+    return scenario.with_overrides({"workload.duration_s": longest})
 
 
 class _Search:
@@ -173,6 +176,15 @@ class _Climb:
         return best[1]
 
 
+def _near_limit(search: _Search, seed: int) -> float:
+    """A rate a little below what the rule as it is holds for a day: a reference rate may be far from it, and at light
+    load nobody is told from others. Where it holds none, or does not fit, the part of the reference rate as it was."""
+    begin = search.rate
+    while _looked_at(search, [{}], seed)[0][1] >= GOAL and search.used < 0.2 * _RACE:
+        search.rate *= _STRIDE
+    return max(begin, _BELOW * search.rate)
+
+
 def _first_look(search: _Search, seed: int) -> list[Values]:
     """Starts, the best first, at a rate that the first of them about holds for a day.
 
@@ -181,6 +193,7 @@ def _first_look(search: _Search, seed: int) -> list[Values]:
     """
     alive, further, fell, rose = search.space.choices(), search.space.compositions(), False, False
     search.rate *= _BEGIN
+    search.rate, search.moves = _near_limit(search, seed), 0
     while True:
         values = _looked_at(search, alive, seed)
         if search.moves == 0 and further:
