@@ -28,7 +28,7 @@ from env.scenario import Scenario
 from eval.compare.headline import SUSTAINED, lead_with, meetings, search_all
 from eval.compare.paired import compare
 from eval.compare.result import Comparison
-from eval.placement.placement import check_plannable
+from eval.placement.fleet import check_plannable
 
 #: Of one search, where only its simulated requests are bounded.
 MOST_TRIALS = 3_000

@@ -9,18 +9,20 @@ Nothing moves at run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 from engine.errors import SlalomError
+from engine.latency import Profile
 from env.measure.contender import STATIC_PLAN as NAME
 from env.measure.contender import Contender, PointSettings
 from env.measure.evaluator import Evaluator
 from env.measure.level import mean_level, measure_level
 from env.scenario import Scenario
 from eval.placement.disaggregation import reference, siblings
+from eval.placement.fleet import is_tradable
 from eval.placement.placement import Arrangement, arrangements, orders, variants
 from train.search.fitness import merged
 from train.search.tune import VALID_SEED
@@ -127,7 +129,8 @@ def search_static(
         raise SlalomError(NAME, trials, "give at least one trial, and GPUs enough for one instance")
     scored: list[tuple[float, Arrangement]] = []
     with Evaluator(scenario, replace(settings, split="train"), jobs=jobs, measure=measure_level) as search:
-        rates = [factor * _knee(search, listed, knee) for factor in factors]
+        reached = _knee(search, _probes(scenario, listed, trials), knee)
+        rates = [factor * reached for factor in factors]
         for arrangement in _trials(scenario, listed, trials, scored):
             floor = place_to_beat([score for score, _ in scored], finalists)
             scored.append((score_of(_level(search, arrangement, seeds), rates, floor), arrangement))
@@ -151,15 +154,30 @@ def search_static(
     )
 
 
-def _knee(search: Evaluator, listed: Sequence[Arrangement], least: float) -> float:
-    """The highest coarse knee of one arrangement per family (the middle one of its list), at least ``least``.
+def _by_family(listed: Sequence[Arrangement]) -> list[list[Arrangement]]:
+    return [[a for a in listed if a.family == family] for family in dict.fromkeys(a.family for a in listed)]
+
+
+def _screened(scenario: Scenario, listed: Sequence[Arrangement], trials: int) -> list[Arrangement]:
+    """What is tried with default budgets; where instances differ, most are hybrids, and no family gets a share."""
+    families = _by_family(listed) if is_tradable(scenario) else [listed]
+    return spread(families, max(int(_SCREEN * trials), 1))
+
+
+def _probes(scenario: Scenario, listed: Sequence[Arrangement], trials: int) -> list[Arrangement]:
+    """Whose knees count: the middle one of each family; where instances differ, neighbours do too, so all screened."""
+    if is_tradable(scenario):
+        return [members[len(members) // 2] for members in _by_family(listed)]
+    return _screened(scenario, listed, trials)
+
+
+def _knee(search: Evaluator, probes: Sequence[Arrangement], least: float) -> float:
+    """The highest coarse knee of ``probes``, at least ``least``.
 
     No search of each one's knee (``largest_rate``): the bar only rises, and who does not hold it costs one run.
     """
     knee = least
-    for family in dict.fromkeys(a.family for a in listed):
-        members = [a for a in listed if a.family == family]
-        contender = as_contender(members[len(members) // 2])
+    for contender in map(as_contender, probes):
         while mean_level(search, contender, 1.2 * knee, (0,)) >= 0.9 and knee < 64.0 * least:
             knee *= 1.2
     return knee
@@ -169,20 +187,25 @@ def _trials(
     scenario: Scenario, listed: list[Arrangement], trials: int, scored: list[tuple[float, Arrangement]]
 ) -> Iterator[Arrangement]:
     """What to try next; ``scored`` grows between two answers."""
-    families: dict[str, list[Arrangement]] = {}
-    for arrangement in listed:
-        families.setdefault(arrangement.family, []).append(arrangement)
     tried = set()
-    for arrangement in spread(list(families.values()), max(int(_SCREEN * trials), 1)):
+    for arrangement in _screened(scenario, listed, trials):
         tried.add(arrangement.label)
         yield arrangement
     profiles = {reference(scenario, p): p for p in siblings(scenario)}
-    for change in (orders, lambda leader: variants(leader, profiles[str(leader.groups[0].profile)])):
-        leaders = sorted(scored, key=lambda entry: -entry[0])
-        for _, leader in leaders[: _ORDERED if change is orders else len(leaders)]:
-            for variant in change(leader):
-                if len(tried) >= trials:
-                    return
-                if variant.label not in tried:
-                    tried.add(variant.label)
-                    yield variant
+    leaders = sorted(scored, key=lambda entry: -entry[0])[:_ORDERED]
+    ordered = [variant for _, leader in leaders for variant in orders(leader)]
+    for variant in chain(ordered, _with_budgets(scored, profiles)):
+        if len(tried) >= trials:
+            return
+        if variant.label not in tried:
+            tried.add(variant.label)
+            yield variant
+
+
+def _with_budgets(scored: list[tuple[float, Arrangement]], profiles: Mapping[str, Profile]) -> Iterator[Arrangement]:
+    """Budgets of the best so far, again and again, each once: where profiles differ, one may follow from another."""
+    done = set()
+    while left := [(score, arrangement) for score, arrangement in scored if arrangement.label not in done]:
+        _, best = max(left, key=lambda entry: entry[0])
+        done.add(best.label)
+        yield from variants(best, profiles)

@@ -27,6 +27,7 @@ from env.surrogate.arena import build_trace, horizon_s, requests_of
 from env.surrogate.clock import new_sim
 from env.surrogate.simulate import driver, simulate
 from env.workload import Split, Trace
+from eval.placement.fleet import is_tradable
 from policies.load import load_policy
 from policies.setting import Setting
 
@@ -191,6 +192,9 @@ def shares_met(
 
 
 def _fitting(scenario: Scenario, node_gpus: int) -> list[Profile]:
+    if not is_tradable(scenario):
+        fix = "DistServe's algorithms buy as many instances as they like of one kind; plan such a fleet as it stands"
+        raise SlalomError(f"{scenario.name}: cluster", ", ".join(scenario.profile_names()), fix)
     profiles = [p for p in siblings(scenario) if p.tp <= node_gpus]
     if not profiles:
         raise SlalomError("node_gpus", node_gpus, "no profile of this model runs on so few GPUs")

@@ -9,12 +9,14 @@ time: holding, role changes and tuning of the scenario are switched off.
 Families: ``mixed`` (chunked prefill or whole prompts first), ``disaggregated`` (prefill and decode apart),
 ``multiplexed`` (both on disjoint SMs; profiles with SM shares only) and ``hybrid`` (some prefill, the rest
 mixed). Instances of one arrangement share a profile, except that prefill and decode may differ in tensor
-parallelism.
+parallelism. A fleet of several kinds of instance keeps them all, each on its own profile
+(``eval.placement.fleet``); a hybrid may then mix on one kind and multiplex on another, and chunks and SM splits
+may differ by profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,7 @@ from eval.placement.disaggregation import (
     siblings,
     steady_requests,
 )
+from eval.placement.fleet import is_tradable, layouts
 
 CHUNKS = (256, 512, 1024, 2048, 4096)
 PREFILL_BUDGETS = (512, 2048, 8192, 16384)
@@ -58,7 +61,7 @@ class Arrangement:
         """The simple dispatch: (rule, its values)."""
         if self.family != "disaggregated":
             return "predicted_ttft", {}
-        return "distserve", {"prefill_tokens": self.groups[0].prefill_tokens}
+        return "distserve", {"prefill_tokens": next(g.prefill_tokens for g in self.groups if g.role == "prefill")}
 
     def applied(self, scenario: Scenario) -> Scenario:
         """The scenario on this arrangement, with every lever but placement switched off."""
@@ -130,25 +133,29 @@ def _group(scenario: Scenario, profile: Profile, role: str, count: int, **change
     return InstanceGroup(**(facts | changes))
 
 
-def check_plannable(scenario: Scenario) -> None:
-    """:raises SlalomError: a fleet of several kinds of GPU: a plan would trade the slower ones for faster ones"""
-    kinds = sorted({profile.device for profile in scenario.load_profiles()})
-    if len(kinds) > 1:
-        fix = "a plan places instances on GPUs of one kind; leave static_plan out, or plan for each kind by itself"
-        raise SlalomError(f"{scenario.name}: cluster", ", ".join(kinds), fix)
-
-
 def arrangements(scenario: Scenario, gpus: int) -> Iterator[Arrangement]:
     """Every arrangement on ``gpus`` GPUs with default budgets, of roles that the scenario allows; all of them use as
     many GPUs as they can.
 
-    :raises SlalomError: a fleet of several kinds of GPU
+    :raises SlalomError: a fleet of several kinds of instance, and other GPUs than its own or shared ones
     """
-    check_plannable(scenario)
+    if not is_tradable(scenario):
+        if gpus != scenario.n_gpus():
+            fix = f"{scenario.name} has instances of several kinds and keeps them: leave it out, or change its cluster"
+            raise SlalomError("gpus", gpus, fix)
+        yield from (Arrangement(_family(groups), groups) for groups in layouts(scenario))
+        return
     usable = scenario.usable_roles()
     for arrangement in _every(scenario, gpus):
         if all(group.role in usable for group in arrangement.groups):
             yield arrangement
+
+
+def _family(groups: tuple[InstanceGroup, ...]) -> str:
+    roles = {group.role for group in groups}
+    if roles == {"prefill", "decode"}:
+        return "disaggregated"
+    return str(roles.pop()) if len(roles) == 1 else "hybrid"
 
 
 def _every(scenario: Scenario, gpus: int) -> Iterator[Arrangement]:
@@ -170,24 +177,39 @@ def _every(scenario: Scenario, gpus: int) -> Iterator[Arrangement]:
                 )
 
 
-def variants(arrangement: Arrangement, profile: Profile) -> Iterator[Arrangement]:
-    """The arrangement with each budget worth trying: chunks, prefill batches, or SM splits of ``profile``."""
-    first, *rest = arrangement.groups
+def variants(arrangement: Arrangement, profiles: Mapping[str, Profile]) -> Iterator[Arrangement]:
+    """The arrangement with each budget worth trying: chunks, prefill batches, or SM splits; for all instances of the
+    role at once, and for those of each profile alone (prefill batches are one budget of the dispatch).
 
-    def changed(which: int, **changes: Any) -> Arrangement:
-        groups = [g.model_copy(update=changes if i == which else {}) for i, g in enumerate((first, *rest))]
-        return Arrangement(arrangement.family, tuple(groups))
+    :param profiles: by the name that groups call them
+    """
+    found: dict[str, Arrangement] = {}  # by label: what one profile alone changes may be what it has
+    roles = {group.role for group in arrangement.groups}
+    for role in ("mixed", "multiplexed") if roles & {"mixed", "multiplexed"} else ("prefill",):
+        names = list(dict.fromkeys(str(g.profile) for g in arrangement.groups if g.role == role))
+        budgets = {name: list(_budgets(role, profiles[name])) for name in names}
+        together = [dict(zip(names, row, strict=True)) for row in zip(*budgets.values(), strict=True)]
+        alone = [{name: budget} for name in names for budget in budgets[name] if role != "prefill"]
+        for changes in (*together, *alone):
+            groups = [
+                g.model_copy(update=changes.get(str(g.profile), {})) if g.role == role else g
+                for g in arrangement.groups
+            ]  # fmt: skip
+            changed = Arrangement(arrangement.family, tuple(groups))
+            found.setdefault(changed.label, changed)
+    yield from found.values()
 
-    if arrangement.family == "disaggregated":
-        yield from (changed(0, prefill_tokens=tokens) for tokens in PREFILL_BUDGETS)
-    elif arrangement.family == "multiplexed":
-        yield from (changed(0, headroom=headroom) for headroom in HEADROOMS)
+
+def _budgets(role: str, profile: Profile) -> Iterator[dict[str, Any]]:
+    if role == "prefill":
+        yield from ({"prefill_tokens": tokens} for tokens in PREFILL_BUDGETS)
+    elif role == "multiplexed":
+        yield from ({"headroom": headroom, "split": "auto"} for headroom in HEADROOMS)
         partial = [share.sms for share in profile.shares[:-1]]
-        yield from (changed(0, split=partial[len(partial) * part // 4]) for part in (1, 2, 3))
+        yield from ({"split": partial[len(partial) * part // 4]} for part in (1, 2, 3))
     else:
-        last = len(arrangement.groups) - 1
-        yield from (changed(last, chunk_tokens=chunk) for chunk in CHUNKS)
-        yield changed(last, batching="prefill_first")
+        yield from ({"chunk_tokens": chunk, "batching": None} for chunk in CHUNKS)
+        yield {"batching": "prefill_first"}
 
 
 def orders(arrangement: Arrangement) -> Iterator[Arrangement]:
@@ -244,7 +266,7 @@ def plan(
     :param say: told about progress, one line at a time
     :return: JSON-ready; ``best``, ``runner_up``, ``mixed_only``, ``disaggregated_only`` (None where there is
         none), ``reason``, ``distserve`` (what DistServe's own algorithm places for the reference rate)
-    :raises SlalomError: bad goal or budget, or no arrangement meets the targets at any rate
+    :raises SlalomError: bad goal or budget (see :func:`arrangements`), or no arrangement meets the targets at any rate
     """
     if not 0.0 < goal < 1.0:
         raise SlalomError("goal", goal, "give a share of requests between 0 and 1, e.g. 0.9")
@@ -259,10 +281,15 @@ def plan(
     quick = Effort(max(min(600, last), 1), tolerance=0.1)
     screened = [measure(scenario, a, goal, quick) for a in first]
     kept = _families(screened, _FAMILY_FINALISTS, _FINALISTS)
-    second = [v for f in kept for v in variants(f.arrangement, profiles[str(f.arrangement.groups[0].profile)])]
+    second = [v for f in kept for v in variants(f.arrangement, profiles)]
     say(f"{len(second)} variants of the best {len(kept)}, {kept[0].arrangement.label} leading")
     careful = Effort(last, tolerance=0.03)
     tuned = [measure(scenario, a, goal, careful) for a in second]
+    # Another budget for another profile: nothing new where all who have one share theirs.
+    known = {a.label for a in second}
+    more = {v.label: v for f in _best(tuned)[:_FAMILY_FINALISTS] for v in variants(f.arrangement, profiles)}
+    third = [v for label, v in more.items() if label not in known]
+    tuned += [measure(scenario, a, goal, careful) for a in third]
     finalists = _families(tuned, 1, 3)
     say(f"{len(finalists)} finalists on unseen requests, {finalists[0].arrangement.label} leading")
     final = Effort(last, tuple(range(seeds)), 0.01, "test")
@@ -270,7 +297,7 @@ def plan(
     if ranked[0].rate == 0.0:
         fix = f"no arrangement of {budget} GPUs meets them for {100 * goal:g} % of requests; loosen them"
         raise SlalomError("classes", [c.name for c in scenario.classes], fix)
-    return _result(scenario, ranked, budget, goal, final, len(first) + len(second))
+    return _result(scenario, ranked, budget, goal, final, len(first) + len(second) + len(third))
 
 
 def _result(
