@@ -8,17 +8,16 @@ Who only decodes stands beside nobody mixed: least predicted TTFT, which places 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import groupby, product
-from math import prod
+from collections.abc import Iterator
+from itertools import groupby
 
+from engine.core.kinds import Role
 from engine.errors import SlalomError
 from env.scenario import Scenario
 from env.sections import InstanceGroup
+from train.search.arrange import roles_by_kind
 
 _MOST = 128  # layouts of one fleet; a larger fleet is split in coarser steps
-_SIDES = (("mixed", "multiplexed"), ("decode",))  # what those do that do not prefill only
 
 
 def kinds_of(scenario: Scenario) -> list[tuple[str, int]]:
@@ -52,19 +51,12 @@ def layouts(scenario: Scenario) -> Iterator[tuple[InstanceGroup, ...]]:
     """
     check_plannable(scenario)
     instances = list(_instances(scenario))
-    counts = Counter(kind for kind, _ in instances)
-    for parts in range(max(counts.values()), 0, -1):
-        choices = [
-            [list(_compositions(scenario, kind[0], n, sides, parts)) for kind, n in counts.items()] for sides in _SIDES
-        ]
-        if sum(prod(map(len, compositions)) for compositions in choices) <= _MOST:
-            break
-    for chosen in (each for compositions in choices for each in product(*compositions)):
-        if {role for roles in chosen for role in roles} in ({"prefill"}, {"decode"}):
-            continue
-        left = {kind: iter(roles) for kind, roles in zip(counts, chosen, strict=True)}
-        alike = groupby(group.model_copy(update={"role": next(left[kind])}) for kind, group in instances)
-        yield tuple(group.model_copy(update={"count": len(list(same))}) for group, same in alike)
+    usable = {kind: _usable(scenario, kind[0]) for kind, _ in instances}
+    for roles in roles_by_kind([kind for kind, _ in instances], usable, _MOST):
+        groups = (group for _, group in instances)
+        named = (g.model_copy(update={"role": role.name.lower()}) for g, role in zip(groups, roles, strict=True))
+        alike = (list(same) for _, same in groupby(named))
+        yield tuple(same[0].model_copy(update={"count": len(same)}) for same in alike)
 
 
 def _instances(scenario: Scenario) -> Iterator[tuple[tuple[str, int], InstanceGroup]]:
@@ -79,16 +71,8 @@ def _instances(scenario: Scenario) -> Iterator[tuple[tuple[str, int], InstanceGr
         yield from [(kind, one)] * group.count
 
 
-def _compositions(
-    scenario: Scenario, profile: str, n: int, sides: Sequence[str], parts: int
-) -> Iterator[tuple[str, ...]]:
-    """Roles of ``n`` instances of ``profile``: up to ``parts`` + 1 numbers that prefill only, the others one side."""
-    usable = scenario.usable_roles()
+def _usable(scenario: Scenario, profile: str) -> list[Role]:
+    """Roles that instances on ``profile`` may have; only SM shares let one multiplex."""
     shares = len(scenario.load_profiles()[scenario.profile_names().index(profile)].shares)
-    for prefill in sorted({round(n * part / parts) for part in range(parts + 1)} if "prefill" in usable else {0}):
-        if prefill == n:
-            yield ("prefill",) * n
-            continue
-        for role in sides:
-            if role in usable and (shares > 1 or role != "multiplexed"):
-                yield ("prefill",) * prefill + (role,) * (n - prefill)
+    found = [Role[name.upper()] for name in scenario.usable_roles()]
+    return [role for role in found if shares > 1 or role is not Role.MULTIPLEXED]

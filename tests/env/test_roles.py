@@ -60,8 +60,18 @@ def test_where_instances_differ_it_matters_which_of_them_does_what() -> None:
         return {roles for roles in found if set(roles) == {Role.PREFILL, Role.DECODE} and roles.count(Role.DECODE) == 2}
 
     there, back = (Role.PREFILL,) * 2 + (Role.DECODE,) * 2, (Role.DECODE,) * 2 + (Role.PREFILL,) * 2
-    assert splits("fleet-2xa100-2xh100") == {there, back}
+    one_of_each = (Role.PREFILL, Role.DECODE) * 2
+    assert splits("fleet-2xa100-2xh100") == {there, back, one_of_each}
     assert splits("azure-conv-4xa100") == {there}
+
+
+def test_each_kind_of_instance_gets_the_chunk_that_it_computes_in_time() -> None:
+    slow, _, _, fast = next(
+        plans
+        for plans in composed(arena_of(Scenario.load("fleet-2xa100-2xh100")).setting)
+        if [plan.role for plan in plans] == [Role.MIXED, Role.MIXED, Role.PREFILL, Role.MIXED]
+    )
+    assert fast.chunk_tokens > 2 * slow.chunk_tokens
 
 
 def test_levers_of_role_changes_reach_the_core_and_older_hashes_stand() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from engine.core.kinds import Order, Role
@@ -76,6 +77,6 @@ class Levers:
 
 
 def label(plans: Sequence[InstancePlan]) -> str:
-    """Such as ``3 prefill + 1 decode``."""
-    roles = [Role(plan.role or 0).name.lower() for plan in plans]
-    return " + ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
+    """Such as ``3 prefill + 1 decode``, in the order of the instances."""
+    alike = groupby(Role(plan.role or 0).name.lower() for plan in plans)
+    return " + ".join(f"{len(list(same))} {role}" for role, same in alike)
