@@ -42,7 +42,7 @@ from eval.placement.clairvoyant import clairvoyant, compositions, followed
 from eval.placement.replan import planned
 from eval.report.plots_drift import roles_under_demand
 from policies.registry import get
-from train.control.days import RULE, practice, tune_on_days
+from train.control.days import RULE, tune_on_days
 
 RULES = ("arrow", "dyn_sla", "dyn_load", "dopd", "muxwise")
 _FIXED_SEED, _COARSE = 0, 0.04  # training day and step of the rate on which fixed compositions are compared
@@ -76,6 +76,13 @@ def _fixed(scenario: Scenario, own: Mapping[str, Any] | None = None) -> Iterator
             yield f"{k} prefill + {n - k} {side}, {order}", side == "decode", followed([(0.0, k)], n, values)
 
 
+def _two_hours(scenario: Scenario) -> Scenario:
+    """The scenario with longer days compressed to two hours."""
+    if scenario.workload.natural_s <= _SHORT_S:
+        return scenario
+    return scenario.with_overrides({"workload.duration_s": _SHORT_S})
+
+
 def _best(
     scenario: Scenario, policies: Iterable[Named], known: tuple[float, Named] | None = None
 ) -> tuple[float, Named]:
@@ -84,7 +91,7 @@ def _best(
     :param known: what others hold already
     :raises SlalomError: none holds a tenth of the reference rate
     """
-    short, rate = practice(scenario), known[0] if known else 0.1 * scenario.reference_rate
+    short, rate = _two_hours(scenario), known[0] if known else 0.1 * scenario.reference_rate
     found = known[1] if known else None
     for named in policies:
         while standing(short, *play_days(short, named[1], rate, _FIXED_SEED, "train")) >= GOAL:
@@ -313,8 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     scenario = Scenario.load(given.scenario)
-    if given.short and scenario.workload.natural_s > _SHORT_S:
-        scenario = scenario.with_overrides({"workload.duration_s": _SHORT_S})
+    scenario = _two_hours(scenario) if given.short else scenario
     say = partial(print, file=sys.stderr, flush=True)
     if given.parts:
         print(parts(scenario, given.parts, days=given.days, out=given.out, say=say))
