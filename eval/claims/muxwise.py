@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def _tool_agent(*, reuse: bool = True) -> dict[str, Any]:
     return {"kind": "mix", "parts": parts}
 
 
+_PROFILE = "llama-70b-a100-tp8"
 _CHUNKS = (128, 256, 512, 1024)
 
 
@@ -141,20 +142,34 @@ def _small() -> tuple[float, float, str]:
     return ours, found[best], f"chunked {best}"
 
 
-def muxwise() -> Claim:
-    """S6: MuxWise against chunked prefill and disaggregation, Llama-70B TP 8, Tool&Agent, P99 TBT of 100 ms."""
-    base = Scenario.load("muxwise-70b-2x8xa100").with_overrides({"workload": _tool_agent()})
-    profile = Profile.load("llama-70b-a100-tp8")
+def _base() -> Scenario:
+    return Scenario.load("muxwise-70b-2x8xa100").with_overrides({"workload": _tool_agent()})
+
+
+def compared() -> dict[str, tuple[Scenario, str]]:
+    """The systems on Llama-70B TP 8: label -> scenario and policy."""
+    base = _base()
     both = base.fixed_on({"count": 1, "role": "prefill"}, {"count": 1, "role": "decode"})
-    systems = {
+    return {
         "MuxWise": (base.fixed_on({"count": 1, "role": "multiplexed"}), "muxwise"),
         "pdmux table": (base.fixed_on({"count": 1, "role": "multiplexed"}, decisions={"tune": True}), "pdmux_table"),
         "disaggregated": (both, "distserve"),
-    } | _chunked(base, profile.name)
-    rates = {
+    } | _chunked(base, _PROFILE)
+
+
+def rates_of(systems: Mapping[str, tuple[Scenario, str]]) -> dict[str, float]:
+    """What each holds in runs as long as the original's, requests per second on eight GPUs."""
+    return {
         label: 8 * search(scenario, _tbt(100.0), policy, 1.0, _REQUESTS) / scenario.n_gpus()
         for label, (scenario, policy) in systems.items()
     }
+
+
+def muxwise() -> Claim:
+    """S6: MuxWise against chunked prefill and disaggregation, Llama-70B TP 8, Tool&Agent, P99 TBT of 100 ms."""
+    base, profile = _base(), Profile.load(_PROFILE)
+    systems = compared()
+    rates = rates_of(systems)
     chunked = max((label for label in rates if label.startswith("chunked")), key=lambda label: rates[label])
     ours = rates["MuxWise"]
     with tempfile.TemporaryDirectory() as folder:

@@ -35,8 +35,9 @@ CHANGES = {
         "phases": [
             {"duration": PHASE_S, "rate": 1.6, "weights": [1, 0]},
             {"duration": PHASE_S, "rate": 0.4, "weights": [0, 1]},
-        ] * 2,
-        "cv": 0.3, "duration_s": 4 * PHASE_S,
+            {"duration": PHASE_S, "rate": 1.6, "weights": [1, 0]},
+        ],
+        "cv": 0.3, "duration_s": 3 * PHASE_S,
     },
     "decisions": {"hold": True, "place_decode": True, "reallocate": True, "roles": ["prefill", "mixed"],
                   "drain": "hand_over"},
@@ -82,9 +83,9 @@ class Roles:
 def test_the_controller_follows_a_drift_on_the_real_engine_and_loses_no_request() -> None:
     scenario = Scenario.load("smollm2-2xcpu").with_overrides(CHANGES)
     rate = 5.0
-    trace = build_trace(scenario, rate, int(rate * 4 * PHASE_S), 0, "test")
+    trace = build_trace(scenario, rate, int(rate * 3 * PHASE_S), 0, "test")
     phases = phases_of(trace)
-    assert len(phases) == 4
+    assert len(phases) == 3
     roles = Roles()
     run = replay(
         scenario, "planner", rate=rate, values=CONTROLLER, trace=trace, park=park_of("dummy:tiny", "cpu"),
@@ -94,7 +95,7 @@ def test_the_controller_follows_a_drift_on_the_real_engine_and_loses_no_request(
     found = outcomes(run, warmup=0.0)
     assert found.sent_total == trace.n
     assert (run.req["state"][: trace.n] == RequestState.FINISHED).all()
-    assert run.cluster["n_switches"] >= 3
+    assert run.cluster["n_switches"] >= 2  # there and back
     for k, (start, end) in enumerate(phases):
         settled = roles.share(0.5 * (start + end), end)
         assert settled > 0.8 if k % 2 == 0 else settled < 0.2
