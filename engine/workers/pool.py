@@ -42,7 +42,7 @@ from engine.model.config import ModelConfig
 from engine.model.sampling import Logprobs, SamplingParams
 from engine.workers.kv import check_pipe
 from engine.workers.lease import LEASE_S
-from engine.workers.wire import KEY, ask, connect, parse_address, step_message
+from engine.workers.wire import KEY, ask, connect, hang_up, parse_address, step_message
 
 _log = logging.getLogger("slalom.distributed")
 _START_S = 600.0  # to load the weights
@@ -100,6 +100,7 @@ class RemoteWorker:
         """Hang up; a worker that we started ends."""
         self._watchers.clear()
         self._lost.set()
+        hang_up(self._control)  # or the thread that waits on it keeps the line, and the lease, for seconds more
         self._control.close()
         if self.process is not None:
             self.process.kill()

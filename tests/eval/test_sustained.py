@@ -150,9 +150,9 @@ def server():
     })  # fmt: skip
 
 
-def search(scenario, **options):
+def search(scenario, seeds=(0, 1, 2), **options):
     with Evaluator(scenario, PointSettings(), measure=measure_sustained) as evaluator:
-        return Search(evaluator, Contender("least_tokens"), (0, 1, 2), **options)
+        return Search(evaluator, Contender("least_tokens"), seeds, **options)
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +212,8 @@ def test_the_answer_has_run_as_long_as_the_definition_asks(found):
                    for s in found.samples_at(entry.rate))  # fmt: skip
 
 
-def test_plain_bisection_gives_the_same_answer_for_more_requests(server, found):
-    plain = search(server, mode="plain")
+def test_plain_bisection_gives_the_same_answer_for_more_requests(server):
+    plain, found = (search(server, (0,), mode=mode) for mode in ("plain", "sequential"))
     for quick, full in zip(found.found, plain.found, strict=True):
         assert quick.rate == pytest.approx(full.rate, rel=0.02)
     assert plain.simulated_requests > found.simulated_requests

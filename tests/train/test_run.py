@@ -45,9 +45,10 @@ SMALL = """default:
   eval_seeds: 2
   final_seeds: 2
   save_every_s: 0.05
+  direct_requests: 2000
+  direct_size: 60
+  designs: 8
 """
-#: Of the direct search, which a command makes where no rule is named: of 90 M frames it would take its share.
-SHORT_SEARCH = "  direct_requests: 2000\n  direct_size: 60\n  designs: 8\n"
 
 
 @pytest.fixture
@@ -160,9 +161,9 @@ def test_folder_of_another_run_is_not_overwritten(trained: tuple[Path, dict[str,
 
 @pytest.mark.slow
 def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> None:
-    config.write_text(SMALL + SHORT_SEARCH)
-    arguments = ["--scenario", "tiny-4xa100", "--algo", "ppo", "--budget", "12k", "--config", str(config)]
-    arguments += ["--out", str(tmp_path / "run"), "--json"]
+    """Without a rule, that is by the direct search before PPO."""
+    arguments = ["--scenario", "tiny-4xa100", "--algo", "ppo", "--budget", "6k"]
+    arguments += ["--config", str(config), "--out", str(tmp_path / "run"), "--json"]
     command = [sys.executable, "-m", "train.cli", *arguments]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "run" / "train_state" / "state.safetensors"
@@ -173,7 +174,7 @@ def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> No
     child.wait()
     done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["frames"] >= 12_000
+    assert json.loads(done.stdout)["frames"] >= 6_000
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     resumed = next(e for e in events if e["event"] == "resumed")
     assert resumed["frames"] > 0
@@ -181,9 +182,9 @@ def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> No
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_exits_130(tmp_path: Path, config: Path) -> None:
-    config.write_text(SMALL + SHORT_SEARCH)
-    arguments = ["--scenario", "tiny-4xa100", "--algo", "ppo", "--budget", "90M", "--config", str(config)]
-    command = [sys.executable, "-m", "train.cli", *arguments, "--out", str(tmp_path / "run")]
+    arguments = ["--scenario", "tiny-4xa100", "--algo", "ppo", "--rule", "linear_score", "--budget", "90M"]
+    arguments += ["--config", str(config), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "train.cli", *arguments]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     state = tmp_path / "run" / "train_state" / "state.safetensors"
     deadline = time.monotonic() + 300
