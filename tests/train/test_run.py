@@ -48,6 +48,7 @@ SMALL = """default:
   direct_requests: 2000
   direct_size: 60
   designs: 8
+  rules: [least_tokens]
 """
 
 
@@ -168,7 +169,10 @@ def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> No
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "run" / "train_state" / "state.safetensors"
     deadline = time.monotonic() + 300
-    while not state.exists() and time.monotonic() < deadline and child.poll() is None:
+    written: set[int] = set()  # the first state may be that of the beginning, before any update
+    while len(written) < 2 and time.monotonic() < deadline and child.poll() is None:
+        if state.exists():
+            written.add(state.stat().st_ino)
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
