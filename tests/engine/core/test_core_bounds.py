@@ -16,12 +16,14 @@ from strategies import Case, ProfileSpec, RequestSpec, ShareSpec
 from test_core_behaviour import DECODE, MIXED, MULTIPLEXED, PREFILL, ms, one, serve
 
 from engine.core.columns import Col
+from engine.core.decide.patience import may_shed
 from engine.core.kinds import Batching, Order, RequestState, Role
 from engine.core.policy import POLICY_SIGNATURE
 from engine.core.setup import ClusterOptions, InstanceSpec, SloClass
-from engine.core.state import ClusterState
+from engine.core.state import ClusterState, attach
 from engine.errors import SlalomError
 from engine.jit.kernel import kernel
+from engine.jit.rows import addresses
 
 _IS_HOLD, _IS_SHED, _INSTANCE, _WAIT = int(Col.IS_HOLD), int(Col.IS_SHED), int(Col.INSTANCE), int(Col.QUEUE_TOKENS)
 
@@ -271,6 +273,20 @@ def test_a_target_that_cannot_be_met_may_be_refused_and_one_that_can_may_not() -
     requests = (RequestSpec(300, 1), RequestSpec(20, 1, gap_s=0.01, ttft_slo_s=0.2), RequestSpec(20, 1, ttft_slo_s=0.5))
     state = reluctant(Case((one(),), requests, options=ClusterOptions(shed=True)), 2)
     assert state.req["state"].tolist() == [RequestState.FINISHED, RequestState.SHED, RequestState.FINISHED]
+
+
+@kernel
+def may_be_refused(words, r, now):
+    return may_shed(attach(words), r, now)
+
+
+def test_nobody_is_refused_once_the_target_has_passed() -> None:
+    requests = (RequestSpec(300, 1), RequestSpec(20, 1, gap_s=0.01, ttft_slo_s=0.2))
+    case = Case((one(),), requests, options=ClusterOptions(shed=True))
+    state, sim = case.build()
+    Driver(case, state, sim, decide=unwilling, needs=1).step(2)  # both wait on the one instance
+    asked = [bool(may_be_refused(addresses(state), 1, at * 10**9)) for at in (10, 200, 210, 211)]
+    assert asked == [True, True, True, False]
 
 
 def test_a_refusal_counts_prompts_that_would_be_overtaken() -> None:
