@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from policies import registry
 from train.budget import Budget
 from train.collect.workers import RayCollector
 from train.config import TrainConfig, load_config
-from train.control.stage import CONTROLLER, learn_controller
+from train.control.stage import CONTROLLER, publish_controller, tune_controller
 from train.export import Publisher
 from train.folder import RunFolder
 from train.learn import learn, monitor_seeds
@@ -155,8 +155,11 @@ def _stages(
     if request.algorithm == "generalist":
         return _generalist(request, scenario, config, folder, display)
     if request.algorithm == CONTROLLER:
-        journal = _journal(request, [scenario], config, folder, display)
-        found = learn_controller(scenario, request.budget, request.seed, config, folder, display, journal)
+        found = _searched(
+            request, [scenario], config, folder, display,
+            partial(tune_controller, scenario, request.budget, request.seed, folder, display),
+        )  # fmt: skip
+        publish_controller(found, scenario, config, request.seed, folder)
         what = f"share in the worst phase of a validation day at {found.knee:.3g} req/s"
         summary = {"checkpoint": str(folder.best), "base": asdict(found)}
         return _finish(summary, folder, display, found.score, found.default_score, what)
@@ -197,23 +200,38 @@ def _generalist(
     """One policy for ``scenario`` and those of ``request.also``."""
     several = [scenario, *(named(name) for name in request.also)]
     display.phase("generalist")
-    journal = _journal(request, several, config, folder, display)
-    design, requests, seconds = train_generalist(
-        several,
-        requests=request.budget.frames or 10_000_000,
-        seed=request.seed,
-        report=lambda phase, done, note: display.update(done, note),
-        journal=journal,
-    )
-    base = SearchResult(
-        **design.facts, knee=0.0, default_score=0.0, score=0.0, trials=0, requests=requests, seconds=seconds,
-        sampler="generalist", universal=True,
-    )  # fmt: skip
-    write_json(folder.base, asdict(base), sealed=True)
-    journal.close(done=True)
+
+    def search(journal: Journal) -> SearchResult:
+        design, requests, seconds = train_generalist(
+            several,
+            requests=request.budget.frames or 10_000_000,
+            seed=request.seed,
+            report=lambda phase, done, note: display.update(done, note),
+            journal=journal,
+        )
+        return SearchResult(
+            **design.facts, knee=0.0, default_score=0.0, score=0.0, trials=0, requests=requests, seconds=seconds,
+            sampler="generalist", universal=True,
+        )  # fmt: skip
+
+    base = _searched(request, several, config, folder, display, search)
     Publisher(scenario, base, config, request.seed).start(folder.best)
     display.say(f"{folder.best}: one policy for {len(several)} scenarios")
     return {"checkpoint": str(folder.best), "base": asdict(base)}
+
+
+def _searched(
+    request: Request, scenarios: list[Scenario], config: TrainConfig, folder: RunFolder, display: Display,
+    search: Callable[[Journal], SearchResult],
+) -> SearchResult:  # fmt: skip
+    """What ``search`` finds, from an earlier part of this run if it had come to its end there."""
+    if folder.base.exists():
+        return SearchResult.read(folder.base)
+    journal = _journal(request, scenarios, config, folder, display)
+    found = search(journal)
+    write_json(folder.base, asdict(found), sealed=True)
+    journal.close(done=True)
+    return found
 
 
 def _journal(
@@ -273,12 +291,9 @@ def _base(
         return found
     if request.rule == AUTO:
         log.write("search")  # from its beginning, also in a resumed run
-        journal = _journal(request, [scenario], config, folder, display)
         alone = request.algorithm == "direct"
-        found = search_all(scenario, config, display, request.budget, alone, request.seed, journal)
-        write_json(folder.base, asdict(found), sealed=True)
-        journal.close(done=True)
-        return found
+        search = partial(search_all, scenario, config, display, request.budget, alone, request.seed)
+        return _searched(request, [scenario], config, folder, display, search)
     search_only = request.algorithm == "search"
     budget, share = request.budget, 1.0 if search_only else config.tune_share
     found = search_rule(

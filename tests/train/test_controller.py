@@ -120,6 +120,29 @@ def test_it_becomes_a_checkpoint_that_changes_roles(small: Scenario, tmp_path: P
     assert len(phases) == 4
 
 
+def test_a_search_that_had_come_to_its_end_is_not_repeated(
+    small: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, calls = tmp_path / "small.yaml", []
+    path.write_text(small.to_yaml())
+    asked = Request(str(path), "controller", "auto", Budget(frames=10_000), out=tmp_path / "run")
+
+    def killed(*given: object) -> None:
+        calls.append(given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.run.publish_controller", killed)  # between the end of the search and the checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            run(asked)
+    monkeypatch.setattr("train.run.tune_controller", killed)
+    summary = run(replace(asked, resume=True))
+    assert len(calls) == 1
+    assert summary["base"] == run(replace(asked, resume=True))["base"]
+    assert load(tmp_path / "run" / "best").manifest.rule.name == "planner"
+    assert not (tmp_path / "run" / "search.jsonl").exists()
+
+
 def test_a_composition_may_stay(small: Scenario) -> None:
     space = Space("planner", small, arranges=True)
     switches = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
-from engine.common.files import write_json
 from engine.common.progress import Display
 from env.scenario import Scenario
 from train.budget import Budget
@@ -17,14 +14,13 @@ from train.ppo.callbacks import JsonLog
 from train.search.journal import Journal
 from train.search.rule import SearchResult
 
-__all__ = ["CONTROLLER", "learn_controller"]
+__all__ = ["CONTROLLER", "publish_controller", "tune_controller"]
 
 
-def learn_controller(
-    scenario: Scenario, budget: Budget, seed: int, config: TrainConfig, folder: RunFolder, display: Display,
-    journal: Journal,
-) -> SearchResult:  # fmt: skip
-    """The planner's parameters, learned on days of training arrivals, and published in ``folder.best``.
+def tune_controller(
+    scenario: Scenario, budget: Budget, seed: int, folder: RunFolder, display: Display, journal: Journal
+) -> SearchResult:
+    """The planner's parameters, learned on days of training arrivals.
 
     ``log.jsonl`` tells after every generation how much was spent, and what would have been the answer at which rate.
 
@@ -37,15 +33,18 @@ def learn_controller(
         if not journal.replays:
             log.write("answer", used=round(used, 4), rate=rate, values=values)
 
-    found = tune_on_days(
+    return tune_on_days(
         RULE, scenario, seconds=budget.seconds, requests=budget.frames or float("inf"), seed=seed,
         report=display.report, journal=journal, on_answer=answer,
     )  # fmt: skip
-    write_json(folder.base, asdict(found), sealed=True)
-    journal.close(done=True)
+
+
+def publish_controller(
+    found: SearchResult, scenario: Scenario, config: TrainConfig, seed: int, folder: RunFolder
+) -> None:
+    """What the search has found, as a checkpoint in ``folder.best``."""
     table = [
         {"policy": "this controller", "score": round(found.score, 5), "split": "valid"},
         {"policy": f"{found.rule} as it is", "score": round(found.default_score, 5), "split": "valid"},
     ]
     Publisher(scenario, found, config, seed).start(folder.best, table)
-    return found
