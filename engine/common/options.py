@@ -96,7 +96,8 @@ def _default(options: type, name: str) -> Any:
 
 
 def refuses(name: str) -> Callable[[Callable[P, T]], Callable[P, T | int]]:
-    """Decorator of a command that gives its exit code: a mistake of the user is one line on standard error and 2."""
+    """Decorator of a command that gives its exit code: a mistake of the user is one line on standard error and 2,
+    Ctrl-C one line and 130."""
 
     def made(function: Callable[P, T]) -> Callable[P, T | int]:
         @functools.wraps(function)
@@ -106,6 +107,9 @@ def refuses(name: str) -> Callable[[Callable[P, T]], Callable[P, T | int]]:
             except SlalomError as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 2
+            except KeyboardInterrupt:
+                print(f"{name}: interrupted", file=sys.stderr)
+                return 130
 
         return command
 

@@ -26,18 +26,19 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from engine.common.files import read_json, write_json
+from engine.common.files import claim, read_json, write_json
 from engine.common.options import refuses
 from engine.common.provenance import commit
 from engine.errors import SlalomError
 from engine.jit import sources
 from env.measure.contender import Contender
-from env.measure.digest import code_sha256
+from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.evaluator import bound
 from env.measure.phases import GOAL, phase_goodput, play_days, standing
 from env.measure.roles import role_timeline
 from env.scenario import Scenario
 from env.surrogate.arena import build_trace
+from eval.compare.session import label_of
 from eval.placement.clairvoyant import clairvoyant, compositions, followed
 from eval.placement.replan import planned
 from eval.report.plots_drift import roles_under_demand
@@ -200,11 +201,11 @@ def study(
     :param requests: simulated for the search of each rule, and of the controller with each of ``seeds`` seeds
     :param days: test days
     """
-    kept, tests = Kept(out, [_code(), scenario.hash(), days], say), range(days)
+    kept, tests = Kept(out, [_code(), scenario_hash(scenario), days], say), range(days)
     rows: dict[str, Row] = {}
-    for folder in checkpoints:
+    for name, folder in _named(checkpoints).items():
         measure = partial(measured, scenario, [folder] * days, tests, None)
-        rows[f"learned ({Path(folder).name})"] = kept.get(f"learned {Path(folder).name}", measure, folder)
+        rows[f"learned ({name})"] = kept.get(f"learned {name}", measure, policy_sha256(Contender(folder)))
     best = cache(partial(_best_fixed, scenario, say))
     for label in ("fixed split", "fixed, any roles"):
         rows[label] = kept.get(label, partial(_fixed_row, scenario, best, label, tests))
@@ -243,6 +244,15 @@ def _tuned(rule: str, scenario: Scenario, requests: float, seed: int) -> Row:
     }  # fmt: skip
 
 
+def _named(checkpoints: Sequence[str]) -> dict[str, str]:
+    """Folders by their own names, of a run's ``best`` by the run's; where two are alike, by their paths."""
+    labels = [label_of(folder) for folder in checkpoints]
+    return {
+        label if labels.count(label) == 1 else folder.strip("/").replace("/", "-"): folder
+        for label, folder in zip(labels, checkpoints, strict=True)
+    }
+
+
 def _draw(scenario: Scenario, checkpoints: Sequence[str], ceiling: Row, rows: Mapping[str, Row], out: Path) -> None:
     """Roles of what was learned and of the clairvoyant over the first test day, under its demand."""
     learned = [name for name in rows if name.startswith(("learned", "controller"))]
@@ -253,7 +263,7 @@ def _draw(scenario: Scenario, checkpoints: Sequence[str], ceiling: Row, rows: Ma
     trace = build_trace(scenario, rate, math.ceil(rate * scenario.workload.natural_s), 0, "test")
     plan = [(entry["at_s"], entry["prefill"]) for entry in ceiling["schedule"]]
     knowing = followed(plan, len(scenario.placements()), ceiling["values"])
-    folders = {f"learned ({Path(folder).name})": folder for folder in checkpoints}
+    folders = {f"learned ({name})": folder for name, folder in _named(checkpoints).items()}
     policy = folders.get(name) or bound(scenario, Contender(RULE, rows[name]["values"], tuned=True))
     lines = {label: role_timeline(scenario, p, rate, 0) for label, p in (("learned", policy), ("clairvoyant", knowing))}
     roles_under_demand(trace, lines).savefig(out / "roles.png", dpi=110)
@@ -261,9 +271,10 @@ def _draw(scenario: Scenario, checkpoints: Sequence[str], ceiling: Row, rows: Ma
 
 def parts(scenario: Scenario, folder: str, *, days: int, out: Path, say: Say) -> str:
     """What each lever of the checkpoint ``folder`` earned, as Markdown; finished rows are kept in ``out``."""
-    kept, lines, before = Kept(out, [_code(), scenario.hash(), days], say), list[str](), list[float]()
+    learned = policy_sha256(Contender(folder))
+    kept, lines, before = Kept(out, [_code(), scenario_hash(scenario), days], say), list[str](), list[float]()
     for k, (what, policy) in enumerate(_parts(scenario, folder)):
-        row = kept.get(f"part {k}", partial(measured, scenario, [policy] * days, range(days), None), what, folder)
+        row = kept.get(f"part {k}", partial(measured, scenario, [policy] * days, range(days), None), what, learned)
         adds = _ratio(row["goodput"], before) if before else ""
         lines.append(f"| {what} | {float(np.mean(row['goodput'])):.2f} | {adds} | {row['role_changes']} |")
         before = row["goodput"]
@@ -318,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for results; a stopped study goes on there")
     parser.add_argument("--parts", metavar="CHECKPOINT", help="say instead what each of its levers earned")
     given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
+    claim(given.out)
     scenario = Scenario.load(given.scenario)
     scenario = _two_hours(scenario) if given.short else scenario
     say = partial(print, file=sys.stderr, flush=True)

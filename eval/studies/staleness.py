@@ -27,7 +27,7 @@ from engine.common.options import refuses
 from engine.common.provenance import commit
 from engine.errors import SlalomError
 from env.measure.contender import Contender, PointSettings, Split
-from env.measure.digest import code_sha256
+from env.measure.digest import code_sha256, policy_sha256, scenario_hash
 from env.measure.evaluator import Evaluator, bound
 from env.measure.sustained_search import Search, measure_sustained
 from env.scenario import Scenario
@@ -100,7 +100,8 @@ def contenders(scenario: Scenario, trained: Path | None = None) -> list[Contende
 def measured(scenario: Scenario, who: Contender, effort: Effort, folder: Path) -> dict[str, Any]:
     """Sustained goodput of one policy and which clause ends it, or at one rate the percentage of requests that meet
     both targets; kept in ``folder`` and read back from there."""
-    about = [code_sha256(), scenario.hash(), effort.seeds, effort.split, effort.rate, effort.requests]
+    about: list[Any] = [code_sha256(), scenario_hash(scenario), policy_sha256(who)]
+    about += [effort.seeds, effort.split, effort.rate, effort.requests]
     name = who.name.replace(", ", "-")
     path = folder / f"{name}-{scenario.observation_delay_s:g}-{scenario.routers}.json"
     found = dict(read_json(path)) if path.exists() else {}

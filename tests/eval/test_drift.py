@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from env.measure.roles import role_timeline
 from env.scenario import Scenario
 from eval.studies.drift import main, paired, parts, study, table
+
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "policies" / "daynight-70b"
 
 
 def test_ratios_are_of_each_day() -> None:
@@ -45,6 +48,17 @@ def test_a_small_table_from_search_to_picture(small: Scenario, tmp_path: Path) -
     text = table(result)
     assert text.count("\n| ") == len(rows) + 2
     assert "clairvoyant | " in text
+    alike = [str(tmp_path / run / "best") for run in ("one", "two")]
+    for folder in alike:
+        shutil.copytree(CHECKPOINT, folder)
+    learned = study(small, alike, [], requests=20_000, days=2, seeds=1, out=tmp_path, say=said.append)["rows"]
+    assert {"learned (one)", "learned (two)"} < set(learned)
+    about = [(tmp_path / f"learned-{name}.json").read_text() for name in ("one", "two")]
+    (tmp_path / "one" / "best" / "README.md").write_text("trained again, in its place")
+    study(small, alike, [], requests=20_000, days=2, seeds=1, out=tmp_path, say=said.append)
+    again = [(tmp_path / f"learned-{name}.json").read_text() for name in ("one", "two")]
+    assert about[0] != again[0]  # played again
+    assert about[1] == again[1]
     before = len(said)
     assert (
         study(small, [], ["dyn_sla"], requests=20_000, days=2, seeds=1, out=tmp_path, say=said.append)["rows"] == rows
@@ -73,6 +87,23 @@ def test_roles_are_drawn_under_the_demand(small: Scenario) -> None:
     assert [axis.get_ylabel().split("\n")[0] for axis in figure.axes] == ["demand", "planner", "again"]
     assert line.switches >= 3
     assert len(line.at_s) > 3
+
+
+def test_a_stopped_study_and_a_folder_that_is_none_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["daynight-70b", "--out", str(tmp_path / "file")]) == 2
+
+    def stopped(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("eval.studies.drift.study", stopped)
+    assert main(["daynight-70b", "--out", str(tmp_path / "out")]) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "it is a file" in said[0]
+    assert said[1] == "drift: interrupted"
 
 
 def test_a_scenario_that_is_none_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
