@@ -114,10 +114,10 @@ def explain(options: Options) -> None:
         loaded = Scenario.load(o.scenario)
         result = explain_policy(o.policy, loaded, rate=o.rate, requests=o.requests, seeds=o.seeds, depth=o.depth)
         text = render.policy_text(result)
-    if o.html is not None:
+    print(json.dumps(result, allow_nan=False) if o.as_json else text)
+    if o.html is not None:  # after the answer: a place that cannot be written does not cost the simulations
         write_text(o.html, render.page(result, text))
         print(f"wrote {o.html}", file=sys.stderr)
-    print(json.dumps(result, allow_nan=False) if o.as_json else text)
 
 
 def main() -> None:

@@ -127,5 +127,6 @@ _BODY = """
 def page(result: dict[str, Any], text: str) -> str:
     """One self-contained page: bars of importance where there are any, the text, and the data."""
     data = Markup(json.dumps(result, allow_nan=False).replace("<", "\\u003c"))
-    title = str(result["policy"]["name"]) if "kinds" in result else "Decision log"
-    return render(_BODY, title=title, kinds=result.get("kinds", {}), text=text, data=data)
+    policy = result.get("policy")  # a log has kinds, too: how many decisions of each
+    title, kinds = (str(policy["name"]), result["kinds"]) if policy else ("Decision log", {})
+    return render(_BODY, title=title, kinds=kinds, text=text, data=data)

@@ -115,10 +115,10 @@ def place(
         print("interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
     result["commit"] = commit()
-    if out is not None:
+    print(json.dumps(result, allow_nan=False) if as_json else text(result))
+    if out is not None:  # after the answer: a place that cannot be written does not cost the search
         write_json(out, result)
         print(f"wrote {out}", file=sys.stderr)
-    print(json.dumps(result, allow_nan=False) if as_json else text(result))
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -174,6 +174,11 @@ def test_command_line(log: Path, tmp_path: Path) -> None:
     assert "outcome: TTFT" in result.output
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     assert json.loads(run(app, ["--log", str(log), "--json"]).stdout)["requests"] == 60
+    assert run(app, ["--log", str(log), "--html", str(tmp_path / "whole.html")]).exit_code == 0
+    assert "60 requests ended" in (tmp_path / "whole.html").read_text()
+    nowhere = run(app, ["--log", str(log), "--json", "--html", str(log / "page.html")])
+    assert isinstance(nowhere.exception, SlalomError)
+    assert json.loads(nowhere.stdout)["requests"] == 60  # said all the same
     assert isinstance(run(app, []).exception, SlalomError)
     for arguments in (["--log", str(log), "--rate", "3"], ["--policy", "least_tokens", "--seq", "3"]):
         assert f"{arguments[2]}: got" in str(run(app, arguments).exception)

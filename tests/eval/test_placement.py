@@ -183,3 +183,8 @@ def test_json_is_all_of_standard_output_and_equals_the_file(
     assert not stop.value.code
     assert json.loads(captured.out) == json.loads(file.read_text())
     assert "arrangements" in captured.err
+    monkeypatch.setattr(sys, "argv", [*base, "--json", "--out", str(file / "plan.json")])
+    with pytest.raises(SystemExit) as stop:
+        placement_cli.main()
+    assert stop.value.code == 2
+    assert json.loads(capsys.readouterr().out) == json.loads(captured.out)  # what was searched is not lost
