@@ -66,6 +66,8 @@ class RunFolder:
         claim(self.root)
         if self.request.exists():
             raise SlalomError("--out", str(self.root), "a run is there already; add --resume or name another")
+        if self.base.exists():  # it would be taken for what this run has found
+            raise SlalomError("--out", str(self.root), "it holds the outcome of another run; name another folder")
         write_text(self.root / "config.yml", config.to_yaml())
         write_text(self.root / "command.txt", _command() + "\n")
         write_json(
@@ -86,9 +88,13 @@ class RunFolder:
         if not os.path.exists(self.request):
             raise SlalomError("--resume", str(self.root), "no run there; start one without --resume")
         claim(self.root)
-        before = read_json(self.request)
+        damaged = SlalomError("--resume", str(self.request), "the file is damaged; start anew in another folder")
+        try:
+            before = read_json(self.request)
+        except SlalomError as error:
+            raise damaged from error
         if not isinstance(before, dict):
-            raise SlalomError("--resume", str(self.request), "the file is damaged; start anew in another folder")
+            raise damaged
         for name, value in request.items():
             if before.get(name) != value:
                 fix = f"the run in {self.root} has {before.get(name)!r}; repeat its command (command.txt)"

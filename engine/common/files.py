@@ -33,8 +33,7 @@ def claim(folder: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         file = (place / ".lock").open("a+")
     except (OSError, ValueError) as error:  # a path with a null byte
-        fix = f"choose a folder that can be written ({getattr(error, 'strerror', None) or error})"
-        raise SlalomError("--out", str(folder), fix) from error
+        raise SlalomError("--out", str(folder), _elsewhere(error)) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # children do not inherit it
     except BlockingIOError:
@@ -68,10 +67,16 @@ def write_bytes(path: Path, data: bytes) -> None:
         with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fix = "the disk is full: free some space and repeat with --resume; finished points are kept"
+            fix = "the disk is full: free some space and repeat, with --resume where the command has it"
         else:
-            fix = f"choose a folder that can be written ({getattr(error, 'strerror', None) or error})"
+            fix = _elsewhere(error)
         raise SlalomError("output file", str(path), fix) from error
+
+
+def _elsewhere(error: OSError | ValueError) -> str:
+    """The remedy for a place that cannot be written; a file where a folder should be made "exists", says mkdir."""
+    why = "it is a file" if isinstance(error, FileExistsError) else getattr(error, "strerror", None) or error
+    return f"choose a folder that can be written ({why})"
 
 
 def write_text(path: Path, text: str) -> None:

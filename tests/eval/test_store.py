@@ -6,7 +6,7 @@ import os
 import pytest
 
 from engine.common.appends import append_line, heal
-from engine.common.files import kept, read_json, write_json
+from engine.common.files import claim, kept, read_json, write_json
 from engine.errors import SlalomError
 
 
@@ -26,8 +26,10 @@ def test_a_full_disk_is_a_clear_message_and_leaves_the_old_file(tmp_path, monkey
 
 def test_a_place_that_cannot_be_written_is_a_clear_message(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SlalomError, match="choose a folder"):
+    with pytest.raises(SlalomError, match=r"choose a folder that can be written \(it is a file\)"):
         write_json(tmp_path / "file" / "result.json", {})
+    with pytest.raises(SlalomError, match=r"choose a folder that can be written \(it is a file\)"):
+        claim(tmp_path / "file")
 
 
 def test_nan_never_reaches_a_file(tmp_path):

@@ -160,6 +160,19 @@ def test_folder_of_another_run_is_not_overwritten(trained: tuple[Path, dict[str,
     assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")} == before
 
 
+def test_an_outcome_whose_request_is_damaged_is_not_taken_over(tmp_path: Path, config: Path) -> None:
+    asked = request(tmp_path, config)
+    run_folder = RunFolder(tmp_path / "run")
+    run_folder.base.parent.mkdir()
+    run_folder.base.write_text("{}")
+    run_folder.request.write_text("{")
+    with pytest.raises(SlalomError, match="start anew in another folder"):
+        run(replace(asked, resume=True))
+    run_folder.request.unlink()
+    with pytest.raises(SlalomError, match="outcome of another run"):  # with another seed, for example
+        run(asked)
+
+
 @pytest.mark.slow
 def test_killed_command_resumes_and_finishes(tmp_path: Path, config: Path) -> None:
     """Without a rule, that is by the direct search before PPO."""
