@@ -169,7 +169,9 @@ class Scheduler:
     def _why_not(self) -> str:
         if self.failure is not None:
             return "the engine failed"
-        return "every instance is lost" if self._accepting else "the engine is shutting down"
+        if self._accepting:
+            return "every instance is lost"
+        return "no new request is taken: the server is drained or shuts down"
 
     def abort(self, request: Ticket) -> None:
         """The caller is gone; the request's blocks are free at once, or when the step in flight has ended."""

@@ -91,11 +91,17 @@ def _add_errors(app: FastAPI, engine: Scheduler) -> None:
         return JSONResponse(error_body(text, bad, "model_not_found", "model"), 404)
 
     @app.exception_handler(RequestValidationError)
-    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def bad_body(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         ours = first.get("ctx", {}).get("error")
         if isinstance(ours, SlalomError):
             return JSONResponse(error_body(str(ours), bad, 400, ours.field), 400)
+        if first["type"] == "json_invalid":
+            text = f"body: this is not valid JSON: {ours} (at character {first['loc'][-1]})"
+            return JSONResponse(error_body(text, bad, 400), 400)
+        if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            text = "body: send a JSON object, with the header content-type: application/json"
+            return JSONResponse(error_body(text, bad, 400), 400)
         where = ".".join(str(part) for part in first["loc"][1:]) or "body"
         field = next((str(part) for part in first["loc"][1:]), None)
         return JSONResponse(error_body(f"{where}: {first['msg']}", bad, 400, field), 400)

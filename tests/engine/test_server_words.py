@@ -46,6 +46,30 @@ def test_what_an_operator_does_leaves_a_line(
     assert text.startswith(line[1])
 
 
+@pytest.mark.parametrize("path", ["/admin/mode", "/v1/completions"])
+def test_a_body_that_is_no_json_object_says_what_to_send(served: Served, path: str) -> None:
+    """``curl -d`` alone sends a form."""
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    for body, headers, words in (
+        (b'{"mode": "active"}', form, "content-type: application/json"),
+        (b'{"mode": ', {"content-type": "application/json"}, "body: this is not valid JSON: Expecting value"),
+    ):
+        answer = served.client.post(path, content=body, headers=headers)
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] is None
+
+
+def test_a_drained_server_does_not_call_itself_shutting_down(served: Served) -> None:
+    served.post("/admin/drain", {})
+    try:
+        answer = served.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+    finally:
+        served.post("/admin/undrain", {})
+    assert answer.status_code == 503
+    assert "the server is drained or shuts down" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("options", "arranged", "shared"),
     [
