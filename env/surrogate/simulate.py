@@ -24,6 +24,7 @@ from env.surrogate.compiled import POLICY_ARGS, WORDS, FirstClass, compiled
 from env.surrogate.long import LongRun, is_long
 from env.surrogate.loop import run
 from env.workload import Trace
+from policies.rules.parts.python import watched
 
 _SLICE = 200_000  # decisions, about a second
 
@@ -78,11 +79,15 @@ def ready() -> Any:
 
 
 def driver(state: ClusterState, sim: Sim, policy: Policy, most: int = 0) -> Callable[[], int]:
-    """The compiled loop over one cluster: each call takes at most ``most`` decisions (0: all) and says how many."""
-    return partial(
+    """The compiled loop over one cluster: each call takes at most ``most`` decisions (0: all) and says how many.
+
+    A call raises what a policy in plain Python has raised in it.
+    """
+    loop = partial(
         ready(), addresses(state), addresses(sim), sim.context, sim.candidates, sim.mask,
         FirstClass(policy.decide), policy.params, policy.memory.copy(), int(policy.needs), most,
     )  # fmt: skip
+    return watched(policy, loop)
 
 
 def simulate(

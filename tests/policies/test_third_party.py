@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 
 import eval.cli
 import train.cli
+from engine.errors import SlalomError
+from env.scenario import Scenario
+from env.surrogate.simulate import simulate
 from policies import registry
 from policies.load import load_policy
 from policies.setting import Setting
@@ -34,6 +37,19 @@ class FewestTokens:
         load[(mask == 0) | (candidates[:, Col.INSTANCE] < 0)] = float("inf")
         return int(load.argmin())
 """
+RAISING = """
+class Raising:
+    name = "raising"
+
+    def decide(self, context, candidates, mask):
+        raise ValueError("oops")
+
+class Astray(Raising):
+    name = "astray"
+
+    def decide(self, context, candidates, mask):
+        return len(mask)
+"""
 CONFIG = "default: {tune_trials: 4, tune_requests: 40, eval_requests: 40, eval_seeds: 1, final_seeds: 1}"
 
 
@@ -43,9 +59,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "site"
     info = site / "my_package-1.0.dist-info"
     info.mkdir(parents=True)
-    (site / "my_package.py").write_text(SOURCE)
+    (site / "my_package.py").write_text(SOURCE + RAISING)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[slalom.policies]\nfewest_tokens = my_package:FewestTokens\n")
+    (info / "entry_points.txt").write_text("[slalom.policies]\n" + "".join(
+        f"{name} = my_package:{cls}\n"
+        for name, cls in (("fewest_tokens", "FewestTokens"), ("raising", "Raising"), ("astray", "Astray"))
+    ))  # fmt: skip
     monkeypatch.syspath_prepend(str(site))
     invalidate_caches()
 
@@ -74,3 +93,16 @@ def _setting() -> Setting:
     from env.surrogate.arena import arena_of
 
     return arena_of(Scenario.load("tiny-4xa100")).setting
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_a_class_does_wrong_ends_the_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """The compiled loop goes on with anything: the figures would be those of no policy."""
+    day = Scenario.load("tiny-4xa100")
+    for _ in range(2):  # the same the second time
+        with pytest.raises(SlalomError, match=r"policy raising: got 'ValueError: oops'.*my_package.py, line"):
+            simulate(day, "raising", rate=10.0, n_requests=20)
+        with pytest.raises(SlalomError, match="return the row of an allowed candidate"):
+            simulate(day, "astray", rate=10.0, n_requests=20)
+    assert capfd.readouterr().err == ""
+    assert simulate(day, "fewest_tokens", rate=10.0, n_requests=20).decisions >= 20

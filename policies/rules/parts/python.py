@@ -23,6 +23,8 @@ Another package adds its class under the entry-point group of ``policies.registr
 from __future__ import annotations
 
 import itertools
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,9 +39,48 @@ _ALL = int(Need.LOAD | Need.PREDICT | Need.DIMENSIONLESS | Need.QUEUE)
 #: Compiled code knows a Python object by the number in ``params[0]``.
 _objects: dict[int, Any] = {}
 _numbers = itertools.count(1)
+#: What an object has raised in a loop of :func:`watched` that still runs; None: nothing.
+_caught: dict[int, BaseException | None] = {}
+
+
+def watched(policy: Any, loop: Callable[[], int]) -> Callable[[], int]:
+    """``loop``, which asks ``policy``; what a plain class raises in it comes out when it returns.
+
+    The compiled loop calls a policy by its address, and numba drops what is raised there.
+    """
+    if policy.decide is not decide:
+        return loop
+    number = int(policy.params[0])
+
+    def step() -> int:
+        _caught[number] = None
+        try:
+            done = loop()
+        finally:
+            error = _caught.pop(number, None)
+        if error is None:
+            return done
+        if isinstance(error, SlalomError) or not isinstance(error, Exception):
+            raise error
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        fix = f"its decide raises this ({at.filename}, line {at.lineno}): mend it"
+        raise SlalomError(f"policy {policy.name}", f"{type(error).__name__}: {error}", fix) from error
+
+    return step
 
 
 def _call(number: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray, fresh: bool) -> int:
+    if number not in _caught:
+        return _answer(number, context, candidates, mask, fresh)
+    if _caught[number] is None:
+        try:
+            return _answer(number, context, candidates, mask, fresh)
+        except BaseException as error:
+            _caught[number] = error
+    return int(mask.argmax())  # whatever is allowed: the run does not count
+
+
+def _answer(number: int, context: np.ndarray, candidates: np.ndarray, mask: np.ndarray, fresh: bool) -> int:
     policy = _objects[number]
     if fresh and hasattr(policy, "reset"):
         policy.reset()
