@@ -107,6 +107,8 @@ def run(request: Request) -> dict[str, Any]:
     torch.set_num_threads(config.torch_threads)
     if request.rule != AUTO:
         registry.get(request.rule).bind({}, arena_of(scenario).setting)  # it may refuse, before there is a folder
+        if request.algorithm == "search" and not registry.get(request.rule).params:
+            raise SlalomError("--rule", request.rule, "it has no parameter to search; name one that has")
     if request.init is not None and not request.resume:
         load_network(request.init)
     root = request.out or Path("runs") / f"{scenario.name}-{request.algorithm}-{request.seed}"

@@ -211,10 +211,15 @@ class Scheduler:
     def set_role(self, instance: int, role: Role) -> None:
         """Drain ``instance`` and give it ``role``; returns once the change has begun.
 
-        :raises SlalomError: no such instance, a change under way, or too few instances left for a phase
+        :raises SlalomError: no such instance, a role that this engine has not, a change under way, or too few
+            instances left for a phase
         """
         if not 0 <= instance < len(self.state.inst):
             raise SlalomError("instance", instance, f"instances go from 0 to {len(self.state.inst) - 1}")
+        allowed = int(self.state.cluster[0]["roles_allowed"])
+        if not (allowed >> role) & 1:
+            known = ", ".join(each.name.lower() for each in Role if (allowed >> each) & 1)
+            raise SlalomError("role", role.name.lower(), f"instances here may change to: {known}")
         if not self.call(lambda: bool(interrupt.request_role(self.runtime.words, instance, int(role)))):
             fix = "wait for the change under way, and leave enough instances to prefill and to decode"
             raise SlalomError("role", role.name.lower(), fix)

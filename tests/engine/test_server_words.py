@@ -60,6 +60,12 @@ def test_a_body_that_is_no_json_object_says_what_to_send(served: Served, path: s
         assert answer.json()["error"]["param"] is None
 
 
+def test_a_role_that_the_server_has_not_is_named(served: Served) -> None:
+    answer = served.post("/admin/role", {"instance": 0, "role": "multiplexed"})
+    assert answer.status_code == 400
+    assert "instances here may change to: prefill, decode, mixed" in answer.json()["error"]["message"]
+
+
 def test_a_drained_server_does_not_call_itself_shutting_down(served: Served) -> None:
     served.post("/admin/drain", {})
     try:

@@ -148,6 +148,12 @@ def test_search_saves_a_rule(tmp_path: Path, config: Path) -> None:
     assert result["base"]["trials"] == 6
 
 
+def test_a_rule_without_parameters_is_not_searched(tmp_path: Path, config: Path) -> None:
+    with pytest.raises(SlalomError, match="no parameter to search"):
+        run(request(tmp_path, config, algorithm="search", rule="least_tokens"))
+    assert not any(tmp_path.rglob("run.json"))
+
+
 def test_folder_of_another_run_is_not_overwritten(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, config = trained[0], trained[0] / "small.yaml"
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*")}
