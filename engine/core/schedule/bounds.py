@@ -131,6 +131,10 @@ def keep_bounds(s, i, budget, now):
 
     :param budget: tokens that the next step may compute
     """
+    if s.lists[queue_of(i), 2] == 0:
+        s.watch[i] = _NEVER
+        s.turn[i] = _NEVER
+        return
     pace = pace_of(s, i)
     lowest, late = s.req[s.lists[queue_of(i), 1]].priority, False
     on_time = s.inst[i].order == _ON_TIME
