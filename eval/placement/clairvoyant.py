@@ -48,6 +48,7 @@ _SCALES = (0.5, 2.0)  # factors on all of them
 _STRETCH_S = 600.0  # of each kind of phase, on which compositions are compared
 _SKIPPED = 0.25  # of it, while queues fill
 _ROUNDS = 2
+_TELL = 50  # changes between two lines that say how far it is
 
 Say = Callable[[str], None]
 
@@ -137,9 +138,15 @@ class _Search:
         self.n = len(scenario.placements())
         self.rate = scenario.reference_rate
         self.runs = 0
+        self._worlds: dict[float, tuple[list[tuple[float, float]], list[int]]] = {}
 
     def world(self, rate: float) -> tuple[list[tuple[float, float]], list[int]]:
         """Phases at ``rate``, and their kinds."""
+        if rate not in self._worlds:  # a busy day takes as long to draw as to play
+            self._worlds[rate] = self._world(rate)
+        return self._worlds[rate]
+
+    def _world(self, rate: float) -> tuple[list[tuple[float, float]], list[int]]:
         whole = int(np.ceil(rate * self.scenario.workload.natural_s))
         trace = build_trace(self.scenario, rate, whole, self.seed, "test")
         phases = phases_of(trace)
@@ -199,8 +206,10 @@ class _Search:
 
     def improve(self, plan: _Plan) -> _Plan:
         """The best that single changes lead to from ``plan`` in one pass; each is kept at once."""
-        value, kept = self.value(plan), plan
-        for change, leg in self.neighbours(plan):
+        value, kept, options = self.value(plan), plan, list(self.neighbours(plan))
+        for done, (change, leg) in enumerate(options):
+            if done and done % _TELL == 0:
+                self.say(f"{done} of {len(options)} changes tried: worst phase {100 * value:.1f} %")
             tried = replace(kept, legs=kept.legs | {change: leg})
             found = self.value(tried)
             if found > value + 1e-4:
