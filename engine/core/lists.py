@@ -85,6 +85,16 @@ def push_before(lists, req, k, r, other):
         lists[k, 2] += 1
 
 
+@kernel(forceinline=True)
+def lets_ahead(req, longer):
+    """Whether queued ``req`` lets a prompt of its priority go ahead where short ones go first, given whether it is the
+    ``longer`` of the two.
+
+    Who was given up twice lets everybody, who has answered already, or whose second deadline is near, nobody.
+    """
+    return req.generated == 0 and (req.late >= TWICE or (longer and req.late >= 0))
+
+
 @kernel
 def place_by_work(lists, req, k, r):
     """The request of queue ``k`` before which ``r`` belongs by priority, then predicted remaining prefill; -1: none.
@@ -94,8 +104,8 @@ def place_by_work(lists, req, k, r):
     """
     other, priority, last = lists[k, 0], req[r].priority, req[r].late >= TWICE
     while other >= 0:
-        longer = not last and (req[other].late >= TWICE or (req[other].work > req[r].work and req[other].late >= 0))
-        behind = req[other].priority > priority or (req[other].priority == priority and longer)
+        shorter = not last and lets_ahead(req[other], req[other].work > req[r].work)
+        behind = req[other].priority > priority or (req[other].priority == priority and shorter)
         if behind and req[other].generated == 0:
             break
         other = req[other].next

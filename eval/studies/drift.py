@@ -43,12 +43,11 @@ from eval.placement.clairvoyant import clairvoyant, compositions, followed
 from eval.placement.replan import planned
 from eval.report.plots_drift import roles_under_demand
 from policies.registry import get
-from train.control.days import RULE, tune_on_days
+from train.control.days import LONGEST_S, RULE, compressed, tune_on_days
 
 RULES = ("arrow", "dyn_sla", "dyn_load", "dopd", "muxwise")
 _FIXED_SEED, _COARSE = 0, 0.04  # training day and step of the rate on which fixed compositions are compared
 _WINDOWS = (120.0, 300.0)  # of replanning, seconds
-_SHORT_S = 7200.0
 _NEAR = 0.02  # relative width of the rate's bracket
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -77,13 +76,6 @@ def _fixed(scenario: Scenario, own: Mapping[str, Any] | None = None) -> Iterator
             yield f"{k} prefill + {n - k} {side}, {order}", side == "decode", followed([(0.0, k)], n, values)
 
 
-def _two_hours(scenario: Scenario) -> Scenario:
-    """The scenario with longer days compressed to two hours."""
-    if scenario.workload.natural_s <= _SHORT_S:
-        return scenario
-    return scenario.with_overrides({"workload.duration_s": _SHORT_S})
-
-
 def _best(
     scenario: Scenario, policies: Iterable[Named], known: tuple[float, Named] | None = None
 ) -> tuple[float, Named]:
@@ -92,7 +84,7 @@ def _best(
     :param known: what others hold already
     :raises SlalomError: none holds a tenth of the reference rate
     """
-    short, rate = _two_hours(scenario), known[0] if known else 0.1 * scenario.reference_rate
+    short, rate = compressed(scenario, LONGEST_S), known[0] if known else 0.1 * scenario.reference_rate
     found = known[1] if known else None
     for named in policies:
         while standing(short, *play_days(short, named[1], rate, _FIXED_SEED, "train")) >= GOAL:
@@ -331,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     claim(given.out)
     scenario = Scenario.load(given.scenario)
-    scenario = _two_hours(scenario) if given.short else scenario
+    scenario = compressed(scenario, LONGEST_S) if given.short else scenario
     say = partial(print, file=sys.stderr, flush=True)
     if given.parts:
         print(parts(scenario, given.parts, days=given.days, out=given.out, say=say))

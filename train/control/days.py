@@ -35,7 +35,7 @@ from train.search.journal import Journal
 from train.search.rule import SearchResult
 
 CONTROLLER, RULE = "controller", "planner"
-_LEAST_S, _LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
+_LEAST_S, LONGEST_S = 1800.0, 7200.0  # an episode that counts as a drift of hours, and the longest in training
 _MOST = 100_000  # requests of a day in training, at the reference rate: else a search sees too few days
 _RACE = 0.3  # share of the budget until one climb is left
 _CLIMBS = ((0, 0.05), (0, 0.15), (1, 0.1))  # (place among the starts, first step): near a good rule cliffs are many
@@ -72,10 +72,14 @@ def drifts(scenario: Scenario) -> bool:
 
 def practice(scenario: Scenario) -> Scenario:
     """The scenario with its days compressed to what training plays: two hours, less where many requests come."""
-    longest = min(_LONGEST_S, max(_MOST / scenario.reference_rate, _LEAST_S))
-    if scenario.workload.natural_s <= longest:
+    return compressed(scenario, min(LONGEST_S, max(_MOST / scenario.reference_rate, _LEAST_S)))
+
+
+def compressed(scenario: Scenario, longest_s: float) -> Scenario:
+    """The scenario with days that are longer compressed to ``longest_s`` seconds."""
+    if scenario.workload.natural_s <= longest_s:
         return scenario
-    return scenario.with_overrides({"workload.duration_s": longest})
+    return scenario.with_overrides({"workload.duration_s": longest_s})
 
 
 class _Search:

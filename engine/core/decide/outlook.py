@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.core.kinds import Batching, LaneKind, Order, RequestState, Role, Split
-from engine.core.lists import TWICE, queue_of
+from engine.core.lists import lets_ahead, queue_of
 from engine.core.schedule.layer_preemption import parked_rest_s
 from engine.core.schedule.on_time import goes_before
 from engine.core.schedule.predict import expected_row, predict_step, prefill_share, running_ctx, whole_device
@@ -122,14 +122,13 @@ def _overtakes(s, i, r, own, q):
     """Whether a new prompt ``r`` (predicted prefill ``own`` ticks) goes before queued ``q``, as ``place`` does it."""
     order, mine, theirs = s.inst[i].order, s.req[r].priority, s.req[q].priority
     if order == _PREEMPTIVE:
-        longer = s.req[q].late >= TWICE or (s.req[q].work > own and s.req[q].late >= 0)
-        return s.req[q].generated == 0 and (theirs > mine or (theirs == mine and longer))
+        shorter = lets_ahead(s.req[q], s.req[q].work > own)
+        return s.req[q].generated == 0 and (theirs > mine or (theirs == mine and shorter))
     if order == _ON_TIME:
         return goes_before(s, r, q)
     waits = s.req[q].state == _WAITING and s.req[q].blocks == 0
     longer = s.req[q].target - s.req[q].computed > s.req[r].target - s.req[r].computed
-    shorter = order == _SHORTEST and (longer or s.req[q].late >= TWICE)
-    shorter = shorter and s.req[q].late >= 0 and s.req[q].generated == 0
+    shorter = order == _SHORTEST and lets_ahead(s.req[q], longer)
     return waits and (theirs > mine or (theirs == mine and shorter))
 
 

@@ -14,7 +14,7 @@ from engine.core.lists import (
     HANDOVER,
     HELD,
     PLACING,
-    TWICE,
+    lets_ahead,
     place_by_work,
     pop_front,
     push_back,
@@ -103,8 +103,8 @@ def _enqueue(s, i, r):
     rest = s.req[r].target - s.req[r].computed
     while other >= 0:
         started = s.req[other].state != _WAITING or s.req[other].blocks > 0
-        longer = s.req[other].late >= TWICE or s.req[other].target - s.req[other].computed > rest
-        shorter = s.inst[i].order == _SHORTEST and longer and s.req[other].late >= 0 and s.req[other].generated == 0
+        longer = s.req[other].target - s.req[other].computed > rest
+        shorter = s.inst[i].order == _SHORTEST and lets_ahead(s.req[other], longer)
         behind = s.req[other].priority > priority or (s.req[other].priority == priority and shorter)
         if not started and behind:
             break
