@@ -365,13 +365,19 @@ def test_an_engine_that_fails_a_request_is_not_asked_for_ever() -> None:
 
 
 def test_a_connection_that_breaks_is_tried_again_where_nobody_has_got_a_part() -> None:
-    with mocks(2) as engines, routed(engines) as router:
-        engines[0].set(break_at=5)
-        bodies = [body(k, stream=k % 4 < 2) for k in range(16)]
-        cut = check_all(all_at_once(router.url, bodies), 16)
-        assert cut >= 1
+    with mocks(2, prefill_s=0.02, token_s=0.03) as engines, routed(engines) as router:
+        state = router.router.state
+
+        def hang_up() -> None:
+            until(lambda: int(state.inst[0]["run_n"]) >= 3)  # of three in a row one streams and was told a part
+            engines[0].set(break_at=1)
+            until(lambda: router.metrics().get('slalom:retries_total{reason="lost"}', 0) >= 1)
+            engines[0].set(break_at=0)
+
+        bodies = [body(k, max_tokens=40, stream=k % 4 < 2) for k in range(16)]
+        assert check_all(all_at_once(router.url, bodies, hang_up), 16, tokens=40) >= 1
         until(lambda: router.router.n_open == 0)
-        router.router.call(lambda: recount(router.router.state))
+        router.router.call(lambda: recount(state))
 
 
 def test_when_no_engine_answers_clients_hear_so() -> None:
